@@ -1,0 +1,59 @@
+"""What every benchmark prints, and the machine that it ran on."""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured number."""
+
+    name: str
+    value: float
+    unit: str
+
+
+Measured = tuple[list[Result], dict[str, float]]
+"""Results, and ratios by name."""
+
+
+def main(measure: Callable[[], Measured], description: str) -> None:
+    """Measure, and print one JSON object or a table."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    results, ratios = measure()
+    if options.json:
+        print(json.dumps({"machine": machine(), "results": [asdict(result) for result in results], "ratios": ratios}))
+        return
+    for result in results:
+        print(f"{result.name:<32} {result.value:12.3f} {result.unit}")
+    for name, ratio in ratios.items():
+        print(f"{name:<32} {ratio:12.3f} x")
+
+
+def machine() -> dict[str, str | int | float]:
+    """The machine and the versions that the figures belong to."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,28 @@
+"""What a diffusion process is made of."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from storage.config import Config
+
+
+class DiffusionConfig(Config):
+    """Gaussian diffusion in discrete time (Ho et al., arXiv 2006.11239)."""
+
+    kind: Literal["gaussian"] = "gaussian"
+    """The family of the process."""
+    schedule: Literal["linear"] = "linear"
+    """How the noise variance of a step grows from the first to the last."""
+    steps: int = Field(1000, ge=2)
+    """Number of diffusion steps."""
+    beta_start: float = Field(1e-4, gt=0, lt=1)
+    """Noise variance of the first step."""
+    beta_end: float = Field(0.02, gt=0, lt=1)
+    """Noise variance of the last step."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> Self:
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
+        return self

@@ -1,0 +1,38 @@
+"""What training knows of a diffusion process, whichever it is."""
+
+# B = batch, C = channels, H, W = height and width
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Denoiser(Protocol):
+    """A network, or a wrapper of one, as a process and a sampler see it."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None, /) -> Tensor:
+        """Noisy data (B, C, H, W), the network's time (B,) and labels (B,) to a prediction."""
+
+
+class Process(Protocol):
+    """A way to turn data into noise, and a loss for undoing it.
+
+    The times that `sample_t` returns and `training_terms` takes are the process's own (an index, a
+    noise level); the process itself translates them into the time that the network is given.
+    """
+
+    def sample_t(self, u: Tensor) -> Tensor:
+        """Times (B,) of a training batch from uniform numbers (B,) in [0, 1)."""
+
+    def training_terms(
+        self, model: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, y: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The loss of each sample, (B,), under "loss", and its parts under their names.
+
+        Args:
+            model: the network.
+            x0: data (B, C, H, W).
+            noise: standard normal numbers (B, C, H, W).
+            t: times (B,) from `sample_t`.
+            y: labels (B,), with the dropped ones replaced by the null label; None if unconditional.
+        """

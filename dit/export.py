@@ -1,0 +1,119 @@
+"""A trained model as two files that need nothing else: its weights and what it is made of."""
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from dit.diffusion.config import DiffusionConfig
+from dit.models.build import build
+from dit.models.config import DiTConfig
+from dit.vae import VaeRef
+from dit.weights import one_line, read_weights
+from storage import uri
+from storage.config import Config
+from storage.errors import InputError, StorageError
+from storage.latents import VaeInfo
+from storage.manifest import FileEntry, Manifest, StageOutput
+
+MODEL = "model.json"
+EMA_WEIGHTS = "model.safetensors"
+RAW_WEIGHTS = "model-raw.safetensors"
+
+
+class ModelCard(Config):
+    """All that is needed to rebuild a trained model and to sample from it."""
+
+    model: DiTConfig
+    """The network."""
+    diffusion: DiffusionConfig
+    """The process that it undoes."""
+    vae: VaeInfo
+    """The autoencoder of its latents, and how they are scaled."""
+    resolution: int
+    """Side of the images, in pixels."""
+    class_names: tuple[str, ...]
+    """The classes; a label is a position here."""
+    steps: int = Field(ge=0)
+    """Training steps taken."""
+    weights: dict[str, str] = Field(default_factory=dict)
+    """Hash (sha256) of each weights file by name."""
+
+
+class CheckpointManifest(Manifest):
+    """A trained model: EMA and raw weights, and its card."""
+
+    STAGE = "train"
+
+    card: ModelCard
+    """What the model is made of."""
+
+    @property
+    def vae_ref(self) -> VaeRef:
+        """The autoencoder that the latents were made with."""
+        return VaeRef(source=self.card.vae.source, sha256=self.card.vae.sha256)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, in evaluation mode, and its card."""
+
+    model: nn.Module
+    """Takes noisy latents (B, C, h, h), timesteps (B,) and labels (B,)."""
+    card: ModelCard
+
+
+def export(
+    out: StageOutput, card: ModelCard, ema: dict[str, torch.Tensor], raw: dict[str, torch.Tensor]
+) -> tuple[ModelCard, list[FileEntry]]:
+    """Write both sets of weights, by parameter name, and the card into a stage's folder.
+
+    Returns:
+        The card with the hashes of the weights, and what was written.
+
+    Raises:
+        StorageError: the disk is full or the store refuses.
+    """
+    written = [out.put(EMA_WEIGHTS, save_tensors(_plain(ema))), out.put(RAW_WEIGHTS, save_tensors(_plain(raw)))]
+    card = card.model_copy(update={"weights": {entry.path: entry.sha256 for entry in written}})
+    return card, [*written, out.put(MODEL, card.model_dump_json(indent=1).encode())]
+
+
+def load(url: str, *, weights: str = EMA_WEIGHTS, device: torch.device | str = "cpu") -> Trained:
+    """Rebuild a trained model from the folder that ``export`` wrote.
+
+    Args:
+        url: the folder, by path or fsspec URL; of a training stage's output, or a copy of it.
+        weights: ``model.safetensors`` for the EMA, ``model-raw.safetensors`` for the last step's.
+        device: where to run it.
+
+    Raises:
+        InputError: a file is missing, broken or altered, or the weights do not fit the card.
+    """
+    card = _read_card(url)
+    data, _ = read_weights(uri.join(url, weights), card.weights.get(weights))
+    with torch.device("meta"):  # no time is spent on initial weights
+        model = build(card.model)
+    try:
+        model.load_state_dict(load_tensors(data), assign=True)
+    except Exception as error:  # safetensors and torch promise no exception types for broken files
+        raise InputError(f"{uri.redact(uri.join(url, weights))}: does not load ({one_line(error)})") from error
+    return Trained(model.to(device).eval().requires_grad_(False), card)
+
+
+def _read_card(url: str) -> ModelCard:
+    try:
+        return ModelCard.model_validate_json(uri.read(uri.join(url, MODEL)))
+    except StorageError as error:
+        raise InputError(f"{error}; a trained model is a folder with {MODEL} and weights") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "JSON"
+        raise InputError(f"{uri.redact(uri.join(url, MODEL))}: not a trained model: {where}: {first['msg']}") from error
+
+
+def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

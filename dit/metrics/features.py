@@ -1,0 +1,68 @@
+"""Feature extractors: the networks in whose spaces images are compared."""
+
+# B = batch, H = W = image sides, D = features
+
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from storage.config import Config, operational
+
+Images = NDArray[np.uint8] | Tensor
+"""uint8 (B, H, W, 3)."""
+
+
+class FeatureExtractor(Protocol):
+    """A fixed network. Distances taken with different extractors, or weights, do not compare."""
+
+    @property
+    def name(self) -> str:
+        """Which network, such as ``demo-digits``."""
+
+    @property
+    def version(self) -> int:
+        """Grows when the same weights would give other features."""
+
+    @property
+    def dims(self) -> int:
+        """D."""
+
+    @property
+    def preprocessing(self) -> str:
+        """Id of what is done to the pixels before the network sees them."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights file."""
+
+    def __call__(self, images: Images) -> Tensor:
+        """Features float32 (B, D) of images uint8 (B, H, W, 3).
+
+        Raises:
+            InputError: the extractor cannot read images of this size.
+        """
+
+
+class ExtractorRef(Config):
+    """Which extractor, and where its weights lie."""
+
+    name: Literal["demo-digits"] = "demo-digits"
+    """The network: ``demo-digits`` is the digits classifier that comes with the demo."""
+    weights: str = operational()
+    """Folder or file of the weights, by path or fsspec URL."""
+    sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")
+    """Hash that the weights file must have; any file is taken when it is absent."""
+
+
+def load_extractor(ref: ExtractorRef, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """The extractor, ready to run on a device.
+
+    Raises:
+        InputError: the weights are missing or broken, or have another hash than ``ref`` says.
+    """
+    from dit.metrics.demo_digits import load_digits_classifier  # only the network that is asked for
+
+    return load_digits_classifier(ref.weights, ref.sha256, device)

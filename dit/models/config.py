@@ -1,0 +1,74 @@
+"""What a model is made of. A size is a row in a table."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from storage.config import Config
+from storage.errors import InputError
+
+
+class DiTConfig(Config):
+    """A diffusion transformer (Peebles & Xie, arXiv 2212.09748). See `dit_config` for the published sizes."""
+
+    kind: Literal["dit"] = "dit"
+    """The family of the model."""
+    block: Literal["adaln_zero"] = "adaln_zero"
+    """How time and label condition a block."""
+    input_size: int = Field(32, ge=1)
+    """Height and width of the latent, in latent pixels."""
+    patch_size: int = Field(2, ge=1)
+    """Side of the square that becomes one token, in latent pixels."""
+    in_channels: int = Field(4, ge=1)
+    """Channels of the latent."""
+    width: int = Field(1152, ge=4)
+    """Numbers in a token."""
+    depth: int = Field(28, ge=1)
+    """Number of blocks."""
+    heads: int = Field(16, ge=1)
+    """Attention heads in a block."""
+    mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden width of a block's MLP in units of the width."""
+    num_classes: int = Field(1000, ge=0)
+    """Number of labels; the null label comes after them. 0 makes the model unconditional."""
+    label_dropout: float = Field(0.1, ge=0, le=1)
+    """Probability that training replaces a sample's label by the null label."""
+    learn_variance: bool = True
+    """Whether the model also predicts the variance, in as many channels again."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.input_size % self.patch_size:
+            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4, which the position table needs")
+        return self
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: the noise, then the variance if it is learned."""
+        return self.in_channels * (2 if self.learn_variance else 1)
+
+
+SIZES: dict[str, tuple[int, int, int]] = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+"""Depth, width and heads of the published sizes (arXiv 2212.09748, table 1)."""
+
+
+def dit_config(name: str, **fields: Any) -> DiTConfig:
+    """The config of a published model such as ``"XL/2"`` (size, patch size), with other fields as given.
+
+    Raises:
+        InputError: there is no such size.
+    """
+    size, _, patch = name.partition("/")
+    if size not in SIZES or not patch.isdecimal():
+        raise InputError(f"model {name!r}: no such size; write one of {', '.join(SIZES)}, a slash and the patch size")
+    depth, width, heads = SIZES[size]
+    return DiTConfig.model_validate({"depth": depth, "width": width, "heads": heads, "patch_size": int(patch)} | fields)

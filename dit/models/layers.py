@@ -1,0 +1,173 @@
+"""Parts of the transformers. Parameter names follow the published DiT checkpoints."""
+
+# B = batch, C = channels, H, W = latent height and width, N = tokens, D = width, h = heads
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-6
+FREQUENCIES = 128
+EMBEDDING_STD = 0.02
+
+
+class SelfInitialised(nn.Module, ABC):
+    """A part that does not start as its Linear layers would by default."""
+
+    @abstractmethod
+    def init_weights(self) -> None:
+        """Draw or set the weights that differ from the default."""
+
+
+class PatchEmbed(SelfInitialised):
+    """Squares of the latent to tokens: (B, C, H, W) to (B, N, D), row by row."""
+
+    def __init__(self, in_channels: int, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, N, D)."""
+        grid: Tensor = self.proj(x)
+        return grid.flatten(2).transpose(1, 2)
+
+    def init_weights(self) -> None:
+        """Xavier-uniform on the flattened patch, as for a Linear of that size; zero bias."""
+        nn.init.xavier_uniform_(self.proj.weight.flatten(1))
+        _zero(self.proj.bias)
+
+
+class TimestepEmbedding(SelfInitialised):
+    """Timesteps (B,), whole or not, to (B, D) by a sinusoid of 256 numbers and an MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) to (B, D). The sinusoid is computed in float32 and then cast to the weights' dtype."""
+        out: Tensor = self.mlp(timestep_sinusoid(t).to(dtype))
+        return out
+
+    def init_weights(self) -> None:
+        """N(0, 0.02) weights."""
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=EMBEDDING_STD)
+
+
+class LabelEmbedding(SelfInitialised):
+    """Labels (B,) to (B, D). The last row of the table is the null label, `num_classes`."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(B,) to (B, D)."""
+        out: Tensor = self.embedding_table(y)
+        return out
+
+    def init_weights(self) -> None:
+        """N(0, 0.02) weights."""
+        nn.init.normal_(self.embedding_table.weight, std=EMBEDDING_STD)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (B, N, D), with queries, keys and values in one Linear."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, h, N, D/h)
+        out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-approximated GELU, Linear on each token."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
+
+
+class FinalLayer(SelfInitialised):
+    """Tokens (B, N, D) to patches (B, N, patch numbers), shifted and scaled by the condition."""
+
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.norm_final = layer_norm(width)
+        self.linear = nn.Linear(width, out_features)
+        self.adaLN_modulation = modulation(width, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N, D) and (B, D) to (B, N, out_features)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        return out
+
+    def init_weights(self) -> None:
+        """Zero, so that an untrained model predicts zero."""
+        zero_modulation(self.adaLN_modulation)
+        _zero(self.linear.weight, self.linear.bias)
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """Layer norm without learned scale and shift: the condition supplies them."""
+    return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+
+
+def modulation(width: int, parts: int) -> nn.Sequential:
+    """The condition (B, D) to (B, parts * D) shifts, scales and gates."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+
+
+def zero_modulation(layer: nn.Sequential) -> None:
+    """Start a modulation at zero."""
+    _zero(*layer.parameters())
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Tokens (B, N, D) times one plus scale (B, D) plus shift (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def timestep_sinusoid(t: Tensor) -> Tensor:
+    """Timesteps (B,) to float32 (B, 256): cosines then sines of t exp(-ln(10000) i / 128), i = 0 .. 127."""
+    i = torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device)
+    angle = t.float()[:, None] * torch.exp(i * (-math.log(10000.0) / FREQUENCIES))
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def grid_sinusoid(width: int, side: int) -> Tensor:
+    """The fixed position table (1, side * side, width) in float32.
+
+    The first half of the width tells the column and the second the row; each half holds the sines
+    and then the cosines of place * 10000^(-4 i / width).
+    """
+    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)
+    column, row = line.repeat(side, 1), line.repeat_interleave(side, dim=0)
+    return torch.cat([column, row], dim=1)[None].float()
+
+
+def _zero(*parameters: Tensor | None) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            nn.init.zeros_(parameter)

@@ -1,0 +1,60 @@
+"""Random numbers that depend on what they are for, not on who draws them.
+
+Every row (a sample, or a place in the global batch) reads its own stretch of Philox4x64-10
+(Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): the key is (seed, stream),
+the 256-bit counter holds (word, row, step). So a row is the same in any batch and on any rank, and
+no two rows, steps or streams ever overlap. NumPy keeps the bits of Philox across versions but not
+its distributions, so those are derived here.
+"""
+
+# R = rows, K = numbers in a row
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Stream(IntEnum):
+    """What numbers are for. The values are part of every result: add, never change."""
+
+    TIMESTEP = 1
+    NOISE = 2
+    LABEL_DROP = 3
+    POSTERIOR = 4
+    FLIP = 5
+    SAMPLE_INITIAL = 16
+    SAMPLE_STEP = 17
+    SAMPLE_LABEL = 18
+    NOISE_IMAGE = 32
+
+
+def words(seed: int, stream: Stream, step: int, rows: Sequence[int], count: int) -> NDArray[np.uint64]:
+    """Raw 64-bit words (R, K), every row from its own counter. All arguments lie in 0 .. 2**64 - 1."""
+    out = np.empty((len(rows), count), np.uint64)
+    key = np.array([seed, stream], np.uint64)
+    for place, row in enumerate(rows):
+        counter = np.array([0, row, step, 0], np.uint64)
+        out[place] = np.random.Philox(key=key, counter=counter).random_raw(count)
+    return out
+
+
+def uniforms(seed: int, stream: Stream, step: int, rows: Sequence[int], count: int) -> NDArray[np.float64]:
+    """Uniform numbers (R, K) in [0, 1) with 53 bits."""
+    return (words(seed, stream, step, rows, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def normals(seed: int, stream: Stream, step: int, rows: Sequence[int], count: int) -> NDArray[np.float32]:
+    """Standard normal numbers (R, K) by Box and Muller (1958), two from each word, at most 6.77 in size.
+
+    Computed in float64 and rounded once, so that the last bit of a platform's logarithm, sine and
+    cosine does not reach the result.
+    """
+    raw = words(seed, stream, step, rows, (count + 1) // 2)
+    radius = np.sqrt(-2.0 * np.log(((raw >> np.uint64(32)) + 0.5) * 2.0**-32))
+    angle = (raw & np.uint64(0xFFFFFFFF)) * (2.0 * np.pi * 2.0**-32)
+    out = np.empty((len(rows), 2 * raw.shape[1]), np.float32)
+    out[:, 0::2] = radius * np.cos(angle)
+    out[:, 1::2] = radius * np.sin(angle)
+    return out[:, :count]

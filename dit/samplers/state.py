@@ -1,0 +1,28 @@
+"""What a sampler yields and what it asks for."""
+
+# B = batch, C = channels, H, W = height and width
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from torch import Tensor
+
+StepNoise = Callable[[int], Tensor]
+"""Standard normal numbers (B, C, H, W) for the step of that index (see `dit.samplers.noise.SampleNoise`)."""
+
+
+class State(NamedTuple):
+    """Where the samples are after a step."""
+
+    step: int
+    """Index of the step just taken, counted down to 0."""
+    x: Tensor
+    """Samples after the step (B, C, H, W)."""
+    x0: Tensor
+    """Data that the network expected before the step (B, C, H, W)."""
+
+
+def last(states: Iterable[State]) -> Tensor:
+    """Run a sampler to its end and return the samples (B, C, H, W)."""
+    *_, state = states
+    return state.x

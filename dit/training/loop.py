@@ -1,0 +1,65 @@
+"""The training loop. It yields; its caller logs and saves."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dit.diffusion.process import Process
+from dit.training.data import Batch
+from dit.training.ema import EMA
+from dit.training.ranks import Ranks
+
+
+@dataclass
+class TrainState:
+    """All that changes while training."""
+
+    model: nn.Module
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    """Optimizer steps taken."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured on this rank, as scalar tensors: reading them waits for the device."""
+
+    step: int
+    """Steps taken, this one included."""
+    terms: dict[str, Tensor]
+    """The loss and its parts, each a mean over this rank's batch."""
+    gradient_norm: Tensor
+
+
+def train(
+    state: TrainState,
+    process: Process,
+    batches: Callable[[int], Batch],
+    *,
+    stop: int,
+    ranks: Ranks,
+    autocast: torch.dtype | None = None,
+) -> Iterator[StepResult]:
+    """Take optimizer steps until ``stop`` have been taken; ``state`` is up to date at each yield.
+
+    Args:
+        autocast: lower precision of the forward pass; None computes in the parameters' own.
+    """
+    model = DistributedDataParallel(state.model) if ranks.world_size > 1 else state.model
+    parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+    while state.step < stop:
+        batch = batches(state.step)
+        with torch.autocast(batch.x0.device.type, autocast, enabled=autocast is not None):
+            terms = process.training_terms(model, batch.x0, batch.noise, process.sample_t(batch.u), batch.y)
+        means = {name: term.mean() for name, term in terms.items()}
+        means["loss"].backward()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.ema.update(state.model)
+        state.step += 1
+        yield StepResult(state.step, {name: mean.detach() for name, mean in means.items()}, norm)

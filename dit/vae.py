@@ -1,0 +1,186 @@
+"""One loader for every KL autoencoder (Kingma and Welling 2014; Rombach et al. 2022) in diffusers' format."""
+
+# B = batch, H = W = image sides, C = latent channels, h = H / downsample, w = W / downsample
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub import hf_hub_download
+from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor, nn
+
+from dit.weights import one_line, read_weights
+from storage import uri
+from storage.config import Config, operational
+from storage.errors import InputError, StorageError
+from storage.latents import VaeInfo
+
+CONFIG: Final = "config.json"
+WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
+
+
+class VaeRef(Config):
+    """Where an autoencoder lies. Its identity is the hash of its weights, found when they are read."""
+
+    source: str = operational()
+    """Folder, fsspec URL of a folder, or hub id of a diffusers AutoencoderKL (config.json and safetensors weights)."""
+    sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")
+    """Hash that diffusion_pytorch_model.safetensors must have; any file is taken when it is absent."""
+
+
+@dataclass(frozen=True)
+class Vae:
+    """An autoencoder and the numbers that its latents go by."""
+
+    model: AutoencoderKL
+    sha256: str
+    """Hash of the weights file."""
+    downsample: int
+    """Pixels a latent cell spans, along each side."""
+    channels: int
+    scaling_factor: float
+    shift_factor: float
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The posterior of the images, not scaled.
+
+        Args:
+            images: uint8 (B, H, W, 3), sides divisible by ``downsample``.
+
+        Returns:
+            Mean and standard deviation, float32 (B, C, h, w), on the model's device.
+        """
+        pixels = images.to(self.model.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        posterior = self.model.encode(pixels.to(self.model.dtype)).latent_dist
+        return posterior.mean.float(), (posterior.logvar.float() / 2).exp()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The images of scaled latents.
+
+        Args:
+            latents: (B, C, h, w), scaled as ``(z - shift_factor) * scaling_factor``.
+
+        Returns:
+            uint8 (B, H, W, 3): 127.5 x + 128 clamped to 0..255 and truncated, as DiT's sampling does.
+        """
+        z = latents.to(self.model.device).float() / self.scaling_factor + self.shift_factor
+        decoded: Tensor = self.model.decode(z.to(self.model.dtype)).sample.float()
+        return (127.5 * decoded + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def load_vae(ref: VaeRef, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
+    """The autoencoder, frozen and ready to run on a device in a precision.
+
+    Raises:
+        InputError: config or weights are missing or broken, or the weights have another hash than ``ref`` says.
+    """
+    config, weights, found = _read(ref)
+    with tempfile.TemporaryDirectory() as folder:  # what is loaded is what was hashed, and nothing beside it
+        Path(folder, CONFIG).write_bytes(config)
+        Path(folder, WEIGHTS).write_bytes(weights)
+        model = _load(Path(folder), uri.redact(ref.source))
+    model.requires_grad_(False).eval()
+    nn.Module.to(model.to(memory_format=torch.channels_last), device, dtype)  # diffusers' own cast warns of nothing
+    return Vae(model, **found.model_dump(exclude={"source"}))
+
+
+def info(ref: VaeRef) -> VaeInfo:
+    """The autoencoder's numbers, from its config and the hash of its weights; the network is not built.
+
+    Raises:
+        InputError: as `load_vae`.
+    """
+    return _read(ref)[2]
+
+
+def weights_digest(ref: VaeRef) -> str:
+    """The sha256 of the weights file, which stands for the autoencoder in the digests of what it makes.
+
+    Raises:
+        InputError: as `load_vae`.
+    """
+    return info(ref).sha256
+
+
+def fetch(ref: VaeRef, folder: Path) -> None:
+    """Copy the autoencoder's config and weights, byte for byte, into a local folder that need not exist.
+
+    Raises:
+        InputError: as `load_vae`.
+    """
+    config, weights, _ = _read(ref)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_bytes(config)
+    (folder / WEIGHTS).write_bytes(weights)
+
+
+class _Fields(BaseModel):
+    """The fields of config.json that matter here, with diffusers' defaults; latents scaled by channel are refused."""
+
+    class_name: Literal["AutoencoderKL"] = Field(alias="_class_name")
+    block_out_channels: tuple[int, ...] = Field((64,), min_length=1)
+    latent_channels: int = Field(4, ge=1)
+    scaling_factor: float = Field(0.18215, gt=0, allow_inf_nan=False)
+    shift_factor: float | None = Field(None, allow_inf_nan=False)
+    latents_mean: None = None
+    latents_std: None = None
+    quantization_config: None = None
+
+
+def _read(ref: VaeRef) -> tuple[bytes, bytes, VaeInfo]:
+    url = _locate(ref.source, CONFIG)
+    try:
+        config = uri.read(url)
+        fields = _Fields.model_validate_json(config)
+    except StorageError as error:
+        raise InputError(f"{error}; name a folder with {CONFIG} and {WEIGHTS}, or a hub id") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "JSON"
+        raise InputError(f"{uri.redact(url)}: not the config of an AutoencoderKL: {where}: {first['msg']}") from error
+    weights, sha256 = read_weights(_locate(ref.source, WEIGHTS), ref.sha256)
+    return config, weights, _info(ref.source, sha256, fields)
+
+
+def _info(source: str, sha256: str, fields: _Fields) -> VaeInfo:
+    return VaeInfo(
+        source=source,
+        sha256=sha256,
+        downsample=2 ** (len(fields.block_out_channels) - 1),
+        channels=fields.latent_channels,
+        scaling_factor=fields.scaling_factor,
+        shift_factor=fields.shift_factor or 0.0,
+    )
+
+
+def _locate(source: str, name: str) -> str:
+    """The URL of one file of the autoencoder, fetched from the hub if it comes from there."""
+    if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        return uri.join(source, name)
+    try:
+        return hf_hub_download(source, name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{source}: no folder here, and {name} cannot be had from the hub ({one_line(error)}); "
+            f"name a local folder with {CONFIG} and {WEIGHTS}"
+        ) from error
+
+
+def _load(folder: Path, source: str) -> AutoencoderKL:
+    try:
+        model, report = AutoencoderKL.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # diffusers promises no exception types for what it cannot read
+        raise InputError(f"{source}: {CONFIG} or {WEIGHTS} is broken ({one_line(error)}); fetch both again") from error
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise InputError(f"{source}: {WEIGHTS} does not fit {CONFIG}: {len(wrong)} tensors differ, such as {wrong[0]}")
+    return model

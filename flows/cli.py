@@ -1,0 +1,182 @@
+"""The command ``ditflow``. Exits with 0 when done, 2 when the user's input is wrong, 1 at a fault."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from flows import services
+from storage.errors import DitflowError, InputError
+
+# Prefect reads its settings when it is imported, so whatever imports it is imported after they are set.
+if TYPE_CHECKING:
+    from flows.contract import Outcome
+    from flows.recipe import Recipe
+    from storage.manifest import Manifest
+
+STAGES = ("shard", "encode", "train", "sample", "evaluate", "register")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except DitflowError as error:
+        sys.stderr.write(f"fault: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Run the demo's pipeline on scanned digits."""
+    from flows.demo.digits import write_digits
+
+    folder = services.local_home(options.root) / "digits"
+    write_digits(folder)
+    splits = [f"archive.{split}={folder / split}" for split in ("train", "held_out")]
+    options.recipe, options.set = "demo", [*splits, *options.set]
+    run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run a recipe's pipeline."""
+    begin = time.monotonic()
+    recipe = _recipe(options)
+    done = None if options.force else recipe.finished(options.root)
+    if done is not None:
+        _report(options, _skipped(done, time.monotonic() - begin))
+        return
+    with _prefect(options):
+        from flows.perform import RunSettings
+        from flows.pipeline import pipeline
+
+        _report(options, pipeline(recipe, RunSettings(root=options.root, force=options.force)))
+
+
+def stage(options: argparse.Namespace) -> None:
+    """Run one stage of a recipe on an earlier output."""
+    recipe = _recipe(options)
+    with _prefect(options):
+        from flows.perform import RunSettings
+        from flows.pipeline import run_stage
+
+        settings = RunSettings(root=options.root, force=options.force)
+        _report(options, [run_stage(options.stage, recipe, options.source, settings)])
+
+
+def up(options: argparse.Namespace) -> None:
+    """Serve Prefect, MLflow and a worker until Ctrl-C."""
+    from flows.up import serve
+
+    serve(options.root, options.recipe, prefect_port=options.prefect_port, mlflow_port=options.mlflow_port)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ditflow", description="From images to a registered Diffusion Transformer.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--root", default=os.environ.get("DITFLOW_ROOT", "runs"), help="fsspec URL for all outputs")
+    work = argparse.ArgumentParser(add_help=False, parents=[shared])
+    work.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=2000")
+    work.add_argument("--force", action="store_true", help="run what is done again, beside the old output")
+    work.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    command = commands.add_parser("demo", parents=[work], help="the whole pipeline on scanned digits")
+    command.set_defaults(command=demo)
+    command = commands.add_parser("run", parents=[work], help="the whole pipeline of a recipe")
+    command.add_argument("recipe", help="name of a preset or path of a YAML file")
+    command.set_defaults(command=run)
+    for name in STAGES:
+        command = commands.add_parser(name, parents=[work], help=f"the {name} stage of a recipe")
+        command.add_argument("recipe", help="name of a preset or path of a YAML file")
+        if name != "shard":
+            text = "manifest URL or MLflow run id of the stage before (default: the recipe's own)"
+            command.add_argument("--from", dest="source", metavar="MANIFEST", help=text)
+        command.set_defaults(command=stage, stage=name, source=None)
+    command = commands.add_parser("up", parents=[shared], help="Prefect, MLflow and a worker, with all flows deployed")
+    command.add_argument("--recipe", default="demo", help="whose values fill the forms in the Prefect UI")
+    command.add_argument("--prefect-port", type=int, default=4200)
+    command.add_argument("--mlflow-port", type=int, default=5000)
+    command.set_defaults(command=up)
+    return parser
+
+
+def _recipe(options: argparse.Namespace) -> "Recipe":
+    from flows.recipe import load_recipe
+
+    return load_recipe(options.recipe, options.set)
+
+
+@contextmanager
+def _prefect(options: argparse.Namespace) -> Iterator[None]:
+    """A Prefect server for the length of the block: the user's, that of ``ditflow up``, or our own."""
+    console = "WARNING" if options.json or sys.stderr.isatty() else "INFO"
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", console)
+    if os.environ.get("PREFECT_API_URL") or services.use_running(options.root):
+        yield
+        return
+    home, port = services.local_home(options.root) / "prefect", services.free_port()
+    os.environ |= services.prefect_env(home) | {"PREFECT_API_URL": f"http://{services.HOST}:{port}/api"}
+    warm = threading.Thread(target=_warm, args=(options.root,))
+    warm.start()
+    with services.prefect_server(home, port):
+        warm.join()
+        try:
+            yield
+        finally:
+            _send_last_words()
+
+
+def _send_last_words() -> None:
+    """Let Prefect send what it still holds: it would try for a minute once its server is gone."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=5)
+
+
+def _warm(root: str) -> None:
+    """Import what the run needs and open the tracking store, while the server starts."""
+    import_module("flows.pipeline")
+    import_module("flows.runs").open_client(root)
+
+
+def _skipped(manifests: "list[Manifest]", seconds: float) -> "list[Outcome]":
+    from flows.contract import Outcome
+
+    return [Outcome(found.stage, "skipped", round(seconds / len(manifests), 1), found.url) for found in manifests]
+
+
+def _report(options: argparse.Namespace, outcomes: "list[Outcome]") -> None:
+    from flows.report import as_json, show
+
+    if options.json:
+        print(json.dumps(as_json(outcomes, options.root)))
+    else:
+        show(outcomes, options.root)
+
+
+def _terminated(*_: Any) -> NoReturn:
+    raise SystemExit(143)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Train the demo's autoencoder: ``python -m flows.demo.train_vae`` (a few minutes on two cores).
+
+A small KL autoencoder (Kingma and Welling 2014; Rombach et al. 2022) of diffusers' own class, so
+the demo's latents take the same road as those of any larger one.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dit.vae import CONFIG, WEIGHTS, Vae, VaeRef, load_vae
+from flows.demo import METRICS, VAE
+from flows.demo.digits import SIZE, digit_images
+from storage import uri
+
+# B = batch, H = W = 32 pixels, C = 4 latent channels, h = w = 8 latent sides
+
+SEED: Final = 0
+STEPS: Final = 600
+BATCH: Final = 32
+LEARNING_RATE: Final = 2e-3
+KL_WEIGHT: Final = 1e-3
+"""Of the nats of an image, beside its squared error summed over pixels in [-1, 1].
+
+Thirty times more turns three of the four channels and the empty margin into noise, and a small
+transformer then needs more steps to learn the digits.
+"""
+
+
+def build() -> AutoencoderKL:
+    """An untrained autoencoder: 3x32x32 to 4x8x8, a quarter of a million weights."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=SIZE,
+    )
+
+
+def loss(model: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error and KL divergence, each summed over an image and averaged over the batch.
+
+    Args:
+        pixels: (B, 3, H, W) in [-1, 1].
+    """
+    posterior = model.encode(pixels).latent_dist
+    error = (model.decode(posterior.sample()).sample - pixels).square().sum((1, 2, 3)).mean()
+    return error, posterior.kl().mean()
+
+
+def train(model: AutoencoderKL, images: NDArray[np.uint8], steps: int = STEPS) -> None:
+    """Fit the model to uint8 images (N, H, W, 3), each shown as it is or flipped, in batches drawn at random."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = torch.cat([pixels, pixels.flip(3)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.05)
+    for step in range(steps):
+        error, divergence = loss(model, pixels[torch.randint(len(pixels), (BATCH,))])
+        optimizer.zero_grad()
+        (error + KL_WEIGHT * divergence).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            logging.info("step %d: squared error %.2f, KL %.1f nats", step, error.item(), divergence.item())
+
+
+@torch.inference_mode()
+def latent_scale(model: AutoencoderKL, images: NDArray[np.uint8]) -> dict[str, float]:
+    """The shift and the factor that give posterior samples of the images mean 0 and deviation 1 over all channels."""
+    posterior = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+    variance = posterior.mean.var(correction=0) + posterior.var.mean()
+    return {
+        "shift_factor": round(float(posterior.mean.mean()), 5),
+        "scaling_factor": round(float(variance.rsqrt()), 5),
+    }
+
+
+def reconstruction_psnr(vae: Vae, images: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio in dB over all uint8 images (N, H, W, 3), decoded from their posterior means."""
+    mean, _ = vae.encode(torch.from_numpy(images))
+    decoded = vae.decode((mean - vae.shift_factor) * vae.scaling_factor)
+    error = np.square(decoded.numpy().astype(np.float64) - images).mean()
+    return float(10 * np.log10(255**2 / error))
+
+
+def save(model: AutoencoderKL, folder: Path) -> None:
+    """Write the weights in half precision, and the config without the fields that tell of this machine."""
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    document = {"_class_name": "AutoencoderKL"} | config
+    uri.write(str(folder / CONFIG), json.dumps(document, indent=2, sort_keys=True).encode() + b"\n")
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    uri.write(str(folder / WEIGHTS), safetensors.torch.save(weights, metadata={"format": "pt"}))
+
+
+def main() -> None:
+    """Train, save and measure."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.manual_seed(SEED)
+    images, _ = digit_images("train")
+    model, start = build(), time.perf_counter()
+    train(model, images)
+    seconds = time.perf_counter() - start
+    model.register_to_config(**latent_scale(model, images))
+    save(model, VAE)
+    vae = load_vae(VaeRef(source=str(VAE)))
+    metrics = {
+        "held_out_psnr_db": round(reconstruction_psnr(vae, digit_images("held_out")[0]), 2),
+        "sha256": vae.sha256,
+        "train_seconds": round(seconds, 1),
+    }
+    uri.write(str(VAE / METRICS), json.dumps(metrics, indent=2).encode() + b"\n")
+    logging.info("%s: %s", VAE, metrics)
+
+
+if __name__ == "__main__":
+    main()

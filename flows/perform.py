@@ -1,0 +1,129 @@
+"""How any stage is performed under Prefect: skip it if it is done, else track it, run it and link it."""
+
+import base64
+import logging
+import os
+import re
+
+from prefect import get_run_logger
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Completed
+from pydantic import Field
+
+from flows import launch, runs, tracking
+from flows.contract import Source, Stage
+from flows.launch import LocalLaunch
+from flows.progress import StageProgress
+from flows.worker import TrackingSpec, WorkerSpec
+from storage import uri
+from storage.archive import ArchiveRef
+from storage.config import Config
+from storage.errors import InputError
+from storage.manifest import Manifest, Provenance, StageOutput
+
+LOGGER = logging.getLogger(__name__)
+SKIPPED = "Skipped"
+MAX_PICTURE_BYTES = 300_000  # Prefect takes about 500 kB, and base64 adds a third
+
+
+class RunSettings(Config):
+    """What holds for a run, whatever the stage."""
+
+    root: str = Field(default_factory=lambda: os.environ.get("DITFLOW_ROOT", "runs"))
+    """fsspec URL of the folder that holds every output."""
+    force: bool = False
+    """Run a finished stage again, beside its old output."""
+    pipeline_id: str | None = None
+    """The pipeline that this run belongs to."""
+
+
+def perform(
+    stage: Stage, config: Config, given: ArchiveRef | str, settings: RunSettings, launcher: LocalLaunch | None = None
+) -> State[str]:
+    """Bring a stage to its committed manifest, inside a Prefect flow.
+
+    Args:
+        given: the archive, or a reference to the manifest that the stage starts from.
+        launcher: how to start ranks; None runs the stage in this process.
+
+    Returns:
+        A completed state with the manifest's URL, named ``Skipped`` when it was there before.
+    """
+    source = stage.source(resolve(given, settings.root) if isinstance(given, str) else given)
+    provenance = Provenance(
+        pipeline_id=settings.pipeline_id,
+        prefect_flow_run_id=flow_run.id,
+        prefect_flow_run_url=flow_run.ui_url,
+    )
+    output = stage.output(settings.root, config, source, force=settings.force, provenance=provenance)
+    done = output.committed(stage.kind)
+    if done is not None:
+        runs.settle(done, settings.root)
+        _show(stage, done, settings)
+        return Completed(name=SKIPPED, message=f"done before: {done.url}", data=done.url)
+    with runs.stage_run(output, settings.root) as (tracked, spec):
+        manifest = _run(stage, config, source, tracked, spec, launcher)
+    _show(stage, manifest, settings)
+    return Completed(message=manifest.url, data=manifest.url)
+
+
+def resolve(reference: str, root: str) -> str:
+    """The URL behind a manifest reference, which may be the id of an MLflow run.
+
+    Raises:
+        InputError: the run is unknown, or wrote no manifest.
+    """
+    if not re.fullmatch(r"[0-9a-f]{32}", reference):
+        return reference
+    url = runs.manifest_of(reference, root)
+    if url is None:
+        raise InputError(f"MLflow run {reference}: not the run of a finished stage in {runs.tracking_uri(root)}")
+    return url
+
+
+def _run(
+    stage: Stage,
+    config: Config,
+    source: Source,
+    output: StageOutput,
+    spec: TrackingSpec,
+    launcher: LocalLaunch | None,
+) -> Manifest:
+    with StageProgress(stage.name).shown() as progress:
+        if launcher is not None:
+            assert isinstance(source, Manifest)
+            values = config.model_dump(mode="json")
+            job = WorkerSpec(stage=stage.name, config=values, source=source.uri, output=output, tracking=spec)
+            launch.run(job, launcher, progress=progress.update, log=get_run_logger())
+            return stage.kind.read(output.uri)
+        tracker = tracking.StageTracker(tracking.MlflowSink(spec.uri, spec.run_id, spec.skip_to), progress.update)
+        try:
+            return stage.run(config, source, out=output, tracker=tracker)
+        finally:
+            tracker.close(output)
+
+
+def _show(stage: Stage, manifest: Manifest, settings: RunSettings) -> None:
+    """Link the flow run to its MLflow run and manifest, and show the stage's picture."""
+    try:
+        _create_artifacts(stage, manifest, settings)
+    except Exception as error:  # the stage is committed: a missing link must not fail it
+        LOGGER.warning("%s: no artifacts in Prefect: %s", stage.name, error)
+
+
+def _create_artifacts(stage: Stage, manifest: Manifest, settings: RunSettings) -> None:
+    run_id = manifest.provenance.mlflow_run_id
+    address = runs.run_url(run_id, settings.root) if run_id else None
+    if address:
+        create_link_artifact(address, link_text=f"MLflow run {run_id}", key=f"{stage.name}-mlflow")
+    facts = manifest.metrics | manifest.counts
+    rows = "".join(f"| {name} | {value:,.6g} |\n" for name, value in facts.items())
+    text = f"`{manifest.url}`\n\nMLflow run `{run_id}`\n\n| | |\n|---|---|\n{rows}"
+    create_markdown_artifact(text, key=f"{stage.name}-manifest", description=f"What {stage.name} made")
+    for entry in manifest.files:
+        if entry.path.startswith("artifacts/") and entry.path.endswith(".png") and entry.size <= MAX_PICTURE_BYTES:
+            picture = base64.b64encode(uri.read(uri.join(manifest.uri, entry.path))).decode()
+            name = entry.path.removeprefix("artifacts/").removesuffix(".png")
+            create_image_artifact(f"data:image/png;base64,{picture}", key=f"{stage.name}-{name}", description=name)

@@ -1,0 +1,141 @@
+"""A checkpoint to a model version in the MLflow registry."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from pydantic import Field
+
+from dit.evaluate import MetricsManifest
+from dit.export import EMA_WEIGHTS, MODEL, CheckpointManifest
+from dit.sample import SampleConfig, SampleManifest
+from dit.vae import fetch
+from flows.runs import DIGEST_TAG, MANIFEST_TAG, tracking_uri
+from storage import uri
+from storage.config import Config
+from storage.errors import DitflowError
+from storage.manifest import Manifest, StageOutput, code_version
+from storage.tracking import Tracker
+
+VERSION = 1
+
+
+class RegisterConfig(Config):
+    """How a model enters the registry."""
+
+    model_name: str = Field("ditflow", pattern=r"^[^/:]+$")
+    """Name of the registered model."""
+    alias: str = Field("candidate", pattern=r"^[A-Za-z0-9_-]+$")
+    """Alias that the new version takes."""
+
+
+class ModelManifest(Manifest):
+    """A version in the model registry."""
+
+    STAGE = "register"
+
+    model_name: str
+    model_version: int
+    alias: str
+
+    @property
+    def model_uri(self) -> str:
+        """How MLflow names the version."""
+        return f"models:/{self.model_name}/{self.model_version}"
+
+
+def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, tracker: Tracker) -> ModelManifest:
+    """Register the model behind some metrics as a new version, with its numbers and lineage.
+
+    A kill between the version and the manifest leaves the version, which the next run finds again.
+
+    Raises:
+        DitflowError: MLflow has no run for this stage, so it was away when the stage began.
+        InputError: the stages behind the metrics are gone.
+    """
+    run_id = out.header.provenance.mlflow_run_id
+    if run_id is None:
+        raise DitflowError(
+            "register: the MLflow server is away and the registry with it; start it and run register again"
+        )
+    samples = metrics.parent("samples", SampleManifest)
+    checkpoint = samples.parent("checkpoint", CheckpointManifest)
+    mlflow.set_tracking_uri(tracking_uri(out.uri.rsplit("/", 2)[0]))
+    client = MlflowClient()
+    version = _registered(client, config.model_name, out.header.digest)
+    if version is None:
+        version = _register(config, checkpoint, samples, run_id)
+        tags = {DIGEST_TAG: out.header.digest, **_lineage(metrics, checkpoint)}
+        for key, value in tags.items():
+            client.set_model_version_tag(config.model_name, str(version), key, value)
+    client.set_registered_model_alias(config.model_name, config.alias, str(version))
+    tracker.progress(1, 1, "versions")
+    return out.commit(
+        ModelManifest,
+        [],
+        metrics=metrics.metrics,
+        model_name=config.model_name,
+        model_version=version,
+        alias=config.alias,
+    )
+
+
+def _registered(client: MlflowClient, name: str, digest: str) -> int | None:
+    found = client.search_model_versions(f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'")
+    return int(found[0].version) if found else None
+
+
+def _lineage(metrics: MetricsManifest, checkpoint: CheckpointManifest) -> dict[str, str]:
+    tags = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.metrics.items()}
+    tags |= {
+        "distance": metrics.distance,
+        MANIFEST_TAG: uri.redact(checkpoint.url),
+        "ditflow.code_version": code_version(),
+    }
+    return tags | {f"digest.{name}": parent.digest for name, parent in (metrics.parents | checkpoint.parents).items()}
+
+
+def _register(config: RegisterConfig, checkpoint: CheckpointManifest, samples: SampleManifest, run_id: str) -> int:
+    drawn = SampleConfig.model_validate(samples.config)
+    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id, nested=True):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).with_name("served.py")),
+            artifacts=_artifacts(Path(folder), checkpoint, drawn),
+            signature=_signature(drawn),
+            input_example=(pd.DataFrame({"label": np.array([0], np.int64)}), {"steps": min(drawn.steps, 4)}),
+            pip_requirements=[f"ditflow=={code_version().partition('-')[0]}"],
+            registered_model_name=config.model_name,
+        )
+    return int(logged.registered_model_version)
+
+
+def _artifacts(folder: Path, checkpoint: CheckpointManifest, drawn: SampleConfig) -> dict[str, str]:
+    model, vae = folder / "model", folder / "vae"
+    model.mkdir()
+    for name in (MODEL, EMA_WEIGHTS):
+        (model / name).write_bytes(uri.read(uri.join(checkpoint.uri, name)))
+    fetch(drawn.vae or checkpoint.vae_ref, vae)
+    return {"model": str(model), "vae": str(vae)}
+
+
+def _signature(drawn: SampleConfig) -> ModelSignature:
+    """Labels in, PNG images out; the params default to how the evaluated samples were drawn."""
+    params: list[tuple[str, str, Any]] = [
+        ("seed", "long", drawn.seed),
+        ("steps", "long", drawn.steps),
+        ("guidance_scale", "double", drawn.guidance_scale),
+        ("guidance_channels", "string", drawn.guidance_channels),
+        ("sampler", "string", drawn.sampler),
+    ]
+    return ModelSignature(
+        inputs=Schema([ColSpec("long", "label")]),
+        outputs=Schema([ColSpec("string", "png_base64")]),
+        params=ParamSchema([ParamSpec(name, kind, default) for name, kind, default in params]),
+    )

@@ -1,0 +1,94 @@
+"""``ditflow up``: the servers, the deployments and a worker, for as long as it runs."""
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from flows import services
+from flows.process import child
+from storage import uri
+from storage.errors import DitflowError, InputError
+
+POOL = "ditflow"
+PROJECT = Path("prefect.yaml")
+
+
+def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> None:
+    """Start everything on 127.0.0.1, deploy all flows, and wait; the end of the block takes all of it down.
+
+    Args:
+        root: where the flows keep their outputs.
+        recipe: the recipe whose values fill the forms in the Prefect UI.
+        prefect_port: port of the Prefect server.
+        mlflow_port: port of the MLflow server.
+
+    Raises:
+        InputError: a port is taken, or this is not the folder with prefect.yaml.
+        DitflowError: a server, the worker or the deployment fails.
+    """
+    if not PROJECT.is_file():
+        raise InputError(f"{PROJECT}: not here; run `ditflow up` in the folder that holds it")
+    for port, option in ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port")):
+        if not services.is_free(port):
+            raise InputError(f"port {port} is taken; choose another with {option}")
+    home = services.local_home(root)
+    os.environ |= services.prefect_env(home / "prefect") | {"DITFLOW_ROOT": uri.absolute(root)}
+    with ExitStack() as stack:
+        prefect = stack.enter_context(services.prefect_server(home / "prefect", prefect_port, scheduler=True))
+        mlflow = stack.enter_context(services.mlflow_server(home, mlflow_port))
+        os.environ |= {"PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow}
+        _deploy(recipe)
+        log = stack.enter_context((home / "prefect" / "worker.log").open("wb"))
+        start = ["worker", "start", "--pool", POOL, "--name", "ditflow-up"]
+        worker = stack.enter_context(child(_prefect(*start), env={"PREFECT_WORKER_QUERY_SECONDS": "2"}, output=log))
+        stack.callback(services.announce(root, prefect, mlflow).unlink)
+        sys.stdout.write(f"Prefect  {prefect}\nMLflow   {mlflow}\nroot     {uri.absolute(root)}\nCtrl-C ends all.\n")
+        sys.stdout.flush()
+        _watch(worker, log.name)
+
+
+def _prefect(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+
+
+def _deploy(recipe: str) -> None:
+    _call("work-pool", "create", POOL, "--type", "process", "--overwrite")
+    _call("deploy", "--all", "--prefect-file", str(PROJECT))
+    _fill_forms(recipe)
+
+
+def _call(*arguments: str) -> None:
+    done = subprocess.run(_prefect(*arguments), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise DitflowError(f"prefect {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+
+
+def _fill_forms(name: str) -> None:
+    """Let every form in the UI open with the values of a recipe."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import DeploymentUpdate
+
+    from flows.contract import STAGES
+    from flows.recipe import load_recipe
+
+    recipe = load_recipe(name)
+    values: dict[str, dict[str, Any]] = {
+        stage: {"config": recipe.config_of(stage).model_dump(mode="json")} for stage in STAGES
+    }
+    values["shard"]["archive"] = recipe.archive.model_dump(mode="json")
+    values["train"]["launcher"] = recipe.launch.model_dump(mode="json")
+    values["pipeline"] = {"recipe": recipe.model_dump(mode="json")}
+    with get_client(sync_client=True) as client:
+        for flow, parameters in values.items():
+            deployment = client.read_deployment_by_name(f"{flow}/{flow}")
+            client.update_deployment(deployment.id, DeploymentUpdate(parameters=parameters))
+
+
+def _watch(worker: "subprocess.Popen[str]", log: str) -> None:
+    while worker.poll() is None:
+        time.sleep(0.5)
+    raise DitflowError(f"the worker ended with code {worker.returncode}; its log is {log}")

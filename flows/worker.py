@@ -1,0 +1,119 @@
+"""What torchrun starts on every rank: a stage's spec in, its manifest out.
+
+Everything that the launcher should know goes to stdout as one marked JSON line: progress, and the
+error that ended a rank. All other lines are the rank's log.
+"""
+
+import io
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import psutil
+
+from flows.process import die_with_parent
+from storage.config import Config
+from storage.errors import InputError
+from storage.manifest import StageOutput
+
+if TYPE_CHECKING:
+    from flows.tracking import StageTracker
+
+MARK = "@@ditflow "
+LAUNCHER = "DITFLOW_LAUNCHER"
+"""Names the environment variable with the pid of the process that started torchrun."""
+
+
+class TrackingSpec(Config):
+    """The MLflow run that rank 0 writes to."""
+
+    uri: str
+    run_id: str | None
+    """None when MLflow was away as the stage began: then records are kept beside the manifest."""
+    skip_to: int = -1
+    """Metrics up to this step were recorded before a restart."""
+
+
+class WorkerSpec(Config):
+    """Everything a rank needs to run one stage."""
+
+    stage: str
+    config: dict[str, Any]
+    source: str
+    """URL of the manifest that the stage starts from."""
+    output: StageOutput
+    tracking: TrackingSpec
+
+
+def main(path: str) -> int:
+    """Run the stage of a spec file on this rank; return its exit code. SIGTERM ends it in order, with 143."""
+    rank = int(os.environ.get("RANK", "0"))
+    signal.signal(signal.SIGTERM, _terminated)
+    _tie_to_launcher()
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)  # whole lines: all ranks share one pipe
+    logging.basicConfig(level=logging.INFO, format=f"[rank {rank}] %(message)s", stream=sys.stdout, force=True)
+    with ExitStack() as last:  # closing the tracker can take a while: the error is told before
+        try:
+            _run(WorkerSpec.model_validate_json(Path(path).read_bytes()), rank, last)
+        except Exception as error:
+            _tell_error(error, rank)
+            return 1
+    return 0
+
+
+def _tie_to_launcher() -> None:
+    """End with torchrun, at once; and do not begin if the launcher is gone already."""
+    die_with_parent(os.getppid(), signal.SIGKILL)
+    launcher = os.environ.get(LAUNCHER)
+    if launcher and int(launcher) not in [parent.pid for parent in psutil.Process().parents()]:
+        raise SystemExit("the launcher is gone")
+
+
+def _run(spec: WorkerSpec, rank: int, last: ExitStack) -> None:
+    from flows.contract import STAGES  # after logging is set up: it imports torch
+
+    stage = STAGES[spec.stage]
+    config = stage.config.model_validate(spec.config)
+    tracker = _tracker(spec.tracking, rank)
+    last.callback(tracker.close, spec.output)
+    stage.run(config, stage.source(spec.source), out=spec.output, tracker=tracker)
+
+
+def _tracker(spec: TrackingSpec, rank: int) -> "StageTracker":
+    from flows.tracking import MlflowSink, StageTracker
+
+    if rank != 0:
+        return StageTracker(None, None)
+    return StageTracker(MlflowSink(spec.uri, spec.run_id, spec.skip_to), _tell_progress)
+
+
+def _tell_progress(done: int, total: int, unit: str) -> None:
+    _tell({"done": done, "total": total, "unit": unit})
+
+
+def _tell_error(error: Exception, rank: int) -> None:
+    wrong_input = isinstance(error, InputError)
+    if not wrong_input:
+        sys.stdout.writelines(f"[rank {rank}] {line}\n" for line in traceback.format_exc().splitlines())
+    first_line = str(error).strip().partition("\n")[0]
+    _tell({"error": first_line, "kind": type(error).__name__, "rank": rank, "input": wrong_input})
+
+
+def _tell(message: dict[str, Any]) -> None:
+    sys.stdout.write(MARK + json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def _terminated(*_: Any) -> NoReturn:
+    raise SystemExit(143)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

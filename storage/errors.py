@@ -1,0 +1,13 @@
+"""The errors a person is meant to read: what is wrong, where, and what to do."""
+
+
+class DitflowError(Exception):
+    """A fault with a one-line explanation. The command exits with 1."""
+
+
+class InputError(DitflowError):
+    """What the user gave is wrong: a config, a path, an image, a weights file. Exits with 2."""
+
+
+class StorageError(DitflowError):
+    """Bytes at rest could not be written, or are not the bytes that were committed. Exits with 1."""

@@ -1,0 +1,323 @@
+"""Manifests: what a stage made, from what, and the proof that it is whole.
+
+``root/<stage>/<digest>`` holds a stage's output. Its manifest is written last, so a folder with
+a manifest is done and a folder without one is work in progress that the same command resumes.
+The digest covers the config, the digests of the inputs and the stage's version, and so names the
+output before it exists. It does not depend on where things lie.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version as package_version
+from pathlib import Path
+from subprocess import run
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+
+from storage import uri
+from storage.config import Config
+from storage.errors import InputError, StorageError
+from storage.parallel import threads
+
+MANIFEST = "manifest.json"
+
+
+class FileEntry(Config):
+    """One committed object of a stage."""
+
+    path: str
+    """Path below the stage's folder."""
+    size: int = Field(ge=0)
+    """Bytes."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Hash of the bytes."""
+
+    @field_validator("path")
+    @classmethod
+    def _stays_below(cls, path: str) -> str:
+        if not path or path.startswith("/") or ".." in path.split("/"):
+            raise ValueError(f"{path!r} leads out of the stage's folder")
+        return path
+
+
+class Parent(Config):
+    """Another stage's output that this one was made from."""
+
+    digest: str
+    uri: str
+
+
+class Provenance(Config):
+    """Who made an output. Never part of a digest."""
+
+    mlflow_run_id: str | None = None
+    prefect_flow_run_id: str | None = None
+    prefect_flow_run_url: str | None = None
+    pipeline_id: str | None = None
+
+
+class Header(Config):
+    """What is known of a stage's output before the work begins."""
+
+    model_config = ConfigDict(extra="ignore")  # so that any stage's manifest can be read for what all have
+
+    stage: str
+    version: int
+    digest: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    """Digest of every input by name: parents' manifests, archives, weights."""
+    parents: dict[str, Parent]
+    rerun: int = 0
+    """Which forced repetition of the same work this is."""
+    provenance: Provenance = Provenance()
+
+
+class Manifest(Header):
+    """The record of a finished stage. Each stage adds its own fields in a subclass."""
+
+    STAGE: ClassVar[str] = ""
+
+    format: Literal[1] = 1
+    files: tuple[FileEntry, ...]
+    counts: dict[str, int] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    code_version: str
+    created: datetime
+
+    _uri: str = PrivateAttr("")
+
+    @property
+    def uri(self) -> str:
+        """The folder that the manifest was read from or written to."""
+        return self._uri
+
+    @property
+    def url(self) -> str:
+        """The URL of the manifest itself."""
+        return uri.join(self._uri, MANIFEST)
+
+    def as_parent(self) -> Parent:
+        """This output as an input of the next stage."""
+        return Parent(digest=self.digest, uri=uri.redact(self.uri))
+
+    @classmethod
+    def read(cls, url: str) -> Self:
+        """Read a committed manifest, given its URL or its folder's.
+
+        Raises:
+            InputError: there is none, it is not a manifest, or it belongs to another stage.
+        """
+        folder = url.removesuffix(MANIFEST).rstrip("/")
+        try:
+            data = uri.read(uri.join(folder, MANIFEST))
+            stage = Header.model_validate_json(data).stage
+            if cls.STAGE and stage != cls.STAGE:
+                raise InputError(f"{uri.redact(folder)}: holds the output of {stage!r}, but {cls.STAGE!r} is needed")
+            manifest = cls.model_validate_json(data)
+        except StorageError as error:
+            raise InputError(f"{uri.redact(folder)}: no committed manifest there ({error})") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise InputError(f"{uri.redact(folder)}: not a stage manifest: {where}: {first['msg']}") from error
+        manifest._uri = uri.absolute(folder)
+        return manifest
+
+    def parent(self, name: str, kind: "type[AnyManifest]") -> "AnyManifest":
+        """The manifest of a stage that this output was made from.
+
+        It is looked for where it was, then beside this output, so a root can be moved as a whole.
+
+        Raises:
+            InputError: there is no such parent, it is gone, or something else lies in its place.
+        """
+        if name not in self.parents:
+            raise InputError(f"{uri.redact(self.uri)}: was not made from any {name!r}")
+        recorded = self.parents[name]
+        beside = uri.join(self.uri.rsplit("/", 2)[0], kind.STAGE, recorded.digest[:16])
+        here = next((url for url in (recorded.uri, beside) if uri.exists(uri.join(url, MANIFEST))), recorded.uri)
+        found = kind.read(here)
+        if found.digest != recorded.digest:
+            raise InputError(f"{uri.redact(here)}: is not the {name} that {uri.redact(self.uri)} was made from")
+        return found
+
+    def check_sizes(self) -> None:
+        """See that every committed object is there with its size.
+
+        Raises:
+            StorageError: an object is missing or has another size; the line names it.
+        """
+        with threads(16) as pool:
+            found = pool.map(lambda entry: uri.size(uri.join(self.uri, entry.path)), self.files)
+            for entry, size in zip(self.files, found, strict=True):
+                if size is None:
+                    raise self._fault(entry.path, "is missing")
+                if size != entry.size:
+                    raise self._fault(entry.path, f"has {size:,} bytes instead of {entry.size:,}")
+
+    def verify(self) -> None:
+        """Read every committed object and compare its hash.
+
+        Raises:
+            StorageError: an object is missing or holds other bytes; the line names the first.
+        """
+        self.check_sizes()
+        with threads(0) as pool:
+            found = pool.map(lambda entry: uri.file_sha256(uri.join(self.uri, entry.path)), self.files)
+            for entry, digest in zip(self.files, found, strict=True):
+                if digest != entry.sha256:
+                    raise self._fault(entry.path, "does not hold the bytes that were committed")
+
+    def read_object(self, path: str) -> bytes:
+        """The bytes of a committed object, compared with its hash.
+
+        Raises:
+            StorageError: the manifest has no such object, or it is missing or holds other bytes.
+        """
+        entry = next((entry for entry in self.files if entry.path == path), None)
+        if entry is None:
+            raise self._fault(path, "was never committed")
+        data = uri.read(uri.join(self.uri, path))
+        if uri.sha256(data) != entry.sha256:
+            raise self._fault(path, "does not hold the bytes that were committed")
+        return data
+
+    def _fault(self, path: str, state: str) -> StorageError:
+        where = uri.redact(uri.join(self.uri, path))
+        return StorageError(f"{where}: {state}; delete {MANIFEST} of this output and run {self.stage} again")
+
+
+AnyManifest = TypeVar("AnyManifest", bound=Manifest)
+
+
+class StageOutput(Config):
+    """The folder that a stage writes into, and the only way to commit it."""
+
+    uri: str
+    header: Header
+
+    def with_mlflow_run(self, run_id: str) -> "StageOutput":
+        """The same folder, with the MLflow run of the work noted."""
+        provenance = self.header.provenance.model_copy(update={"mlflow_run_id": run_id})
+        return self.model_copy(update={"header": self.header.model_copy(update={"provenance": provenance})})
+
+    def url(self, *parts: str) -> str:
+        """The URL of something in this folder."""
+        return uri.join(self.uri, *parts)
+
+    def put(self, path: str, data: bytes) -> FileEntry:
+        """Write an object whole and describe it.
+
+        Raises:
+            StorageError: the disk is full or the store refuses.
+        """
+        uri.write(self.url(path), data)
+        return FileEntry(path=path, size=len(data), sha256=uri.sha256(data))
+
+    def describe(self, path: str) -> FileEntry:
+        """The entry of an object that is there already.
+
+        Raises:
+            StorageError: it is not there.
+        """
+        data = uri.read(self.url(path))
+        return FileEntry(path=path, size=len(data), sha256=uri.sha256(data))
+
+    def commit(self, kind: type[AnyManifest], files: Iterable[FileEntry], **fields: Any) -> AnyManifest:
+        """Write the manifest, which makes the output exist, and return it as readers will see it.
+
+        Two workers that finish the same work are harmless: the first manifest stays.
+        """
+        manifest = kind(
+            **dict(self.header),
+            files=tuple(sorted(files, key=lambda entry: entry.path)),
+            code_version=code_version(),
+            created=datetime.now(UTC),
+            **fields,
+        )
+        uri.create(self.url(MANIFEST), manifest.model_dump_json(indent=1).encode())
+        return kind.read(self.uri)
+
+    def committed(self, kind: type[AnyManifest]) -> AnyManifest | None:
+        """The manifest if this output is finished."""
+        return kind.read(self.uri) if uri.exists(self.url(MANIFEST)) else None
+
+
+def stage_output(
+    root: str,
+    stage: str,
+    version: int,
+    config: Config,
+    *,
+    parents: Mapping[str, Manifest],
+    inputs: Mapping[str, str],
+    force: bool = False,
+    provenance: Provenance = Provenance(),  # noqa: B008  frozen
+) -> StageOutput:
+    """Name the output of a stage: ``root/<stage>/<first 16 digits of the digest>``.
+
+    Args:
+        root: folder of all outputs.
+        stage: the stage's name.
+        version: the version of what it makes from the same inputs.
+        config: the stage's config.
+        parents: manifests that the stage reads.
+        inputs: digests of what else it reads, such as archives and weights.
+        force: name a new output beside the finished ones instead of the first.
+        provenance: who makes it.
+    """
+    digests = {name: parent.digest for name, parent in parents.items()} | dict(inputs)
+    identity = {"stage": stage, "version": version, "config": config.identity(), "inputs": digests}
+    rerun = 0
+    while True:
+        digest = json_digest(identity | ({"rerun": rerun} if rerun else {}))
+        folder = uri.join(uri.absolute(root), stage, digest[:16])
+        if not force or not uri.exists(uri.join(folder, MANIFEST)):
+            break
+        rerun += 1
+    header = Header(
+        stage=stage,
+        version=version,
+        digest=digest,
+        config=_redacted(json.loads(config.model_dump_json())),
+        inputs=digests,
+        parents={name: parent.as_parent() for name, parent in parents.items()},
+        rerun=rerun,
+        provenance=provenance,
+    )
+    return StageOutput(uri=folder, header=header)
+
+
+def _redacted(value: Any) -> Any:
+    """A JSON value whose URLs keep no user, password or query."""
+    if isinstance(value, dict):
+        return {_redacted(key): _redacted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    return uri.redact(value) if isinstance(value, str) else value
+
+
+def json_digest(value: Any) -> str:
+    """The sha256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@cache
+def code_version() -> str:
+    """The package's version, with the git commit (and ``+dirty``) when run from a checkout."""
+    name = package_version("ditflow")
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():
+        return name
+    described = run(
+        ["git", "-C", str(checkout), "describe", "--always", "--dirty=+dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return f"{name}-g{described.stdout.strip()}" if described.returncode == 0 else name

@@ -1,0 +1,189 @@
+"""Objects by URL, on any fsspec file system: whole-object reads and atomic writes.
+
+A URL without a scheme is a local path. Local writes go to a temporary name, are synced and
+renamed, so an object is either absent or whole; object stores give that by themselves.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from storage.errors import InputError, StorageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def sha256(data: bytes) -> str:
+    """The hash of the bytes as 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(url: str) -> str:
+    """The hash of an object of any size, read piece by piece.
+
+    Raises:
+        StorageError: it is absent or cannot be read.
+    """
+    fs, path = filesystem(url)
+    digest = hashlib.sha256()
+    try:
+        with fs.open(path, "rb") as file:
+            while piece := file.read(1 << 22):
+                digest.update(piece)
+    except FileNotFoundError as error:
+        raise StorageError(f"{redact(url)}: no such object") from error
+    except OSError as error:
+        raise StorageError(f"{redact(url)}: cannot be read ({error})") from error
+    return digest.hexdigest()
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URL and the path in it.
+
+    Raises:
+        InputError: the scheme is unknown or its package is not installed.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{redact(url)}: not a usable URL ({error})") from error
+    return fs, str(path)
+
+
+def join(url: str, *parts: str) -> str:
+    """The URL of something below another."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute; any other URL as it is."""
+    path = local_path(url)
+    return url if path is None else str(path)
+
+
+def local_path(url: str) -> Path | None:
+    """The path of a local URL, or None when the object lies elsewhere."""
+    fs, path = filesystem(url)
+    return Path(path) if isinstance(fs, LocalFileSystem) else None
+
+
+def redact(url: str) -> str:
+    """The URL without user, password and query, fit for logs and manifests."""
+    if "://" not in url:
+        return url
+    return re.sub(r"[?#].*", "", re.sub(r"://[^/\s]*@", "://", url), flags=re.DOTALL)
+
+
+def exists(url: str) -> bool:
+    """Whether an object or folder is there."""
+    fs, path = filesystem(url)
+    return bool(fs.exists(path))
+
+
+def size(url: str) -> int | None:
+    """The object's size in bytes, or None when it is absent."""
+    fs, path = filesystem(url)
+    try:
+        return int(fs.info(path)["size"])
+    except FileNotFoundError:
+        return None
+
+
+def read(url: str) -> bytes:
+    """The whole object.
+
+    Raises:
+        StorageError: it is absent or cannot be read.
+    """
+    fs, path = filesystem(url)
+    try:
+        return bytes(fs.cat_file(path))
+    except FileNotFoundError as error:
+        raise StorageError(f"{redact(url)}: no such object") from error
+    except OSError as error:
+        raise StorageError(f"{redact(url)}: cannot be read ({error})") from error
+
+
+def write(url: str, data: bytes) -> None:
+    """Put the object whole, replacing any older one.
+
+    Raises:
+        StorageError: the disk is full or the store refuses.
+    """
+    _put(url, data, exclusive=False)
+
+
+def create(url: str, data: bytes) -> bool:
+    """Put the object whole if nothing is there; say whether it was put.
+
+    Raises:
+        StorageError: the disk is full or the store refuses.
+    """
+    return _put(url, data, exclusive=True)
+
+
+def names(url: str) -> list[str]:
+    """The sorted names of the objects and folders right below a folder; empty when it is absent."""
+    fs, path = filesystem(url)
+    try:
+        return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+
+
+def remove_tree(url: str) -> None:
+    """Remove a folder and all below it, if it is there."""
+    fs, path = filesystem(url)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def _put(url: str, data: bytes, *, exclusive: bool) -> bool:
+    local = local_path(url)
+    try:
+        if local is not None:
+            return _put_local(local, data, exclusive=exclusive)
+        fs, path = filesystem(url)
+        fs.pipe_file(path, data, mode="create" if exclusive else "overwrite")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _explain(url, len(data), error) from error
+    return True
+
+
+def _put_local(path: Path, data: bytes, *, exclusive: bool) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if exclusive:
+            os.link(temporary, path)  # fails when the name is taken, unlike a rename
+        else:
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _explain(url: str, count: int, error: OSError) -> StorageError:
+    if error.errno not in _FULL:
+        return StorageError(f"{redact(url)}: cannot be written ({error})")
+    local = local_path(url)
+    free = ""
+    if local is not None:
+        folder = next(parent for parent in local.parents if parent.exists())
+        free = f", {shutil.disk_usage(folder).free:,} bytes are free"
+    return StorageError(
+        f"{redact(url)}: the disk is full ({count:,} bytes to write{free}); make room and run the same command again"
+    )

@@ -1,0 +1,78 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from dit.export import CheckpointManifest
+from dit.sample import SampleManifest
+from dit.vae import VaeRef
+from storage import shards as shard
+from storage.archive import ArchiveRef
+from storage.latents import LatentManifest
+from storage.manifest import stage_output
+from storage.shards import ShardConfig, ShardManifest
+from storage.tracking import NullTracker
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs that tests share and do not change."""
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scanned digits as PNGs, wider than high: ``<split>/<class>/<number>.png``."""
+    scans = load_digits()
+    folder = tmp_path_factory.mktemp("pictures")
+    for name in tiny.CLASSES:
+        mine = scans.images[scans.target == int(name)]
+        for number, scan in enumerate(mine[: tiny.TRAIN + tiny.HELD_OUT]):
+            path = folder / ("train" if number < tiny.TRAIN else "held_out") / name / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grey = Image.fromarray((scan * 15.9).astype(np.uint8)).resize((tiny.WIDTH, tiny.SIDE))
+            grey.convert("RGB").save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(pictures: Path, root: Path) -> ShardManifest:
+    config = ShardConfig(images_per_shard=10, workers=2)
+    archive = ArchiveRef(train=str(pictures / "train"), held_out=str(pictures / "held_out"))
+    inputs = shard.input_digests(archive)
+    out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
+    return shard.run(config, archive, out=out, tracker=NullTracker())
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> VaeRef:
+    """An autoencoder with random weights: 4 channels, 4 pixels to a latent pixel."""
+    return tiny.save_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="session")
+def latents(root: Path, shards: ShardManifest, vae: VaeRef) -> LatentManifest:
+    return tiny.run_encode(root, tiny.encode_config(vae), shards)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(root: Path, latents: LatentManifest) -> CheckpointManifest:
+    return tiny.run_train(root, tiny.TRAINING, latents)
+
+
+@pytest.fixture(scope="session")
+def samples(root: Path, checkpoint: CheckpointManifest) -> SampleManifest:
+    return tiny.run_sample(root, tiny.SAMPLING, checkpoint)

@@ -1,0 +1,169 @@
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from dit.export import CheckpointManifest
+from dit.training import checkpoint
+from dit.training.checkpoint import Measured
+from dit.training.ema import EMA
+from dit.training.loop import TrainState
+from storage.errors import StorageError
+from storage.manifest import StageOutput
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> StageOutput:
+    return tiny.output(tmp_path, CheckpointManifest, tiny.TRAINING)
+
+
+def fresh(seed: int = 0) -> TrainState:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model.register_parameter("fixed", nn.Parameter(torch.randn(2), requires_grad=False))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return TrainState(model, EMA(model, 0.9), torch.optim.AdamW(trained, 1e-2, fused=True))
+
+
+def advance(state: TrainState, steps: int) -> None:
+    for _ in range(steps):
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(state.step))
+        state.model(x).square().mean().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.ema.update(state.model)
+        state.step += 1
+
+
+def tensors(state: TrainState) -> dict[str, torch.Tensor]:
+    found = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+    found |= {f"ema.{name}": value for name, value in state.ema.state_dict().items()}
+    for index, slots in state.optimizer.state_dict()["state"].items():
+        found |= {f"{index}.{name}": value for name, value in slots.items()}
+    return {name: value.clone() for name, value in found.items()}
+
+
+def assert_same(state: TrainState, expected: dict[str, torch.Tensor]) -> None:
+    found = tensors(state)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def saved(out: StageOutput, steps: tuple[int, ...], keep: int = 9) -> dict[int, dict[str, torch.Tensor]]:
+    """Checkpoints at these steps, and what each holds."""
+    state, history, held = fresh(), list[Measured](), {}
+    for step in steps:
+        advance(state, step - state.step)
+        history.append(Measured(step=step, values={"loss": 1 / (3 * step)}))
+        checkpoint.save(out, state, history, keep=keep)
+        held[step] = tensors(state)
+    return held
+
+
+def kept(out: StageOutput) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in Path(out.url("checkpoints")).iterdir())
+
+
+def folder(out: StageOutput, step: int) -> Path:
+    return Path(out.url("checkpoints", f"step-{step:09d}"))
+
+
+def test_all_that_changes_comes_back(out: StageOutput) -> None:
+    held = saved(out, (3, 5))
+    state = fresh(seed=1)
+    history = checkpoint.load_newest(out, state)
+    assert state.step == 5
+    assert_same(state, held[5])
+    assert [(measured.step, measured.values) for measured in history] == [(3, {"loss": 1 / 9}), (5, {"loss": 1 / 15})]
+
+
+def test_training_goes_on_as_if_nothing_had_happened(out: StageOutput) -> None:
+    saved(out, (4,))
+    through, resumed = fresh(), fresh(seed=1)
+    advance(through, 9)
+    checkpoint.load_newest(out, resumed)
+    advance(resumed, 5)
+    assert_same(resumed, tensors(through))
+
+
+def test_without_checkpoints_nothing_changes(out: StageOutput) -> None:
+    state = fresh()
+    before = tensors(state)
+    assert checkpoint.load_newest(out, state) == []
+    assert state.step == 0
+    assert_same(state, before)
+
+
+def no_record(folder: Path) -> None:
+    (folder / "record.json").unlink()
+
+
+def broken_record(folder: Path) -> None:
+    (folder / "record.json").write_text('{"step": 6')
+
+
+def no_state(folder: Path) -> None:
+    (folder / "state.safetensors").unlink()
+
+
+def short_state(folder: Path) -> None:
+    data = (folder / "state.safetensors").read_bytes()
+    (folder / "state.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def flipped_bit(folder: Path) -> None:
+    data = bytearray((folder / "state.safetensors").read_bytes())
+    data[-3] ^= 1
+    (folder / "state.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize("fault", [no_record, broken_record, no_state, short_state, flipped_bit])
+def test_a_broken_checkpoint_gives_way_to_the_one_before(
+    out: StageOutput, fault: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    held = saved(out, (2, 4, 6))
+    fault(folder(out, 6))
+    state = fresh(seed=1)
+    with caplog.at_level(logging.WARNING):
+        history = checkpoint.load_newest(out, state)
+    assert (state.step, [measured.step for measured in history]) == (4, [2, 4])
+    assert_same(state, held[4])
+    assert "step-000000006: not a whole checkpoint" in caplog.text
+    advance(state, 2)
+    checkpoint.save(out, state, history, keep=9)
+    again = fresh(seed=2)
+    checkpoint.load_newest(out, again)
+    assert again.step == 6
+    assert_same(again, held[6])
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(out: StageOutput) -> None:
+    saved(out, (2, 4))
+    record = folder(out, 4) / "record.json"
+    record.unlink()
+    record.mkdir()
+    with pytest.raises(StorageError, match=r"record\.json: cannot be read"):
+        checkpoint.load_newest(out, fresh())
+
+
+def test_the_newest_stay(out: StageOutput) -> None:
+    saved(out, (1, 2, 3, 4, 5), keep=2)
+    assert kept(out) == [4, 5]
+
+
+def test_a_later_leftover_does_not_push_out_the_only_good_one(out: StageOutput) -> None:
+    saved(out, (2, 6))
+    no_record(folder(out, 6))
+    state = fresh()
+    history = checkpoint.load_newest(out, state)
+    advance(state, 2)
+    checkpoint.save(out, state, history, keep=1)
+    assert kept(out) == [4, 6]
+    found = fresh(seed=1)
+    checkpoint.load_newest(out, found)
+    assert found.step == 4
+    assert_same(found, tensors(state))

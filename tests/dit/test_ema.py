@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dit.training.ema import EMA
+from storage.errors import InputError
+
+
+def model(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def test_average_is_the_closed_form() -> None:
+    net = model()
+    ema = EMA(net, 0.9)
+    history = [net[0].weight.detach().numpy().copy()]
+    for step in range(5):
+        with torch.no_grad():
+            net[0].weight.add_(step + 1.0)
+        ema.update(net)
+        history.append(net[0].weight.detach().numpy().copy())
+    weights = [0.9**5, *(0.1 * 0.9 ** (4 - k) for k in range(5))]
+    expected = sum(w * h for w, h in zip(weights, history, strict=True))
+    np.testing.assert_allclose(ema.state_dict()["0.weight"].numpy(), expected, rtol=1e-5)
+    np.testing.assert_array_equal(ema.state_dict()["1.weight"].numpy(), net[1].weight.detach().numpy())
+
+
+@pytest.mark.parametrize(("decay", "kept"), [(1.0, True), (0.0, False)])
+def test_ends_of_the_range(decay: float, kept: bool) -> None:
+    net = model()
+    ema, start = EMA(net, decay), net[0].weight.detach().clone()
+    with torch.no_grad():
+        net[0].weight.zero_()
+    ema.update(net)
+    assert torch.equal(ema.state_dict()["0.weight"], start) is kept
+
+
+def test_average_is_float32_of_a_bfloat16_model() -> None:
+    net = model().bfloat16()
+    ema = EMA(net, 0.999)
+    with torch.no_grad():
+        net[0].bias.add_(1.0)
+    ema.update(net)
+    moved = ema.state_dict()["0.bias"] - (net[0].bias.float() - 1)
+    assert moved.dtype == torch.float32
+    torch.testing.assert_close(moved, torch.full((4,), 0.001), rtol=0, atol=5e-3)
+    assert moved.abs().max() > 0
+
+
+def test_the_model_is_left_alone() -> None:
+    net = model()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    ema = EMA(net, 0.5)
+    ema.update(net)
+    ema.state_dict()["0.weight"].add_(1)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_state_goes_out_and_in() -> None:
+    first, second = model(0), model(1)
+    ema, other = EMA(first, 0.5), EMA(second, 0.5)
+    other.load_state_dict({name: tensor.clone() for name, tensor in ema.state_dict().items()})
+    ema.copy_to(second)
+    for name, parameter in second.named_parameters():
+        assert torch.equal(parameter, ema.state_dict()[name])
+        assert torch.equal(other.state_dict()[name], ema.state_dict()[name])
+
+
+def test_copy_does_not_share_memory() -> None:
+    net, ema = model(), EMA(model(1), 0.5)
+    ema.copy_to(net)
+    with torch.no_grad():
+        net[0].weight.zero_()
+    assert ema.state_dict()["0.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s: s.pop("0.bias"), "0.bias is missing"),
+        (lambda s: s.update(more=torch.ones(1)), "more is unknown"),
+        (lambda s: s.update({"1.bias": torch.ones(3)}), r"1.bias has shape \(3,\) instead of \(2,\)"),
+    ],
+)
+def test_state_of_another_model_is_refused(change: object, reason: str) -> None:
+    ema = EMA(model(), 0.5)
+    state = ema.state_dict()
+    change(state)  # type: ignore[operator]
+    with pytest.raises(InputError, match=reason):
+        ema.load_state_dict(state)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
+def test_decay_outside_the_range(decay: float) -> None:
+    with pytest.raises(InputError, match="ema_decay"):
+        EMA(model(), decay)

@@ -1,0 +1,182 @@
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from dit.vae import Vae, VaeRef
+from storage.errors import DitflowError, InputError
+from storage.latents import LatentManifest, LatentReader
+from storage.rows import RowReader
+from storage.shards import ShardManifest
+
+LEFT = (tiny.WIDTH - tiny.SIDE) // 2
+
+
+def posterior(vae: VaeRef, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By diffusers alone."""
+    model = AutoencoderKL.from_pretrained(vae.source, low_cpu_mem_usage=False).eval()
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        found = model.encode(pixels).latent_dist
+    return found.mean.numpy(), found.std.numpy()
+
+
+def test_both_flips_are_what_diffusers_gives(latents: LatentManifest, pictures: Path, vae: VaeRef) -> None:
+    files = sorted((pictures / "train").rglob("*.png"), key=lambda path: path.as_posix())
+    rows = RowReader(latents)
+    order = rows.array("source_index")
+    assert sorted(order) == list(range(tiny.COUNT))
+    plain = np.stack([np.asarray(Image.open(files[index])) for index in order])[:, :, LEFT : LEFT + tiny.SIDE]
+    for flip, images in enumerate((plain, plain[:, :, ::-1])):
+        which = np.full(len(order), flip)
+        for name, expected in zip(("mean", "std"), posterior(vae, images), strict=True):
+            found = rows.take(name, np.arange(len(order)), which)
+            np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-3)
+
+
+def test_labels_are_those_of_the_folders(latents: LatentManifest, pictures: Path) -> None:
+    files = sorted((pictures / "train").rglob("*.png"), key=lambda path: path.as_posix())
+    rows = RowReader(latents)
+    names = [latents.class_names[label] for label in rows.array("label")]
+    assert names == [files[index].parent.name for index in rows.array("source_index")]
+
+
+def test_manifest_says_what_the_latents_are(latents: LatentManifest, vae: VaeRef, shards: ShardManifest) -> None:
+    assert (latents.count, latents.flips, latents.latent_shape) == (tiny.COUNT, 2, (4, 8, 8))
+    assert (latents.resolution, latents.split, latents.class_names) == (tiny.SIDE, "train", tiny.CLASSES)
+    assert (latents.vae.scaling_factor, latents.vae.shift_factor) == (tiny.SCALE, tiny.SHIFT)
+    assert latents.vae.source == vae.source
+    assert latents.parent("shards", ShardManifest).digest == shards.digest
+    attributes = RowReader(latents).attributes
+    assert attributes["vae_sha256"] == latents.vae.sha256
+    assert attributes["scaled"] is False
+
+
+def test_without_flips_and_of_the_other_split(
+    tmp_path: Path, latents: LatentManifest, shards: ShardManifest, vae: VaeRef
+) -> None:
+    plain = tiny.run_encode(tmp_path, tiny.encode_config(vae, flips=False), shards)
+    everything = np.arange(tiny.COUNT)
+    for found, expected in zip(
+        LatentReader(plain).moments(everything), LatentReader(latents).moments(everything), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-3)
+    with pytest.raises(IndexError):
+        LatentReader(plain).moments(np.array([0]), np.array([1]))
+    held_out = tiny.run_encode(tmp_path, tiny.encode_config(vae, split="held_out"), shards)
+    assert held_out.count == tiny.HELD_OUT * len(tiny.CLASSES)
+
+
+def spoil_nothing(folder: Path) -> None:
+    pass
+
+
+def lose_an_object(folder: Path) -> None:
+    (folder / "data/mean/c/0/1/0/0/0").unlink()
+
+
+def halve_an_object(folder: Path) -> None:
+    path = folder / "data/std/c/1/0/0/0/0"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def lose_a_record(folder: Path) -> None:
+    (folder / "records/rows-00001.json").unlink()
+
+
+@pytest.mark.parametrize("fault", [spoil_nothing, lose_an_object, halve_an_object, lose_a_record])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, latents: LatentManifest, shards: ShardManifest, vae: VaeRef, fault: Callable[[Path], None]
+) -> None:
+    config, killer = tiny.encode_config(vae), tiny.Killer(when=35)
+    with pytest.raises(tiny.Killed):
+        tiny.run_encode(tmp_path, config, shards, killer)
+    folder = Path(tiny.output(tmp_path, LatentManifest, config, shards=shards).uri)
+    assert sorted(path.name for path in (folder / "records").iterdir()) == ["rows-00000.json", "rows-00001.json"]
+    fault(folder)
+    recorder = tiny.Recorder()
+    resumed = tiny.run_encode(tmp_path, config, shards, recorder)
+    assert tiny.objects(resumed) == tiny.objects(latents)
+    assert "reconstructions.png" in recorder.artifacts
+    encoded_again = {done for done, _, _ in recorder.steps}
+    assert (5 in encoded_again) == (fault is lose_an_object)
+    assert (21 in encoded_again) == (fault in (halve_an_object, lose_a_record))
+    assert recorder.steps[-1] == (tiny.COUNT, tiny.COUNT, "images")
+
+
+def test_a_fault_within_a_block_leaves_nothing_of_it(
+    tmp_path: Path, latents: LatentManifest, shards: ShardManifest, vae: VaeRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, real = [], Vae.encode
+
+    def failing(self: Vae, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(len(images))
+        if len(calls) == 11:  # of two for each batch, four batches to a block
+            raise RuntimeError("out of memory")
+        return real(self, images)
+
+    monkeypatch.setattr(Vae, "encode", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tiny.run_encode(tmp_path, tiny.encode_config(vae), shards)
+    folder = Path(tiny.output(tmp_path, LatentManifest, tiny.encode_config(vae), shards=shards).uri)
+    assert [path.name for path in (folder / "records").iterdir()] == ["rows-00000.json"]
+    assert not (folder / "data/mean/c/1").exists()
+    assert tiny.objects(tiny.run_encode(tmp_path, tiny.encode_config(vae), shards)) == tiny.objects(latents)
+
+
+def test_reconstructions_show_the_images_and_their_quality(latents: LatentManifest, vae: VaeRef) -> None:
+    picture = np.asarray(Image.open(io.BytesIO(latents.read_object("artifacts/reconstructions.png"))))
+    cells = picture.reshape(-1, tiny.SIDE, 8, tiny.SIDE, 3).swapaxes(1, 2).reshape(-1, 2, tiny.SIDE, tiny.SIDE, 3)
+    assert len(cells) == 32
+    images, decoded = cells[:, 0], cells[:, 1].astype(np.float64)
+    model = AutoencoderKL.from_pretrained(vae.source, low_cpu_mem_usage=False).eval()
+    with torch.no_grad():
+        raw = model.decode(torch.from_numpy(posterior(vae, images)[0])).sample.permute(0, 2, 3, 1).numpy()
+    expected = np.trunc(np.clip(127.5 * raw.astype(np.float64) + 128, 0, 255))
+    assert np.abs(decoded - expected).max() <= 1
+    psnr = 10 * np.log10(255**2 / np.square(images - decoded).mean())
+    assert latents.metrics["reconstruction_psnr_db"] == pytest.approx(psnr)
+
+
+def test_half_precision_is_near_and_says_so(
+    tmp_path: Path, latents: LatentManifest, shards: ShardManifest, vae: VaeRef
+) -> None:
+    half = tiny.run_encode(tmp_path, tiny.encode_config(vae, precision="bfloat16"), shards)
+    found, expected = RowReader(half).array("mean"), RowReader(latents).array("mean")
+    np.testing.assert_allclose(found, expected, atol=0.05, rtol=0.1)
+    assert not np.array_equal(found, expected)
+    assert RowReader(half).attributes["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"resolution": 30}, "encode.resolution: 30 px is not a multiple of the VAE's 4"),
+        ({"split": "test"}, "encode.split: 'test' is not in the data; it has train, held_out"),
+        ({"block_rows": 12}, "a block of 12 rows is not made of whole chunks of 8"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    tmp_path: Path, shards: ShardManifest, vae: VaeRef, changes: dict[str, object], reason: str
+) -> None:
+    config = tiny.encode_config(vae).model_copy(update=changes)
+    with pytest.raises(InputError, match=reason):
+        tiny.run_encode(tmp_path, config, shards)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_latents_that_are_no_numbers_are_refused(tmp_path: Path, shards: ShardManifest) -> None:
+    vae = tiny.save_vae(tmp_path / "vae")
+    model = AutoencoderKL.from_pretrained(vae.source, low_cpu_mem_usage=False)
+    with torch.no_grad():
+        model.quant_conv.weight.mul_(1e7)
+    model.save_pretrained(vae.source)
+    with pytest.raises(DitflowError, match="not finite in float16"):
+        tiny.run_encode(tmp_path, tiny.encode_config(vae), shards)
+    assert not list(tmp_path.rglob("rows-*.json"))

@@ -1,0 +1,245 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from dit import sample
+from dit.evaluate import EvaluateConfig, MetricsManifest
+from dit.export import CheckpointManifest
+from dit.metrics.demo_digits import DigitsClassifier, load_digits_classifier
+from dit.metrics.features import ExtractorRef
+from dit.sample import SampleManifest
+from storage import shards as shard
+from storage import uri
+from storage.archive import ArchiveRef
+from storage.errors import InputError, StorageError
+from storage.latents import LatentManifest
+from storage.manifest import stage_output
+from storage.rows import RowReader, RowWriter
+from storage.shards import ShardConfig, ShardManifest
+from storage.tracking import NullTracker
+
+LEFT = (tiny.WIDTH - tiny.SIDE) // 2
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
+    """An extractor with random weights, which takes every image for a 5."""
+    folder = tmp_path_factory.mktemp("classifier")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = DigitsClassifier()
+    state = network.state_dict()
+    state["head.weight"].zero_()
+    state["head.bias"].copy_(torch.arange(10) == 5)
+    (folder / "model.safetensors").write_bytes(save(state))
+    return EvaluateConfig(extractor=ExtractorRef(weights=str(folder)), batch_size=16)
+
+
+def pixels(pictures: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a split, read without the product."""
+    files = sorted((pictures / split).rglob("*.png"))
+    images = [np.asarray(Image.open(path))[:, LEFT : LEFT + tiny.SIDE] for path in files]
+    return np.stack(images), np.array([tiny.CLASSES.index(path.parent.name) for path in files], np.int32)
+
+
+def as_samples(
+    root: Path,
+    checkpoint: CheckpointManifest,
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: tuple[str, ...] = tiny.CLASSES,
+) -> SampleManifest:
+    """Any images in the place of a model's samples."""
+    out = tiny.output(root, SampleManifest, tiny.SAMPLING, checkpoint=checkpoint)
+    writer = RowWriter(out, sample.layout(len(images), 64, tiny.SIDE), {})
+    for block in writer.missing():
+        start, stop = writer.bounds(block)
+        writer.write(block, {"image": images[start:stop], "label": labels[start:stop]})
+    counts, conditions = {"images": len(images)}, {"count": len(images)}
+    return out.commit(
+        SampleManifest,
+        writer.finish(),
+        counts=counts,
+        resolution=tiny.SIDE,
+        class_names=class_names,
+        conditions=conditions,
+    )
+
+
+def fd(config: EvaluateConfig, one: np.ndarray, other: np.ndarray) -> float:
+    """The Fréchet distance of the extractor's features, by NumPy."""
+    extractor = load_digits_classifier(config.extractor.weights)
+    a, b = (extractor(images).double().numpy() for images in (one, other))
+    s1, s2, gap = np.cov(a.T), np.cov(b.T), a.mean(0) - b.mean(0)
+    roots = np.sqrt(np.linalg.eigvals(s1 @ s2).real.clip(0))
+    return float(gap @ gap + np.trace(s1) + np.trace(s2) - 2 * roots.sum())
+
+
+def test_training_images_are_at_no_distance_from_themselves(
+    tmp_path: Path, pictures: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig
+) -> None:
+    images, labels = pixels(pictures, "train")
+    metrics = tiny.run_evaluate(tmp_path, judge, as_samples(tmp_path, checkpoint, images, labels)).metrics
+    assert metrics["fd"] == pytest.approx(0, abs=1e-4 * metrics["fd_floor"])
+    assert 0 < metrics["fd_floor"] < metrics["fd_ceiling"] / 2
+    assert metrics["fd_at_floor_n"] > metrics["fd"]
+
+
+def test_held_out_images_are_at_the_floor(
+    tmp_path: Path, pictures: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig
+) -> None:
+    images, labels = pixels(pictures, "held_out")
+    metrics = tiny.run_evaluate(tmp_path, judge, as_samples(tmp_path, checkpoint, images, labels)).metrics
+    assert metrics["fd"] == pytest.approx(metrics["fd_floor"], rel=1e-6)
+    assert metrics["fd_at_floor_n"] == metrics["fd"]
+    assert metrics["fd"] == pytest.approx(fd(judge, images, pixels(pictures, "train")[0]), rel=1e-3)
+
+
+def test_noise_is_at_the_ceiling(
+    tmp_path: Path, pictures: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, tiny.SIDE, tiny.SIDE, 3), np.uint8)
+    manifest = as_samples(tmp_path, checkpoint, noise, np.zeros(200, np.int32))
+    metrics = tiny.run_evaluate(tmp_path, judge, manifest).metrics
+    assert metrics["fd"] == pytest.approx(metrics["fd_ceiling"], rel=0.05)
+    assert metrics["fd"] != metrics["fd_ceiling"]
+    assert metrics["fd"] == pytest.approx(fd(judge, noise, pixels(pictures, "train")[0]), rel=1e-3)
+
+
+def test_numbers_of_a_models_samples(
+    tmp_path: Path, pictures: Path, samples: SampleManifest, shards: ShardManifest, judge: EvaluateConfig
+) -> None:
+    recorder = tiny.Recorder()
+    manifest = tiny.run_evaluate(tmp_path, judge, samples, recorder)
+    images = RowReader(samples).array("image")
+    training = pixels(pictures, "train")[0]
+    assert manifest.metrics["fd"] == pytest.approx(fd(judge, images, training), rel=1e-3)
+    assert manifest.metrics["fd"] > manifest.metrics["fd_floor"]
+    assert manifest.counts == {"samples": 11, "reference": tiny.COUNT, "floor": 11}
+    assert recorder.values == {0: manifest.metrics}
+    assert recorder.steps[-1][0] == recorder.steps[-1][1] == tiny.COUNT + 3 * 11
+    digest = uri.sha256(Path(judge.extractor.weights, "model.safetensors").read_bytes())
+    assert manifest.distance == f"FD[demo-digits@{digest[:8]}]"
+    assert manifest.conditions == samples.conditions | {
+        "extractor": "demo-digits",
+        "extractor_version": 1,
+        "extractor_sha256": digest,
+        "extractor_preprocessing": "uint8-32px/127.5-1",
+        "reference": shards.digest,
+        "reference_split": "train",
+        "reference_crop": "box-bicubic-centre-32",
+        "noise_seed": 0,
+    }
+
+
+def test_batches_do_not_matter(tmp_path: Path, samples: SampleManifest, judge: EvaluateConfig) -> None:
+    runs = [
+        tiny.run_evaluate(tmp_path / str(size), judge.model_copy(update={"batch_size": size}), samples)
+        for size in (3, 64)
+    ]
+    assert runs[0].digest == runs[1].digest
+    assert runs[0].metrics == pytest.approx(runs[1].metrics, rel=1e-4)
+
+
+def test_floor_is_taken_from_as_many_images_as_there_are_samples(
+    tmp_path: Path, pictures: Path, checkpoint: CheckpointManifest, shards: ShardManifest, judge: EvaluateConfig
+) -> None:
+    images, labels = pixels(pictures, "train")
+    manifest = tiny.run_evaluate(tmp_path, judge, as_samples(tmp_path, checkpoint, images[:7], labels[:7]))
+    assert manifest.counts["floor"] == 7
+    assert manifest.metrics["fd_at_floor_n"] == manifest.metrics["fd"]
+    names = [item.name for item in shard.read_images(shards, "held_out", 0, 7)]
+    held_out = [np.asarray(Image.open(pictures / "held_out" / name))[:, LEFT : LEFT + tiny.SIDE] for name in names]
+    assert manifest.metrics["fd_floor"] == pytest.approx(fd(judge, np.stack(held_out), images), rel=1e-3)
+
+
+def test_recognised_is_the_share_of_the_class_that_is_seen(
+    tmp_path: Path, pictures: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig
+) -> None:
+    images, labels = pixels(pictures, "train")
+    labels[:] = 0
+    labels[: len(labels) // 3] = tiny.CLASSES.index("5")
+    metrics = tiny.run_evaluate(tmp_path, judge, as_samples(tmp_path, checkpoint, images, labels)).metrics
+    assert metrics["recognised"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("label", "class_names"), [(-1, tiny.CLASSES), (0, ("cat", "5", "dog"))], ids=["no label", "other classes"]
+)
+def test_what_a_classifier_cannot_know_is_not_asked(
+    tmp_path: Path,
+    pictures: Path,
+    checkpoint: CheckpointManifest,
+    judge: EvaluateConfig,
+    label: int,
+    class_names: tuple[str, ...],
+) -> None:
+    images, labels = pixels(pictures, "held_out")
+    labels[:] = label
+    manifest = as_samples(tmp_path, checkpoint, images, labels, class_names)
+    assert "recognised" not in tiny.run_evaluate(tmp_path, judge, manifest).metrics
+
+
+def pipeline(root: Path, pictures: Path, vae: object, *, held_out: bool) -> SampleManifest:
+    """Every stage up to the samples, in a root of its own."""
+    config = ShardConfig(images_per_shard=10)
+    archive = ArchiveRef(train=str(pictures / "train"), held_out=str(pictures / "held_out") if held_out else None)
+    out = stage_output(str(root), shard.STAGE, 1, config, parents={}, inputs=shard.input_digests(archive))
+    shards = shard.run(config, archive, out=out, tracker=NullTracker())
+    latents = tiny.run_encode(root, tiny.encode_config(vae, flips=False), shards)
+    training = tiny.TRAINING.model_copy(update={"steps": 2, "flips": False})
+    return tiny.run_sample(root, tiny.SAMPLING, tiny.run_train(root, training, latents))
+
+
+def test_a_root_may_move(tmp_path: Path, pictures: Path, vae: object, judge: EvaluateConfig) -> None:
+    before = pipeline(tmp_path / "before", pictures, vae, held_out=True)
+    expected = tiny.run_evaluate(tmp_path / "elsewhere", judge, before)
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = SampleManifest.read(before.uri.replace("before", "after"))
+    found = tiny.run_evaluate(tmp_path / "after", judge, moved)
+    assert found.metrics == expected.metrics
+    assert found.digest == expected.digest
+    lineage = found.parent("samples", SampleManifest).parent("checkpoint", CheckpointManifest)
+    shards = lineage.parent("latents", LatentManifest).parent("shards", ShardManifest)
+    assert str(tmp_path / "after") in shards.uri
+    assert found.conditions["reference"] == shards.digest
+
+
+@pytest.mark.parametrize("lost", ["train", "encode", "shard"])
+def test_a_lost_parent_is_named(tmp_path: Path, pictures: Path, vae: object, judge: EvaluateConfig, lost: str) -> None:
+    samples = pipeline(tmp_path, pictures, vae, held_out=False)
+    shutil.rmtree(tmp_path / lost)
+    with pytest.raises(InputError, match=f"{tmp_path}/{lost}/.*no committed manifest there"):
+        tiny.run_evaluate(tmp_path, judge, samples)
+
+
+def test_without_held_out_images_there_is_no_floor(
+    tmp_path: Path, pictures: Path, vae: object, judge: EvaluateConfig
+) -> None:
+    manifest = tiny.run_evaluate(tmp_path, judge, pipeline(tmp_path, pictures, vae, held_out=False))
+    assert set(manifest.metrics) == {"fd", "fd_ceiling", "recognised"}
+    assert manifest.counts["floor"] == 0
+
+
+def test_samples_that_were_damaged_are_not_measured(
+    tmp_path: Path, pictures: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig
+) -> None:
+    images, labels = pixels(pictures, "held_out")
+    manifest = as_samples(tmp_path, checkpoint, images, labels)
+    path = Path(manifest.uri, "data/image/c/0/0/0/0")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StorageError, match="data/image/c/0/0/0/0"):
+        tiny.run_evaluate(tmp_path, judge, manifest)
+    assert not list(tmp_path.glob(f"{MetricsManifest.STAGE}/*/manifest.json"))
+
+
+def test_one_sample_is_too_few(tmp_path: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig) -> None:
+    one = as_samples(tmp_path, checkpoint, np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int32))
+    with pytest.raises(InputError, match="at least 2 are needed"):
+        tiny.run_evaluate(tmp_path, judge, one)

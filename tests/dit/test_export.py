@@ -1,0 +1,126 @@
+import json
+import shutil
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dit
+from dit.export import EMA_WEIGHTS, MODEL, RAW_WEIGHTS, CheckpointManifest
+from dit.models.build import build
+from storage import uri
+from storage.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, checkpoint: CheckpointManifest) -> Path:
+    """The three files alone, to be spoiled."""
+    for name in (MODEL, EMA_WEIGHTS, RAW_WEIGHTS):
+        shutil.copy(Path(checkpoint.uri) / name, tmp_path)
+    return tmp_path
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 4, 8, 8, generator=generator), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, 3])
+
+
+def refusal(folder: Path | str, weights: str = EMA_WEIGHTS) -> str:
+    with pytest.raises(InputError) as caught:
+        dit.load(str(folder), weights=weights)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("weights", [EMA_WEIGHTS, RAW_WEIGHTS])
+def test_the_files_alone_make_the_model(folder: Path, checkpoint: CheckpointManifest, weights: str) -> None:
+    trained = dit.load(str(folder), weights=weights)
+    assert trained.card == checkpoint.card
+    expected = build(trained.card.model)
+    expected.load_state_dict(load_file(folder / weights))
+    x, t, y = inputs()
+    with torch.no_grad():
+        assert torch.equal(trained.model(x, t, y), expected(x, t, y))
+    assert trained.model(x, t, y).any()
+    assert not trained.model.training
+    assert not any(parameter.requires_grad for parameter in trained.model.parameters())
+
+
+def test_the_two_sets_of_weights_differ(folder: Path) -> None:
+    ema, raw = (dit.load(str(folder), weights=name).model.state_dict() for name in (EMA_WEIGHTS, RAW_WEIGHTS))
+    assert ema.keys() == raw.keys()
+    assert torch.equal(ema["pos_embed"], raw["pos_embed"])
+    assert not torch.equal(ema["final_layer.linear.weight"], raw["final_layer.linear.weight"])
+
+
+def test_loading_draws_nothing_from_the_generator(folder: Path) -> None:
+    before = torch.random.get_rng_state()
+    dit.load(str(folder))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_any_file_system_will_do(folder: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    for name in (MODEL, EMA_WEIGHTS):
+        fs.pipe_file(f"/export-test/{name}", (folder / name).read_bytes())
+    x, t, y = inputs()
+    assert torch.equal(dit.load("memory://export-test").model(x, t, y), dit.load(str(folder)).model(x, t, y))
+
+
+def test_card_holds_the_hashes(folder: Path) -> None:
+    weights = json.loads((folder / MODEL).read_text())["weights"]
+    assert weights == {name: uri.sha256((folder / name).read_bytes()) for name in (EMA_WEIGHTS, RAW_WEIGHTS)}
+
+
+@pytest.mark.parametrize("weights", [EMA_WEIGHTS, RAW_WEIGHTS])
+def test_altered_weights_are_refused(folder: Path, weights: str) -> None:
+    tensors = load_file(folder / weights)
+    tensors["final_layer.linear.bias"] += 1e-6
+    save_file(tensors, folder / weights)
+    message = refusal(folder, weights)
+    assert f"{folder}/{weights}: its sha256 is" in message
+
+
+def without_hashes(folder: Path) -> None:
+    card = json.loads((folder / MODEL).read_text())
+    (folder / MODEL).write_text(json.dumps(card | {"weights": {}}))
+
+
+@pytest.mark.parametrize("data", [b"", b"no weights at all", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_weights_that_do_not_load_are_refused(folder: Path, data: bytes) -> None:
+    without_hashes(folder)
+    (folder / EMA_WEIGHTS).write_bytes(data)
+    assert f"{folder}/{EMA_WEIGHTS}: does not load" in refusal(folder)
+
+
+def test_weights_of_another_shape_are_refused(folder: Path) -> None:
+    card = json.loads((folder / MODEL).read_text())
+    card["model"]["width"] = 64
+    (folder / MODEL).write_text(json.dumps(card))
+    assert f"{folder}/{EMA_WEIGHTS}: does not load" in refusal(folder)
+
+
+def test_a_pickle_is_never_opened(folder: Path) -> None:
+    without_hashes(folder)
+    torch.save({"weight": torch.zeros(1)}, folder / EMA_WEIGHTS)
+    assert "does not load" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("", "JSON"), ("{}", "model"), ('{"model": {"kind": "unet"}}', "model.kind")]
+)
+def test_a_broken_card_names_the_field(folder: Path, text: str, reason: str) -> None:
+    (folder / MODEL).write_text(text)
+    assert f"{folder}/{MODEL}: not a trained model: {reason}" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", [MODEL, EMA_WEIGHTS])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    assert f"{folder}/{name}: no such object" in refusal(folder)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert "a trained model is a folder with model.json and weights" in refusal(tmp_path / "none")

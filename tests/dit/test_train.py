@@ -1,0 +1,306 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+import dit
+from dit.diffusion.gaussian import GaussianDiffusion
+from dit.export import CheckpointManifest
+from dit.models.build import build
+from dit.models.config import SIZES
+from dit.train import ModelChoice, Shape, TrainConfig
+from dit.training.data import LatentBatches
+from dit.training.ranks import Ranks
+from dit.vae import VaeRef
+from storage.errors import DitflowError, InputError
+from storage.latents import LatentManifest, LatentReader
+from storage.manifest import StageOutput
+from storage.shards import ShardManifest
+
+WORKER = """
+import json, sys, logging
+from pathlib import Path
+import torch
+from dit import train
+from dit.train import TrainConfig
+from storage.latents import LatentManifest
+from storage.manifest import StageOutput
+from storage.tracking import NullTracker
+torch.set_num_threads(1)
+spec = json.loads(Path(sys.argv[1]).read_text())
+latents, out = LatentManifest.read(spec["latents"]), StageOutput.model_validate(spec["out"])
+train.run(TrainConfig.model_validate(spec["config"]), latents, out=out, tracker=NullTracker())
+"""
+
+
+def through(tmp_path: Path, config: TrainConfig, latents: LatentManifest) -> tuple[tiny.Recorder, CheckpointManifest]:
+    recorder = tiny.Recorder()
+    return recorder, tiny.run_train(tmp_path, config, latents, recorder)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, latents: LatentManifest
+) -> tuple[tiny.Recorder, CheckpointManifest]:
+    """A run that nothing interrupts."""
+    return through(tmp_path_factory.mktemp("whole"), tiny.TRAINING, latents)
+
+
+def by_hand(config: TrainConfig, latents: LatentManifest) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses and averaged weights of a plain loop with torch's own parts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = build(config.model.for_latents(latents))
+    process = GaussianDiffusion.from_config(config.diffusion)
+    batches = LatentBatches(
+        LatentReader(latents), config.batch_size, config.seed, config.flips, 3, 0.1, Ranks(), torch.device("cpu")
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
+    )
+    average.update_parameters(model)
+    losses = []
+    for step in range(config.steps):
+        batch = batches(step)
+        t = (batch.u * 1000).long()
+        loss = process.training_terms(model, batch.x0, batch.noise, t, batch.y)["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update_parameters(model)
+        losses.append(loss.item())
+    return losses, average.module.state_dict()
+
+
+def test_losses_and_weights_are_those_of_a_plain_loop(
+    whole: tuple[tiny.Recorder, CheckpointManifest], latents: LatentManifest
+) -> None:
+    recorder, manifest = whole
+    losses, weights = by_hand(tiny.TRAINING, latents)
+    assert list(recorder.values) == list(range(1, 13))
+    np.testing.assert_allclose([recorder.values[step]["loss"] for step in range(1, 13)], losses, rtol=1e-4)
+    found = dit.load(manifest.uri).model.state_dict()
+    for name, tensor in found.items():
+        if name.endswith(
+            "qkv.bias"
+        ):  # softmax does not see the keys' part: its gradient is rounding, which Adam blows up
+            continue
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4)
+
+
+def test_manifest_describes_the_model(
+    whole: tuple[tiny.Recorder, CheckpointManifest], latents: LatentManifest, vae: VaeRef
+) -> None:
+    recorder, manifest = whole
+    model = build(tiny.MODEL.for_latents(latents))
+    assert manifest.counts == {
+        "steps": 12,
+        "images_seen": 96,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    assert manifest.metrics == {f"final_{name}": value for name, value in recorder.values[12].items()}
+    assert set(recorder.values[12]) == {"loss", "mse", "vlb", "gradient_norm"}
+    assert manifest.card.class_names == tiny.CLASSES
+    assert manifest.card.model.num_classes == 3
+    assert (manifest.card.resolution, manifest.card.steps) == (tiny.SIDE, 12)
+    assert manifest.vae_ref.source == vae.source
+    assert manifest.vae_ref.sha256 == latents.vae.sha256
+    assert recorder.artifacts["loss.png"] == manifest.read_object("artifacts/loss.png")
+    assert recorder.steps[-1] == (12, 12, "steps")
+    manifest.verify()
+
+
+@pytest.mark.parametrize(("when", "resumed_after"), [(3, 0), (4, 0), (5, 4), (7, 4), (11, 8)])
+def test_an_interrupted_run_ends_in_the_same_bits(
+    tmp_path: Path,
+    latents: LatentManifest,
+    whole: tuple[tiny.Recorder, CheckpointManifest],
+    when: int,
+    resumed_after: int,
+) -> None:
+    """Killed as a step is logged, which is before its checkpoint is written."""
+    first, expected = whole
+    with pytest.raises(tiny.Killed):
+        tiny.run_train(tmp_path, tiny.TRAINING, latents, tiny.Killer(when))
+    torch.rand(7)  # the state of torch's own generator does not matter
+    recorder, manifest = through(tmp_path, tiny.TRAINING, latents)
+    assert list(recorder.values) == list(range(resumed_after + 1, 13))
+    assert recorder.values == {step: first.values[step] for step in recorder.values}
+    assert tiny.objects(manifest) == tiny.objects(expected)
+
+
+def test_a_run_may_be_killed_again_and_again(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    config = tiny.TRAINING.model_copy(update={"checkpoint_every": 1, "keep_checkpoints": 1})
+    for when in (2, 3, 6, 9, 12):
+        with pytest.raises(tiny.Killed):
+            tiny.run_train(tmp_path, config, latents, tiny.Killer(when))
+    assert tiny.objects(tiny.run_train(tmp_path, config, latents)) == tiny.objects(whole[1])
+
+
+def test_a_broken_checkpoint_costs_time_but_no_bits(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    with pytest.raises(tiny.Killed):
+        tiny.run_train(tmp_path, tiny.TRAINING, latents, tiny.Killer(10))
+    (state,) = tmp_path.rglob("step-000000008/state.safetensors")
+    state.write_bytes(state.read_bytes()[:-1])
+    recorder, manifest = through(tmp_path, tiny.TRAINING, latents)
+    assert min(recorder.values) == 5
+    assert tiny.objects(manifest) == tiny.objects(whole[1])
+
+
+def test_how_often_to_log_and_save_changes_no_weights(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    config = tiny.TRAINING.model_copy(update={"log_every": 5, "checkpoint_every": 3, "keep_checkpoints": 3})
+    recorder, manifest = through(tmp_path, config, latents)
+    assert manifest.digest == whole[1].digest
+    assert recorder.values == {step: whole[0].values[step] for step in (5, 10, 12)}
+    for name in ("model.safetensors", "model-raw.safetensors", "model.json"):
+        assert manifest.read_object(name) == whole[1].read_object(name)
+    folders = sorted(path.name for path in Path(manifest.uri, "checkpoints").iterdir())
+    assert folders == ["step-000000003", "step-000000006", "step-000000009"]
+
+
+def test_the_seed_decides(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    before = torch.random.get_rng_state()
+    other = tiny.run_train(tmp_path, tiny.TRAINING.model_copy(update={"seed": 1}), latents)
+    assert other.metrics["final_loss"] != whole[1].metrics["final_loss"]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_it_learns(tmp_path: Path, latents: LatentManifest) -> None:
+    config = tiny.TRAINING.model_copy(update={"steps": 150, "learning_rate": 3e-3, "batch_size": 16})
+    recorder, _ = through(tmp_path, config, latents)
+    mse = [values["mse"] for values in recorder.values.values()]
+    assert 0.9 < mse[0] < 1.1  # an untrained model predicts zero
+    assert np.mean(mse[-30:]) < 0.6
+
+
+def test_half_precision_is_near(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    recorder, manifest = through(tmp_path, tiny.TRAINING.model_copy(update={"precision": "bfloat16"}), latents)
+    losses, expected = ([run.values[step]["loss"] for step in range(1, 13)] for run in (recorder, whole[0]))
+    np.testing.assert_allclose(losses, expected, rtol=0.1)
+    assert losses != expected
+    assert dit.load(manifest.uri).model.state_dict()["pos_embed"].dtype == torch.float32
+
+
+def test_without_classes(tmp_path: Path, latents: LatentManifest) -> None:
+    config = tiny.TRAINING.model_copy(update={"model": tiny.MODEL.model_copy(update={"conditional": False})})
+    manifest = tiny.run_train(tmp_path, config, latents)
+    assert manifest.card.model.num_classes == 0
+    assert not any("y_embedder" in name for name in dit.load(manifest.uri).model.state_dict())
+
+
+def test_published_sizes_are_taken_from_the_table(latents: LatentManifest) -> None:
+    found = ModelChoice(size="B", patch_size=4).for_latents(latents)
+    assert (found.depth, found.width, found.heads) == SIZES["B"]
+    assert (found.input_size, found.in_channels, found.patch_size, found.num_classes) == (8, 4, 4, 3)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path: Path, latents: LatentManifest) -> None:
+    config = tiny.TRAINING.model_copy(update={"learning_rate": 1e30, "log_every": 100, "checkpoint_every": 1})
+    with pytest.raises(DitflowError, match=r"astray at step \d+: loss .*; lower train.learning_rate") as caught:
+        tiny.run_train(tmp_path, config, latents)
+    assert "\n" not in str(caught.value)
+    (state,) = tmp_path.rglob("state.safetensors")  # of the step before
+    assert all(tensor.isfinite().all() for tensor in load_file(state).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"patch_size": 3}, "train.model: does not fit the latents: input_size 8 is not a multiple of patch_size 3"),
+        ({"size": Shape(depth=1, width=32, heads=3)}, "width 32 is not a multiple of heads 3"),
+        ({"size": Shape(depth=1, width=6, heads=2)}, "width 6 is not a multiple of 4"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(
+    tmp_path: Path, latents: LatentManifest, changes: dict[str, Any], reason: str
+) -> None:
+    config = tiny.TRAINING.model_copy(update={"model": tiny.MODEL.model_copy(update=changes)})
+    with pytest.raises(InputError, match=reason):
+        tiny.run_train(tmp_path, config, latents)
+
+
+def test_flips_need_latents_of_both(tmp_path: Path, shards: ShardManifest, vae: VaeRef) -> None:
+    plain = tiny.run_encode(tmp_path, tiny.encode_config(vae, flips=False), shards)
+    with pytest.raises(InputError, match="no mirror images; encode with flips, or train without"):
+        tiny.run_train(tmp_path, tiny.TRAINING, plain)
+    manifest = tiny.run_train(tmp_path, tiny.TRAINING.model_copy(update={"flips": False}), plain)
+    assert manifest.counts["steps"] == 12
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
+    with pytest.raises(ValidationError, match="seed"):
+        TrainConfig(seed=seed)
+
+
+def torchrun(tmp_path: Path, ranks: int, out: StageOutput, config: TrainConfig, latents: LatentManifest) -> Any:
+    spec, worker = tmp_path / "spec.json", tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    values = {"latents": latents.uri, "out": out.model_dump(mode="json"), "config": config.model_dump(mode="json")}
+    spec.write_text(json.dumps(values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*command, str(worker), str(spec)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+def history(manifest: CheckpointManifest) -> dict[int, float]:
+    """Losses of the steps up to the last checkpoint."""
+    records = sorted(Path(manifest.uri).rglob("record.json"))
+    return {entry["step"]: entry["values"]["loss"] for entry in json.loads(records[-1].read_text())["history"]}
+
+
+@pytest.mark.distributed
+def test_two_ranks_train_as_one_and_go_on_alone(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    out = tiny.output(tmp_path, CheckpointManifest, tiny.TRAINING, latents=latents)
+    done = torchrun(tmp_path, 2, out, tiny.TRAINING, latents)
+    assert done.returncode == 0, done.stderr
+    manifest = CheckpointManifest.read(out.uri)
+    losses = history(manifest)
+    assert list(losses) == list(range(1, 9))
+    for step, loss in losses.items():
+        assert loss == pytest.approx(whole[0].values[step]["loss"], rel=1e-5)
+    for name, value in manifest.metrics.items():
+        assert value == pytest.approx(whole[1].metrics[name], rel=1e-4)
+    Path(manifest.url).unlink()
+    recorder = tiny.Recorder()
+    alone = tiny.run_train(tmp_path, tiny.TRAINING, latents, recorder)
+    assert list(recorder.values) == [9, 10, 11, 12]
+    assert alone.metrics["final_loss"] == pytest.approx(whole[1].metrics["final_loss"], rel=1e-4)
+
+
+@pytest.mark.distributed
+def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path: Path, latents: LatentManifest) -> None:
+    config = tiny.TRAINING.model_copy(update={"batch_size": 7})
+    out = tiny.output(tmp_path, CheckpointManifest, config, latents=latents)
+    done = torchrun(tmp_path, 2, out, config, latents)
+    assert done.returncode != 0
+    assert "InputError: train.batch_size: 7 does not divide among 2 ranks" in done.stderr
+    assert not Path(out.uri).exists()

@@ -1,0 +1,232 @@
+import json
+from pathlib import Path
+
+import fsspec
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from dit.vae import CONFIG, WEIGHTS, Vae, VaeRef, fetch, info, load_vae, weights_digest
+from storage import uri
+from storage.errors import InputError
+
+SCALE, SHIFT = 0.7, 0.25
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny autoencoder with random weights, factor 2, three latent channels, a scale and a shift."""
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        latent_channels=3,
+        scaling_factor=SCALE,
+        shift_factor=SHIFT,
+    )
+    path = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """The same autoencoder, to be spoiled."""
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def vae(folder: Path) -> Vae:
+    return load_vae(VaeRef(source=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+
+
+def images() -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8))
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | changes))
+
+
+def refusal(ref: VaeRef) -> str:
+    with pytest.raises(InputError) as caught:
+        load_vae(ref)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_numbers_come_from_config_and_file(folder: Path, vae: Vae) -> None:
+    digest = uri.sha256((folder / WEIGHTS).read_bytes())
+    found = info(VaeRef(source=str(folder), sha256=digest.upper()))
+    assert (found.sha256, found.downsample, found.channels) == (digest, 2, 3)
+    assert (found.scaling_factor, found.shift_factor) == (SCALE, SHIFT)
+    assert weights_digest(VaeRef(source=str(folder))) == digest
+    assert (vae.sha256, vae.downsample, vae.channels) == (digest, 2, 3)
+    assert (vae.scaling_factor, vae.shift_factor) == (SCALE, SHIFT)
+
+
+def test_encode_is_the_posterior_of_diffusers(vae: Vae, reference: AutoencoderKL) -> None:
+    mean, std = vae.encode(images())
+    with torch.no_grad():
+        expected = reference.encode(images().permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+    assert mean.shape == std.shape == (3, 3, 8, 12)
+    assert mean.dtype == std.dtype == torch.float32
+    torch.testing.assert_close(mean, expected.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(std, expected.std, rtol=1e-4, atol=1e-5)
+
+
+def test_decode_unscales_then_quantises(vae: Vae, reference: AutoencoderKL) -> None:
+    latents = 3 * torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        raw = reference.decode(latents / SCALE + SHIFT).sample.permute(0, 2, 3, 1).numpy()
+    exact = np.clip(127.5 * raw.astype(np.float64) + 128, 0, 255)
+    found = vae.decode(latents).numpy()
+    assert found.shape == (2, 16, 24, 3)
+    assert found.dtype == np.uint8
+    away_from_step = np.abs(exact - np.rint(exact)) > 1e-3  # rounding of the network itself may cross a step
+    assert away_from_step.mean() > 0.9
+    np.testing.assert_array_equal(found[away_from_step], np.trunc(exact[away_from_step]).astype(np.uint8))
+
+
+def test_white_does_not_wrap_around(vae: Vae) -> None:
+    class White:
+        device, dtype = torch.device("cpu"), torch.float32
+
+        @staticmethod
+        def decode(z: torch.Tensor) -> object:
+            return type("Output", (), {"sample": torch.tensor([-3.0, -1.0, 1.0, 3.0]).reshape(1, 1, 2, 2)})
+
+    found = Vae(White(), vae.sha256, 2, 3, SCALE, SHIFT).decode(torch.zeros(1, 3, 1, 1))  # type: ignore[arg-type]
+    assert found.flatten().tolist() == [0, 0, 255, 255]
+
+
+def test_half_precision_returns_float32(folder: Path, vae: Vae) -> None:
+    half = load_vae(VaeRef(source=str(folder)), dtype=torch.bfloat16)
+    mean, std = half.encode(images())
+    assert half.model.dtype == torch.bfloat16
+    assert mean.dtype == std.dtype == torch.float32
+    torch.testing.assert_close(mean, vae.encode(images())[0], rtol=0.1, atol=0.05)
+
+
+def test_weights_stored_in_half_are_computed_in_full(copy: Path) -> None:
+    AutoencoderKL.from_pretrained(copy, low_cpu_mem_usage=False).half().save_pretrained(copy)
+    assert load_vae(VaeRef(source=str(copy))).model.dtype == torch.float32
+
+
+def test_network_is_frozen(vae: Vae) -> None:
+    assert not vae.model.training
+    assert not any(parameter.requires_grad for parameter in vae.model.parameters())
+
+
+def test_any_file_system_will_do(folder: Path, vae: Vae) -> None:
+    memory = fsspec.filesystem("memory")
+    for name in (CONFIG, WEIGHTS):
+        memory.pipe_file(f"/vae-test/{name}", (folder / name).read_bytes())
+    remote = load_vae(VaeRef(source="memory://vae-test", sha256=vae.sha256))
+    torch.testing.assert_close(remote.encode(images())[0], vae.encode(images())[0], rtol=0, atol=0)
+
+
+def test_location_is_no_part_of_the_identity(folder: Path) -> None:
+    assert VaeRef(source=str(folder), sha256="0" * 64).identity() == {}
+
+
+def test_fetch_copies_the_bytes(folder: Path, tmp_path: Path) -> None:
+    fetch(VaeRef(source=str(folder)), tmp_path / "new" / "vae")
+    for name in (CONFIG, WEIGHTS):
+        assert (tmp_path / "new" / "vae" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_wrong_hash_names_file_and_both_hashes(folder: Path, vae: Vae) -> None:
+    message = refusal(VaeRef(source=str(folder), sha256="0" * 64))
+    assert str(folder / WEIGHTS) in message
+    assert vae.sha256 in message
+    assert "0" * 64 in message
+
+
+def test_flipped_bit_is_caught_by_the_hash(copy: Path, vae: Vae) -> None:
+    data = bytearray((copy / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (copy / WEIGHTS).write_bytes(data)
+    assert uri.sha256(bytes(data)) in refusal(VaeRef(source=str(copy), sha256=vae.sha256))
+    with pytest.raises(InputError, match=vae.sha256):
+        weights_digest(VaeRef(source=str(copy), sha256=vae.sha256))
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_missing_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    assert f"{copy / name}: no such object" in refusal(VaeRef(source=str(copy)))
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "none") in refusal(VaeRef(source=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "JSON"),
+        ('{"_class_name": "AutoencoderTiny"}', "_class_name"),
+        ('{"_class_name": "AutoencoderKL", "block_out_channels": "wide"}', "block_out_channels"),
+        ('{"_class_name": "AutoencoderKL", "scaling_factor": 0}', "scaling_factor"),
+        ('{"_class_name": "AutoencoderKL", "latents_mean": [0, 0, 0]}', "latents_mean"),
+    ],
+)
+def test_broken_config_names_the_field(copy: Path, text: str, reason: str) -> None:
+    (copy / CONFIG).write_text(text)
+    message = refusal(VaeRef(source=str(copy)))
+    assert f"{copy / CONFIG}: not the config of an AutoencoderKL" in message
+    assert reason in message
+
+
+def test_config_that_diffusers_refuses_is_one_line(copy: Path) -> None:
+    edit_config(copy, down_block_types=["NoSuchBlock", "NoSuchBlock"])
+    assert f"{copy}: {CONFIG} or {WEIGHTS} is broken" in refusal(VaeRef(source=str(copy)))
+
+
+def test_weights_of_another_shape_are_refused(copy: Path) -> None:
+    edit_config(copy, block_out_channels=[8, 8])
+    assert str(copy) in refusal(VaeRef(source=str(copy)))
+
+
+def test_missing_tensors_are_refused_not_made_up(copy: Path) -> None:
+    edit_config(copy, layers_per_block=2)
+    assert "does not fit" in refusal(VaeRef(source=str(copy)))
+
+
+def test_file_that_is_no_safetensors_is_refused(copy: Path) -> None:
+    torch.save({"weight": torch.zeros(1)}, copy / WEIGHTS)
+    assert "is broken" in refusal(VaeRef(source=str(copy)))
+
+
+def test_only_the_hashed_file_is_loaded(copy: Path, vae: Vae) -> None:
+    index = {"metadata": {}, "weight_map": {"encoder.conv_in.weight": "elsewhere.safetensors"}}
+    (copy / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    found = load_vae(VaeRef(source=str(copy), sha256=vae.sha256))
+    torch.testing.assert_close(found.encode(images())[0], vae.encode(images())[0], rtol=0, atol=0)
+
+
+def test_hub_id_offline_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    message = refusal(VaeRef(source="nobody/no-such-vae"))
+    assert "nobody/no-such-vae" in message
+    assert CONFIG in message
+    assert "local folder" in message
+
+
+def test_hub_id_reads_what_the_hub_gives(folder: Path, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dit.vae.hf_hub_download", lambda source, name: str(folder / name))
+    assert weights_digest(VaeRef(source="somebody/vae")) == vae.sha256

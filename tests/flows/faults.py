@@ -1,0 +1,85 @@
+"""Faults for real: processes to kill, servers to take down."""
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+
+from flows import services
+from flows.runs import EXPERIMENT
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait for something that happens in another process; the limit only ends a test that fails."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; an orphan that nobody reaps has ended too."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def all_gone(pids: Iterable[int]) -> bool:
+    return all(gone(pid) for pid in pids)
+
+
+def descendants(pid: int | None = None) -> list[int]:
+    return [process.pid for process in psutil.Process(pid).children(recursive=True)]
+
+
+def start(script: str, *arguments: object) -> "subprocess.Popen[str]":
+    """Run a script in a Python of its own; its stdout is a pipe."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def dead_address() -> str:
+    """The address of a server that is not there."""
+    return f"http://{services.HOST}:{services.free_port()}"
+
+
+class MlflowServer:
+    """An MLflow server that can be killed and started again at the same address."""
+
+    def __init__(self, folder: Path, template: Path) -> None:
+        folder.mkdir(parents=True)
+        shutil.copy(template, folder / "mlflow.db")
+        with sqlite3.connect(folder / "mlflow.db") as database:  # its experiment keeps artifacts elsewhere
+            database.execute("UPDATE experiments SET name = 'template' WHERE name = ?", [EXPERIMENT])
+        database.close()
+        self.folder, self.port = folder, services.free_port()
+        self.address = f"http://{services.HOST}:{self.port}"
+        self._stack = ExitStack()
+        self._mine: list[int] = []
+
+    def start(self) -> None:
+        """Start it unless it runs."""
+        if not self._mine:
+            before = set(descendants())
+            self._stack.enter_context(services.mlflow_server(self.folder, self.port))
+            self._mine = [pid for pid in descendants() if pid not in before]
+
+    def kill(self) -> None:
+        """SIGKILL to all of its processes."""
+        for pid in self._mine:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: all_gone(self._mine))
+        self._mine = []
+        self._stack.close()
+
+    def stop(self) -> None:
+        self._stack.close()

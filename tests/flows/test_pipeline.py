@@ -1,0 +1,199 @@
+"""The whole pipeline, small but real: as a user runs it, and killed in every stage."""
+
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+from PIL import Image
+
+from flows.demo.digits import write_digits
+
+STAGES = ("shard", "encode", "train", "sample", "evaluate", "register")
+
+SMALL = {
+    "train.steps": 30,
+    "train.batch_size": 16,
+    "train.model.size": "{depth: 1, width: 32, heads: 2}",
+    "train.checkpoint_every": 2,
+    "train.log_every": 5,
+    "sample.count": 40,
+    "sample.steps": 4,
+    "sample.block_rows": 10,
+    "sample.batch_size": 10,
+    "encode.block_rows": 256,
+    "shard.images_per_shard": 100,
+}
+
+
+def command(name: str, root: Path, digits: Path, *more: str) -> list[str]:
+    values = SMALL | {f"archive.{split}": digits / split for split in ("train", "held_out")}
+    sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    return [sys.executable, "-m", "flows.cli", name, "demo", "--root", str(root), "--json", *sets, *more]
+
+
+def ditflow(name: str, root: Path, digits: Path, *more: str) -> dict[str, Any]:
+    done = subprocess.run(command(name, root, digits, *more), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert isinstance(report, dict)
+    return report
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "digits"
+    write_digits(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="module")
+def report(root: Path, digits: Path) -> dict[str, Any]:
+    return ditflow("run", root, digits)
+
+
+def states(report: dict[str, Any]) -> dict[str, str]:
+    return {stage["name"]: stage["state"] for stage in report["stages"]}
+
+
+def manifests(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {stage["name"]: json.loads(Path(stage["manifest"]).read_text()) for stage in report["stages"]}
+
+
+@pytest.mark.slow
+def test_every_stage_runs_and_the_report_says_so(report: dict[str, Any]) -> None:
+    assert states(report) == dict.fromkeys(STAGES, "ran")
+    assert all(stage["seconds"] > 0 for stage in report["stages"])
+    assert 0 <= report["metrics"]["recognised"] <= 1
+    assert report["metrics"]["fd_floor"] < report["metrics"]["fd_ceiling"]
+    assert set(report["mlflow_run_ids"]) == {*STAGES, "pipeline"}
+
+
+@pytest.mark.slow
+def test_lineage_leads_from_the_metrics_to_the_images(report: dict[str, Any]) -> None:
+    made = manifests(report)
+    chain = [("register", "metrics", "evaluate"), ("evaluate", "samples", "sample"), ("sample", "checkpoint", "train")]
+    chain += [("train", "latents", "encode"), ("encode", "shards", "shard")]
+    for child, role, parent in chain:
+        assert made[child]["parents"][role]["digest"] == made[parent]["digest"]
+    assert set(made["shard"]["inputs"]) == {"train", "held_out"}
+    assert made["shard"]["counts"]["images"] == 1797
+
+
+@pytest.mark.slow
+def test_a_second_run_skips_every_stage(report: dict[str, Any], root: Path, digits: Path) -> None:
+    again = ditflow("run", root, digits)
+    assert states(again) == dict.fromkeys(STAGES, "skipped")
+    assert [stage["manifest"] for stage in again["stages"]] == [stage["manifest"] for stage in report["stages"]]
+    assert again["metrics"] == report["metrics"]
+    assert again["mlflow_run_ids"] == report["mlflow_run_ids"]
+
+
+@pytest.mark.slow
+def test_a_changed_field_reruns_what_depends_on_it(report: dict[str, Any], root: Path, digits: Path) -> None:
+    other = ditflow("run", root, digits, "--set", "sample.guidance_scale=3.0")
+    expected = {name: "skipped" if name in ("shard", "encode", "train") else "ran" for name in STAGES}
+    assert states(other) == expected
+
+
+@pytest.mark.slow
+def test_one_stage_on_an_earlier_output(report: dict[str, Any], root: Path, digits: Path) -> None:
+    run_id = report["mlflow_run_ids"]["train"]
+    alone = ditflow("sample", root, digits, "--from", run_id, "--set", "sample.seed=1", "--set", "sample.count=10")
+    assert states(alone) == {"sample": "ran"}
+    assert manifests(alone)["sample"]["parents"]["checkpoint"]["digest"] == manifests(report)["train"]["digest"]
+    forced = ditflow(
+        "sample", root, digits, "--from", run_id, "--set", "sample.seed=1", "--set", "sample.count=10", "--force"
+    )
+    assert states(forced) == {"sample": "ran"}
+    first, second = manifests(alone)["sample"], manifests(forced)["sample"]
+    assert first["digest"] != second["digest"]
+    assert first["files"] == second["files"]  # the same work makes the same bytes, beside the old ones
+
+
+@pytest.mark.slow
+def test_mlflow_holds_params_metrics_pictures_and_lineage(report: dict[str, Any], root: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    ids = report["mlflow_run_ids"]
+    runs = {name: client.get_run(run_id) for name, run_id in ids.items()}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    for name in STAGES:
+        tags = runs[name].data.tags
+        assert tags["mlflow.parentRunId"] == ids["pipeline"]
+        assert tags["prefect.flow_run_id"]
+        assert runs[name].inputs.dataset_inputs
+        artifacts = {entry.path for entry in client.list_artifacts(ids[name])}
+        assert "manifest.json" in artifacts
+    assert runs["train"].data.params["steps"] == "30"
+    assert [metric.step for metric in client.get_metric_history(ids["train"], "loss")] == [5, 10, 15, 20, 25, 30]
+    pictures = {"shard": "images", "encode": "reconstructions", "train": "loss", "sample": "samples"}
+    for name, picture in pictures.items():
+        assert f"{picture}.png" in {entry.path for entry in client.list_artifacts(ids[name])}
+
+
+@pytest.mark.slow
+def test_the_registered_model_draws_digits(report: dict[str, Any], root: Path) -> None:
+    import mlflow
+    from mlflow import MlflowClient
+
+    mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
+    version = MlflowClient().get_model_version_by_alias("ditflow-demo", "candidate")
+    assert version.tags["digest.latents"] == manifests(report)["encode"]["digest"]
+    model = mlflow.pyfunc.load_model("models:/ditflow-demo@candidate")
+    labels = pd.DataFrame({"label": [3, 7]})
+    first = model.predict(labels, params={"seed": 5, "steps": 3})
+    image = Image.open(io.BytesIO(base64.b64decode(first["png_base64"][1])))
+    assert image.size == (32, 32)
+    assert first.equals(model.predict(labels, params={"seed": 5, "steps": 3}))
+    assert not first.equals(model.predict(labels, params={"seed": 6, "steps": 3}))
+
+
+def begun(root: Path, stage: str, before: set[Path]) -> bool:
+    """Whether a stage has written something, and more than it had before."""
+    return bool(set((root / stage).rglob("*")) - before if (root / stage).exists() else False)
+
+
+def leftovers(root: Path) -> list[str]:
+    return [
+        " ".join(process.info["cmdline"])
+        for process in psutil.process_iter(["cmdline"])
+        if str(root) in " ".join(process.info["cmdline"] or [])
+    ]
+
+
+@pytest.mark.slow
+def test_sigkill_in_every_stage_ends_in_the_same_bits(report: dict[str, Any], digits: Path, tmp_path: Path) -> None:
+    for stage in STAGES:
+        before = set((tmp_path / stage).rglob("*"))
+        with subprocess.Popen(
+            command("run", tmp_path, digits), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as run:
+            while run.poll() is None and not begun(tmp_path, stage, before):
+                time.sleep(0.02)
+            os.kill(run.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while leftovers(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert leftovers(tmp_path) == []
+    healed, undisturbed = manifests(ditflow("run", tmp_path, digits)), manifests(report)
+    for stage in STAGES[:-1]:
+        assert healed[stage]["digest"] == undisturbed[stage]["digest"]
+        kept = {entry["path"]: entry["sha256"] for entry in healed[stage]["files"]}
+        assert kept == {entry["path"]: entry["sha256"] for entry in undisturbed[stage]["files"]}
+    assert healed["evaluate"]["metrics"] == undisturbed["evaluate"]["metrics"]

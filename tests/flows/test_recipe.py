@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.recipe import RECIPES, Recipe, load_recipe
+from storage.errors import InputError
+
+
+def test_every_preset_loads() -> None:
+    presets = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    assert "demo" in presets
+    assert [load_recipe(name).name for name in presets] == presets
+
+
+def test_overrides_are_yaml_and_reach_into_groups() -> None:
+    recipe = load_recipe("demo", ["train.steps=7", "encode.flips=false", "sample.vae={source: here}"])
+    assert recipe.train.steps == 7
+    assert recipe.encode.flips is False
+    assert recipe.sample.vae is not None
+    assert recipe.sample.vae.source == "here"
+
+
+def test_recipe_dir_is_the_folder_of_the_file(tmp_path: Path) -> None:
+    values = yaml.safe_load((RECIPES / "demo.yaml").read_text())
+    values["encode"]["vae"]["source"] = "${recipe_dir}/my-vae"
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    assert load_recipe(str(tmp_path / "mine.yaml")).encode.vae.source == str(tmp_path / "my-vae")
+
+
+def test_a_recipe_round_trips_through_json() -> None:
+    recipe = load_recipe("demo")
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_the_pipeline_id_follows_the_content() -> None:
+    assert load_recipe("demo").pipeline_id == load_recipe("demo").pipeline_id
+    assert load_recipe("demo").pipeline_id != load_recipe("demo", ["train.steps=7"]).pipeline_id
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["train.stepz=3"], "train.stepz: no such key"),
+        (["trian.steps=3"], "trian: no such key"),
+        (["train.steps=0"], "train.steps: Input should be greater than or equal to 1"),
+        (["train.steps=many"], "train.steps: Input should be a valid integer"),
+        (["train.steps"], "--set train.steps: write key=value"),
+        (["name.x=1"], "--set name.x=1: name is a value"),
+        (["train.steps=[1"], "--set train.steps=[1: not YAML"),
+        (["launch.nproc=0"], "launch.nproc: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_value_is_named_in_one_line(overrides: list[str], line: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe("demo", overrides)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_lists_the_presets() -> None:
+    with pytest.raises(InputError, match=r"recipe 'imagenet': .*demo"):
+        load_recipe("imagenet")
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("name: bad\n")
+    with pytest.raises(InputError, match=r"bad\.yaml: archive: Field required"):
+        load_recipe(str(tmp_path / "bad.yaml"))
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n", "{"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"bad\.yaml: (a recipe is a mapping|not YAML)"):
+        load_recipe(str(tmp_path / "bad.yaml"))

@@ -1,0 +1,91 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage.latents import LatentManifest, LatentReader, VaeInfo, latent_layout
+from storage.manifest import StageOutput
+from storage.rows import RowWriter
+
+SHAPE = (4, 2, 2)
+ROWS = 10
+
+
+@pytest.fixture(params=[1, 2])
+def flips(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def arrays(flips: int) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(flips)
+    moments = generator.standard_normal((2, ROWS, flips, *SHAPE)).astype(np.float16)
+    return {
+        "mean": moments[0],
+        "std": moments[1],
+        "label": np.arange(ROWS, dtype=np.int32) % 3,
+        "source_index": np.arange(ROWS, dtype=np.int64)[::-1].copy(),
+    }
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, new_output: Callable[..., StageOutput], flips: int) -> LatentManifest:
+    out = new_output(tmp_path, "encode")
+    writer = RowWriter(out, latent_layout(ROWS, flips, SHAPE, block_rows=4, chunk_rows=2), {})
+    for block in writer.missing():
+        start, stop = writer.bounds(block)
+        writer.write(block, {name: values[start:stop] for name, values in arrays(flips).items()})
+    vae = VaeInfo(source="x", sha256="0" * 64, downsample=8, channels=4, scaling_factor=0.18215)
+    return out.commit(
+        LatentManifest,
+        writer.finish(),
+        counts={"images": ROWS},
+        resolution=16,
+        split="train",
+        flips=flips,
+        latent_shape=SHAPE,
+        class_names=("a", "b", "c"),
+        vae=vae,
+    )
+
+
+def test_moments_of_images_and_mirrors(manifest: LatentManifest, flips: int) -> None:
+    reader, stored = LatentReader(manifest), arrays(flips)
+    assert len(reader) == manifest.count == ROWS
+    assert reader.labels.dtype == np.int32
+    assert np.array_equal(reader.labels, stored["label"])
+    indices = np.array([9, 0, 4, 4])
+    mean, std = reader.moments(indices)
+    assert np.array_equal(mean, stored["mean"][indices, 0])
+    assert np.array_equal(std, stored["std"][indices, 0])
+    sides = np.array([0, 1, 1, 0]) % flips
+    mean, std = reader.moments(indices, sides)
+    assert mean.dtype == std.dtype == np.float16
+    assert np.array_equal(mean, stored["mean"][indices, sides])
+    assert np.array_equal(std, stored["std"][indices, sides])
+
+
+def test_a_mirror_that_was_not_stored_is_refused(manifest: LatentManifest, flips: int) -> None:
+    with pytest.raises(IndexError, match=f"of {flips}"):
+        LatentReader(manifest).moments(np.array([0]), np.array([flips]))
+
+
+def test_the_manifest_comes_back_from_disk(manifest: LatentManifest) -> None:
+    again = LatentManifest.read(manifest.uri)
+    assert again == manifest
+    assert again.latent_shape == SHAPE
+
+
+def test_where_the_vae_lies_is_no_identity_and_no_secret() -> None:
+    def info(source: str) -> VaeInfo:
+        return VaeInfo(source=source, sha256="0" * 64, downsample=8, channels=4, scaling_factor=1)
+
+    assert info("here").identity() == info("there").identity()
+    assert info("s3://key:secret@bucket/vae").source == "s3://bucket/vae"
+
+
+def test_default_layout_is_the_published_one() -> None:
+    layout = latent_layout(1_281_167, 2, (4, 32, 32))
+    mean = layout.arrays[0]
+    assert (mean.chunk(layout.block_rows), mean.chunk(mean.chunk_rows)) == ((4096, 1, 4, 32, 32), (256, 1, 4, 32, 32))
+    assert layout.blocks == 313

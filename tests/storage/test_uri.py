@@ -1,0 +1,102 @@
+import hashlib
+import threading
+from pathlib import Path
+
+import pytest
+
+from storage import uri
+from storage.errors import InputError, StorageError
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
+    return str(tmp_path) if request.param == "local" else memory
+
+
+def test_write_replaces_and_read_returns(root: str) -> None:
+    url = uri.join(root, "a", "b")
+    uri.write(url, b"first")
+    uri.write(url, b"second")
+    assert uri.read(url) == b"second"
+    assert uri.size(url) == 6
+    assert uri.names(root) == ["a"]
+    assert uri.names(uri.join(root, "a")) == ["b"]
+
+
+def test_create_keeps_the_first(root: str) -> None:
+    url = uri.join(root, "record")
+    assert uri.create(url, b"first") is True
+    assert uri.create(url, b"second") is False
+    assert uri.read(url) == b"first"
+
+
+def test_absent_objects(root: str) -> None:
+    url = uri.join(root, "none")
+    assert uri.size(url) is None
+    assert not uri.exists(url)
+    assert uri.names(url) == []
+    with pytest.raises(StorageError, match="none: no such object"):
+        uri.read(url)
+    with pytest.raises(StorageError, match="none: no such object"):
+        uri.file_sha256(url)
+
+
+def test_file_sha256(root: str) -> None:
+    data = bytes(range(256)) * 20_000  # more than one piece
+    uri.write(uri.join(root, "big"), data)
+    assert uri.file_sha256(uri.join(root, "big")) == hashlib.sha256(data).hexdigest()
+
+
+def test_only_one_of_many_creators_wins(tmp_path: Path) -> None:
+    url, won = str(tmp_path / "x"), []
+    gate = threading.Barrier(8)
+
+    def create(number: int) -> None:
+        gate.wait()
+        if uri.create(url, str(number).encode()):
+            won.append(number)
+
+    workers = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(won) == 1
+    assert uri.read(url) == str(won[0]).encode()
+
+
+def test_a_failed_local_write_leaves_the_old_object_and_no_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = str(tmp_path / "object")
+    uri.write(url, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError("the cable was pulled")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(StorageError, match=r"object: cannot be written \(the cable was pulled\)"):
+        uri.write(url, b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]
+    assert Path(url).read_bytes() == b"old"
+
+
+def test_unknown_scheme_is_the_users_error() -> None:
+    with pytest.raises(InputError, match="nosuch://user-free/x: not a usable URL"):
+        uri.read("nosuch://user-free/x")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("/local/path?not#a/query", "/local/path?not#a/query"),
+        ("s3://bucket/key", "s3://bucket/key"),
+        ("s3://user:secret@bucket/key@2", "s3://bucket/key@2"),
+        ("https://host/x?token=secret&y=1", "https://host/x"),
+        ("https://me:pa?ss#@host:80/x#frag", "https://host:80/x"),
+        ("simplecache::s3://user:secret@bucket/key", "simplecache::s3://bucket/key"),
+        ("http://[broken", "http://[broken"),
+    ],
+)
+def test_redact(url: str, shown: str) -> None:
+    assert uri.redact(url) == shown
