@@ -13,7 +13,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from pydantic import Field
 
 from dit.evaluate import MetricsManifest
-from dit.export import EMA_WEIGHTS, MODEL, CheckpointManifest
+from dit.export import EMA_WEIGHTS, MODEL, RAW_WEIGHTS, CheckpointManifest
 from dit.sample import SampleConfig, SampleManifest
 from dit.vae import fetch
 from flows.runs import DIGEST_TAG, MANIFEST_TAG, tracking_uri
@@ -119,7 +119,7 @@ def _register(config: RegisterConfig, checkpoint: CheckpointManifest, samples: S
 def _artifacts(folder: Path, checkpoint: CheckpointManifest, drawn: SampleConfig) -> dict[str, str]:
     model, vae = folder / "model", folder / "vae"
     model.mkdir()
-    for name in (MODEL, EMA_WEIGHTS):
+    for name in (MODEL, EMA_WEIGHTS if drawn.weights == "ema" else RAW_WEIGHTS):
         (model / name).write_bytes(uri.read(uri.join(checkpoint.uri, name)))
     fetch(drawn.vae or checkpoint.vae_ref, vae)
     return {"model": str(model), "vae": str(vae)}

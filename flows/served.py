@@ -1,6 +1,7 @@
 """The registered model, as MLflow loads and serves it: class labels in, PNG images out."""
 
 import base64
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,6 +11,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 import dit
 from dit.devices import device
+from dit.export import EMA_WEIGHTS, RAW_WEIGHTS
 from dit.sample import SampleConfig, draw
 from dit.vae import VaeRef, load_vae
 from storage.errors import InputError
@@ -21,7 +23,9 @@ class Generator(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the exported model and its autoencoder."""
-        self._trained = dit.load(context.artifacts["model"], device=device())
+        folder = Path(context.artifacts["model"])
+        weights = next(name for name in (EMA_WEIGHTS, RAW_WEIGHTS) if (folder / name).exists())
+        self._trained = dit.load(str(folder), weights=weights, device=device())
         self._vae = load_vae(VaeRef(source=context.artifacts["vae"]), device())
 
     def predict(

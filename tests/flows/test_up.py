@@ -1,0 +1,146 @@
+"""`ditflow up`: everything comes up, every flow is deployed, a stage runs from its form, and Ctrl-C ends it all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from flows import services
+from flows.cli import main
+from flows.demo.digits import write_digits
+
+REPOSITORY = Path(__file__).parents[2]
+FLOWS = {"pipeline", "shard", "encode", "train", "sample", "evaluate", "register"}
+
+pytestmark = pytest.mark.slow
+
+
+class Up:
+    """A running `ditflow up`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.api = root, services.free_port()
+        self.mlflow = services.free_port()
+        ports = ["--prefect-port", str(self.api), "--mlflow-port", str(self.mlflow)]
+        command = [sys.executable, "-m", "flows.cli", "up", "--root", str(root), *ports]
+        environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+        self.process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def wait_until_up(self) -> str:
+        assert self.process.stdout is not None
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if "Ctrl-C" in line:
+                return "".join(lines)
+        raise AssertionError("".join(lines))
+
+    def call(self, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.api}/api{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    running = Up(tmp_path_factory.mktemp("up"))
+    try:
+        printed = running.wait_until_up()
+        assert f"http://127.0.0.1:{running.api}" in printed
+        assert f"http://127.0.0.1:{running.mlflow}" in printed
+        yield running
+    finally:
+        running.process.send_signal(signal.SIGINT)
+        running.process.wait(90)
+
+
+def test_every_flow_is_deployed_with_a_typed_form(up: Up) -> None:
+    deployments = {each["name"]: each for each in up.call("/deployments/filter", {})}
+    assert set(deployments) == FLOWS
+    for name, deployment in deployments.items():
+        schema = deployment["parameter_openapi_schema"]
+        assert deployment["entrypoint"].startswith("flows."), name
+        assert schema["definitions"] or name == "pipeline"
+    config = deployments["train"]["parameter_openapi_schema"]["definitions"]["TrainConfig"]
+    assert config["properties"]["steps"]["description"] == "Optimizer steps."
+    assert config["properties"]["steps"]["minimum"] == 1
+    assert config["additionalProperties"] is False
+    assert deployments["train"]["parameters"]["config"]["steps"] == 1200
+
+
+def test_a_stage_runs_on_the_worker(up: Up) -> None:
+    write_digits(up.root / "digits")
+    deployment = up.call("/deployments/name/shard/shard")
+    archive = {"train": str(up.root / "digits" / "held_out")}
+    run = up.call(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": {"archive": archive}})
+    state = run["state"]
+    while state["type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+        time.sleep(0.5)
+        state = up.call(f"/flow_runs/{run['id']}")["state"]
+    assert state["type"] == "COMPLETED", state["message"]
+    (manifest,) = (up.root / "shard").glob("*/manifest.json")
+    assert json.loads(manifest.read_text())["provenance"]["prefect_flow_run_id"] == run["id"]
+    artifacts = {each["key"] for each in up.call("/artifacts/filter", {})}
+    assert {"shard-mlflow", "shard-manifest", "shard-images"} <= artifacts
+
+
+def test_a_wrong_value_in_the_form_is_refused(up: Up) -> None:
+    deployment = up.call("/deployments/name/shard/shard")
+    wrong = {"parameters": {"archive": {"train": "x"}, "config": {"images_per_shard": 0}}}
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        up.call(f"/deployments/{deployment['id']}/create_flow_run", wrong)
+    assert caught.value.code == 409 or caught.value.code == 422
+
+
+def test_the_command_joins_the_running_servers(up: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert services.use_running(str(up.root))
+    assert os.environ["PREFECT_API_URL"] == f"http://127.0.0.1:{up.api}/api"
+    assert os.environ["MLFLOW_TRACKING_URI"] == f"http://127.0.0.1:{up.mlflow}"
+
+
+def test_a_taken_port_is_named(
+    up: Up, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert main(["up", "--root", str(tmp_path), "--prefect-port", str(up.api)]) == 2
+    assert capsys.readouterr().err == f"error: port {up.api} is taken; choose another with --prefect-port\n"
+
+
+def test_up_needs_the_project_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["up", "--root", str(tmp_path)]) == 2
+    assert "prefect.yaml: not here" in capsys.readouterr().err
+
+
+def test_the_project_file_names_every_flow_by_a_dotted_module() -> None:
+    project = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())
+    assert {each["name"] for each in project["deployments"]} == FLOWS
+    assert all(each["entrypoint"].startswith("flows.") for each in project["deployments"])
+
+
+def test_ctrl_c_ends_everything(up: Up) -> None:
+    family = psutil.Process(up.process.pid).children(recursive=True)
+    assert len(family) >= 3
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(90) == 130
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
+    assert services.is_free(up.api)
+    assert services.is_free(up.mlflow)
+    assert not (up.root / services.SERVERS).exists()
