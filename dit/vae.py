@@ -6,10 +6,9 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
-from diffusers import AutoencoderKL
 from huggingface_hub import hf_hub_download
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
@@ -19,6 +18,9 @@ from storage import uri
 from storage.config import Config, operational
 from storage.errors import InputError, StorageError
 from storage.latents import VaeInfo
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
@@ -37,7 +39,7 @@ class VaeRef(Config):
 class Vae:
     """An autoencoder and the numbers that its latents go by."""
 
-    model: AutoencoderKL
+    model: "AutoencoderKL"
     sha256: str
     """Hash of the weights file."""
     downsample: int
@@ -173,7 +175,9 @@ def _locate(source: str, name: str) -> str:
         ) from error
 
 
-def _load(folder: Path, source: str) -> AutoencoderKL:
+def _load(folder: Path, source: str) -> "AutoencoderKL":
+    from diffusers import AutoencoderKL  # takes seconds to import, and most commands never load one
+
     try:
         model, report = AutoencoderKL.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True

@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     signal.signal(signal.SIGTERM, _terminated)
     options = _parser().parse_args(arguments)
+    services.bypass_proxy()
     try:
         options.command(options)
     except InputError as error:
@@ -156,7 +157,7 @@ def _send_last_words() -> None:
 def _warm(root: str) -> None:
     """Import what the run needs and open the tracking store, while the server starts."""
     import_module("flows.pipeline")
-    import_module("flows.runs").open_client(root)
+    import_module("flows.runs").prepare(root)
 
 
 def _skipped(manifests: "list[Manifest]", seconds: float) -> "list[Outcome]":

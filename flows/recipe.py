@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from dit.encode import EncodeConfig
 from dit.evaluate import EvaluateConfig
@@ -30,7 +30,7 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 class Recipe(Config):
     """The archive, the config of every stage, and where training runs."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     """What runs of this recipe are called."""
     archive: ArchiveRef
     """The images."""

@@ -1,6 +1,8 @@
 """A checkpoint to a model version in the MLflow registry."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def _lineage(metrics: MetricsManifest, checkpoint: CheckpointManifest) -> dict[s
 
 def _register(config: RegisterConfig, checkpoint: CheckpointManifest, samples: SampleManifest, run_id: str) -> int:
     drawn = SampleConfig.model_validate(samples.config)
-    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id, nested=True):
+    with tempfile.TemporaryDirectory() as folder, _current(run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("served.py")),
@@ -114,6 +116,16 @@ def _register(config: RegisterConfig, checkpoint: CheckpointManifest, samples: S
             registered_model_name=config.model_name,
         )
     return int(logged.registered_model_version)
+
+
+@contextmanager
+def _current(run_id: str) -> Iterator[None]:
+    """Make a run MLflow's current one; it is still open afterwards, since only a committed stage ends its run."""
+    mlflow.start_run(run_id=run_id, nested=True)
+    try:
+        yield
+    finally:
+        mlflow.end_run("RUNNING")
 
 
 def _artifacts(folder: Path, checkpoint: CheckpointManifest, drawn: SampleConfig) -> dict[str, str]:

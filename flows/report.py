@@ -35,11 +35,13 @@ def show(outcomes: list[Outcome], root: str) -> None:
         for entry in manifest.files
         if entry.path.endswith(".png")
     ]
-    commands = [
-        ["runs, models", f"mlflow ui --backend-store-uri {tracking_uri(root)}"],
-        ["flows, forms", f"ditflow up --root {root}"],
-    ]
+    commands = [["runs, models", _tracking_hint(root)], ["flows, forms", f"ditflow up --root {uri.redact(root)}"]]
     _print_table([*pictures, *commands])
+
+
+def _tracking_hint(root: str) -> str:
+    store = tracking_uri(root)
+    return uri.redact(store) if store.startswith("http") else f"mlflow ui --backend-store-uri {uri.redact(store)}"
 
 
 def _print_table(rows: list[list[str]]) -> None:

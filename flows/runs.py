@@ -54,6 +54,12 @@ def open_client(root: str) -> tuple[MlflowClient, str]:
         return client, str(client.get_experiment_by_name(EXPERIMENT).experiment_id)  # another process was faster
 
 
+def prepare(root: str) -> None:
+    """Create the tracking store if there is none, which takes seconds. One that is away shows later."""
+    with _Optional():
+        open_client(root)
+
+
 def manifest_of(run_id: str, root: str) -> str | None:
     """The manifest that a stage's MLflow run wrote; None if the run is unknown or wrote none.
 

@@ -51,6 +51,7 @@ def mlflow_server(folder: Path, port: int = 0) -> Iterator[str]:
     """
     port, folder = port or free_port(), folder.absolute()
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    command += ["--uvicorn-opts", "--timeout-graceful-shutdown 3"]  # open pages would hold its end up
     command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     command += ["--artifacts-destination", (folder / "mlflow-artifacts").as_uri()]
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -95,6 +96,12 @@ def prefect_env(home: Path) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
     }
+
+
+def bypass_proxy() -> None:
+    """Have this process and its children reach our own servers directly."""
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
 
 
 def free_port() -> int:

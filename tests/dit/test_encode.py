@@ -132,7 +132,10 @@ def test_a_fault_within_a_block_leaves_nothing_of_it(
 
 def test_reconstructions_show_the_images_and_their_quality(latents: LatentManifest, vae: VaeRef) -> None:
     picture = np.asarray(Image.open(io.BytesIO(latents.read_object("artifacts/reconstructions.png"))))
-    cells = picture.reshape(-1, tiny.SIDE, 8, tiny.SIDE, 3).swapaxes(1, 2).reshape(-1, 2, tiny.SIDE, tiny.SIDE, 3)
+    pitch = tiny.SIDE + 2  # a gap of two pixels
+    padded = np.pad(picture, ((0, 2), (0, 2), (0, 0)))
+    cells = padded.reshape(-1, pitch, 8, pitch, 3).swapaxes(1, 2)[:, :, : tiny.SIDE, : tiny.SIDE]
+    cells = cells.reshape(-1, 2, tiny.SIDE, tiny.SIDE, 3)
     assert len(cells) == 32
     images, decoded = cells[:, 0], cells[:, 1].astype(np.float64)
     model = AutoencoderKL.from_pretrained(vae.source, low_cpu_mem_usage=False).eval()

@@ -140,14 +140,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert recorder.steps[-1] == (COUNT, COUNT, "images")
     assert tiny.objects(resumed) == tiny.objects(samples)
     picture = Image.open(io.BytesIO(resumed.read_object("artifacts/samples.png")))
-    assert picture.size == (3 * tiny.SIDE, 2 * tiny.SIDE)
+    assert picture.size == (3 * tiny.SIDE + 4, 2 * tiny.SIDE + 2)
 
 
 def test_the_picture_shows_the_first_samples(samples: SampleManifest) -> None:
     picture = np.asarray(Image.open(io.BytesIO(samples.read_object("artifacts/samples.png"))))
     first = images(samples)
-    assert np.array_equal(picture[: tiny.SIDE, tiny.SIDE : 2 * tiny.SIDE], first[1])
-    assert np.array_equal(picture[tiny.SIDE :, : tiny.SIDE], first[3])
+    assert np.array_equal(picture[: tiny.SIDE, tiny.SIDE + 2 : 2 * tiny.SIDE + 2], first[1])
+    assert np.array_equal(picture[tiny.SIDE + 2 :, : tiny.SIDE], first[3])
 
 
 def test_balanced_labels_take_every_class_in_turn(samples: SampleManifest) -> None:

@@ -10,8 +10,8 @@ import fsspec
 import numpy as np
 import pytest
 import webdataset
-from conftest import Recorder
 from PIL import Image
+from recorder import Recorder
 
 from storage import shards, uri
 from storage.archive import ArchiveRef, open_archive
@@ -162,7 +162,7 @@ def test_progress_and_contact_sheet(tmp_path: Path, archive: ArchiveRef, recorde
     ]
     sheet = recorder.artifacts["images.png"]
     assert sheet == manifest.read_object("artifacts/images.png")
-    assert Image.open(io.BytesIO(sheet)).size == (7 * 64, 64)
+    assert Image.open(io.BytesIO(sheet)).size == (7 * 64 + 6 * 2, 64)
 
 
 BAD = {"zz_empty.png": b"", "zz_text.png": b"no image"}
