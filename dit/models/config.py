@@ -1,5 +1,6 @@
 """What a model is made of. A size is a row in a table."""
 
+from abc import ABC
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -7,14 +8,12 @@ from pydantic import Field, model_validator
 from storage.config import Config
 from storage.errors import InputError
 
+BlockKind = Literal["in_context", "cross_attention", "adaln", "adaln_zero"]
 
-class DiTConfig(Config):
-    """A diffusion transformer (Peebles & Xie, arXiv 2212.09748). See `dit_config` for the published sizes."""
 
-    kind: Literal["dit"] = "dit"
-    """The family of the model."""
-    block: Literal["adaln_zero"] = "adaln_zero"
-    """How time and label condition a block."""
+class PatchTransformerConfig(Config, ABC):
+    """A transformer over the patches of a latent. See `SIZES` for the published sizes."""
+
     input_size: int = Field(32, ge=1)
     """Height and width of the latent, in latent pixels."""
     patch_size: int = Field(2, ge=1)
@@ -51,6 +50,22 @@ class DiTConfig(Config):
         """Channels of the output: the noise, then the variance if it is learned."""
         return self.in_channels * (2 if self.learn_variance else 1)
 
+    @property
+    def grid(self) -> int:
+        """Tokens along a side."""
+        return self.input_size // self.patch_size
+
+
+class DiTConfig(PatchTransformerConfig):
+    """A diffusion transformer (Peebles & Xie, arXiv 2212.09748). See `dit_config` for the published sizes."""
+
+    kind: Literal["dit"] = "dit"
+    """The family of the model."""
+    block: BlockKind = "adaln_zero"
+    """How time and label condition a block."""
+
+
+ModelConfig = DiTConfig
 
 SIZES: dict[str, tuple[int, int, int]] = {
     "S": (12, 384, 6),
@@ -67,8 +82,12 @@ def dit_config(name: str, **fields: Any) -> DiTConfig:
     Raises:
         InputError: there is no such size.
     """
+    return DiTConfig.model_validate(_sized(name) | fields)
+
+
+def _sized(name: str) -> dict[str, Any]:
     size, _, patch = name.partition("/")
     if size not in SIZES or not patch.isdecimal():
         raise InputError(f"model {name!r}: no such size; write one of {', '.join(SIZES)}, a slash and the patch size")
     depth, width, heads = SIZES[size]
-    return DiTConfig.model_validate({"depth": depth, "width": width, "heads": heads, "patch_size": int(patch)} | fields)
+    return {"depth": depth, "width": width, "heads": heads, "patch_size": int(patch)}

@@ -1,6 +1,6 @@
 """Parts of the transformers. Parameter names follow the published DiT checkpoints."""
 
-# B = batch, C = channels, H, W = latent height and width, N = tokens, D = width, h = heads
+# B = batch, C = channels, H, W = latent height and width, N = tokens, K = tokens of the condition, D = width, h = heads
 
 import math
 from abc import ABC, abstractmethod
@@ -37,7 +37,7 @@ class PatchEmbed(SelfInitialised):
     def init_weights(self) -> None:
         """Xavier-uniform on the flattened patch, as for a Linear of that size; zero bias."""
         nn.init.xavier_uniform_(self.proj.weight.flatten(1))
-        _zero(self.proj.bias)
+        zero(self.proj.bias)
 
 
 class TimestepEmbedding(SelfInitialised):
@@ -64,6 +64,7 @@ class LabelEmbedding(SelfInitialised):
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
+        self.null = num_classes
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, y: Tensor) -> Tensor:
@@ -88,6 +89,24 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, h, N, D/h)
+        out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens (B, N, D) to the condition's tokens (B, K, D)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N, D) and (B, K, D) to (B, N, D)."""
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, N, D/h)
+        k, v = self.kv(c).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, h, K, D/h)
         out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out
 
@@ -124,12 +143,30 @@ class FinalLayer(SelfInitialised):
     def init_weights(self) -> None:
         """Zero, so that an untrained model predicts zero."""
         zero_modulation(self.adaLN_modulation)
-        _zero(self.linear.weight, self.linear.bias)
+        zero(self.linear.weight, self.linear.bias)
 
 
-def layer_norm(width: int) -> nn.LayerNorm:
-    """Layer norm without learned scale and shift: the condition supplies them."""
-    return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+class PlainFinalLayer(SelfInitialised):
+    """Tokens (B, N, D) to patches (B, N, patch numbers), for blocks that tell the tokens the condition themselves."""
+
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.norm_final = layer_norm(width, affine=True)
+        self.linear = nn.Linear(width, out_features)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, out_features). The condition is not looked at."""
+        out: Tensor = self.linear(self.norm_final(x))
+        return out
+
+    def init_weights(self) -> None:
+        """Zero, so that an untrained model predicts zero."""
+        zero(self.linear.weight, self.linear.bias)
+
+
+def layer_norm(width: int, *, affine: bool = False) -> nn.LayerNorm:
+    """Layer norm, without learned scale and shift where the condition supplies them."""
+    return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=affine)
 
 
 def modulation(width: int, parts: int) -> nn.Sequential:
@@ -139,7 +176,7 @@ def modulation(width: int, parts: int) -> nn.Sequential:
 
 def zero_modulation(layer: nn.Sequential) -> None:
     """Start a modulation at zero."""
-    _zero(*layer.parameters())
+    zero(*layer.parameters())
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -167,7 +204,35 @@ def grid_sinusoid(width: int, side: int) -> Tensor:
     return torch.cat([column, row], dim=1)[None].float()
 
 
-def _zero(*parameters: Tensor | None) -> None:
+def unpatchify(patches: Tensor, side: int, patch_size: int) -> Tensor:
+    """Patches (B, side * side, p * p * C), row by row and the channel last, to (B, C, side * p, side * p)."""
+    squares = patches.unflatten(2, (patch_size, patch_size, -1))
+    grid: Tensor = squares.unflatten(1, (side, side))  # (B, rows, columns, p, p, C)
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def init_weights(model: nn.Module) -> None:
+    """Draw a model's weights anew from torch's generator.
+
+    Linear layers are Xavier-uniform with zero bias, learned norms start plain; parts that say
+    otherwise themselves follow.
+    """
+    model.apply(_init_default)
+    for module in model.modules():
+        if isinstance(module, SelfInitialised):
+            module.init_weights()
+
+
+def zero(*parameters: Tensor | None) -> None:
+    """Fill parameters with zeros; a bias that is not there is passed over."""
     for parameter in parameters:
         if parameter is not None:
             nn.init.zeros_(parameter)
+
+
+def _init_default(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        zero(module.bias)
+    elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        module.reset_parameters()
