@@ -1,7 +1,7 @@
 """What a model is made of. A size is a row in a table."""
 
 from abc import ABC
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -65,7 +65,15 @@ class DiTConfig(PatchTransformerConfig):
     """How time and label condition a block."""
 
 
-ModelConfig = DiTConfig
+class DiffiTConfig(PatchTransformerConfig):
+    """A latent DiffiT (Hatamizadeh et al., arXiv 2312.02139). See `diffit_config` for sizes."""
+
+    kind: Literal["diffit"] = "diffit"
+    """The family of the model."""
+
+
+ModelConfig = Annotated[DiTConfig | DiffiTConfig, Field(discriminator="kind")]
+"""Any model, told apart by ``kind``."""
 
 SIZES: dict[str, tuple[int, int, int]] = {
     "S": (12, 384, 6),
@@ -83,6 +91,18 @@ def dit_config(name: str, **fields: Any) -> DiTConfig:
         InputError: there is no such size.
     """
     return DiTConfig.model_validate(_sized(name) | fields)
+
+
+def diffit_config(name: str, **fields: Any) -> DiffiTConfig:
+    """The config of a latent DiffiT such as ``"XL/2"`` (size, patch size), with other fields as given.
+
+    The published model is XL/2, with the depth that its parameter count implies; the other sizes
+    have DiT's depth, width and heads.
+
+    Raises:
+        InputError: there is no such size.
+    """
+    return DiffiTConfig.model_validate(_sized(name) | fields)
 
 
 def _sized(name: str) -> dict[str, Any]:
