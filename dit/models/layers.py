@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from storage.errors import InputError
+
 NORM_EPS = 1e-6
 FREQUENCIES = 128
 EMBEDDING_STD = 0.02
@@ -64,7 +66,6 @@ class LabelEmbedding(SelfInitialised):
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        self.null = num_classes
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, y: Tensor) -> Tensor:
@@ -184,10 +185,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def timestep_sinusoid(t: Tensor) -> Tensor:
-    """Timesteps (B,) to float32 (B, 256): cosines then sines of t exp(-ln(10000) i / 128), i = 0 .. 127."""
-    i = torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device)
-    angle = t.float()[:, None] * torch.exp(i * (-math.log(10000.0) / FREQUENCIES))
+def timestep_sinusoid(t: Tensor, frequencies: int = FREQUENCIES) -> Tensor:
+    """Timesteps (B,) to float32 (B, 2F): cosines then sines of t exp(-ln(10000) i / F), i = 0 .. F - 1."""
+    i = torch.arange(frequencies, dtype=torch.float32, device=t.device)
+    angle = t.float()[:, None] * torch.exp(i * (-math.log(10000.0) / frequencies))
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
@@ -202,6 +203,18 @@ def grid_sinusoid(width: int, side: int) -> Tensor:
     line = torch.cat([angle.sin(), angle.cos()], dim=1)
     column, row = line.repeat(side, 1), line.repeat_interleave(side, dim=0)
     return torch.cat([column, row], dim=1)[None].float()
+
+
+def check_labels(y: Tensor | None, num_classes: int) -> None:
+    """See that labels are there if the model has classes, and only then.
+
+    Raises:
+        InputError: they are there and must not be, or the other way round.
+    """
+    if y is not None and num_classes == 0:
+        raise InputError("the model is unconditional (num_classes is 0): give it no labels")
+    if y is None and num_classes > 0:
+        raise InputError(f"the model needs labels; the null label is {num_classes}")
 
 
 def unpatchify(patches: Tensor, side: int, patch_size: int) -> Tensor:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.models.config import PatchTransformerConfig
-from dit.models.layers import LabelEmbedding, PatchEmbed, TimestepEmbedding, grid_sinusoid, init_weights
-from storage.errors import InputError
+from dit.models.layers import LabelEmbedding, PatchEmbed, TimestepEmbedding, check_labels, grid_sinusoid, init_weights
 
 
 class PatchTransformer(nn.Module, ABC):
@@ -21,6 +20,7 @@ class PatchTransformer(nn.Module, ABC):
 
     def __init__(self, config: PatchTransformerConfig) -> None:
         super().__init__()
+        self.num_classes = config.num_classes
         self.pos_embed = nn.Parameter(torch.empty(1, config.grid**2, config.width), requires_grad=False)
         self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, config.width)
         self.t_embedder = TimestepEmbedding(config.width)
@@ -61,11 +61,6 @@ class PatchTransformer(nn.Module, ABC):
         Raises:
             InputError: labels for an unconditional model, or none for a conditional one.
         """
+        check_labels(y, self.num_classes)
         time: Tensor = self.t_embedder(t, dtype)
-        if self.y_embedder is None:
-            if y is not None:
-                raise InputError("the model is unconditional (num_classes is 0): give it no labels")
-            return time[:, None]
-        if y is None:
-            raise InputError(f"the model needs labels; the null label is {self.y_embedder.null}")
-        return torch.stack([time, self.y_embedder(y)], dim=1)
+        return time[:, None] if self.y_embedder is None else torch.stack([time, self.y_embedder(y)], dim=1)

@@ -134,7 +134,7 @@ def test_model_is_its_blocks() -> None:
     model = randomised()
     x, t, y = batch()
     tokens = model.x_embedder(x) + model.pos_embed
-    c = model.t_embedder(t, x.dtype) + model.y_embedder(y)  # type: ignore[misc]
+    c = model.t_embedder(t, x.dtype) + model.y_embedder(y)
     for block in model.blocks:
         assert isinstance(block, TMSABlock)
         tokens = tokens + block.attn(torch.nn.functional.layer_norm(tokens, (48,), eps=1e-6), c)
