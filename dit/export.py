@@ -10,7 +10,7 @@ from torch import nn
 
 from dit.diffusion.config import DiffusionConfig
 from dit.models.build import build
-from dit.models.config import DiTConfig
+from dit.models.config import ModelConfig
 from dit.vae import VaeRef
 from dit.weights import one_line, read_weights
 from storage import uri
@@ -27,7 +27,7 @@ RAW_WEIGHTS = "model-raw.safetensors"
 class ModelCard(Config):
     """All that is needed to rebuild a trained model and to sample from it."""
 
-    model: DiTConfig
+    model: ModelConfig
     """The network."""
     diffusion: DiffusionConfig
     """The process that it undoes."""

@@ -1,6 +1,6 @@
 """What a diffusion process is made of."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -26,3 +26,20 @@ class DiffusionConfig(Config):
         if self.beta_start > self.beta_end:
             raise ValueError(f"beta_start {self.beta_start} is above beta_end {self.beta_end}")
         return self
+
+
+class EDMConfig(Config):
+    """Diffusion over continuous noise levels (Karras et al., arXiv 2206.00364)."""
+
+    kind: Literal["edm"] = "edm"
+    """The family of the process."""
+    p_mean: float = -1.2
+    """Mean of the logarithm of the noise levels in training."""
+    p_std: float = Field(1.2, gt=0)
+    """Standard deviation of the logarithm of the noise levels in training."""
+    sigma_data: float = Field(0.5, gt=0)
+    """Standard deviation of the data."""
+
+
+ProcessConfig = Annotated[DiffusionConfig | EDMConfig, Field(discriminator="kind")]
+"""Any process, told apart by ``kind``."""

@@ -1,14 +1,96 @@
 """The ways to condition a transformer block (arXiv 2212.09748, section 3.2), by name."""
 
-# B = batch, N = tokens, D = width
+# B = batch, N = tokens, K = tokens of the condition, D = width
 
-from torch import Tensor
+from typing import ClassVar
 
-from dit.models.layers import Attention, Mlp, SelfInitialised, layer_norm, modulate, modulation, zero_modulation
+from torch import Tensor, nn
+
+from dit.models.config import BlockKind
+from dit.models.layers import (
+    Attention,
+    CrossAttention,
+    FinalLayer,
+    Mlp,
+    PlainFinalLayer,
+    SelfInitialised,
+    layer_norm,
+    modulate,
+    modulation,
+    zero_modulation,
+)
+
+
+class InContextBlock(nn.Module):
+    """A plain transformer block: the condition is among the tokens."""
+
+    FINAL_LAYER: ClassVar = PlainFinalLayer
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(width, affine=True)
+        self.attn = Attention(width, heads)
+        self.norm2 = layer_norm(width, affine=True)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N + K, D) to the same. The condition (B, K, D) is not looked at."""
+        x = x + self.attn(self.norm1(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class CrossAttentionBlock(nn.Module):
+    """Attention among the tokens, then to the condition's tokens, then an MLP."""
+
+    FINAL_LAYER: ClassVar = PlainFinalLayer
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(width, affine=True)
+        self.attn = Attention(width, heads)
+        self.norm_cross = layer_norm(width, affine=True)
+        self.cross_attn = CrossAttention(width, heads)
+        self.norm2 = layer_norm(width, affine=True)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N, D) and the condition (B, K, D) to (B, N, D)."""
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross_attn(self.norm_cross(x), c)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class AdaLNBlock(SelfInitialised):
+    """Attention and MLP, each shifted and scaled by the condition."""
+
+    FINAL_LAYER: ClassVar = FinalLayer
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = layer_norm(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = modulation(width, 4)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N, D) and the condition (B, D) to (B, N, D)."""
+        shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, dim=1)
+        x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
+        out: Tensor = x + self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return out
+
+    def init_weights(self) -> None:
+        """Start without the condition."""
+        zero_modulation(self.adaLN_modulation)
 
 
 class AdaLNZeroBlock(SelfInitialised):
     """Attention and MLP, each shifted, scaled and gated by the condition. Starts as the identity."""
+
+    FINAL_LAYER: ClassVar = FinalLayer
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -30,5 +112,12 @@ class AdaLNZeroBlock(SelfInitialised):
         zero_modulation(self.adaLN_modulation)
 
 
-BLOCKS = {"adaln_zero": AdaLNZeroBlock}
-"""Each takes (width, heads, mlp_ratio)."""
+Block = InContextBlock | CrossAttentionBlock | AdaLNBlock | AdaLNZeroBlock
+
+BLOCKS: dict[BlockKind, type[Block]] = {
+    "in_context": InContextBlock,
+    "cross_attention": CrossAttentionBlock,
+    "adaln": AdaLNBlock,
+    "adaln_zero": AdaLNZeroBlock,
+}
+"""Each takes (width, heads, mlp_ratio) and names the final layer that goes with it."""

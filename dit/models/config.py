@@ -1,20 +1,22 @@
 """What a model is made of. A size is a row in a table."""
 
-from typing import Any, Literal, Self
+from abc import ABC
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from storage.config import Config
 from storage.errors import InputError
 
+HEAD_WIDTH = 32
+"""Channels of an attention head of the image-space DiffiT."""
 
-class DiTConfig(Config):
-    """A diffusion transformer (Peebles & Xie, arXiv 2212.09748). See `dit_config` for the published sizes."""
+BlockKind = Literal["in_context", "cross_attention", "adaln", "adaln_zero"]
 
-    kind: Literal["dit"] = "dit"
-    """The family of the model."""
-    block: Literal["adaln_zero"] = "adaln_zero"
-    """How time and label condition a block."""
+
+class PatchTransformerConfig(Config, ABC):
+    """A transformer over the patches of a latent. See `SIZES` for the published sizes."""
+
     input_size: int = Field(32, ge=1)
     """Height and width of the latent, in latent pixels."""
     patch_size: int = Field(2, ge=1)
@@ -51,6 +53,71 @@ class DiTConfig(Config):
         """Channels of the output: the noise, then the variance if it is learned."""
         return self.in_channels * (2 if self.learn_variance else 1)
 
+    @property
+    def grid(self) -> int:
+        """Tokens along a side."""
+        return self.input_size // self.patch_size
+
+
+class DiTConfig(PatchTransformerConfig):
+    """A diffusion transformer (Peebles & Xie, arXiv 2212.09748). See `dit_config` for the published sizes."""
+
+    kind: Literal["dit"] = "dit"
+    """The family of the model."""
+    block: BlockKind = "adaln_zero"
+    """How time and label condition a block."""
+
+
+class DiffiTConfig(PatchTransformerConfig):
+    """A latent DiffiT (Hatamizadeh et al., arXiv 2312.02139). See `diffit_config` for sizes."""
+
+    kind: Literal["diffit"] = "diffit"
+    """The family of the model."""
+
+
+class DiffiTImageConfig(Config):
+    """An image-space DiffiT (Hatamizadeh et al., arXiv 2312.02139). See `diffit_image_config` for sizes."""
+
+    kind: Literal["diffit_image"] = "diffit_image"
+    """The family of the model."""
+    input_size: int = Field(64, ge=1)
+    """Height and width of the images, in pixels."""
+    in_channels: int = Field(3, ge=1)
+    """Channels of the images."""
+    stem_width: int = Field(128, ge=1)
+    """Channels that the first convolution makes of the image."""
+    widths: tuple[int, ...] = Field((128, 256, 256, 256), min_length=1)
+    """Channels at each resolution, each half of the one before; multiples of 32, one attention head for each 32."""
+    depths: tuple[Annotated[int, Field(ge=1)], ...] = (4, 4, 4, 4)
+    """Residual blocks at each resolution on the way down, and as many on the way up."""
+    window: int = Field(8, ge=1)
+    """Side of the squares within which attention works, at every resolution, in its pixels."""
+    mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden width of a block's MLP in units of its width."""
+    time_width: int = Field(512, ge=1)
+    """Numbers in the embedded noise level."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+    """Probability that training drops a channel's value before a block's convolution."""
+    num_classes: int = Field(0, ge=0)
+    """Number of labels; the null label comes after them. 0 makes the model unconditional."""
+    label_dropout: float = Field(0.1, ge=0, le=1)
+    """Probability that training replaces a sample's label by the null label."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.widths) != len(self.depths):
+            raise ValueError(f"widths {self.widths} and depths {self.depths} differ in length")
+        if any(width < 1 or width % HEAD_WIDTH for width in self.widths):
+            raise ValueError(f"widths {self.widths} are not multiples of {HEAD_WIDTH}, the width of a head")
+        unit = self.window * 2 ** (len(self.widths) - 1)
+        if self.input_size % unit:
+            reason = f"{len(self.widths)} resolutions with windows of {self.window} need a multiple of {unit}"
+            raise ValueError(f"input_size {self.input_size}: {reason}")
+        return self
+
+
+ModelConfig = Annotated[DiTConfig | DiffiTConfig | DiffiTImageConfig, Field(discriminator="kind")]
+"""Any model, told apart by ``kind``."""
 
 SIZES: dict[str, tuple[int, int, int]] = {
     "S": (12, 384, 6),
@@ -60,6 +127,16 @@ SIZES: dict[str, tuple[int, int, int]] = {
 }
 """Depth, width and heads of the published sizes (arXiv 2212.09748, table 1)."""
 
+IMAGE_SIZES: dict[str, dict[str, Any]] = {
+    "cifar10": {"input_size": 32, "widths": (128, 256, 256), "depths": (4, 4, 4), "window": 4, "dropout": 0.13},
+    "ffhq64": {"input_size": 64, "widths": (128, 256, 256, 256), "depths": (4, 4, 4, 4), "window": 8, "dropout": 0.05},
+    "digits32": {
+        "input_size": 32, "stem_width": 32, "widths": (32, 64, 64), "depths": (1, 1, 1), "window": 4,
+        "time_width": 128, "dropout": 0.0,
+    },
+}  # fmt: skip
+"""The published image-space models (arXiv 2312.02139) and one that a CPU trains on digits."""
+
 
 def dit_config(name: str, **fields: Any) -> DiTConfig:
     """The config of a published model such as ``"XL/2"`` (size, patch size), with other fields as given.
@@ -67,8 +144,35 @@ def dit_config(name: str, **fields: Any) -> DiTConfig:
     Raises:
         InputError: there is no such size.
     """
+    return DiTConfig.model_validate(_sized(name) | fields)
+
+
+def diffit_config(name: str, **fields: Any) -> DiffiTConfig:
+    """The config of a latent DiffiT such as ``"XL/2"`` (size, patch size), with other fields as given.
+
+    The published model is XL/2, with the depth that its parameter count implies; the other sizes
+    have DiT's depth, width and heads.
+
+    Raises:
+        InputError: there is no such size.
+    """
+    return DiffiTConfig.model_validate(_sized(name) | fields)
+
+
+def diffit_image_config(name: str, **fields: Any) -> DiffiTImageConfig:
+    """The config of an image-space DiffiT such as ``"ffhq64"``, with other fields as given.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    if name not in IMAGE_SIZES:
+        raise InputError(f"model {name!r}: no such image-space DiffiT; write one of {', '.join(IMAGE_SIZES)}")
+    return DiffiTImageConfig.model_validate(IMAGE_SIZES[name] | fields)
+
+
+def _sized(name: str) -> dict[str, Any]:
     size, _, patch = name.partition("/")
     if size not in SIZES or not patch.isdecimal():
         raise InputError(f"model {name!r}: no such size; write one of {', '.join(SIZES)}, a slash and the patch size")
     depth, width, heads = SIZES[size]
-    return DiTConfig.model_validate({"depth": depth, "width": width, "heads": heads, "patch_size": int(patch)} | fields)
+    return {"depth": depth, "width": width, "heads": heads, "patch_size": int(patch)}

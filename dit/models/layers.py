@@ -1,6 +1,6 @@
 """Parts of the transformers. Parameter names follow the published DiT checkpoints."""
 
-# B = batch, C = channels, H, W = latent height and width, N = tokens, D = width, h = heads
+# B = batch, C = channels, H, W = latent height and width, N = tokens, K = tokens of the condition, D = width, h = heads
 
 import math
 from abc import ABC, abstractmethod
@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from storage.errors import InputError
 
 NORM_EPS = 1e-6
 FREQUENCIES = 128
@@ -37,7 +39,7 @@ class PatchEmbed(SelfInitialised):
     def init_weights(self) -> None:
         """Xavier-uniform on the flattened patch, as for a Linear of that size; zero bias."""
         nn.init.xavier_uniform_(self.proj.weight.flatten(1))
-        _zero(self.proj.bias)
+        zero(self.proj.bias)
 
 
 class TimestepEmbedding(SelfInitialised):
@@ -92,6 +94,24 @@ class Attention(nn.Module):
         return out
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens (B, N, D) to the condition's tokens (B, K, D)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N, D) and (B, K, D) to (B, N, D)."""
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, N, D/h)
+        k, v = self.kv(c).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, h, K, D/h)
+        out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
 class Mlp(nn.Module):
     """Linear, tanh-approximated GELU, Linear on each token."""
 
@@ -124,12 +144,30 @@ class FinalLayer(SelfInitialised):
     def init_weights(self) -> None:
         """Zero, so that an untrained model predicts zero."""
         zero_modulation(self.adaLN_modulation)
-        _zero(self.linear.weight, self.linear.bias)
+        zero(self.linear.weight, self.linear.bias)
 
 
-def layer_norm(width: int) -> nn.LayerNorm:
-    """Layer norm without learned scale and shift: the condition supplies them."""
-    return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+class PlainFinalLayer(SelfInitialised):
+    """Tokens (B, N, D) to patches (B, N, patch numbers), for blocks that tell the tokens the condition themselves."""
+
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.norm_final = layer_norm(width, affine=True)
+        self.linear = nn.Linear(width, out_features)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, out_features). The condition is not looked at."""
+        out: Tensor = self.linear(self.norm_final(x))
+        return out
+
+    def init_weights(self) -> None:
+        """Zero, so that an untrained model predicts zero."""
+        zero(self.linear.weight, self.linear.bias)
+
+
+def layer_norm(width: int, *, affine: bool = False) -> nn.LayerNorm:
+    """Layer norm, without learned scale and shift where the condition supplies them."""
+    return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=affine)
 
 
 def modulation(width: int, parts: int) -> nn.Sequential:
@@ -139,7 +177,7 @@ def modulation(width: int, parts: int) -> nn.Sequential:
 
 def zero_modulation(layer: nn.Sequential) -> None:
     """Start a modulation at zero."""
-    _zero(*layer.parameters())
+    zero(*layer.parameters())
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -147,10 +185,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def timestep_sinusoid(t: Tensor) -> Tensor:
-    """Timesteps (B,) to float32 (B, 256): cosines then sines of t exp(-ln(10000) i / 128), i = 0 .. 127."""
-    i = torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device)
-    angle = t.float()[:, None] * torch.exp(i * (-math.log(10000.0) / FREQUENCIES))
+def timestep_sinusoid(t: Tensor, frequencies: int = FREQUENCIES) -> Tensor:
+    """Timesteps (B,) to float32 (B, 2F): cosines then sines of t exp(-ln(10000) i / F), i = 0 .. F - 1."""
+    i = torch.arange(frequencies, dtype=torch.float32, device=t.device)
+    angle = t.float()[:, None] * torch.exp(i * (-math.log(10000.0) / frequencies))
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
@@ -167,7 +205,47 @@ def grid_sinusoid(width: int, side: int) -> Tensor:
     return torch.cat([column, row], dim=1)[None].float()
 
 
-def _zero(*parameters: Tensor | None) -> None:
+def check_labels(y: Tensor | None, num_classes: int) -> None:
+    """See that labels are there if the model has classes, and only then.
+
+    Raises:
+        InputError: they are there and must not be, or the other way round.
+    """
+    if y is not None and num_classes == 0:
+        raise InputError("the model is unconditional (num_classes is 0): give it no labels")
+    if y is None and num_classes > 0:
+        raise InputError(f"the model needs labels; the null label is {num_classes}")
+
+
+def unpatchify(patches: Tensor, side: int, patch_size: int) -> Tensor:
+    """Patches (B, side * side, p * p * C), row by row and the channel last, to (B, C, side * p, side * p)."""
+    squares = patches.unflatten(2, (patch_size, patch_size, -1))
+    grid: Tensor = squares.unflatten(1, (side, side))  # (B, rows, columns, p, p, C)
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def init_weights(model: nn.Module) -> None:
+    """Draw a model's weights anew from torch's generator.
+
+    Linear layers are Xavier-uniform with zero bias, learned norms start plain; parts that say
+    otherwise themselves follow.
+    """
+    model.apply(_init_default)
+    for module in model.modules():
+        if isinstance(module, SelfInitialised):
+            module.init_weights()
+
+
+def zero(*parameters: Tensor | None) -> None:
+    """Fill parameters with zeros; a bias that is not there is passed over."""
     for parameter in parameters:
         if parameter is not None:
             nn.init.zeros_(parameter)
+
+
+def _init_default(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        zero(module.bias)
+    elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        module.reset_parameters()

@@ -1,0 +1,166 @@
+"""DiffiT on pixels: a U of convolutions and windowed attention (Hatamizadeh et al., arXiv 2312.02139)."""
+
+# B = batch, C = channels, H, W = height and width of a resolution, E = time width, w = side of a window
+
+import torch
+from torch import Tensor, nn
+
+from dit.models.config import HEAD_WIDTH, DiffiTImageConfig
+from dit.models.layers import NORM_EPS, LabelEmbedding, check_labels, init_weights, timestep_sinusoid, zero
+from dit.models.tmsa import TMSABlock
+from storage.errors import InputError
+
+TIME_FREQUENCIES = 64
+
+
+class ImageDiffiT(nn.Module):
+    """The network inside a preconditioner such as EDM's: scaled noisy images to a raw prediction.
+
+    Down through the resolutions and back up, with one concatenation at each. It works at any image
+    size whose every resolution divides into windows. Randomness: dropout, in training mode, from
+    torch's generator.
+    """
+
+    def __init__(self, config: DiffiTImageConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, depths = config.widths, config.depths
+        last = len(widths) - 1
+        self.t_embedder = TimeToken(config.time_width)
+        self.y_embedder = LabelEmbedding(config.num_classes, config.time_width) if config.num_classes else None
+        self.tokenizer = conv3x3(config.in_channels, config.stem_width)
+        entries = zip((config.stem_width, *widths), widths, depths, strict=False)
+        self.down_stages = nn.ModuleList(Stage(before, width, depth, config) for before, width, depth in entries)
+        self.down = nn.ModuleList(conv3x3(width, width, stride=2) for width in widths[:-1])
+        self.up = nn.ModuleList(conv3x3(widths[i + 1], widths[i + 1]) for i in range(last))
+        self.up_stages = nn.ModuleList(
+            Stage(widths[i + 1] + widths[i], widths[i], depths[i], config) for i in range(last)
+        )
+        self.head = nn.Sequential(group_norm(widths[0]), nn.SiLU(), conv3x3(widths[0], config.in_channels))
+        self.init_weights()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict from scaled noisy images, given in the dtype of the weights.
+
+        Args:
+            x: noisy images (B, C, H, W), scaled to unit variance.
+            t: what tells the noise level (B,); EDM's is ln(sigma) / 4.
+            y: labels (B,) in 0 .. num_classes, the last being the null label; None if unconditional.
+
+        Returns:
+            (B, C, H, W)
+
+        Raises:
+            InputError: the images do not divide into windows; labels for an unconditional model, or
+                none for a conditional one.
+        """
+        self._check_size(x.shape[2], x.shape[3])
+        c = self._condition(t, y, x.dtype)
+        x = self.tokenizer(x)
+        skips = []
+        for stage, down in zip(self.down_stages, self.down, strict=False):
+            x = stage(x, c)
+            skips.append(x)
+            x = down(x)
+        x = self.down_stages[-1](x, c)
+        for i in reversed(range(len(skips))):
+            x = self.up[i](nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = self.up_stages[i](torch.cat([x, skips[i]], dim=1), c)
+        out: Tensor = self.head(x)
+        return out
+
+    def init_weights(self) -> None:
+        """Draw the weights anew from torch's generator, also after `to_empty` of a model made on "meta".
+
+        Xavier-uniform with zero bias; the last Linear of each attention and MLP and the head are zero.
+        """
+        init_weights(self)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                zero(module.bias)
+            elif isinstance(module, TMSABlock):
+                zero(*module.attn.proj.parameters(), *module.mlp.fc2.parameters())
+        zero(*self.head[-1].parameters())
+
+    def _condition(self, t: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
+        check_labels(y, self.config.num_classes)
+        time: Tensor = self.t_embedder(t, dtype)
+        label = 0 if self.y_embedder is None else self.y_embedder(y)
+        return nn.functional.silu(time + label)
+
+    def _check_size(self, height: int, width: int) -> None:
+        unit = self.config.window * 2 ** (len(self.config.widths) - 1)
+        if height % unit or width % unit:
+            reason = f"{len(self.config.widths)} resolutions with windows of {self.config.window} need"
+            raise InputError(f"images of {height} x {width} px: {reason} multiples of {unit}")
+
+
+class TimeToken(nn.Module):
+    """Noise levels (B,) to (B, E) by a sinusoid of 128 numbers and an MLP. The last SiLU follows the label."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) to (B, E). The sinusoid is computed in float32 and then cast to the weights' dtype."""
+        out: Tensor = self.mlp(timestep_sinusoid(t, TIME_FREQUENCIES).to(dtype))
+        return out
+
+
+class Stage(nn.Module):
+    """One resolution: a convolution if the width changes, then residual blocks."""
+
+    def __init__(self, in_width: int, width: int, depth: int, config: DiffiTImageConfig) -> None:
+        super().__init__()
+        self.match = conv3x3(in_width, width) if in_width != width else nn.Identity()
+        self.blocks = nn.ModuleList(ResBlock(width, config) for _ in range(depth))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, in_width, H, W) and time (B, E) to (B, width, H, W)."""
+        x = self.match(x)
+        for block in self.blocks:
+            x = block(x, c)
+        return x
+
+
+class ResBlock(nn.Module):
+    """A convolution and then a transformer block in windows, added to the input."""
+
+    def __init__(self, width: int, config: DiffiTImageConfig) -> None:
+        super().__init__()
+        self.window = config.window
+        self.norm = group_norm(width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv = conv3x3(width, width)
+        self.block = TMSABlock(width, width // HEAD_WIDTH, config.time_width, config.window, config.mlp_ratio)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, C, H, W) and time (B, E) to (B, C, H, W)."""
+        h = self.conv(self.dropout(nn.functional.silu(self.norm(x))))
+        tokens = self.block(to_windows(h, self.window), c)
+        return x + from_windows(tokens, self.window, x.shape[2], x.shape[3])
+
+
+def to_windows(x: Tensor, w: int) -> Tensor:
+    """(B, C, H, W) to its non-overlapping windows (B * windows, w * w, C), those of an image next to each other."""
+    rows, columns = x.shape[2] // w, x.shape[3] // w
+    cut: Tensor = x.unflatten(3, (columns, w)).unflatten(2, (rows, w))  # (B, C, rows, w, columns, w)
+    return cut.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)
+
+
+def from_windows(tokens: Tensor, w: int, height: int, width: int) -> Tensor:
+    """What `to_windows` cut, (B * windows, w * w, C), put together to (B, C, H, W)."""
+    cut: Tensor = tokens.unflatten(1, (w, w)).unflatten(0, (-1, height // w, width // w))
+    return cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """A 3 x 3 convolution with zero padding."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    """Group norm of at least four channels a group, in at most 32 groups."""
+    return nn.GroupNorm(min(32, width // 4), width, eps=NORM_EPS)

@@ -1,0 +1,74 @@
+"""Guidance that depends on time."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit.samplers.guidance import Guided, power_cosine
+
+X = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+TIMES = torch.tensor([0, 100, 400, 999])
+LABELS = torch.tensor([1, 2, 3, 4])
+NULL = torch.full((4,), 10)
+
+
+class Counting:
+    """A network that remembers which labels it was asked for."""
+
+    def __init__(self) -> None:
+        self.labels: list[list[int]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None
+        self.labels.append(y.tolist())
+        return torch.cat([x * y.reshape(-1, 1, 1, 1), x + t.reshape(-1, 1, 1, 1)], 1)
+
+
+@pytest.mark.parametrize(("t", "scale"), [(400, 1.14), (100, 3.50), (1000, 1.0), (0, 4.4)])
+def test_power_cosine_has_the_published_values(t: int, scale: float) -> None:
+    assert float(power_cosine(4.4, torch.tensor([t]))) == pytest.approx(scale, abs=0.005)
+
+
+def test_power_cosine_is_the_formula_and_never_falls_towards_the_data() -> None:
+    t = torch.arange(1000)
+    found = power_cosine(4.6, t)
+    expected = [1 + 3.6 * (1 - math.cos(math.pi * (1 - i / 1000) ** 4)) / 2 for i in range(1000)]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    assert (found[1:] <= found[:-1]).all()
+
+
+def test_each_sample_is_guided_by_the_scale_of_its_time() -> None:
+    model = Counting()
+    found = Guided(model, 4.4, null_label=10, schedule="power_cosine")(X, TIMES, LABELS)
+    label, null = model(X, TIMES, LABELS), model(X, TIMES, NULL)
+    for i, t in enumerate(TIMES):
+        scale = 1 + 3.4 * (1 - math.cos(math.pi * (1 - float(t) / 1000) ** 4)) / 2
+        torch.testing.assert_close(found[i, :3], null[i, :3] + scale * (label[i, :3] - null[i, :3]))
+        assert torch.equal(found[i, 3:], label[i, 3:])
+
+
+def test_outside_the_interval_the_network_answers_alone() -> None:
+    model = Counting()
+    found = Guided(model, 3.0, null_label=10, channels="all", interval=(100, 400))(X, TIMES, LABELS)
+    assert model.labels == [[1, 2, 3, 4, 10, 10]]
+    always = Guided(model, 3.0, null_label=10, channels="all")(X, TIMES, LABELS)
+    plain = model(X, TIMES, LABELS)
+    for i, inside in enumerate([False, True, True, False]):
+        assert torch.equal(found[i], (always if inside else plain)[i])
+    assert not torch.allclose(always, plain)
+
+
+def test_no_second_pass_where_nobody_is_inside() -> None:
+    model = Counting()
+    guided = Guided(model, 3.0, null_label=10, schedule="power_cosine", interval=(500, 600))
+    found = guided(X, TIMES, LABELS)
+    assert model.labels == [[1, 2, 3, 4]]
+    assert torch.equal(found, model(X, TIMES, LABELS))
+
+
+def test_interval_is_in_the_networks_own_time() -> None:
+    model, t = Counting(), torch.tensor([-1.5, -0.2, 0.0, 1.1])
+    Guided(model, 3.0, null_label=10, interval=(-0.5, 0.5))(X, t, LABELS)
+    assert model.labels == [[1, 2, 3, 4, 10, 10]]
