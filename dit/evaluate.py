@@ -2,6 +2,7 @@
 
 # B = batch, H = image side
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -25,7 +26,7 @@ from storage.manifest import Manifest, StageOutput
 from storage.parallel import threads
 from storage.rows import RowReader
 from storage.shards import ShardManifest, read_images
-from storage.tracking import Tracker
+from storage.tracking import Tracker, publish
 
 VERSION = 1
 NOISE_SEED = 0
@@ -88,14 +89,13 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
     if isinstance(extractor, Classifier) and set(samples.class_names) <= set(extractor.class_names):
         metrics |= _recognised(extractor, sets, samples.class_names)
     tracker.metrics(metrics, step=0)
-    return out.commit(
-        MetricsManifest,
-        [],
-        counts=counts,
-        metrics=metrics,
-        distance=f"FD[{extractor.name}@{extractor.sha256[:8]}]",
-        conditions=samples.conditions | _conditions(extractor, shards, latents),
-    )
+    facts = {
+        "distance": f"FD[{extractor.name}@{extractor.sha256[:8]}]",
+        "conditions": samples.conditions | _conditions(extractor, shards, latents),
+    }
+    page = json.dumps(facts | {"metrics": metrics, "counts": counts}, indent=1).encode()
+    files = [publish(out, tracker, "metrics.json", page)]
+    return out.commit(MetricsManifest, files, counts=counts, metrics=metrics, **facts)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows import services
+from storage import uri
 from storage.errors import DitflowError, InputError
 
 # Prefect reads its settings when it is imported, so whatever imports it is imported after they are set.
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 STAGES = ("shard", "encode", "train", "sample", "evaluate", "register")
 
+PORTS = range(1, 65536)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
@@ -31,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     services.bypass_proxy()
     try:
+        _check_root(options)
         options.command(options)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -39,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"fault: {error}\n")
         return 1
     except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on where it was\n")
         return 130
     except Exception:
         traceback.print_exc()
@@ -50,20 +55,20 @@ def demo(options: argparse.Namespace) -> None:
     """Run the demo's pipeline on scanned digits."""
     from flows.demo.digits import write_digits
 
-    folder = services.local_home(options.root) / "digits"
-    write_digits(folder)
-    splits = [f"archive.{split}={folder / split}" for split in ("train", "held_out")]
-    options.recipe, options.set = "demo", [*splits, *options.set]
+    write_digits(services.local_home(options.root) / "digits")
+    options.recipe = "demo"
     run(options)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run a recipe's pipeline."""
-    begin = time.monotonic()
     recipe = _recipe(options)
     done = None if options.force else recipe.finished(options.root)
     if done is not None:
-        _report(options, _skipped(done, time.monotonic() - begin))
+        from flows.runs import settle_unsent
+
+        settle_unsent(done, options.root)
+        _report(options, _skipped(done))
         return
     with _prefect(options):
         from flows.perform import RunSettings
@@ -75,12 +80,13 @@ def run(options: argparse.Namespace) -> None:
 def stage(options: argparse.Namespace) -> None:
     """Run one stage of a recipe on an earlier output."""
     recipe = _recipe(options)
+    source = recipe.source_of(options.stage, options.source, options.root)
     with _prefect(options):
         from flows.perform import RunSettings
         from flows.pipeline import run_stage
 
         settings = RunSettings(root=options.root, force=options.force)
-        _report(options, [run_stage(options.stage, recipe, options.source, settings)])
+        _report(options, [run_stage(options.stage, recipe, source, settings)])
 
 
 def up(options: argparse.Namespace) -> None:
@@ -97,7 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--root", default=os.environ.get("DITFLOW_ROOT", "runs"), help="fsspec URL for all outputs")
     work = argparse.ArgumentParser(add_help=False, parents=[shared])
     work.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=2000")
-    work.add_argument("--force", action="store_true", help="run what is done again, beside the old output")
+    work.add_argument(
+        "--force",
+        action="store_true",
+        help="run what is done again, beside the old output; a forced pipeline that is interrupted starts over",
+    )
     work.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     command = commands.add_parser("demo", parents=[work], help="the whole pipeline on scanned digits")
     command.set_defaults(command=demo)
@@ -113,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=stage, stage=name, source=None)
     command = commands.add_parser("up", parents=[shared], help="Prefect, MLflow and a worker, with all flows deployed")
     command.add_argument("--recipe", default="demo", help="whose values fill the forms in the Prefect UI")
-    command.add_argument("--prefect-port", type=int, default=4200)
-    command.add_argument("--mlflow-port", type=int, default=5000)
+    command.add_argument("--prefect-port", type=int, default=4200, choices=PORTS, metavar="PORT")
+    command.add_argument("--mlflow-port", type=int, default=5000, choices=PORTS, metavar="PORT")
     command.set_defaults(command=up)
     return parser
 
@@ -122,7 +132,21 @@ def _parser() -> argparse.ArgumentParser:
 def _recipe(options: argparse.Namespace) -> "Recipe":
     from flows.recipe import load_recipe
 
-    return load_recipe(options.recipe, options.set)
+    return load_recipe(options.recipe, options.set, options.root)
+
+
+def _check_root(options: argparse.Namespace) -> None:
+    root = options.root
+    try:
+        home = uri.local_path(uri.without_credentials(root))
+        if home is None:
+            uri.exists(root)
+            return
+        home.mkdir(parents=True, exist_ok=True)
+        if not os.access(home, os.W_OK):
+            raise InputError("cannot be written to")
+    except Exception as error:  # stores of all kinds have their own ways to say no
+        raise InputError(f"--root {uri.redact(root)}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextmanager
@@ -131,18 +155,35 @@ def _prefect(options: argparse.Namespace) -> Iterator[None]:
     console = "WARNING" if options.json or sys.stderr.isatty() else "INFO"
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", console)
     if os.environ.get("PREFECT_API_URL") or services.use_running(options.root):
+        import_module("flows.pipeline")
+        _quiet_what_we_explain()
         yield
         return
     home, port = services.local_home(options.root) / "prefect", services.free_port()
     os.environ |= services.prefect_env(home) | {"PREFECT_API_URL": f"http://{services.HOST}:{port}/api"}
     warm = threading.Thread(target=_warm, args=(options.root,))
     warm.start()
-    with services.prefect_server(home, port):
+    try:
+        with services.prefect_server(home, port):
+            warm.join()
+            _quiet_what_we_explain()
+            try:
+                yield
+            finally:
+                _send_last_words()
+    finally:
         warm.join()
-        try:
-            yield
-        finally:
-            _send_last_words()
+
+
+def _quiet_what_we_explain() -> None:
+    """Keep Prefect's tracebacks of errors that end as one line of ours off the console; its log has them."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        explained = record.exc_info is not None and isinstance(record.exc_info[1], DitflowError)
+        return not explained and not record.getMessage().startswith("Finished in state Failed")
+
+    for handler in logging.getLogger().handlers:  # Prefect puts its console on the root logger
+        handler.addFilter(wanted)
 
 
 def _send_last_words() -> None:
@@ -160,10 +201,10 @@ def _warm(root: str) -> None:
     import_module("flows.runs").prepare(root)
 
 
-def _skipped(manifests: "list[Manifest]", seconds: float) -> "list[Outcome]":
+def _skipped(manifests: "list[Manifest]") -> "list[Outcome]":
     from flows.contract import Outcome
 
-    return [Outcome(found.stage, "skipped", round(seconds / len(manifests), 1), found.url) for found in manifests]
+    return [Outcome(found.stage, "skipped", 0.0, found.url) for found in manifests]
 
 
 def _report(options: argparse.Namespace, outcomes: "list[Outcome]") -> None:

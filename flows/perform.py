@@ -3,7 +3,6 @@
 import base64
 import logging
 import os
-import re
 
 from prefect import get_run_logger
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
@@ -20,7 +19,6 @@ from flows.worker import TrackingSpec, WorkerSpec
 from storage import uri
 from storage.archive import ArchiveRef
 from storage.config import Config
-from storage.errors import InputError
 from storage.manifest import Manifest, Provenance, StageOutput
 
 LOGGER = logging.getLogger(__name__)
@@ -51,7 +49,7 @@ def perform(
     Returns:
         A completed state with the manifest's URL, named ``Skipped`` when it was there before.
     """
-    source = stage.source(resolve(given, settings.root) if isinstance(given, str) else given)
+    source = stage.source(runs.resolve(given, settings.root) if isinstance(given, str) else given)
     provenance = Provenance(
         pipeline_id=settings.pipeline_id,
         prefect_flow_run_id=flow_run.id,
@@ -67,20 +65,6 @@ def perform(
         manifest = _run(stage, config, source, tracked, spec, launcher)
     _show(stage, manifest, settings)
     return Completed(message=manifest.url, data=manifest.url)
-
-
-def resolve(reference: str, root: str) -> str:
-    """The URL behind a manifest reference, which may be the id of an MLflow run.
-
-    Raises:
-        InputError: the run is unknown, or wrote no manifest.
-    """
-    if not re.fullmatch(r"[0-9a-f]{32}", reference):
-        return reference
-    url = runs.manifest_of(reference, root)
-    if url is None:
-        raise InputError(f"MLflow run {reference}: not the run of a finished stage in {runs.tracking_uri(root)}")
-    return url
 
 
 def _run(

@@ -10,11 +10,10 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 
 from flows import runs, stages
-from flows.contract import STAGES, Outcome
+from flows.contract import Outcome
 from flows.perform import SKIPPED, RunSettings
 from flows.recipe import Recipe
 from storage.archive import ArchiveRef
-from storage.errors import InputError
 
 
 @flow(flow_run_name="{recipe.name}")
@@ -38,22 +37,10 @@ def pipeline(recipe: Recipe, settings: RunSettings = stages.HERE) -> list[Outcom
     return outcomes
 
 
-def run_stage(name: str, recipe: Recipe, source: str | None, settings: RunSettings) -> Outcome:
-    """One stage of a recipe, on the output of any stage before it, or on the recipe's own.
-
-    Raises:
-        InputError: no source is given and the recipe's own is not there.
-    """
-    given: ArchiveRef | str = recipe.archive
-    if STAGES[name].reads is not None:
-        if source is None:
-            before = recipe.finished(settings.root, before=name)
-            if before is None:
-                raise InputError(f"{name}: the stages before it are not done; run the recipe first, or give --from")
-            source = before[-1].url
-        given = source
+def run_stage(name: str, recipe: Recipe, source: ArchiveRef | str, settings: RunSettings) -> Outcome:
+    """One stage of a recipe, on any earlier output."""
     launcher = [recipe.launch] if name == "train" else []
-    return _outcome(getattr(stages, name), given, recipe.config_of(name), *launcher, settings=settings)
+    return _outcome(getattr(stages, name), source, recipe.config_of(name), *launcher, settings=settings)
 
 
 def _outcome(stage: Any, *arguments: Any, settings: RunSettings) -> Outcome:

@@ -1,9 +1,10 @@
 """A recipe: everything a pipeline needs to know, in one file."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError
@@ -12,9 +13,11 @@ from dit.encode import EncodeConfig
 from dit.evaluate import EvaluateConfig
 from dit.sample import SampleConfig
 from dit.train import TrainConfig
+from flows import runs
 from flows.contract import STAGES
 from flows.launch import LocalLaunch
 from flows.registry import RegisterConfig
+from flows.services import local_home
 from storage.archive import ArchiveRef
 from storage.config import Config, operational
 from storage.errors import InputError
@@ -22,9 +25,6 @@ from storage.manifest import Manifest, json_digest
 from storage.shards import ShardConfig
 
 RECIPES = Path(str(files("flows"))) / "recipes"
-HERE = "${recipe_dir}"
-
-AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 class Recipe(Config):
@@ -74,13 +74,32 @@ class Recipe(Config):
             source = manifest
         return manifests
 
+    def source_of(self, stage: str, given: str | None, root: str) -> ArchiveRef | str:
+        """What a stage of this recipe starts from: the given reference, or the recipe's own earlier output.
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+        Raises:
+            InputError: there is none, or it is not what the stage reads.
+        """
+        if STAGES[stage].reads is None:
+            return self.archive
+        if given is None:
+            before = self.finished(root, before=stage)
+            if before is None:
+                raise InputError(f"{stage}: the stages before it are not done; run the recipe first, or give --from")
+            return before[-1].url
+        url = runs.resolve(given, root)
+        STAGES[stage].source(url)
+        return url
+
+
+def load_recipe(name: str, overrides: Sequence[str] = (), root: str = "runs") -> Recipe:
     """Read a recipe by the name of a preset or the path of a YAML file.
 
     Args:
-        name: such as ``demo`` or ``my/recipe.yaml``. ``${recipe_dir}`` in it is the file's folder.
+        name: such as ``demo`` or ``my/recipe.yaml``. In its strings ``${recipe_dir}`` is the file's
+            folder and ``${home}`` the local folder of the root.
         overrides: ``train.steps=2000`` and the like; values are YAML.
+        root: fsspec URL of the folder that holds every output.
 
     Raises:
         InputError: there is no such recipe, or something in it is wrong; the line says where.
@@ -89,27 +108,34 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         presets = ", ".join(sorted(preset.stem for preset in RECIPES.glob("*.yaml")))
         raise InputError(f"recipe {name!r}: neither a YAML file nor one of the presets ({presets})")
-    values = _parse(path.read_text().replace(HERE, str(path.parent.resolve())), str(path))
+    places = {"${recipe_dir}": str(path.parent.resolve()), "${home}": str(local_home(root))}
+    values = _placed(_parse(_text(path), str(path)), places)
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of names to values")
     for override in overrides:
         _override(values, override)
-    return validated(Recipe, values, str(path))
+    return _validated(values, str(path), overrides)
 
 
-def validated(kind: type[AnyConfig], values: Any, where: str) -> AnyConfig:
-    """Check values against a config.
-
-    Raises:
-        InputError: one line with the first thing that is wrong, and where.
-    """
+def _validated(values: dict[str, Any], where: str, overrides: Sequence[str]) -> Recipe:
     try:
-        return kind.model_validate(values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        # The parts that name a branch of a union are no keys.
+        parts = [str(part) for part in first["loc"] if not re.match(r"[A-Z]|\w+\[", str(part))]
+        place = ".".join(parts)
+        keys = {f"{text.partition('=')[0]}.": text for text in overrides}
+        said = [text for key, text in keys.items() if f"{place}.".startswith(key) or key.startswith(f"{place}.")]
         problem = "no such key" if first["type"] == "extra_forbidden" else first["msg"]
-        raise InputError(f"{where}: {place}: {problem}") from error
+        raise InputError(f"{f'--set {said[-1]}' if said else where}: {place}: {problem}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error})") from error
 
 
 def _parse(text: str, where: str) -> Any:
@@ -117,6 +143,18 @@ def _parse(text: str, where: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
+
+
+def _placed(value: Any, places: Mapping[str, str]) -> Any:
+    """A YAML value with the placeholders in its strings filled in."""
+    if isinstance(value, dict):
+        return {key: _placed(item, places) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_placed(item, places) for item in value]
+    if isinstance(value, str):
+        for name, place in places.items():
+            value = value.replace(name, place)
+    return value
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from packaging.requirements import Requirement
 from pydantic import Field
 
 from dit.evaluate import MetricsManifest
@@ -46,11 +48,6 @@ class ModelManifest(Manifest):
     model_version: int
     alias: str
 
-    @property
-    def model_uri(self) -> str:
-        """How MLflow names the version."""
-        return f"models:/{self.model_name}/{self.model_version}"
-
 
 def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, tracker: Tracker) -> ModelManifest:
     """Register the model behind some metrics as a new version, with its numbers and lineage.
@@ -70,20 +67,19 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
     checkpoint = samples.parent("checkpoint", CheckpointManifest)
     mlflow.set_tracking_uri(tracking_uri(out.uri.rsplit("/", 2)[0]))
     client = MlflowClient()
-    version = _registered(client, config.model_name, out.header.digest)
-    if version is None:
-        version = _register(config, checkpoint, samples, run_id)
+    number = _registered(client, config.model_name, out.header.digest)
+    if number is None:
+        model_uri = _log(checkpoint, samples, run_id)
         tags = {DIGEST_TAG: out.header.digest, **_lineage(metrics, checkpoint)}
-        for key, value in tags.items():
-            client.set_model_version_tag(config.model_name, str(version), key, value)
-    client.set_registered_model_alias(config.model_name, config.alias, str(version))
+        number = int(mlflow.register_model(model_uri, config.model_name, tags=tags).version)
+    client.set_registered_model_alias(config.model_name, config.alias, str(number))
     tracker.progress(1, 1, "versions")
     return out.commit(
         ModelManifest,
         [],
         metrics=metrics.metrics,
         model_name=config.model_name,
-        model_version=version,
+        model_version=number,
         alias=config.alias,
     )
 
@@ -103,7 +99,8 @@ def _lineage(metrics: MetricsManifest, checkpoint: CheckpointManifest) -> dict[s
     return tags | {f"digest.{name}": parent.digest for name, parent in (metrics.parents | checkpoint.parents).items()}
 
 
-def _register(config: RegisterConfig, checkpoint: CheckpointManifest, samples: SampleManifest, run_id: str) -> int:
+def _log(checkpoint: CheckpointManifest, samples: SampleManifest, run_id: str) -> str:
+    """Log the model to the stage's run, with the code that it needs, and return its URI."""
     drawn = SampleConfig.model_validate(samples.config)
     with tempfile.TemporaryDirectory() as folder, _current(run_id):
         logged = mlflow.pyfunc.log_model(
@@ -112,10 +109,16 @@ def _register(config: RegisterConfig, checkpoint: CheckpointManifest, samples: S
             artifacts=_artifacts(Path(folder), checkpoint, drawn),
             signature=_signature(drawn),
             input_example=(pd.DataFrame({"label": np.array([0], np.int64)}), {"steps": min(drawn.steps, 4)}),
-            pip_requirements=[f"ditflow=={code_version().partition('-')[0]}"],
-            registered_model_name=config.model_name,
+            pip_requirements=_requirements(),
+            code_paths=[str(Path(__file__).parents[1] / package) for package in ("dit", "storage")],
         )
-    return int(logged.registered_model_version)
+    return str(logged.model_uri)
+
+
+def _requirements() -> list[str]:
+    """The packages that dit and storage need, in the versions that are installed here."""
+    needed = {Requirement(text).name for text in requires("ditflow") or () if "extra ==" not in text}
+    return sorted(f"{name}=={version(name).partition('+')[0]}" for name in needed - {"prefect", "fastapi"})
 
 
 @contextmanager

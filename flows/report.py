@@ -1,11 +1,11 @@
 """What became of a run, for people and for programs."""
 
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from dit.evaluate import MetricsManifest
 from flows.contract import Outcome
 from flows.runs import pipeline_run_id, tracking_uri
 from storage import uri
@@ -29,26 +29,33 @@ def show(outcomes: list[Outcome], root: str) -> None:
     manifests = [Manifest.read(outcome.manifest) for outcome in outcomes]
     _print_table([[o.name, o.state, f"{o.seconds:.1f} s", o.manifest] for o in outcomes])
     _print_table([[name, f"{value:.4g}"] for name, value in _metrics(manifests).items()])
+    distances = [["fd is", MetricsManifest.read(m.uri).distance] for m in manifests if m.stage == MetricsManifest.STAGE]
     pictures = [
         [entry.path.rpartition("/")[2], uri.join(manifest.uri, entry.path)]
         for manifest in manifests
         for entry in manifest.files
         if entry.path.endswith(".png")
     ]
-    commands = [["runs, models", _tracking_hint(root)], ["flows, forms", f"ditflow up --root {uri.redact(root)}"]]
-    _print_table([*pictures, *commands])
+    up = f"{_installed('ditflow')} up --root {uri.redact(root)}"
+    _print_table([*distances, *pictures, ["runs, models", _tracking_hint(root)], ["flows, forms", up]])
 
 
 def _tracking_hint(root: str) -> str:
-    store = tracking_uri(root)
-    return uri.redact(store) if store.startswith("http") else f"mlflow ui --backend-store-uri {uri.redact(store)}"
+    store = uri.redact(tracking_uri(root))
+    return store if store.startswith("http") else f"{_installed('mlflow')} ui --backend-store-uri {store}"
+
+
+def _installed(command: str) -> str:
+    """How to call one of our environment's commands from here."""
+    path = Path(sys.executable).with_name(command)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _print_table(rows: list[list[str]]) -> None:
-    table = Table.grid(padding=(0, 2))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        table.add_row(*row)
-    Console(width=max(sum(map(len, row)) + 2 * len(row) + 60 for row in rows) if rows else None).print(table, "")
+        sys.stdout.write("  ".join(map(str.ljust, row, widths)).rstrip() + "\n")
+    sys.stdout.write("\n")
 
 
 def _metrics(manifests: list[Manifest]) -> dict[str, float]:

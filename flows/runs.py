@@ -3,8 +3,9 @@
 import json
 import logging
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +19,7 @@ from flows.services import local_home
 from flows.tracking import UNSENT, log_file, log_records, one_line, read_unsent
 from flows.worker import TrackingSpec
 from storage import uri
-from storage.errors import DitflowError
+from storage.errors import DitflowError, InputError
 from storage.manifest import Header, Manifest, StageOutput
 
 LOGGER = logging.getLogger(__name__)
@@ -73,6 +74,22 @@ def manifest_of(run_id: str, root: str) -> str | None:
         if _is(error, RESOURCE_DOES_NOT_EXIST):
             return None
         raise DitflowError(f"{uri.redact(tracking_uri(root))}: MLflow is away ({one_line(error)})") from error
+    return url
+
+
+def resolve(reference: str, root: str) -> str:
+    """The URL behind a manifest reference, which may be the id of an MLflow run.
+
+    Raises:
+        InputError: the run is unknown, or wrote no manifest.
+        DitflowError: MLflow is away.
+    """
+    if not re.fullmatch(r"[0-9a-f]{32}", reference):
+        return reference
+    url = manifest_of(reference, root)
+    if url is None:
+        store = uri.redact(tracking_uri(root))
+        raise InputError(f"MLflow run {reference}: not the run of a finished stage in {store}")
     return url
 
 
@@ -145,6 +162,13 @@ def settle(manifest: Manifest, root: str) -> None:
         _deliver(client, run_id, manifest.uri)
         if client.get_run(run_id).info.status != "FINISHED":
             _finish(client, run_id, manifest)
+
+
+def settle_unsent(manifests: Iterable[Manifest], root: str) -> None:
+    """`settle` the stages that have records which MLflow never took."""
+    for manifest in manifests:
+        if uri.exists(uri.join(manifest.uri, UNSENT)):
+            settle(manifest, root)
 
 
 class _Optional:

@@ -49,8 +49,11 @@ class Generator(PythonModel):
         if not ((labels >= 0) & (labels < classes)).all():
             raise InputError(f"label: must lie between 0 and {classes - 1}")
         config = SampleConfig(count=len(labels), **(params or {}))
-        images = draw(config, self._trained, self._vae, range(len(labels)), labels)
-        pngs = [base64.b64encode(image_grid(image[None], columns=1)).decode() for image in images]
+        pngs = []
+        for start in range(0, len(labels), config.batch_size):
+            indices = range(start, min(start + config.batch_size, len(labels)))
+            images = draw(config, self._trained, self._vae, indices, labels[indices.start : indices.stop])
+            pngs += [base64.b64encode(image_grid(image[None], columns=1)).decode() for image in images]
         return pd.DataFrame({"png_base64": pngs})
 
 

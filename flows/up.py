@@ -4,14 +4,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows import services
 from flows.process import child
 from storage import uri
 from storage.errors import DitflowError, InputError
+
+if TYPE_CHECKING:
+    from flows.recipe import Recipe
 
 POOL = "ditflow"
 PROJECT = Path("prefect.yaml")
@@ -32,6 +36,9 @@ def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> Non
     """
     if not PROJECT.is_file():
         raise InputError(f"{PROJECT}: not here; run `ditflow up` in the folder that holds it")
+    from flows.recipe import load_recipe  # by way of MLflow, which takes seconds to import
+
+    values = load_recipe(recipe, root=root)  # a wrong name should not wait for the servers
     for port, option in ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port")):
         if not services.is_free(port):
             raise InputError(f"port {port} is taken; choose another with {option}")
@@ -41,21 +48,21 @@ def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> Non
         prefect = stack.enter_context(services.prefect_server(home / "prefect", prefect_port, scheduler=True))
         mlflow = stack.enter_context(services.mlflow_server(home, mlflow_port))
         os.environ |= {"PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow}
-        _deploy(recipe)
+        _deploy(values)
         log = stack.enter_context((home / "prefect" / "worker.log").open("wb"))
         start = ["worker", "start", "--pool", POOL, "--name", "ditflow-up"]
         worker = stack.enter_context(child(_prefect(*start), env={"PREFECT_WORKER_QUERY_SECONDS": "2"}, output=log))
         stack.callback(services.announce(root, prefect, mlflow).unlink)
         sys.stdout.write(f"Prefect  {prefect}\nMLflow   {mlflow}\nroot     {uri.absolute(root)}\nCtrl-C ends all.\n")
         sys.stdout.flush()
-        _watch(worker, log.name)
+        _watch(worker, log.name, (prefect_port, mlflow_port))
 
 
 def _prefect(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
 
 
-def _deploy(recipe: str) -> None:
+def _deploy(recipe: "Recipe") -> None:
     _call("work-pool", "create", POOL, "--type", "process", "--overwrite")
     _call("deploy", "--all", "--prefect-file", str(PROJECT))
     _fill_forms(recipe)
@@ -67,15 +74,13 @@ def _call(*arguments: str) -> None:
         raise DitflowError(f"prefect {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
 
 
-def _fill_forms(name: str) -> None:
+def _fill_forms(recipe: "Recipe") -> None:
     """Let every form in the UI open with the values of a recipe."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import DeploymentUpdate
 
     from flows.contract import STAGES
-    from flows.recipe import load_recipe
 
-    recipe = load_recipe(name)
     values: dict[str, dict[str, Any]] = {
         stage: {"config": recipe.config_of(stage).model_dump(mode="json")} for stage in STAGES
     }
@@ -88,7 +93,10 @@ def _fill_forms(name: str) -> None:
             client.update_deployment(deployment.id, DeploymentUpdate(parameters=parameters))
 
 
-def _watch(worker: "subprocess.Popen[str]", log: str) -> None:
+def _watch(worker: "subprocess.Popen[str]", log: str, ports: Sequence[int]) -> None:
     while worker.poll() is None:
-        time.sleep(0.5)
+        for port in ports:
+            if services.is_free(port):
+                raise DitflowError(f"the server on port {port} has ended; its log is below the root")
+        time.sleep(1)
     raise DitflowError(f"the worker ended with code {worker.returncode}; its log is {log}")

@@ -5,7 +5,9 @@ Other archives (a tar of class tars, a zip, Parquet) fit behind the same protoco
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from pydantic import AfterValidator
 
 from storage import uri
 from storage.config import Config, operational
@@ -16,9 +18,9 @@ from storage.manifest import json_digest
 class ArchiveRef(Config):
     """The images to learn from, and those to measure with. What lies there enters a digest by its listing."""
 
-    train: str = operational()
+    train: Annotated[str, AfterValidator(uri.without_credentials)] = operational()
     """URL of a folder with one folder of images for each class."""
-    held_out: str | None = operational(None)
+    held_out: Annotated[str, AfterValidator(uri.without_credentials)] | None = operational(None)
     """URL of a folder of the same kind with images that training never sees; none without."""
 
 

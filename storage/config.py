@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 class Config(BaseModel):
     """An immutable model that refuses unknown keys.
 
-    The same class is the CLI's help, the check of the YAML and the form in the Prefect UI,
-    so each field carries a description with its unit.
+    The same class is the check of the YAML and the form in the Prefect UI, so each field carries a
+    description with its unit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)

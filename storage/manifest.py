@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version as package_version
 from pathlib import Path
+from shutil import which
 from subprocess import run
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -112,7 +113,7 @@ class Manifest(Header):
         Raises:
             InputError: there is none, it is not a manifest, or it belongs to another stage.
         """
-        folder = url.removesuffix(MANIFEST).rstrip("/")
+        folder = uri.parent(url) if url.rsplit("/", 1)[-1] == MANIFEST else url.rstrip("/")
         try:
             data = uri.read(uri.join(folder, MANIFEST))
             stage = Header.model_validate_json(data).stage
@@ -124,7 +125,8 @@ class Manifest(Header):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise InputError(f"{uri.redact(folder)}: not a stage manifest: {where}: {first['msg']}") from error
+            text = f"{uri.redact(folder)}: not a stage manifest: {where}: {first['msg']}"
+            raise InputError(f"{text}; delete {MANIFEST} there and run the stage again") from error
         manifest._uri = uri.absolute(folder)
         return manifest
 
@@ -312,7 +314,7 @@ def code_version() -> str:
     """The package's version, with the git commit (and ``+dirty``) when run from a checkout."""
     name = package_version("ditflow")
     checkout = Path(__file__).parents[1]
-    if not (checkout / ".git").exists():
+    if not (checkout / ".git").exists() or which("git") is None:
         return name
     described = run(
         ["git", "-C", str(checkout), "describe", "--always", "--dirty=+dirty", "--abbrev=12"],

@@ -170,6 +170,7 @@ def run(config: ShardConfig, archive: ArchiveRef, *, out: StageOutput, tracker: 
     tasks = [task for split, source in archives.items() for task in _tasks(config, split, source)]
     _build_all(config, archives, tasks, out, tracker)
     done = records.sealed(out, [task.record for task in tasks], ShardRecord)
+    _check_classes(archives["train"], [r for (r, _), task in zip(done, tasks, strict=True) if task.split == "train"])
     splits = {split: _split(split, tasks, [record for record, _ in done]) for split in archives}
     sheet = publish(out, tracker, "images.png", _contact_sheet(archives["train"], done[0][0]))
     files = [sheet, *(entry for _, entry in done), *(file for record, _ in done for file in record.files)]
@@ -284,6 +285,13 @@ def _check_limit(unreadable: list[Unreadable], done: int, total: int, limit: flo
         f"{len(unreadable):,} of the first {done:,} images are unreadable, more than max_unreadable = {limit:g} "
         f"of {total:,} allows; mend or remove them, or raise the limit: {first}"
     )
+
+
+def _check_classes(train: Archive, done: list[ShardRecord]) -> None:
+    seen = {entry.label for record in done for entry in record.entries}
+    empty = [name for label, name in enumerate(train.class_names) if label not in seen]
+    if empty:
+        raise InputError(f"class folder {empty[0]!r}: not one of its files is a readable image; mend or remove it")
 
 
 def _split(split: str, tasks: list[_Task], done: list[ShardRecord]) -> Split:

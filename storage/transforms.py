@@ -17,6 +17,9 @@ CROP_ID = "box-bicubic-centre"
 MAX_PIXELS = 89_478_485
 """Pixels that one image may have, Pillow's own bound: 256 MB as RGB."""
 
+MAX_ASPECT = 50
+"""Long side to short side: the crop scales the whole image, so a thin one of few bytes would fill the memory."""
+
 _EXTENSIONS = {
     "JPEG": "jpg",
     "PNG": "png",
@@ -111,6 +114,8 @@ def _opened(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=tuple(_EXTENSIONS))
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImage(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise UnreadableImage(f"{image.width}x{image.height} pixels, one side over {MAX_ASPECT} times the other")
     return image
 
 

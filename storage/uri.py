@@ -52,7 +52,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     try:
         fs, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise InputError(f"{redact(url)}: not a usable URL ({error})") from error
     return fs, str(path)
 
@@ -60,6 +60,11 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def join(url: str, *parts: str) -> str:
     """The URL of something below another."""
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def parent(url: str) -> str:
+    """The URL of the folder that something lies in."""
+    return url.rpartition("/")[0] or ("/" if url.startswith("/") else ".")
 
 
 def absolute(url: str) -> str:
@@ -79,6 +84,17 @@ def redact(url: str) -> str:
     if "://" not in url:
         return url
     return re.sub(r"[?#].*", "", re.sub(r"://[^/\s]*@", "://", url), flags=re.DOTALL)
+
+
+def without_credentials(url: str) -> str:
+    """The URL, which must carry no user and password: parameters are shown and stored in the open.
+
+    Raises:
+        ValueError: it does.
+    """
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise ValueError("carries credentials; give them to the store by its environment or fsspec config")
+    return url
 
 
 def exists(url: str) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,16 +59,27 @@ def tiny(images: Path, root: Path, *more: str) -> list[str]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 2) -> str:
-    """Run the command, see that it exits with the code and one line on stderr, and return the line."""
+    """Run the command, see that it exits with the code and one line of its own, and return the line."""
     assert main(arguments) == code
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "fault: "))]
     assert len(lines) == 1
     return lines[0]
 
 
+def test_the_console_shows_the_line_and_no_traceback(images: Path, root: Path, prefect_api: str) -> None:
+    (images / "class1" / "words.png").write_bytes(b"these are words, not pixels")
+    command = [sys.executable, "-m", "flows.cli", "shard", "demo", *tiny(images, root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    said = [line for line in done.stderr.splitlines() if " | INFO " not in line]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("error: 1 of the first ")
+
+
 def test_unknown_config_key(capsys: pytest.CaptureFixture[str], images: Path, root: Path) -> None:
     line = refused(capsys, ["run", "demo", *tiny(images, root, "train.stepz=3")])
-    assert line.endswith("demo.yaml: train.stepz: no such key")
+    assert line == "error: --set train.stepz=3: train.stepz: no such key"
 
 
 def test_missing_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, root: Path) -> None:
@@ -206,6 +218,36 @@ def test_a_stage_before_its_source(
 ) -> None:
     line = refused(capsys, ["train", "demo", *tiny(images, root)])
     assert "train: the stages before it are not done" in line
+
+
+def test_unusable_root(capsys: pytest.CaptureFixture[str], images: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "File exists" in refused(capsys, ["run", "demo", *tiny(images, tmp_path / "file")])
+    assert "not a usable URL" in refused(capsys, ["demo", "--root", "nowhere://x"])
+    line = refused(capsys, ["demo", "--root", "ftp://alice:hunter2@127.0.0.1/x"])
+    assert "carries credentials" in line
+    assert "hunter2" not in line
+
+
+def test_an_archive_url_carries_no_credentials(capsys: pytest.CaptureFixture[str], images: Path, root: Path) -> None:
+    line = refused(capsys, ["run", "demo", *tiny(images, root, "archive.train=ftp://alice:hunter2@127.0.0.1/x")])
+    assert "archive.train: Value error, carries credentials" in line
+
+
+def test_recipe_that_is_no_text(capsys: pytest.CaptureFixture[str], tmp_path: Path, root: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "bad.yaml: cannot be read as text" in refused(
+        capsys, ["run", str(tmp_path / "bad.yaml"), "--root", str(root)]
+    )
+
+
+def test_class_folder_without_readable_images(
+    capsys: pytest.CaptureFixture[str], images: Path, root: Path, prefect_api: str
+) -> None:
+    (images / "words").mkdir()
+    (images / "words" / "notes.txt").write_text("no image")
+    line = refused(capsys, ["shard", "demo", *tiny(images, root, "shard.max_unreadable=0.5")])
+    assert "class folder 'words'" in line
 
 
 def test_usage_error_exits_with_2() -> None:

@@ -28,6 +28,11 @@ def test_recipe_dir_is_the_folder_of_the_file(tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "mine.yaml")).encode.vae.source == str(tmp_path / "my-vae")
 
 
+def test_home_is_the_root_however_it_is_called(tmp_path: Path) -> None:
+    root = tmp_path / "my: runs #1"
+    assert load_recipe("demo", root=str(root)).archive.train == f"{root}/digits/train"
+
+
 def test_a_recipe_round_trips_through_json() -> None:
     recipe = load_recipe("demo")
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
@@ -41,8 +46,8 @@ def test_the_pipeline_id_follows_the_content() -> None:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["train.stepz=3"], "train.stepz: no such key"),
-        (["trian.steps=3"], "trian: no such key"),
+        (["train.stepz=3"], "--set train.stepz=3: train.stepz: no such key"),
+        (["trian.steps=3"], "--set trian.steps=3: trian: no such key"),
         (["train.steps=0"], "train.steps: Input should be greater than or equal to 1"),
         (["train.steps=many"], "train.steps: Input should be a valid integer"),
         (["train.steps"], "--set train.steps: write key=value"),
