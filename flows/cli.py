@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     services.bypass_proxy()
     try:
-        _check_root(options)
+        if "root" in options:
+            _check_root(options)
         options.command(options)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DitflowError as error:
         sys.stderr.write(f"fault: {error}\n")
         return 1
+    except BrokenPipeError:  # who reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on where it was\n")
         return 130
@@ -96,6 +99,14 @@ def up(options: argparse.Namespace) -> None:
     serve(options.root, options.recipe, prefect_port=options.prefect_port, mlflow_port=options.mlflow_port)
 
 
+def models(options: argparse.Namespace) -> None:
+    """Print what each model costs."""
+    from flows import catalogue
+
+    for line in [catalogue.as_json(options.latent)] if options.json else catalogue.table(options.latent):
+        print(line)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ditflow", description="From images to a registered Diffusion Transformer.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -126,6 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prefect-port", type=int, default=4200, choices=PORTS, metavar="PORT")
     command.add_argument("--mlflow-port", type=int, default=5000, choices=PORTS, metavar="PORT")
     command.set_defaults(command=up)
+    command = commands.add_parser("models", help="every model's parameters, compute and memory")
+    command.add_argument("--latent", type=int, default=32, metavar="SIDE", help="in latent pixels (default: 32)")
+    command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    command.set_defaults(command=models)
     return parser
 
 

@@ -1,0 +1,81 @@
+"""What a model costs, counted on the module itself, without weights or arithmetic."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dit.models.build import build
+from dit.models.config import (
+    IMAGE_SIZES,
+    SIZES,
+    BlockKind,
+    ModelConfig,
+    diffit_config,
+    diffit_image_config,
+    dit_config,
+)
+from storage.errors import InputError
+
+PATCHES = (8, 4, 2)
+"""The published patch sizes, in latent pixels."""
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The size of a model and the work it does on one image."""
+
+    parameters: int
+    """Numbers in the model, fixed tables included."""
+    trained: int
+    """Those of them that training changes."""
+    macs: int
+    """Multiply-accumulates of one forward pass of one image, in matrix products, convolutions and attention."""
+
+    @property
+    def training_flops(self) -> int:
+        """To train on one image: two a multiply-accumulate, one forward pass and a backward pass of twice its cost."""
+        return 6 * self.macs
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes that training holds in float32, activations left out."""
+        weights, gradients = FLOAT32 * self.parameters, FLOAT32 * self.trained
+        return {"weights": weights, "gradients": gradients, "adamw": 2 * gradients, "ema": weights}
+
+
+def cost(config: ModelConfig) -> Cost:
+    """Count a model's parameters and the operations of one forward pass on torch's "meta" device."""
+    with torch.device("meta"):
+        model = build(config)
+        x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
+        y = torch.empty(1, dtype=torch.long) if config.num_classes else None
+        with FlopCounterMode(display=False) as counter:
+            model.eval()(x, torch.empty(1), y)
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return Cost(sum(p.numel() for p in parameters), trained, counter.get_total_flops() // 2)
+
+
+def catalogue(latent: int) -> Iterator[tuple[str, ModelConfig]]:
+    """Every size, patch size and block of DiT, latent DiffiT's sizes and image DiffiT's models, each with a name.
+
+    Args:
+        latent: side of the latent, in latent pixels; the models on images keep their own size.
+
+    Raises:
+        InputError: the latent does not divide into the largest patches.
+    """
+    if latent < 1 or latent % max(PATCHES):
+        raise InputError(f"latent {latent}: write a multiple of {max(PATCHES)}, the largest patch")
+    names = [f"{size}/{patch}" for size in SIZES for patch in PATCHES]
+    for block in get_args(BlockKind):
+        for name in names:
+            yield f"DiT-{name} {block}", dit_config(name, input_size=latent, block=block)
+    for name in names:
+        yield f"DiffiT-{name}", diffit_config(name, input_size=latent)
+    for name in IMAGE_SIZES:
+        yield f"DiffiT {name}", diffit_image_config(name)

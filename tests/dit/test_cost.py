@@ -1,0 +1,41 @@
+"""Counts against counts by hand, and the list of what there is."""
+
+import pytest
+
+from dit.models.config import DiTConfig, diffit_image_config
+from dit.models.cost import catalogue, cost
+from storage.errors import InputError
+
+
+def test_counts_of_a_tiny_model_by_hand() -> None:
+    d, n, out = 8, 4, 2 * 2 * 8
+    found = cost(DiTConfig(input_size=4, width=d, depth=1, heads=2, num_classes=3))
+    linears = {"patch": 16 * d, "block": 12 * d * d, "head": d * out}  # on each token
+    once = 256 * d + d * d + 6 * d * d + 2 * d * d  # time, modulations
+    attention = 2 * n * n * d
+    assert found.macs == n * sum(linears.values()) + once + attention
+    biases = d + (3 + 1 + 4 + 1) * d + out + 2 * d + 6 * d + 2 * d
+    assert found.trained == sum(linears.values()) + once + biases + 4 * d  # four labels with the null label
+    assert found.parameters == found.trained + n * d
+    assert found.training_flops == 6 * found.macs
+    weights, gradients = 4 * found.parameters, 4 * found.trained
+    assert found.memory == {"weights": weights, "gradients": gradients, "adamw": 2 * gradients, "ema": weights}
+
+
+def test_labels_of_a_model_on_images_are_counted() -> None:
+    plain = cost(diffit_image_config("digits32"))
+    assert cost(diffit_image_config("digits32", num_classes=10)).parameters == plain.parameters + 11 * 128
+
+
+def test_catalogue_has_every_model_once_and_the_latent_is_theirs() -> None:
+    models = dict(catalogue(64))
+    assert len(models) == len(list(catalogue(32))) == 4 * 12 + 12 + 3
+    assert {"DiT-XL/2 adaln_zero", "DiT-S/8 in_context", "DiffiT-B/4", "DiffiT cifar10"} <= models.keys()
+    assert {c.input_size for name, c in models.items() if "/" in name} == {64}
+    assert len({config.model_dump_json() for config in models.values()}) == len(models)
+
+
+@pytest.mark.parametrize("latent", [0, -8, 12])
+def test_latent_that_does_not_divide(latent: int) -> None:
+    with pytest.raises(InputError, match=f"latent {latent}: write a multiple of 8"):
+        list(catalogue(latent))

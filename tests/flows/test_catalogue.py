@@ -1,0 +1,59 @@
+"""The command that lists the models."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dit.models import cost as costs
+from dit.models.config import SIZES, dit_config
+from flows import catalogue
+from flows.cli import main
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the smallest models: the others are counted in the tests of the models."""
+    monkeypatch.setattr(costs, "SIZES", {"S": SIZES["S"]})
+    monkeypatch.setattr(costs, "IMAGE_SIZES", {"digits32": {}})
+
+
+def test_table(few: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["model", "params", "M"]
+    assert len(lines) == 4 * 3 + 3 + 1
+    assert len({len(line) for line in (header, *lines)}) == 1
+    row = next(line.split() for line in lines if line.startswith("DiT-S/2 adaln_zero"))
+    assert row[2:] == ["32.96", "6.06", "36.3", "0.12", "0.12", "0.24", "0.12"]  # 32.86 M trained: 0.2448 GiB of AdamW
+
+
+def test_json(few: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--latent", "64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["latent"] == 64
+    row = next(row for row in found["models"] if row["model"] == "DiT-S/2 adaln_zero")
+    assert row["config"] == dit_config("S/2", input_size=64).model_dump()
+    assert row["gmac"] == pytest.approx(31.44, rel=5e-3)
+    assert row["params_m"] == pytest.approx(33.25, rel=1e-3)
+    assert row["training_flops"] == pytest.approx(6e9 * row["gmac"])
+    assert row["memory_bytes"]["weights"] == pytest.approx(4e6 * row["params_m"])
+
+
+def test_wrong_latent(capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["--json"]):
+        assert main(["models", "--latent", "12", *more]) == 2
+        captured = capsys.readouterr()
+        assert captured.err == "error: latent 12: write a multiple of 8, the largest patch\n"
+        assert not captured.out
+
+
+def test_starts_no_prefect() -> None:
+    code = (
+        "import sys; from flows import catalogue, cli; catalogue.table = lambda latent: [latent]; "
+        "assert cli.main(['models']) == 0; assert not {'prefect', 'mlflow'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "32\n"), done.stderr
+    assert callable(catalogue.table)
