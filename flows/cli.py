@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from storage.manifest import Manifest
 
 STAGES = ("shard", "encode", "train", "sample", "evaluate", "register")
-
+DEMOS = ("demo", "demo-diffit")
 PORTS = range(1, 65536)
 
 
@@ -59,25 +59,31 @@ def demo(options: argparse.Namespace) -> None:
     from flows.demo.digits import write_digits
 
     write_digits(services.local_home(options.root) / "digits")
-    options.recipe = "demo"
     run(options)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run a recipe's pipeline."""
-    recipe = _recipe(options)
-    done = None if options.force else recipe.finished(options.root)
-    if done is not None:
+    """Run a recipe's pipeline, or one after the other those of a sweep."""
+    from flows.sweep import load_recipes
+
+    todo: list[Recipe] = []
+    for recipe in load_recipes(options.recipe, options.set, options.root):
+        done = None if options.force else recipe.finished(options.root)
+        if done is None:
+            todo.append(recipe)
+            continue
         from flows.runs import settle_unsent
 
         settle_unsent(done, options.root)
-        _report(options, _skipped(done))
+        _report(options, recipe, _skipped(done))
+    if not todo:
         return
     with _prefect(options):
         from flows.perform import RunSettings
         from flows.pipeline import pipeline
 
-        _report(options, pipeline(recipe, RunSettings(root=options.root, force=options.force)))
+        for recipe in todo:
+            _report(options, recipe, pipeline(recipe, RunSettings(root=options.root, force=options.force)))
 
 
 def stage(options: argparse.Namespace) -> None:
@@ -89,7 +95,7 @@ def stage(options: argparse.Namespace) -> None:
         from flows.pipeline import run_stage
 
         settings = RunSettings(root=options.root, force=options.force)
-        _report(options, [run_stage(options.stage, recipe, source, settings)])
+        _report(options, recipe, [run_stage(options.stage, recipe, source, settings)])
 
 
 def up(options: argparse.Namespace) -> None:
@@ -119,10 +125,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run what is done again, beside the old output; a forced pipeline that is interrupted starts over",
     )
-    work.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    work.add_argument("--json", action="store_true", help="print one JSON object a recipe and nothing else")
     command = commands.add_parser("demo", parents=[work], help="the whole pipeline on scanned digits")
+    command.add_argument("--recipe", default="demo", choices=DEMOS, help="which model (default: demo, a latent DiT)")
     command.set_defaults(command=demo)
-    command = commands.add_parser("run", parents=[work], help="the whole pipeline of a recipe")
+    command = commands.add_parser("run", parents=[work], help="the whole pipeline of a recipe, or all of a sweep")
     command.add_argument("recipe", help="name of a preset or path of a YAML file")
     command.set_defaults(command=run)
     for name in STAGES:
@@ -222,13 +229,13 @@ def _skipped(manifests: "list[Manifest]") -> "list[Outcome]":
     return [Outcome(found.stage, "skipped", 0.0, found.url) for found in manifests]
 
 
-def _report(options: argparse.Namespace, outcomes: "list[Outcome]") -> None:
+def _report(options: argparse.Namespace, recipe: "Recipe", outcomes: "list[Outcome]") -> None:
     from flows.report import as_json, show
 
     if options.json:
-        print(json.dumps(as_json(outcomes, options.root)))
+        print(json.dumps({"recipe": recipe.name} | as_json(outcomes, options.root)), flush=True)
     else:
-        show(outcomes, options.root)
+        show(recipe.name, outcomes, options.root)
 
 
 def _terminated(*_: Any) -> NoReturn:
