@@ -54,6 +54,9 @@ def infer(tensors: dict[str, Tensor], heads: int | None, where: str) -> DiTConfi
     _, tokens, _ = _shape(tensors, "pos_embed", 3, where)
     hidden, _ = _shape(tensors, "blocks.0.mlp.fc1.weight", 2, where)
     outputs, _ = _shape(tensors, "final_layer.linear.weight", 2, where)
+    if outputs not in (patch**2 * channels, 2 * patch**2 * channels):
+        name, numbers = "final_layer.linear.weight", f"({outputs}, {width})"
+        raise InputError(f"{where}: {name} {numbers} makes neither the noise of a patch nor that and its variance")
     table = "y_embedder.embedding_table.weight"
     fields = {
         "input_size": isqrt(tokens) * patch,
@@ -61,7 +64,7 @@ def infer(tensors: dict[str, Tensor], heads: int | None, where: str) -> DiTConfi
         "in_channels": channels,
         "width": width,
         "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
-        "heads": heads or HEADS.get(width),
+        "heads": HEADS.get(width) if heads is None else heads,
         "mlp_ratio": hidden / width,
         "num_classes": _shape(tensors, table, 2, where)[0] - 1 if table in tensors else 0,
         "learn_variance": outputs == 2 * patch**2 * channels,
