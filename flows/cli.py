@@ -113,6 +113,15 @@ def models(options: argparse.Namespace) -> None:
         print(line)
 
 
+def convert(options: argparse.Namespace) -> None:
+    """Write a DiT of one layout in another."""
+    from dit.convert import read, summary, write
+
+    found = read(options.source, heads=options.heads)
+    write(found, options.destination, options.to, vae=options.vae)
+    print(summary(found, options.destination, options.to))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ditflow", description="From images to a registered Diffusion Transformer.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -148,6 +157,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--latent", type=int, default=32, metavar="SIDE", help="in latent pixels (default: 32)")
     command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     command.set_defaults(command=models)
+    command = commands.add_parser("convert", help="a DiT checkpoint into another layout")
+    command.add_argument("source", help=".pt or .safetensors file, diffusers folder, or trained model, by path or URL")
+    command.add_argument(
+        "destination", help=".safetensors or .pt file for --to reference, else a folder; not yet there"
+    )
+    command.add_argument("--to", required=True, choices=("reference", "diffusers", "pipeline"))
+    command.add_argument("--heads", type=int, help="attention heads, where no published size has the width")
+    command.add_argument("--vae", metavar="SOURCE", help="folder, URL or hub id of the autoencoder for --to pipeline")
+    command.set_defaults(command=convert)
     return parser
 
 

@@ -1,0 +1,10 @@
+"""Checkpoints of others: read into our models, and ours written for their tools.
+
+``pipeline.py`` is copied into the pipelines that are written, to run there without this package.
+"""
+
+from dit.convert.destination import Layout, summary, write
+from dit.convert.pretrained import Pretrained
+from dit.convert.source import load_any, read
+
+__all__ = ["Layout", "Pretrained", "load_any", "read", "summary", "write"]

@@ -1,0 +1,130 @@
+"""Layouts that a DiT can be written in, for the tools of others."""
+
+import io
+import json
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from dit import vae as autoencoder
+from dit.convert import diffusers
+from dit.convert.files import SAFETENSORS, suffix
+from dit.convert.pretrained import Pretrained
+from dit.convert.source import PIPELINE, TRANSFORMER
+from dit.vae import VaeRef
+from storage import uri
+from storage.errors import InputError
+
+Layout = Literal["reference", "diffusers", "pipeline"]
+
+PIPELINE_MODULE: Final = "pipeline"
+PIPELINE_CLASS: Final = "GuidedDiTPipeline"
+SCHEDULER: Final = "scheduler/scheduler_config.json"
+
+
+def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | None = None) -> None:
+    """Write a DiT where nothing is yet, by path or fsspec URL.
+
+    Args:
+        model: what to write.
+        destination: for "reference" a .safetensors or .pt file, either with the bare weights; for
+            "diffusers" a folder of a DiTTransformer2DModel; for "pipeline" one of a whole diffusers
+            pipeline that samples with a module of its own.
+        layout: which of the three.
+        vae: folder, URL or hub id of the autoencoder to put into the pipeline's folder, if any.
+
+    Raises:
+        InputError: something is there already, the layout has no such model, or the autoencoder does not fit.
+        StorageError: the disk is full or the store refuses.
+    """
+    if uri.exists(destination):
+        raise InputError(f"{uri.redact(destination)}: is there already; name another place")
+    if vae is not None and layout != "pipeline":
+        raise InputError("--vae: only a pipeline has an autoencoder; write --to pipeline or leave it out")
+    if layout == "reference":
+        uri.write(destination, _file(model.state, destination))
+    else:
+        config, weights = diffusers.to_diffusers(model.config, model.state)
+        objects = {diffusers.WEIGHTS: _safetensors(weights), diffusers.CONFIG: _json(config)}
+        if layout == "pipeline":
+            objects = {f"{TRANSFORMER}/{name}": data for name, data in objects.items()} | _around(model, vae)
+        for name, data in objects.items():
+            uri.write(uri.join(destination, name), data)
+
+
+def summary(model: Pretrained, destination: str, layout: Layout) -> str:
+    """What was written and where, and for a pipeline how to load it."""
+    config, place = model.config, uri.redact(destination)
+    latent = f"latents {config.in_channels}x{config.input_size}x{config.input_size}"
+    shape = f"depth {config.depth}, width {config.width}, {config.heads} heads, patches of {config.patch_size}"
+    lines = [f"DiT of {shape}, {latent}, {config.num_classes} classes", f"written to {place}"]
+    if layout == "pipeline":
+        lines.append(f"load it with DiffusionPipeline.from_pretrained({place!r}, trust_remote_code=True)")
+    return "\n".join(lines)
+
+
+def _file(state: dict[str, Tensor], destination: str) -> bytes:
+    if suffix(destination) == SAFETENSORS:
+        return _safetensors(state)
+    if suffix(destination) != ".pt":
+        raise InputError(f"{uri.redact(destination)}: a reference checkpoint is a {SAFETENSORS} or .pt file")
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _around(model: Pretrained, vae: str | None) -> dict[str, bytes]:
+    """What a pipeline's folder has besides the transformer; its index, which makes it one, comes last."""
+    objects = {} if vae is None else _autoencoder(model, VaeRef(source=vae))
+    index = diffusers.component(
+        [PIPELINE_MODULE, PIPELINE_CLASS],
+        transformer=["diffusers", "DiTTransformer2DModel"],
+        scheduler=["diffusers", "DDPMScheduler"],
+        vae=[None, None] if vae is None else ["diffusers", "AutoencoderKL"],
+    )
+    module = f"{PIPELINE_MODULE}.py"
+    objects |= {SCHEDULER: _json(_scheduler(model)), module: files(__package__).joinpath(module).read_bytes()}
+    return objects | {PIPELINE: _json(index)}
+
+
+def _scheduler(model: Pretrained) -> dict[str, Any]:
+    return diffusers.component(
+        "DDPMScheduler",
+        num_train_timesteps=model.diffusion.steps,
+        beta_schedule=model.diffusion.schedule,
+        beta_start=model.diffusion.beta_start,
+        beta_end=model.diffusion.beta_end,
+        variance_type="learned_range" if model.config.learn_variance else "fixed_small",
+        clip_sample=False,
+        timestep_spacing="linspace",
+    )
+
+
+def _autoencoder(model: Pretrained, ref: VaeRef) -> dict[str, bytes]:
+    """The autoencoder's two files, with the scales of the latents that the model was trained on."""
+    found = autoencoder.info(ref)
+    if found.channels != model.config.in_channels:
+        channels = f"{found.channels} latent channels and the model {model.config.in_channels}"
+        raise InputError(f"{uri.redact(ref.source)}: the autoencoder has {channels}; name the one of its latents")
+    scales = model.scales or found
+    with tempfile.TemporaryDirectory() as folder:
+        autoencoder.fetch(ref, Path(folder))
+        config = json.loads(Path(folder, autoencoder.CONFIG).read_bytes())
+        weights = Path(folder, autoencoder.WEIGHTS).read_bytes()
+    config |= {"scaling_factor": scales.scaling_factor, "shift_factor": scales.shift_factor}
+    return {f"vae/{autoencoder.CONFIG}": _json(config), f"vae/{autoencoder.WEIGHTS}": weights}
+
+
+def _safetensors(tensors: dict[str, Tensor]) -> bytes:
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    data: bytes = save_tensors(plain, metadata={"format": "pt"})  # some readers ask for the format
+    return data
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=2).encode()

@@ -1,0 +1,64 @@
+"""Files of tensors. Pickles are read by torch's restricted unpickler, which runs no code of theirs."""
+
+import argparse
+import io
+import pickle
+import zipfile
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dit.weights import one_line
+from storage import uri
+from storage.errors import InputError, StorageError
+
+SAFETENSORS: Final = ".safetensors"
+PICKLES: Final = (".pt", ".pth", ".ckpt", ".bin")
+
+
+def suffix(url: str) -> str:
+    """The suffix of a URL's last part."""
+    return PurePosixPath(uri.redact(url)).suffix
+
+
+def read_tensors(url: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or a pickle, on the CPU; those of a pickle bare, or below "ema" or "model".
+
+    Raises:
+        InputError: there is no such file, it is broken, or it holds other things than tensors.
+    """
+    local, where = uri.local_path(url), uri.redact(url)
+    try:
+        if suffix(url) == SAFETENSORS:
+            return dict(load_bytes(uri.read(url)) if local is None else load_file(local))
+        return _weights(_unpickled(io.BytesIO(uri.read(url)) if local is None else str(local)), where)
+    except (InputError, StorageError) as error:
+        raise InputError(str(error)) from error
+    except FileNotFoundError as error:
+        raise InputError(f"{where}: no such file") from error
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{where}: broken, or holds objects besides tensors, which are never loaded") from error
+    except Exception as error:  # safetensors, torch and stores promise no exception types
+        raise InputError(f"{where}: cannot be read ({one_line(error)})") from error
+
+
+def _unpickled(file: str | io.BytesIO) -> Any:
+    lazily = isinstance(file, str) and zipfile.is_zipfile(file)  # of a training checkpoint only a part is needed
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the published code puts its options beside
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=lazily or None)
+
+
+def _weights(found: Any, where: str) -> dict[str, Tensor]:
+    for key in ("ema", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+            break
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
+    ):
+        raise InputError(f"{where}: neither tensors by name nor such below 'ema' or 'model'")
+    return dict(found)

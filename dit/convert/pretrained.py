@@ -1,0 +1,122 @@
+"""A DiT as its weights tell it. Names and shapes are those of the published checkpoints, which are our own too."""
+
+# D = width, C = latent channels, p = patch size, N = tokens
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dit.diffusion.config import DiffusionConfig
+from dit.models.config import SIZES, DiTConfig
+from dit.models.dit import DiT
+from dit.models.layers import grid_sinusoid
+from storage.errors import InputError
+from storage.latents import VaeInfo
+
+LAYOUT = "only an adaLN-Zero DiT has this layout"
+TABLE_ERROR = 1e-5
+HEADS = {width: heads for _, width, heads in SIZES.values()}
+"""Heads of the published sizes by width: the weights do not tell them."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """An adaLN-Zero DiT that was trained elsewhere or here."""
+
+    config: DiTConfig
+    """What it is made of."""
+    state: dict[str, Tensor]
+    """Its weights in float32, in the layout of the published checkpoints."""
+    diffusion: DiffusionConfig
+    """The process that it undoes: the published one, unless its card says otherwise."""
+    scales: VaeInfo | None = None
+    """How its latents are scaled, if its card says so; else as their autoencoder says."""
+
+
+def infer(tensors: dict[str, Tensor], heads: int | None, where: str) -> DiTConfig:
+    """The config that the shapes of the weights tell.
+
+    Whether the label table's last row is a null label cannot be seen; it is taken to be one.
+
+    Args:
+        tensors: weights in the layout of the published checkpoints.
+        heads: attention heads, which no shape tells; None for those of the published size with this width.
+        where: where the weights lie, for errors.
+
+    Raises:
+        InputError: a tensor is missing or of an unusable shape, or the heads are not known.
+    """
+    width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, where)
+    _, tokens, _ = _shape(tensors, "pos_embed", 3, where)
+    hidden, _ = _shape(tensors, "blocks.0.mlp.fc1.weight", 2, where)
+    outputs, _ = _shape(tensors, "final_layer.linear.weight", 2, where)
+    if outputs not in (patch**2 * channels, 2 * patch**2 * channels):
+        name, numbers = "final_layer.linear.weight", f"({outputs}, {width})"
+        raise InputError(f"{where}: {name} {numbers} makes neither the noise of a patch nor that and its variance")
+    table = "y_embedder.embedding_table.weight"
+    fields = {
+        "input_size": isqrt(tokens) * patch,
+        "patch_size": patch,
+        "in_channels": channels,
+        "width": width,
+        "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        "heads": HEADS.get(width) if heads is None else heads,
+        "mlp_ratio": hidden / width,
+        "num_classes": _shape(tensors, table, 2, where)[0] - 1 if table in tensors else 0,
+        "learn_variance": outputs == 2 * patch**2 * channels,
+    }
+    if fields["heads"] is None:
+        raise InputError(f"{where}: no published DiT has width {width}, so its heads are not known; say --heads")
+    return validated(fields, where)
+
+
+def validated(fields: Mapping[str, object], where: str) -> DiTConfig:
+    """A config of these fields.
+
+    Raises:
+        InputError: they do not fit each other.
+    """
+    try:
+        return DiTConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{where}: not a DiT: {' '.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def fitted(config: DiTConfig, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The weights in float32, if they are those of a model with this config.
+
+    Raises:
+        InputError: a tensor is missing, unknown, or of another shape; or the position table is not the fixed one.
+    """
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in DiT(config).state_dict().items()}
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise InputError(f"{where}: no tensor {name}; {LAYOUT}")
+        if name not in expected:
+            raise InputError(f"{where}: unknown tensor {name}; {LAYOUT}")
+        if tensors[name].shape != expected[name] or not tensors[name].is_floating_point():
+            found, wanted = tuple(tensors[name].shape), tuple(expected[name])
+            raise InputError(f"{where}: {name} is {tensors[name].dtype} {found}, not floats {wanted}; {LAYOUT}")
+    _check_positions(config, tensors["pos_embed"], where)
+    return {name: tensors[name].float() for name in expected}
+
+
+def _check_positions(config: DiTConfig, table: Tensor, where: str) -> None:
+    error = float((table.float() - grid_sinusoid(config.width, config.grid)).abs().max())
+    if not error <= max(TABLE_ERROR, torch.finfo(table.dtype).eps):
+        raise InputError(f"{where}: pos_embed is off the fixed sin-cos table by {error:.2g}; learned ones are not read")
+
+
+def _shape(tensors: dict[str, Tensor], name: str, dimensions: int, where: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise InputError(f"{where}: no tensor {name}; {LAYOUT}")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise InputError(f"{where}: {name} has shape {shape}, not {dimensions} dimensions; {LAYOUT}")
+    return shape

@@ -1,0 +1,94 @@
+"""Where a DiT may come from: files and folders of others, and our own."""
+
+import torch
+from torch import nn
+
+from dit.convert import diffusers
+from dit.convert.files import PICKLES, SAFETENSORS, read_tensors, suffix
+from dit.convert.pretrained import LAYOUT, Pretrained, fitted, infer
+from dit.diffusion.config import DiffusionConfig
+from dit.export import MODEL, load
+from dit.models.build import build
+from dit.models.config import DiTConfig
+from dit.weights import one_line
+from storage import uri
+from storage.errors import InputError, StorageError
+
+PIPELINE = "model_index.json"
+TRANSFORMER = "transformer"
+KINDS = (
+    f"name a {', '.join(PICKLES)} or {SAFETENSORS} file, a folder with {MODEL}, {diffusers.CONFIG} or {PIPELINE}, "
+    "or hf://owner/name"
+)
+
+
+def read(source: str, *, heads: int | None = None) -> Pretrained:
+    """A DiT from any of the layouts that are known, by path or fsspec URL.
+
+    They are a file in the layout of the published checkpoints (.pt, bare or below "ema" or "model",
+    or .safetensors); a folder of a diffusers DiTTransformer2DModel, or of a pipeline with one; and a
+    folder of a model that was trained here.
+
+    Args:
+        source: the file or folder.
+        heads: attention heads, where neither the source nor a published size of that width tells them.
+
+    Raises:
+        InputError: there is no such thing, it is broken, or it is not an adaLN-Zero DiT.
+    """
+    if suffix(source) in (*PICKLES, SAFETENSORS):
+        tensors, where = read_tensors(source), uri.redact(source)
+        config = infer(tensors, heads, where)
+        return Pretrained(config, fitted(config, tensors, where), DiffusionConfig())
+    found = _folder(source)
+    if heads not in (None, found.config.heads):
+        raise InputError(f"{uri.redact(source)}: has {found.config.heads} heads, not {heads}; leave --heads out")
+    return found
+
+
+def load_any(
+    source: str, *, heads: int | None = None, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, DiTConfig]:
+    """A model ready to sample from, in evaluation mode, and its config; of what `read` reads.
+
+    Raises:
+        InputError: as `read`.
+    """
+    found = read(source, heads=heads)
+    with torch.device("meta"):  # no time is spent on initial weights
+        model = build(found.config)
+    model.load_state_dict(found.state, assign=True)
+    return model.to(device).eval().requires_grad_(False), found.config
+
+
+def _folder(source: str) -> Pretrained:
+    try:
+        names = uri.names(source)
+    except Exception as error:  # stores of all kinds have their own ways to say no
+        raise InputError(f"{uri.redact(source)}: cannot be listed ({one_line(error)}); {KINDS}") from error
+    if MODEL in names:
+        return _ours(source)
+    if PIPELINE in names:
+        return _folder(uri.join(source, TRANSFORMER))
+    if diffusers.CONFIG in names:
+        return _diffusers(source, names)
+    raise InputError(f"{uri.redact(source)}: no checkpoint; {KINDS}")
+
+
+def _ours(source: str) -> Pretrained:
+    trained = load(source)
+    config, card = trained.card.model, trained.card
+    if not isinstance(config, DiTConfig) or config.block != "adaln_zero":
+        raise InputError(f"{uri.redact(source)}: {MODEL} is of another model; {LAYOUT}")
+    return Pretrained(config, trained.model.state_dict(), card.diffusion, card.vae)
+
+
+def _diffusers(source: str, names: list[str]) -> Pretrained:
+    pickled = diffusers.WEIGHTS not in names and diffusers.PICKLED_WEIGHTS in names
+    weights = diffusers.PICKLED_WEIGHTS if pickled else diffusers.WEIGHTS
+    try:
+        config = uri.read(uri.join(source, diffusers.CONFIG))
+    except StorageError as error:
+        raise InputError(str(error)) from error
+    tensors = read_tensors(uri.join(source, weights))
+    return Pretrained(*diffusers.from_diffusers(config, tensors, uri.redact(source)), DiffusionConfig())

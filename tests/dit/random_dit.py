@@ -1,0 +1,25 @@
+"""Small DiTs whose every weight counts: none is zero, as it would be before training."""
+
+from typing import Any
+
+import torch
+
+from dit.convert import Pretrained
+from dit.diffusion.config import DiffusionConfig
+from dit.models.config import DiTConfig
+from dit.models.dit import DiT
+
+SMALL: dict[str, Any] = {"input_size": 16, "width": 64, "depth": 3, "heads": 4, "num_classes": 10}
+
+
+def random_dit(**fields: Any) -> DiT:
+    model = DiT(DiTConfig(**SMALL | fields)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.05, generator=generator)
+    return model.requires_grad_(False)
+
+
+def pretrained(model: DiT) -> Pretrained:
+    return Pretrained(model.config, model.state_dict(), DiffusionConfig())
