@@ -112,7 +112,7 @@ def run(config: SampleConfig, checkpoint: CheckpointManifest, *, out: StageOutpu
         parts = generate(config, trained, vae, start, stop)
         rows = gathered(parts, tracker, start=start, total=config.count, unit="images")
         if block == 0:  # before the block is committed, so whoever resumes finds the picture there
-            publish(out, tracker, PICTURE, _picture(rows["image"], card))
+            publish(out, tracker, PICTURE, picture(rows["image"], card))
         writer.write(block, rows)
     return out.commit(
         SampleManifest,
@@ -255,7 +255,7 @@ def _conditions(config: SampleConfig, card: ModelCard, vae: Vae | None) -> dict[
     return conditions | {"training_steps": card.steps}
 
 
-def _picture(images: NDArray[np.uint8], card: ModelCard) -> bytes:
-    """The first images in eight rows; with few classes a balanced set shows one in each column."""
+def picture(images: NDArray[np.uint8], card: ModelCard) -> bytes:
+    """A PNG of the first images in eight rows; with few classes a balanced set shows one in each column."""
     columns = len(card.class_names) if card.model.num_classes and len(card.class_names) <= 16 else 8
     return image_grid(images[: 8 * columns], columns=columns, gap=2)

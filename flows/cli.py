@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     services.bypass_proxy()
     try:
-        if "root" in options:
+        if "root" in options and getattr(options, "checkpoint", None) is None:
             _check_root(options)
         options.command(options)
     except InputError as error:
@@ -98,6 +98,19 @@ def stage(options: argparse.Namespace) -> None:
         _report(options, recipe, [run_stage(options.stage, recipe, source, settings)])
 
 
+def sample(options: argparse.Namespace) -> None:
+    """Run a recipe's sample stage, or draw straight from a checkpoint."""
+    if (options.recipe is None) == (options.checkpoint is None):
+        raise InputError("sample: name a recipe, or give --checkpoint")
+    if options.recipe:
+        stage(options)
+        return
+    from flows.preview import draw
+
+    for place in draw(options.checkpoint, options.set, options.out, vae=options.vae, heads=options.heads):
+        print(place)
+
+
 def up(options: argparse.Namespace) -> None:
     """Serve Prefect, MLflow and a worker until Ctrl-C."""
     from flows.up import serve
@@ -143,11 +156,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=run)
     for name in STAGES:
         command = commands.add_parser(name, parents=[work], help=f"the {name} stage of a recipe")
-        command.add_argument("recipe", help="name of a preset or path of a YAML file")
+        optional = "?" if name == "sample" else None
+        command.add_argument("recipe", nargs=optional, help="name of a preset or path of a YAML file")
         if name != "shard":
             text = "manifest URL or MLflow run id of the stage before (default: the recipe's own)"
             command.add_argument("--from", dest="source", metavar="MANIFEST", help=text)
         command.set_defaults(command=stage, stage=name, source=None)
+        if name == "sample":
+            _add_checkpoint(command)
     command = commands.add_parser("up", parents=[shared], help="Prefect, MLflow and a worker, with all flows deployed")
     command.add_argument("--recipe", default="demo", help="whose values fill the forms in the Prefect UI")
     command.add_argument("--prefect-port", type=int, default=4200, choices=PORTS, metavar="PORT")
@@ -167,6 +183,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--vae", metavar="SOURCE", help="folder, URL or hub id of the autoencoder for --to pipeline")
     command.set_defaults(command=convert)
     return parser
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    """The options of sampling without a recipe."""
+    group = command.add_argument_group("straight from a checkpoint", "draw a picture and an npz, with no recipe")
+    text = "a trained model's folder, a published DiT's .pt or .safetensors file, or a diffusers folder"
+    group.add_argument("--checkpoint", metavar="SOURCE", help=text)
+    group.add_argument("--out", default="samples", help="folder for samples.png and samples.npz (default: samples)")
+    group.add_argument("--vae", metavar="SOURCE", help="the autoencoder, where the checkpoint does not name it")
+    group.add_argument("--heads", type=int, help="attention heads, where no published size has the width")
+    command.set_defaults(command=sample)
 
 
 def _recipe(options: argparse.Namespace) -> "Recipe":

@@ -143,10 +143,7 @@ def recipe_of(values: dict[str, Any], where: str, overrides: Sequence[str]) -> R
         InputError: something is wrong; the line says where.
     """
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise InputError(f"--set {override}: write key=value, such as train.steps=2000")
-        put(values, key, _parse(text, f"--set {override}"), f"--set {override}")
+        put(values, *parse_override(override))
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -156,6 +153,18 @@ def recipe_of(values: dict[str, Any], where: str, overrides: Sequence[str]) -> R
         said = [text for key, text in keys.items() if f"{place}.".startswith(key) or key.startswith(f"{place}.")]
         problem = PROBLEMS.get(first["type"], first["msg"])
         raise InputError(f"{f'--set {said[-1]}' if said else where}: {place}: {problem}") from error
+
+
+def parse_override(text: str) -> tuple[str, Any, str]:
+    """The dotted key and the YAML value of an override, and how to name it in an error.
+
+    Raises:
+        InputError: it is not of the form ``key=value``.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {text}: write key=value, such as train.steps=2000")
+    return key, _parse(value, f"--set {text}"), f"--set {text}"
 
 
 def put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
