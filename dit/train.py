@@ -56,6 +56,8 @@ class TrainConfig(Config):
     """The average's half-life is at most this share of the steps taken (EDM: 0.05). None has no such limit."""
     flips: bool = True
     """Train on images and mirror images alike; latents must hold both."""
+    augmentation: float = Field(0.0, ge=0, le=1)
+    """Probability of each of EDM's distortions of the image, of which the model is told; diffit_image on pixels alone."""
     precision: Precision = "float32"
     """Arithmetic of the forward pass; weights are float32 in any case."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -97,9 +99,9 @@ def model_for(config: TrainConfig, latents: LatentManifest) -> ModelConfig:
         InputError: they do not fit each other.
     """
     channels, side, _ = latents.latent_shape
-    learn_variance = isinstance(config.diffusion, DiffusionConfig)
+    classes, learn_variance = len(latents.class_names), isinstance(config.diffusion, DiffusionConfig)
     try:
-        return config.model.config(Given(channels, side, len(latents.class_names), learn_variance))
+        return config.model.config(Given(channels, side, classes, learn_variance, config.augmentation > 0))
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise InputError(f"train.model: does not fit the latents: {reason}") from error
@@ -110,6 +112,8 @@ def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentMani
         raise InputError(f"train.batch_size: {config.batch_size} does not divide among {ranks.world_size} ranks")
     if config.flips and latents.vae and latents.flips == 1:
         raise InputError("train.flips: these latents have no mirror images; encode with flips, or train without")
+    if config.augmentation and latents.vae:
+        raise InputError("train.augmentation: distorts pixels, and these are latents; set it to 0")
     return Batches(
         data=open_data(latents),
         shape=latents.latent_shape,
@@ -120,6 +124,7 @@ def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentMani
         label_dropout=model_config.label_dropout,
         ranks=ranks,
         device=device(),
+        augmentation=config.augmentation,
     )
 
 

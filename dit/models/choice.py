@@ -19,6 +19,7 @@ from dit.models.config import (
     UShape,
 )
 from storage.config import Config
+from storage.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Given:
     num_classes: int
     learn_variance: bool
     """Whether the process has a variance to learn."""
+    augmented: bool = False
+    """Whether training distorts the images, of which the model must be told."""
 
 
 class Shape(TransformerShape):
@@ -67,6 +70,8 @@ class _PatchChoice(_Choice, ABC):
     """Side of the square that becomes one token, in latent pixels."""
 
     def _patches(self, given: Given) -> dict[str, Any]:
+        if given.augmented:
+            raise InputError("train.augmentation: only a diffit_image model can be told of it; set it to 0")
         size = self.size
         shape = SIZES[size] if isinstance(size, str) else dict(size)
         return {**self._common(given), **shape, "patch_size": self.patch_size, "learn_variance": given.learn_variance}
@@ -84,7 +89,7 @@ class DiTChoice(_PatchChoice):
         """The full config.
 
         Raises:
-            ValidationError: choice and data do not fit each other.
+            InputError, ValidationError: choice and data do not fit each other.
         """
         return DiTConfig(**self._patches(given), block=self.block)
 
@@ -99,7 +104,7 @@ class DiffiTChoice(_PatchChoice):
         """The full config.
 
         Raises:
-            ValidationError: choice and data do not fit each other.
+            InputError, ValidationError: choice and data do not fit each other.
         """
         return DiffiTConfig(**self._patches(given))
 
@@ -125,7 +130,8 @@ class DiffiTImageChoice(_Choice):
         size = self.size
         shape = IMAGE_SIZES[size] if isinstance(size, str) else {"dropout": 0.0} | dict(size)
         dropout = {} if self.dropout is None else {"dropout": self.dropout}
-        return DiffiTImageConfig.model_validate(shape | self._common(given) | dropout)
+        common = self._common(given) | {"augmented": given.augmented}
+        return DiffiTImageConfig.model_validate(shape | common | dropout)
 
 
 ModelChoice = Annotated[DiTChoice | DiffiTChoice | DiffiTImageChoice, Field(discriminator="kind")]

@@ -114,6 +114,8 @@ class DiffiTImageConfig(UShape):
     """Number of labels; the null label comes after them. 0 makes the model unconditional."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that training replaces a sample's label by the null label."""
+    augmented: bool = False
+    """Whether the model is told how its image was augmented."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -140,8 +142,14 @@ SIZES: dict[Size, dict[str, int]] = {
 """The published sizes (arXiv 2212.09748, table 1)."""
 
 IMAGE_SIZES: dict[ImageSize, dict[str, Any]] = {
-    "cifar10": {"input_size": 32, "widths": (128, 256, 256), "depths": (4, 4, 4), "window": 4, "dropout": 0.13},
-    "ffhq64": {"input_size": 64, "widths": (128, 256, 256, 256), "depths": (4, 4, 4, 4), "window": 8, "dropout": 0.05},
+    "cifar10": {
+        "input_size": 32, "widths": (128, 256, 256), "depths": (4, 4, 4), "window": 4, "dropout": 0.13,
+        "augmented": True,
+    },
+    "ffhq64": {
+        "input_size": 64, "widths": (128, 256, 256, 256), "depths": (4, 4, 4, 4), "window": 8, "dropout": 0.05,
+        "augmented": True,
+    },
     "digits32": {
         "input_size": 32, "stem_width": 32, "widths": (32, 32, 64), "depths": (1, 1, 1), "window": 4,
         "time_width": 128, "dropout": 0.0,

@@ -11,6 +11,8 @@ from dit.models.tmsa import TMSABlock
 from storage.errors import InputError
 
 TIME_FREQUENCIES = 64
+AUGMENT_NUMBERS = 9
+"""Numbers that tell how an image was augmented (arXiv 2206.00364, appendix F.2)."""
 
 
 class ImageDiffiT(nn.Module):
@@ -26,7 +28,7 @@ class ImageDiffiT(nn.Module):
         self.config = config
         widths, depths = config.widths, config.depths
         last = len(widths) - 1
-        self.t_embedder = TimeToken(config.time_width)
+        self.t_embedder = TimeToken(config.time_width, config.augmented)
         self.y_embedder = LabelEmbedding(config.num_classes, config.time_width) if config.num_classes else None
         self.tokenizer = conv3x3(config.in_channels, config.stem_width)
         entries = zip((config.stem_width, *widths), widths, depths, strict=False)
@@ -39,23 +41,24 @@ class ImageDiffiT(nn.Module):
         self.head = nn.Sequential(group_norm(widths[0]), nn.SiLU(), conv3x3(widths[0], config.in_channels))
         self.init_weights()
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """Predict from scaled noisy images, given in the dtype of the weights.
 
         Args:
             x: noisy images (B, C, H, W), scaled to unit variance.
             t: what tells the noise level (B,); EDM's is ln(sigma) / 4.
             y: labels (B,) in 0 .. num_classes, the last being the null label; None if unconditional.
+            augment: how the images were augmented (B, 9), all zero where they were not; None is zeros.
 
         Returns:
             (B, C, H, W)
 
         Raises:
             InputError: the images do not divide into windows; labels for an unconditional model, or
-                none for a conditional one.
+                none for a conditional one; an augmentation for a model that is not told of it.
         """
         self._check_size(x.shape[2], x.shape[3])
-        c = self._condition(t, y, x.dtype)
+        c = self._condition(t, y, augment, x.dtype)
         x = self.tokenizer(x)
         skips = []
         for stage, down in zip(self.down_stages, self.down, strict=False):
@@ -83,9 +86,9 @@ class ImageDiffiT(nn.Module):
                 zero(*module.attn.proj.parameters(), *module.mlp.fc2.parameters())
         zero(*self.head[-1].parameters())
 
-    def _condition(self, t: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _condition(self, t: Tensor, y: Tensor | None, augment: Tensor | None, dtype: torch.dtype) -> Tensor:
         check_labels(y, self.config.num_classes)
-        time: Tensor = self.t_embedder(t, dtype)
+        time: Tensor = self.t_embedder(t, augment, dtype)
         label = 0 if self.y_embedder is None else self.y_embedder(y)
         return nn.functional.silu(time + label)
 
@@ -97,15 +100,24 @@ class ImageDiffiT(nn.Module):
 
 
 class TimeToken(nn.Module):
-    """Noise levels (B,) to (B, E) by a sinusoid of 128 numbers and an MLP. The last SiLU follows the label."""
+    """Noise levels (B,) to (B, E) by a sinusoid of 128 numbers and an MLP. The last SiLU follows the label.
 
-    def __init__(self, width: int) -> None:
+    What was augmented is added to the sinusoid.
+    """
+
+    def __init__(self, width: int, augmented: bool) -> None:
         super().__init__()
+        self.augment = nn.Linear(AUGMENT_NUMBERS, 2 * TIME_FREQUENCIES, bias=False) if augmented else None
         self.mlp = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B,) to (B, E). The sinusoid is computed in float32 and then cast to the weights' dtype."""
-        out: Tensor = self.mlp(timestep_sinusoid(t, TIME_FREQUENCIES).to(dtype))
+    def forward(self, t: Tensor, augment: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """(B,) and (B, 9) to (B, E). The sinusoid is computed in float32 and then cast to the weights' dtype."""
+        level = timestep_sinusoid(t, TIME_FREQUENCIES).to(dtype)
+        if augment is not None:
+            if self.augment is None:
+                raise InputError("the model is not told of augmentation (augmented is false): give it none")
+            level = level + self.augment(augment.to(dtype))
+        out: Tensor = self.mlp(level)
         return out
 
 

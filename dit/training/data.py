@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit.pixels import to_unit
 from dit.random import Stream, words
+from dit.training.augment import augmented
 from dit.training.noise import StepDraws
 from dit.training.ranks import Ranks
 from storage.latents import LatentManifest, LatentReader, PixelReader
@@ -33,6 +34,8 @@ class Batch:
     """Labels (B,), the dropped ones replaced by the null label."""
     seed: int
     """Of whatever else is random in the step on this rank: dropout."""
+    augment: Tensor | None = None
+    """How the images were distorted, (B, 9); None if they never are."""
 
 
 class Data(Protocol):
@@ -107,6 +110,8 @@ class Batches:
     label_dropout: float
     ranks: Ranks
     device: torch.device
+    augmentation: float = 0.0
+    """Probability of each distortion; 0 is none, and no labels of it."""
 
     def __call__(self, step: int) -> Batch:
         """The batch of a step for this rank. The same step gives the same bits, whenever it is asked for."""
@@ -115,9 +120,11 @@ class Batches:
         draws = StepDraws(self.seed, step, rows, self.shape, self.device)
         items = self._items(step * self.batch_size + np.asarray(rows))
         mirrored = draws.flip.cpu().numpy() < 0.5 if self.flips else np.zeros(local, np.bool_)
-        x0 = self.data.x0(items, mirrored, draws)
+        x0, augment = self.data.x0(items, mirrored, draws), None
+        if self.augmentation:
+            x0, augment = augmented(x0, draws.augment, self.augmentation)
         seed = int(words(self.seed, Stream.DROPOUT, step, [self.ranks.rank], 1)[0, 0])
-        return Batch(x0, draws.noise, draws.t, self._labels(items, draws.label_drop), seed)
+        return Batch(x0, draws.noise, draws.t, self._labels(items, draws.label_drop), seed, augment)
 
     def _items(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         count = len(self.data.labels)

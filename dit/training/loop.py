@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,8 @@ def train(
         batch = batches(state.step)
         device = batch.x0.device.type
         with _seeded(batch), torch.autocast(device, numbers.autocast, enabled=numbers.autocast is not None):
-            terms = process.training_terms(model, batch.x0, batch.noise, process.sample_t(batch.u), batch.y)
+            told = model if batch.augment is None else partial(model, augment=batch.augment)
+            terms = process.training_terms(told, batch.x0, batch.noise, process.sample_t(batch.u), batch.y)
         means = {name: term.mean() for name, term in terms.items()}
         means["loss"].backward()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

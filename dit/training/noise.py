@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit.random import Stream, normals, uniforms
+from dit.training.augment import DRAWS
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,16 @@ class StepDraws:
         """Uniform in [0, 1), (B,): which way round the image is."""
         return self._uniform(Stream.FLIP)
 
+    @cached_property
+    def augment(self) -> Tensor:
+        """Uniform in [0, 1), (B, DRAWS): how the image is distorted, by `augmented`."""
+        return self._uniforms(Stream.AUGMENT, DRAWS)
+
     def _uniform(self, stream: Stream) -> Tensor:
-        return torch.from_numpy(uniforms(self.seed, stream, self.step, self.rows, 1)[:, 0]).to(self.device)
+        return self._uniforms(stream, 1)[:, 0]
+
+    def _uniforms(self, stream: Stream, count: int) -> Tensor:
+        return torch.from_numpy(uniforms(self.seed, stream, self.step, self.rows, count)).to(self.device)
 
     def _normal(self, stream: Stream) -> Tensor:
         count = self.shape[0] * self.shape[1] * self.shape[2]

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -13,6 +14,7 @@ from dit.models.config import (
     diffit_image_config,
     dit_config,
 )
+from storage.errors import InputError
 
 LATENTS = Given(channels=4, side=8, num_classes=3, learn_variance=True)
 IMAGES = Given(channels=3, side=32, num_classes=3, learn_variance=False)
@@ -36,7 +38,8 @@ def test_data_and_process_decide_the_rest(size: Size) -> None:
 @pytest.mark.parametrize("size", IMAGE_SIZES)
 def test_image_models_take_the_side_of_the_images(size: ImageSize) -> None:
     given = Given(channels=3, side=64, num_classes=5, learn_variance=False)
-    assert DiffiTImageChoice(size=size).config(given) == diffit_image_config(size, input_size=64)
+    assert DiffiTImageChoice(size=size).config(given) == diffit_image_config(size, input_size=64, augmented=False)
+    assert DiffiTImageChoice(size=size).config(replace(given, augmented=True)).augmented
     labelled = DiffiTImageChoice(size=size, conditional=True, dropout=0.3).config(given)
     assert (labelled.num_classes, labelled.dropout) == (5, 0.3)
 
@@ -53,6 +56,12 @@ def test_windows_that_do_not_divide_the_images_are_refused() -> None:
     given = Given(channels=3, side=48, num_classes=0, learn_variance=False)
     with pytest.raises(ValidationError, match="4 resolutions with windows of 8 need a multiple of 64"):
         DiffiTImageChoice(size="ffhq64").config(given)
+
+
+def test_only_image_models_can_be_told_of_augmentation() -> None:
+    for choice in (DiTChoice(), DiffiTChoice()):
+        with pytest.raises(InputError, match=r"train.augmentation: only a diffit_image model"):
+            choice.config(replace(LATENTS, augmented=True))
 
 
 def test_kind_tells_them_apart() -> None:

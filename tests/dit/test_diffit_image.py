@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from dit.models.build import build
 from dit.models.config import DiffiTImageConfig, ModelConfig, diffit_image_config
 from dit.models.cost import cost
-from dit.models.diffit_image import ImageDiffiT, ResBlock, from_windows, to_windows
+from dit.models.diffit_image import AUGMENT_NUMBERS, ImageDiffiT, ResBlock, from_windows, to_windows
+from dit.models.layers import timestep_sinusoid
 from storage.errors import InputError
 
 # Million parameters; billion multiply-accumulates
@@ -180,10 +181,11 @@ def test_config_by_name_and_by_kind() -> None:
 
 
 def test_compiles_into_one_graph() -> None:
-    model = randomised()
+    model = randomised(augmented=True)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*batch()), model(*batch()))
+    told = (*batch(), None, torch.ones(3, AUGMENT_NUMBERS))
+    torch.testing.assert_close(compiled(*told), model(*told))
 
 
 def test_runs_in_bfloat16() -> None:
@@ -204,3 +206,30 @@ def test_meta_model_can_be_initialised_where_it_lands() -> None:
     model.to_empty(device="cpu")
     model.init_weights()
     assert not model(*batch()).any()
+
+
+def test_augmentation_joins_the_noise_level() -> None:
+    model, plain = randomised(augmented=True), randomised()
+    x, t = batch()
+    labels = torch.randn(3, AUGMENT_NUMBERS, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(model(x, t), model(x, t, None, torch.zeros(3, AUGMENT_NUMBERS)))
+    found = model(x, t, None, labels)
+    assert ((found - model(x, t)).abs() > 0).float().mean() > 0.99
+    token, added = model.t_embedder, model.t_embedder.augment
+    assert added is not None
+    expected = token.mlp(timestep_sinusoid(t, 64) + labels @ added.weight.T)
+    torch.testing.assert_close(token(t, labels, torch.float32), expected)
+    assert set(model.state_dict()) - set(plain.state_dict()) == {"t_embedder.augment.weight"}
+    found.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    with pytest.raises(InputError, match="not told of augmentation"):
+        plain(x, t, None, labels)
+
+
+def test_augmentation_starts_xavier_uniform_and_costs_1152_numbers() -> None:
+    weight = tiny(augmented=True).get_parameter("t_embedder.augment.weight")
+    bound = (6 / (9 + 128)) ** 0.5
+    assert 0.98 * bound < weight.abs().max() <= bound
+    told, untold = (cost(diffit_image_config("digits32", augmented=augmented)) for augmented in (True, False))
+    assert told.parameters == untold.parameters + 1152
+    assert [diffit_image_config(name).augmented for name in ("cifar10", "ffhq64", "digits32")] == [True, True, False]

@@ -19,7 +19,9 @@ from dit.samplers.heun import heun
 from dit.samplers.noise import SampleNoise
 from dit.samplers.state import last
 from dit.train import TrainConfig
+from dit.training.augment import augmented
 from dit.training.data import Batches, Pixels, open_data
+from dit.training.noise import StepDraws
 from dit.training.ranks import Ranks
 from storage import transforms
 from storage.errors import InputError
@@ -40,6 +42,7 @@ TRAINING = TrainConfig(
     gradient_clip=1.0,
     ema_decay=0.9,
     ema_ramp=0.5,
+    augmentation=0.5,
     log_every=1,
     checkpoint_every=2,
 )
@@ -102,6 +105,27 @@ def test_batches_are_scaled_pixels_and_their_mirror_images(pixels: LatentManifes
         seen["mirrored"] += any(np.array_equal(x0, image) for image in mirrored)
     assert min(seen.values()) >= 3
     assert sum(seen.values()) == 16
+
+
+def test_a_distorted_batch_says_how(pixels: LatentManifest) -> None:
+    data, rest = open_data(pixels), (pixels.latent_shape, 16, 0, False, 3, 0.0, Ranks(), torch.device("cpu"))
+    plain, moved = Batches(data, *rest)(3), Batches(data, *rest, augmentation=0.3)(3)
+    assert plain.augment is None
+    assert moved.augment is not None
+    x0, labels = augmented(plain.x0, StepDraws(0, 3, range(16), pixels.latent_shape).augment, 0.3)
+    assert torch.equal(moved.x0, x0)
+    assert torch.equal(moved.augment, labels)
+    assert torch.equal(moved.noise, plain.noise)
+    halves = [
+        Batches(data, pixels.latent_shape, 16, 0, False, 3, 0.0, Ranks(rank, 2), torch.device("cpu"), 0.3)(3).x0
+        for rank in range(2)
+    ]
+    assert torch.equal(torch.cat(halves), moved.x0)
+
+
+def test_latents_are_not_distorted(tmp_path: Path, latents: LatentManifest) -> None:
+    with pytest.raises(InputError, match=r"train.augmentation: distorts pixels, and these are latents"):
+        tiny.run_train(tmp_path, TRAINING.model_copy(update={"model": MODEL}), latents)
 
 
 def test_the_card_says_that_it_works_on_pixels(trained: CheckpointManifest) -> None:
