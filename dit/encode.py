@@ -1,4 +1,7 @@
-"""Images to latents: the posterior of the autoencoder for every image and its mirror image."""
+"""Images to latents: the posterior of the autoencoder for every image and its mirror image.
+
+For models on pixels, to cropped images instead.
+"""
 
 # B = batch, F = flips, H = image side, C = latent channels, h = latent side
 
@@ -18,11 +21,11 @@ from dit.vae import Vae, VaeRef, load_vae
 from storage import transforms
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
-from storage.latents import LatentManifest, VaeInfo, latent_layout
+from storage.latents import LatentManifest, VaeInfo, latent_layout, pixel_layout
 from storage.manifest import FileEntry, StageOutput
 from storage.parallel import threads
 from storage.pictures import image_grid
-from storage.rows import RowWriter, gathered
+from storage.rows import RowLayout, RowWriter, gathered
 from storage.shards import Sample, ShardManifest, read_images
 from storage.tracking import Tracker, publish
 
@@ -33,14 +36,14 @@ PICTURES = 32
 class EncodeConfig(Config):
     """How images become latents."""
 
-    vae: VaeRef
-    """The autoencoder."""
+    vae: VaeRef | None
+    """The autoencoder; null keeps the pixels, for models that work on images."""
     resolution: int = Field(256, ge=8)
     """Side of the square that an image is cropped to, in pixels."""
     split: str = "train"
     """Which part of the data set to encode."""
     flips: bool = True
-    """Also encode every image mirrored: the latent of a mirrored image is not the mirrored latent."""
+    """Also encode every image mirrored: the latent of a mirrored image is not the mirrored latent. Not for pixels."""
     precision: Precision = "float32"
     """Arithmetic of the autoencoder. bfloat16 moves the means by about 1 % of their deviation."""
     batch_size: int = Field(64, ge=1)
@@ -63,39 +66,52 @@ def run(config: EncodeConfig, shards: ShardManifest, *, out: StageOutput, tracke
     """
     if config.split not in shards.splits:
         raise InputError(f"encode.split: {config.split!r} is not in the data; it has {', '.join(shards.splits)}")
-    vae = load_vae(config.vae, device(), dtype(config.precision))
-    if config.resolution % vae.downsample:
-        raise InputError(f"encode.resolution: {config.resolution} px is not a multiple of the VAE's {vae.downsample}")
-    rows, flips = shards.splits[config.split].count, 2 if config.flips else 1
-    side = config.resolution // vae.downsample
-    shape = (vae.channels, side, side)
-    layout = latent_layout(rows, flips, shape, config.block_rows, config.chunk_rows)
-    writer = RowWriter(out, layout, _attributes(config, vae))
+    vae = load_vae(config.vae, device(), dtype(config.precision)) if config.vae else None
+    rows = shards.splits[config.split].count
+    shape, flips = _shape(config, vae), 2 if config.flips and vae else 1
+    writer = RowWriter(out, _layout(config, rows, flips, shape, vae), _attributes(config, vae))
     for block in writer.missing():
         start, stop = writer.bounds(block)
         parts = _encoded(config, vae, shards, start, stop)
         writer.write(block, gathered(parts, tracker, start=start, total=rows, unit="images"))
-    picture, psnr = _reconstructions(config, vae, shards, out, tracker)
+    picture, metrics = _picture(config, vae, shards, out, tracker)
     return out.commit(
         LatentManifest,
         [*writer.finish(), picture],
         counts={"images": rows},
-        metrics={"reconstruction_psnr_db": psnr},
+        metrics=metrics,
         resolution=config.resolution,
         split=config.split,
         flips=flips,
         latent_shape=shape,
         class_names=shards.class_names,
-        vae=_vae_info(config.vae, vae),
+        vae=_vae_info(config.vae, vae) if config.vae and vae else None,
     )
 
 
+def _shape(config: EncodeConfig, vae: Vae | None) -> tuple[int, int, int]:
+    """(C, h, h) of a latent, or of the pixels."""
+    if vae is None:
+        return 3, config.resolution, config.resolution
+    if config.resolution % vae.downsample:
+        raise InputError(f"encode.resolution: {config.resolution} px is not a multiple of the VAE's {vae.downsample}")
+    side = config.resolution // vae.downsample
+    return vae.channels, side, side
+
+
+def _layout(config: EncodeConfig, rows: int, flips: int, shape: tuple[int, int, int], vae: Vae | None) -> RowLayout:
+    if vae is None:
+        return pixel_layout(rows, config.resolution, config.block_rows, config.chunk_rows)
+    return latent_layout(rows, flips, shape, config.block_rows, config.chunk_rows)
+
+
 def _encoded(
-    config: EncodeConfig, vae: Vae, shards: ShardManifest, start: int, stop: int
+    config: EncodeConfig, vae: Vae | None, shards: ShardManifest, start: int, stop: int
 ) -> Iterator[dict[str, NDArray[Any]]]:
     """The rows ``start`` to ``stop`` of the store, a batch at a time."""
     for batch, images in _batches(config, shards, start, stop):
-        yield _moments(vae, images, config.flips) | _keys(batch)
+        made = _moments(vae, images, config.flips) if vae else {"image": images.numpy()}
+        yield made | _keys(batch)
 
 
 def _batches(
@@ -141,26 +157,34 @@ def _vae_info(ref: VaeRef, vae: Vae) -> VaeInfo:
     )
 
 
-def _attributes(config: EncodeConfig, vae: Vae) -> dict[str, Any]:
+def _attributes(config: EncodeConfig, vae: Vae | None) -> dict[str, Any]:
+    preprocessing = {"preprocessing": f"{transforms.CROP_ID}-{config.resolution}"}
+    if vae is None:
+        return {"range": [0, 255], **preprocessing}
     return {
         "vae_sha256": vae.sha256,
         "scaling_factor": vae.scaling_factor,
         "shift_factor": vae.shift_factor,
         "scaled": False,
         "input_range": [-1.0, 1.0],
-        "preprocessing": f"{transforms.CROP_ID}-{config.resolution}",
+        **preprocessing,
         "precision": config.precision,
     }
 
 
-def _reconstructions(
-    config: EncodeConfig, vae: Vae, shards: ShardManifest, out: StageOutput, tracker: Tracker
-) -> tuple[FileEntry, float]:
-    """A picture of the first images beside what is left of them after the autoencoder, and their PSNR in dB."""
-    pairs = torch.cat([_with_decoded(vae, images) for _, images in _batches(config, shards, 0, PICTURES)])
+def _picture(
+    config: EncodeConfig, vae: Vae | None, shards: ShardManifest, out: StageOutput, tracker: Tracker
+) -> tuple[FileEntry, dict[str, float]]:
+    """A picture of the first images, each beside what an autoencoder leaves of it, and the PSNR of those in dB."""
+    batches = _batches(config, shards, 0, PICTURES)
+    if vae is None:
+        images = torch.cat([images for _, images in batches])
+        return publish(out, tracker, "images.png", image_grid(images.numpy(), columns=8, gap=2)), {}
+    pairs = torch.cat([_with_decoded(vae, images) for _, images in batches])
     error = (pairs[:, 0].double() - pairs[:, 1].double()).square().mean().item()
     picture = image_grid(pairs.flatten(0, 1).numpy(), columns=8, gap=2)
-    return publish(out, tracker, "reconstructions.png", picture), 10 * math.log10(255**2 / max(error, 1e-12))
+    psnr = 10 * math.log10(255**2 / max(error, 1e-12))
+    return publish(out, tracker, "reconstructions.png", picture), {"reconstruction_psnr_db": psnr}
 
 
 def _with_decoded(vae: Vae, images: torch.Tensor) -> torch.Tensor:

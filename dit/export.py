@@ -8,7 +8,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from dit.diffusion.config import DiffusionConfig
+from dit.diffusion.config import ProcessConfig
 from dit.models.build import build
 from dit.models.config import ModelConfig
 from dit.vae import VaeRef
@@ -29,10 +29,10 @@ class ModelCard(Config):
 
     model: ModelConfig
     """The network."""
-    diffusion: DiffusionConfig
+    diffusion: ProcessConfig
     """The process that it undoes."""
-    vae: VaeInfo
-    """The autoencoder of its latents, and how they are scaled."""
+    vae: VaeInfo | None
+    """The autoencoder of its latents, and how they are scaled; None if it works on pixels."""
     resolution: int
     """Side of the images, in pixels."""
     class_names: tuple[str, ...]
@@ -42,6 +42,11 @@ class ModelCard(Config):
     weights: dict[str, str] = Field(default_factory=dict)
     """Hash (sha256) of each weights file by name."""
 
+    @property
+    def vae_ref(self) -> VaeRef | None:
+        """The autoencoder that the latents were made with; None for a model on pixels."""
+        return VaeRef(source=self.vae.source, sha256=self.vae.sha256) if self.vae else None
+
 
 class CheckpointManifest(Manifest):
     """A trained model: EMA and raw weights, and its card."""
@@ -50,11 +55,6 @@ class CheckpointManifest(Manifest):
 
     card: ModelCard
     """What the model is made of."""
-
-    @property
-    def vae_ref(self) -> VaeRef:
-        """The autoencoder that the latents were made with."""
-        return VaeRef(source=self.card.vae.source, sha256=self.card.vae.sha256)
 
 
 @dataclass(frozen=True)

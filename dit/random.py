@@ -24,6 +24,7 @@ class Stream(IntEnum):
     LABEL_DROP = 3
     POSTERIOR = 4
     FLIP = 5
+    DROPOUT = 7
     SAMPLE_INITIAL = 16
     SAMPLE_STEP = 17
     SAMPLE_LABEL = 18

@@ -13,13 +13,18 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dit.devices import Precision, device, dtype
+from dit.diffusion.config import EDMConfig, ProcessConfig
+from dit.diffusion.edm import EDM
 from dit.diffusion.gaussian import GaussianDiffusion
+from dit.diffusion.process import Denoiser
 from dit.export import EMA_WEIGHTS, RAW_WEIGHTS, CheckpointManifest, ModelCard, Trained, load
+from dit.pixels import to_bytes
 from dit.samplers.ddim import ddim
 from dit.samplers.ddpm import ddpm
-from dit.samplers.guidance import Channels, Guided
+from dit.samplers.guidance import Channels, Guided, Schedule
+from dit.samplers.heun import heun
 from dit.samplers.noise import SampleNoise
-from dit.samplers.state import last
+from dit.samplers.state import State, last
 from dit.vae import Vae, VaeRef, load_vae
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
@@ -39,18 +44,30 @@ class SampleConfig(Config):
     """Images to make."""
     labels: Literal["balanced", "random"] = "random"
     """Every class in turn, or each class as likely as the others."""
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """Ancestral with the learned variance, or deterministic."""
+    sampler: Literal["ddpm", "ddim", "heun"] = "ddpm"
+    """Ancestral with the learned variance, or implicit; Heun's method for models trained with EDM's process."""
     steps: int = Field(250, ge=2)
-    """Network evaluations for one image, of a process with that many steps or more."""
+    """Steps for one image. Each is one network evaluation, with heun two and in the last one."""
+    eta: float = Field(0.0, ge=0, le=1)
+    """Of ddim: the share of the ancestral noise; 0 is deterministic."""
+    sigma_min: float = Field(0.002, gt=0)
+    """Of heun: the noise level before the last step, which leads to 0."""
+    sigma_max: float = Field(80.0, gt=0)
+    """Of heun: the noise level of the start."""
+    rho: float = Field(7.0, gt=0)
+    """Of heun: how much shorter steps are near the data."""
     guidance_scale: float = Field(1.5, ge=0)
     """Classifier-free guidance; 1 is none. An unconditional model is never guided."""
     guidance_channels: Channels = "first3"
-    """Latent channels to guide: the first three, as in the published results, or all."""
+    """Channels to guide: the first three, as in the published results, or all."""
+    guidance_schedule: Schedule = "constant"
+    """The same scale at every timestep, or DiffiT's power-cosine from 1 at pure noise to the scale at the data."""
+    guidance_interval: tuple[float, float] | None = None
+    """Timesteps of the full process, or EDM's noise levels, outside of which there is no guidance, nor its cost."""
     weights: Literal["ema", "raw"] = "ema"
     """The moving average of the weights, or those of the last step."""
     vae: VaeRef | None = operational(None)
-    """Another decoder than the autoencoder that made the latents."""
+    """Another decoder than the autoencoder that made the latents; not for models on pixels."""
     precision: Precision = "float32"
     """Arithmetic of model and decoder."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -74,25 +91,28 @@ class SampleManifest(Manifest):
     """What a number computed from these samples must be published with."""
 
 
+SAMPLER_FIELDS = {"eta": "ddim", "sigma_min": "heun", "sigma_max": "heun", "rho": "heun"}
+"""Fields that mean something with one sampler alone."""
+
+
 def run(config: SampleConfig, checkpoint: CheckpointManifest, *, out: StageOutput, tracker: Tracker) -> SampleManifest:
     """Make the samples that are not made yet, block by block, and commit them.
 
     Raises:
-        InputError: decoder or steps do not fit the model, or a file is missing, broken or altered.
+        InputError: decoder, sampler or steps do not fit the model, or a file is missing, broken or altered.
         StorageError: the disk is full.
         DitflowError: the model's samples are not finite.
     """
-    vae = load_vae(config.vae or checkpoint.vae_ref, device(), dtype(config.precision))
+    vae = open_decoder(config, checkpoint.card)
     trained = load(checkpoint.uri, weights=EMA_WEIGHTS if config.weights == "ema" else RAW_WEIGHTS, device=device())
     card = trained.card
-    _check(vae, card)
     writer = RowWriter(out, layout(config.count, config.block_rows, card.resolution), {"range": [0, 255]})
     for block in writer.missing():
         start, stop = writer.bounds(block)
         parts = generate(config, trained, vae, start, stop)
         rows = gathered(parts, tracker, start=start, total=config.count, unit="images")
         if block == 0:  # before the block is committed, so whoever resumes finds the picture there
-            publish(out, tracker, PICTURE, _picture(rows["image"], card))
+            publish(out, tracker, PICTURE, picture(rows["image"], card))
         writer.write(block, rows)
     return out.commit(
         SampleManifest,
@@ -105,7 +125,7 @@ def run(config: SampleConfig, checkpoint: CheckpointManifest, *, out: StageOutpu
 
 
 def generate(
-    config: SampleConfig, trained: Trained, vae: Vae, start: int, stop: int
+    config: SampleConfig, trained: Trained, vae: Vae | None, start: int, stop: int
 ) -> Iterator[dict[str, NDArray[Any]]]:
     """Samples ``start`` to ``stop``, a batch at a time: image uint8 (B, H, H, 3) and label int32 (B,)."""
     for first in range(start, stop, config.batch_size):
@@ -114,13 +134,15 @@ def generate(
         yield {"image": draw(config, trained, vae, indices, labels), "label": labels.numpy().astype(np.int32)}
 
 
-def draw(config: SampleConfig, trained: Trained, vae: Vae, indices: range, labels: torch.Tensor) -> NDArray[np.uint8]:
+def draw(
+    config: SampleConfig, trained: Trained, vae: Vae | None, indices: range, labels: torch.Tensor
+) -> NDArray[np.uint8]:
     """The images uint8 (B, H, H, 3) of the samples with these indices and labels (B,).
 
     Args:
         config: how to draw them; its count and labels do not matter.
         trained: the model.
-        vae: decodes the latents, unscaled as the model's card says.
+        vae: decodes the latents, unscaled as the model's card says; None for a model on pixels.
         indices: numbers of the samples in the whole set: the noise of each depends on seed and number alone.
         labels: a class for each; not looked at if the model is unconditional.
 
@@ -128,22 +150,42 @@ def draw(config: SampleConfig, trained: Trained, vae: Vae, indices: range, label
         InputError: the process has no such number of steps.
         DitflowError: the samples are not finite.
     """
-    model = trained.card.model
-    process = GaussianDiffusion.from_config(trained.card.diffusion).respaced(config.steps).to(device())
+    card, model = trained.card, trained.card.model
     noise = SampleNoise(config.seed, indices, (model.in_channels, model.input_size, model.input_size), device())
     y = labels.to(device()) if model.num_classes else None
-    scale = config.guidance_scale if model.num_classes else 1.0
-    guided = Guided(trained.model, scale, model.num_classes, config.guidance_channels)
-    sampler = {"ddpm": ddpm, "ddim": ddim}[config.sampler]
     with torch.autocast(device().type, dtype(config.precision), enabled=config.precision != "float32"):
-        latents = last(sampler(process, guided, noise.initial(), y, noise))
-    if not latents.isfinite().all():
+        x0 = last(_walk(config, card.diffusion, _guided(config, trained), y, noise))
+    if not x0.isfinite().all():
         raise DitflowError(
             f"samples {indices[0]:,} to {indices[-1]:,} are not finite; look at the model's training loss"
         )
-    scales = trained.card.vae
-    decoder = replace(vae, scaling_factor=scales.scaling_factor, shift_factor=scales.shift_factor)
-    return decoder.decode(latents).cpu().numpy()
+    if vae is None or card.vae is None:
+        return to_bytes(x0).cpu().numpy()
+    decoder = replace(vae, scaling_factor=card.vae.scaling_factor, shift_factor=card.vae.shift_factor)
+    return decoder.decode(x0).cpu().numpy()
+
+
+def _walk(
+    config: SampleConfig, diffusion: ProcessConfig, model: Denoiser, y: torch.Tensor | None, noise: SampleNoise
+) -> Iterator[State]:
+    """The states of some samples, from noise to data."""
+    x = noise.initial()
+    if isinstance(diffusion, EDMConfig):
+        levels = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max, "rho": config.rho}
+        return heun(EDM.from_config(diffusion), model, x, y, steps=config.steps, **levels)
+    process = GaussianDiffusion.from_config(diffusion).respaced(config.steps).to(device())
+    if config.sampler == "ddim":
+        return ddim(process, model, x, y, noise, eta=config.eta)
+    return ddpm(process, model, x, y, noise)
+
+
+def _guided(config: SampleConfig, trained: Trained) -> Guided:
+    card, interval = trained.card, config.guidance_interval
+    if interval and isinstance(card.diffusion, EDMConfig):
+        interval = (EDM.network_time(interval[0]), EDM.network_time(interval[1]))
+    scale = config.guidance_scale if card.model.num_classes else 1.0
+    null = card.model.num_classes
+    return Guided(trained.model, scale, null, config.guidance_channels, config.guidance_schedule, interval)
 
 
 def layout(count: int, block_rows: int, resolution: int) -> RowLayout:
@@ -161,8 +203,30 @@ def _labels(config: SampleConfig, indices: range, num_classes: int) -> torch.Ten
     return SampleNoise(config.seed, indices, (1, 1, 1)).labels(num_classes)
 
 
+def open_decoder(config: SampleConfig, card: ModelCard) -> Vae | None:
+    """Load the decoder of a model's latents; None for a model on pixels.
+
+    Raises:
+        InputError: sampler or decoder do not fit the model, or the decoder cannot be loaded.
+    """
+    edm = isinstance(card.diffusion, EDMConfig)
+    if edm != (config.sampler == "heun"):
+        fitting = "heun" if edm else "ddpm or ddim"
+        raise InputError(f"sample.sampler: {config.sampler} does not fit this model's process; use {fitting}")
+    if edm and config.guidance_schedule == "power_cosine":
+        raise InputError("sample.guidance_schedule: power_cosine needs timesteps, and this model's process has none")
+    ref = config.vae or card.vae_ref
+    if ref is None:
+        return None
+    vae = load_vae(ref, device(), dtype(config.precision))
+    _check(vae, card)
+    return vae
+
+
 def _check(vae: Vae, card: ModelCard) -> None:
     """See that the decoder fits the model."""
+    if card.vae is None:
+        raise InputError("sample.vae: this model works on pixels; leave the decoder out")
     hint = "give the one that the latents were made with, or a decoder of the same latents"
     if vae.channels != card.model.in_channels:
         channels = f"the autoencoder has {vae.channels} latent channels and the model {card.model.in_channels}"
@@ -172,15 +236,26 @@ def _check(vae: Vae, card: ModelCard) -> None:
         raise InputError(f"sample.vae: the autoencoder makes images of {side} px, not of {card.resolution}; {hint}")
 
 
-def _conditions(config: SampleConfig, card: ModelCard, vae: Vae) -> dict[str, str | int | float]:
-    conditions: dict[str, str | int | float] = config.model_dump(exclude={"vae", "batch_size", "block_rows"})
-    conditions |= {"decoder_sha256": vae.sha256, "training_steps": card.steps}
+def _conditions(config: SampleConfig, card: ModelCard, vae: Vae | None) -> dict[str, str | int | float]:
+    """The config without what does not bear on the images, and what else made them."""
+    unused = {name for name, sampler in SAMPLER_FIELDS.items() if sampler != config.sampler}
+    guided = card.model.num_classes > 0 and config.guidance_scale != 1
+    if not guided:
+        unused |= {name for name in SampleConfig.model_fields if name.startswith("guidance_")}
+    conditions: dict[str, Any] = config.model_dump(exclude={"vae", "batch_size", "block_rows", *unused})
+    interval = conditions.pop("guidance_interval", None)
+    if interval:
+        conditions["guidance_interval"] = f"{interval[0]:g} to {interval[1]:g}"
+    if not guided:
+        conditions["guidance_scale"] = 1.0
     if card.model.num_classes == 0:
-        conditions |= {"labels": "none", "guidance_scale": 1.0}
-    return conditions
+        conditions["labels"] = "none"
+    if vae:
+        conditions["decoder_sha256"] = vae.sha256
+    return conditions | {"training_steps": card.steps}
 
 
-def _picture(images: NDArray[np.uint8], card: ModelCard) -> bytes:
-    """The first images in eight rows; with few classes a balanced set shows one in each column."""
+def picture(images: NDArray[np.uint8], card: ModelCard) -> bytes:
+    """A PNG of the first images in eight rows; with few classes a balanced set shows one in each column."""
     columns = len(card.class_names) if card.model.num_classes and len(card.class_names) <= 16 else 8
     return image_grid(images[: 8 * columns], columns=columns, gap=2)

@@ -3,27 +3,27 @@
 import logging
 import math
 import time
-from typing import Literal
 
 import torch
 from pydantic import Field, ValidationError
 
 from dit.devices import Precision, device, dtype
-from dit.diffusion.config import DiffusionConfig
-from dit.diffusion.gaussian import GaussianDiffusion
+from dit.diffusion.build import build_process
+from dit.diffusion.config import DiffusionConfig, ProcessConfig
 from dit.export import CheckpointManifest, ModelCard, export
 from dit.models.build import build
-from dit.models.config import SIZES, DiTConfig
+from dit.models.choice import DiTChoice, Given, ModelChoice
+from dit.models.config import ModelConfig
 from dit.plots import curve
 from dit.training import checkpoint
 from dit.training.checkpoint import Measured
-from dit.training.data import LatentBatches
+from dit.training.data import Batches, open_data
 from dit.training.ema import EMA
-from dit.training.loop import StepResult, TrainState, train
+from dit.training.loop import Numbers, StepResult, TrainState, train
 from dit.training.ranks import Ranks, joined
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
-from storage.latents import LatentManifest, LatentReader
+from storage.latents import LatentManifest
 from storage.manifest import StageOutput
 from storage.tracking import Tracker, publish
 
@@ -31,73 +31,31 @@ VERSION = 1
 LOGGER = logging.getLogger(__name__)
 
 
-class Shape(Config):
-    """A transformer of any size."""
-
-    depth: int = Field(ge=1)
-    """Number of blocks."""
-    width: int = Field(ge=4)
-    """Numbers in a token."""
-    heads: int = Field(ge=1)
-    """Attention heads in a block."""
-
-
-class ModelChoice(Config):
-    """Which model to train. What the latents decide (size, channels, classes) is taken from them."""
-
-    size: Literal["S", "B", "L", "XL"] | Shape = "XL"
-    """A published size, or a shape of one's own."""
-    patch_size: int = Field(2, ge=1)
-    """Side of the square that becomes one token, in latent pixels."""
-    label_dropout: float = Field(0.1, ge=0, le=1)
-    """Probability that training replaces a label by the null label."""
-    conditional: bool = True
-    """Whether the model is told the class."""
-
-    def for_latents(self, latents: LatentManifest) -> DiTConfig:
-        """The full config of the model for these latents.
-
-        Raises:
-            InputError: they do not fit each other.
-        """
-        size = self.size
-        depth, width, heads = SIZES[size] if isinstance(size, str) else (size.depth, size.width, size.heads)
-        channels, side, _ = latents.latent_shape
-        try:
-            return DiTConfig(
-                input_size=side,
-                in_channels=channels,
-                patch_size=self.patch_size,
-                depth=depth,
-                width=width,
-                heads=heads,
-                label_dropout=self.label_dropout,
-                num_classes=len(latents.class_names) if self.conditional else 0,
-            )
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise InputError(f"train.model: does not fit the latents: {reason}") from error
-
-
 class TrainConfig(Config):
     """How a model is trained."""
 
-    model: ModelChoice = ModelChoice()
-    """The model."""
-    diffusion: DiffusionConfig = DiffusionConfig()
+    model: ModelChoice = DiTChoice()
+    """The model. What the images decide (size, channels, classes) is taken from them."""
+    diffusion: ProcessConfig = DiffusionConfig()
     """The process that it learns to undo."""
     steps: int = Field(400_000, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(256, ge=1)
     """Images in a step, of all ranks together."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Of AdamW, constant."""
+    """Of AdamW, constant after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate grows from 0, linearly."""
     weight_decay: float = Field(0.0, ge=0)
     """Of AdamW."""
+    gradient_clip: float | None = Field(None, gt=0)
+    """Largest norm of the gradient; a longer one is shortened to it. None leaves it."""
     ema_decay: float = Field(0.9999, ge=0, le=1)
     """Of the moving average of the weights, a step."""
+    ema_ramp: float | None = Field(None, gt=0)
+    """The average's half-life is at most this share of the steps taken (EDM: 0.05). None has no such limit."""
     flips: bool = True
-    """Train on images and mirror images alike; the latents must hold both."""
+    """Train on images and mirror images alike; latents must hold both."""
     precision: Precision = "float32"
     """Arithmetic of the forward pass; weights are float32 in any case."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -119,8 +77,8 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
         DitflowError: the loss or the gradient is not finite.
     """
     with joined() as ranks:
-        model_config = config.model.for_latents(latents)
-        batches = _batches(config, latents, ranks)
+        model_config = model_for(config, latents)
+        batches = _batches(config, model_config, latents, ranks)
         state = _initial_state(config, model_config)
         history = checkpoint.load_newest(out, state)
         if state.step and ranks.first:
@@ -132,46 +90,71 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
         return CheckpointManifest.read(out.uri)
 
 
-def _batches(config: TrainConfig, latents: LatentManifest, ranks: Ranks) -> LatentBatches:
+def model_for(config: TrainConfig, latents: LatentManifest) -> ModelConfig:
+    """The full config of the model to train on these latents.
+
+    Raises:
+        InputError: they do not fit each other.
+    """
+    channels, side, _ = latents.latent_shape
+    learn_variance = isinstance(config.diffusion, DiffusionConfig)
+    try:
+        return config.model.config(Given(channels, side, len(latents.class_names), learn_variance))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise InputError(f"train.model: does not fit the latents: {reason}") from error
+
+
+def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentManifest, ranks: Ranks) -> Batches:
     if config.batch_size % ranks.world_size:
         raise InputError(f"train.batch_size: {config.batch_size} does not divide among {ranks.world_size} ranks")
-    if config.flips and latents.flips == 1:
+    if config.flips and latents.vae and latents.flips == 1:
         raise InputError("train.flips: these latents have no mirror images; encode with flips, or train without")
-    return LatentBatches(
-        reader=LatentReader(latents),
+    return Batches(
+        data=open_data(latents),
+        shape=latents.latent_shape,
         batch_size=config.batch_size,
         seed=config.seed,
         flips=config.flips,
-        num_classes=len(latents.class_names) if config.model.conditional else 0,
-        label_dropout=config.model.label_dropout,
+        num_classes=model_config.num_classes,
+        label_dropout=model_config.label_dropout,
         ranks=ranks,
         device=device(),
     )
 
 
-def _initial_state(config: TrainConfig, model_config: DiTConfig) -> TrainState:
+def _initial_state(config: TrainConfig, model_config: ModelConfig) -> TrainState:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build(model_config).to(device())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    return TrainState(model, EMA(model, config.ema_decay), optimizer)
+    return TrainState(model, EMA(model, config.ema_decay, config.ema_ramp), optimizer)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of the step with that number."""
+    return config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
 
 
 def _train(
     config: TrainConfig,
     state: TrainState,
-    batches: LatentBatches,
+    batches: Batches,
     history: list[Measured],
     ranks: Ranks,
     out: StageOutput,
     tracker: Tracker,
 ) -> None:
     """Train to the last step, log, save, and add what was measured to the history."""
-    process = GaussianDiffusion.from_config(config.diffusion).to(batches.device)
-    autocast = None if config.precision == "float32" else dtype(config.precision)
+    process = build_process(config.diffusion, batches.device)
+    numbers = Numbers(
+        learning_rate=lambda step: learning_rate(config, step),
+        gradient_clip=config.gradient_clip,
+        autocast=None if config.precision == "float32" else dtype(config.precision),
+    )
     logged, since = state.step, time.monotonic()
-    for result in train(state, process, batches, stop=config.steps, ranks=ranks, autocast=autocast):
+    for result in train(state, process, batches, numbers, stop=config.steps, ranks=ranks):
         logs = result.step % config.log_every == 0 or result.step == config.steps
         saves = result.step % config.checkpoint_every == 0 and result.step < config.steps
         if not logs and not saves:
@@ -198,7 +181,7 @@ def _measure(result: StepResult, ranks: Ranks) -> dict[str, float]:
 
 def _commit(
     config: TrainConfig,
-    model_config: DiTConfig,
+    model_config: ModelConfig,
     latents: LatentManifest,
     state: TrainState,
     history: list[Measured],

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
+from dit.pixels import to_bytes, to_unit
 from dit.weights import one_line, read_weights
 from storage import uri
 from storage.config import Config, operational
@@ -58,8 +59,7 @@ class Vae:
         Returns:
             Mean and standard deviation, float32 (B, C, h, w), on the model's device.
         """
-        pixels = images.to(self.model.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        posterior = self.model.encode(pixels.to(self.model.dtype)).latent_dist
+        posterior = self.model.encode(to_unit(images.to(self.model.device)).to(self.model.dtype)).latent_dist
         return posterior.mean.float(), (posterior.logvar.float() / 2).exp()
 
     @torch.no_grad()
@@ -70,11 +70,10 @@ class Vae:
             latents: (B, C, h, w), scaled as ``(z - shift_factor) * scaling_factor``.
 
         Returns:
-            uint8 (B, H, W, 3): 127.5 x + 128 clamped to 0..255 and truncated, as DiT's sampling does.
+            uint8 (B, H, W, 3), as `to_bytes`.
         """
         z = latents.to(self.model.device).float() / self.scaling_factor + self.shift_factor
-        decoded: Tensor = self.model.decode(z.to(self.model.dtype)).sample.float()
-        return (127.5 * decoded + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return to_bytes(self.model.decode(z.to(self.model.dtype)).sample)
 
 
 def load_vae(ref: VaeRef, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from storage.manifest import Manifest
 
 STAGES = ("shard", "encode", "train", "sample", "evaluate", "register")
-
+DEMOS = ("demo", "demo-diffit")
 PORTS = range(1, 65536)
 
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     services.bypass_proxy()
     try:
-        if "root" in options:
+        if "root" in options and getattr(options, "checkpoint", None) is None:
             _check_root(options)
         options.command(options)
     except InputError as error:
@@ -59,25 +59,31 @@ def demo(options: argparse.Namespace) -> None:
     from flows.demo.digits import write_digits
 
     write_digits(services.local_home(options.root) / "digits")
-    options.recipe = "demo"
     run(options)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run a recipe's pipeline."""
-    recipe = _recipe(options)
-    done = None if options.force else recipe.finished(options.root)
-    if done is not None:
+    """Run a recipe's pipeline, or one after the other those of a sweep."""
+    from flows.sweep import load_recipes
+
+    todo: list[Recipe] = []
+    for recipe in load_recipes(options.recipe, options.set, options.root):
+        done = None if options.force else recipe.finished(options.root)
+        if done is None:
+            todo.append(recipe)
+            continue
         from flows.runs import settle_unsent
 
         settle_unsent(done, options.root)
-        _report(options, _skipped(done))
+        _report(options, recipe, _skipped(done))
+    if not todo:
         return
     with _prefect(options):
         from flows.perform import RunSettings
         from flows.pipeline import pipeline
 
-        _report(options, pipeline(recipe, RunSettings(root=options.root, force=options.force)))
+        for recipe in todo:
+            _report(options, recipe, pipeline(recipe, RunSettings(root=options.root, force=options.force)))
 
 
 def stage(options: argparse.Namespace) -> None:
@@ -89,7 +95,20 @@ def stage(options: argparse.Namespace) -> None:
         from flows.pipeline import run_stage
 
         settings = RunSettings(root=options.root, force=options.force)
-        _report(options, [run_stage(options.stage, recipe, source, settings)])
+        _report(options, recipe, [run_stage(options.stage, recipe, source, settings)])
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Run a recipe's sample stage, or draw straight from a checkpoint."""
+    if (options.recipe is None) == (options.checkpoint is None):
+        raise InputError("sample: name a recipe, or give --checkpoint")
+    if options.recipe:
+        stage(options)
+        return
+    from flows.preview import draw
+
+    for place in draw(options.checkpoint, options.set, options.out, vae=options.vae, heads=options.heads):
+        print(place)
 
 
 def up(options: argparse.Namespace) -> None:
@@ -128,19 +147,23 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run what is done again, beside the old output; a forced pipeline that is interrupted starts over",
     )
-    work.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    work.add_argument("--json", action="store_true", help="print one JSON object a recipe and nothing else")
     command = commands.add_parser("demo", parents=[work], help="the whole pipeline on scanned digits")
+    command.add_argument("--recipe", default="demo", choices=DEMOS, help="which model (default: demo, a latent DiT)")
     command.set_defaults(command=demo)
-    command = commands.add_parser("run", parents=[work], help="the whole pipeline of a recipe")
+    command = commands.add_parser("run", parents=[work], help="the whole pipeline of a recipe, or all of a sweep")
     command.add_argument("recipe", help="name of a preset or path of a YAML file")
     command.set_defaults(command=run)
     for name in STAGES:
         command = commands.add_parser(name, parents=[work], help=f"the {name} stage of a recipe")
-        command.add_argument("recipe", help="name of a preset or path of a YAML file")
+        optional = "?" if name == "sample" else None
+        command.add_argument("recipe", nargs=optional, help="name of a preset or path of a YAML file")
         if name != "shard":
             text = "manifest URL or MLflow run id of the stage before (default: the recipe's own)"
             command.add_argument("--from", dest="source", metavar="MANIFEST", help=text)
         command.set_defaults(command=stage, stage=name, source=None)
+        if name == "sample":
+            _add_checkpoint(command)
     command = commands.add_parser("up", parents=[shared], help="Prefect, MLflow and a worker, with all flows deployed")
     command.add_argument("--recipe", default="demo", help="whose values fill the forms in the Prefect UI")
     command.add_argument("--prefect-port", type=int, default=4200, choices=PORTS, metavar="PORT")
@@ -160,6 +183,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--vae", metavar="SOURCE", help="folder, URL or hub id of the autoencoder for --to pipeline")
     command.set_defaults(command=convert)
     return parser
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    """The options of sampling without a recipe."""
+    group = command.add_argument_group("straight from a checkpoint", "draw a picture and an npz, with no recipe")
+    text = "a trained model's folder, a published DiT's .pt or .safetensors file, or a diffusers folder"
+    group.add_argument("--checkpoint", metavar="SOURCE", help=text)
+    group.add_argument("--out", default="samples", help="folder for samples.png and samples.npz (default: samples)")
+    group.add_argument("--vae", metavar="SOURCE", help="the autoencoder, where the checkpoint does not name it")
+    group.add_argument("--heads", type=int, help="attention heads, where no published size has the width")
+    command.set_defaults(command=sample)
 
 
 def _recipe(options: argparse.Namespace) -> "Recipe":
@@ -240,13 +274,13 @@ def _skipped(manifests: "list[Manifest]") -> "list[Outcome]":
     return [Outcome(found.stage, "skipped", 0.0, found.url) for found in manifests]
 
 
-def _report(options: argparse.Namespace, outcomes: "list[Outcome]") -> None:
+def _report(options: argparse.Namespace, recipe: "Recipe", outcomes: "list[Outcome]") -> None:
     from flows.report import as_json, show
 
     if options.json:
-        print(json.dumps(as_json(outcomes, options.root)))
+        print(json.dumps({"recipe": recipe.name} | as_json(outcomes, options.root)), flush=True)
     else:
-        show(outcomes, options.root)
+        show(recipe.name, outcomes, options.root)
 
 
 def _terminated(*_: Any) -> NoReturn:

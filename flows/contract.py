@@ -92,16 +92,16 @@ class Outcome:
     """URL."""
 
 
-def _vae_digest(ref: VaeRef) -> str:
-    return json_digest(info(ref).identity())
+def _vae_inputs(ref: VaeRef | None) -> dict[str, str]:
+    return {"vae": json_digest(info(ref).identity())} if ref else {}
 
 
 def _encode_inputs(config: EncodeConfig, _: ShardManifest) -> dict[str, str]:
-    return {"vae": _vae_digest(config.vae)}
+    return _vae_inputs(config.vae)
 
 
 def _sample_inputs(config: SampleConfig, checkpoint: CheckpointManifest) -> dict[str, str]:
-    return {"vae": _vae_digest(config.vae or checkpoint.vae_ref)}
+    return _vae_inputs(config.vae or checkpoint.card.vae_ref)
 
 
 def _evaluate_inputs(config: EvaluateConfig, _: SampleManifest) -> dict[str, str]:

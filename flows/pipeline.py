@@ -31,8 +31,9 @@ def pipeline(recipe: Recipe, settings: RunSettings = stages.HERE) -> list[Outcom
         latents = step(stages.encode, shards, recipe.encode)
         checkpoint = step(stages.train, latents, recipe.train, recipe.launch)
         samples = step(stages.sample, checkpoint, recipe.sample)
-        metrics = step(stages.evaluate, samples, recipe.evaluate)
-        step(stages.register, metrics, recipe.registry)
+        if recipe.evaluate:
+            metrics = step(stages.evaluate, samples, recipe.evaluate)
+            step(stages.register, metrics, recipe.registry)
     create_table_artifact([asdict(outcome) for outcome in outcomes], key="pipeline-stages", description=recipe.name)
     return outcomes
 

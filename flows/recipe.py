@@ -25,6 +25,7 @@ from storage.manifest import Manifest, json_digest
 from storage.shards import ShardConfig
 
 RECIPES = Path(str(files("flows"))) / "recipes"
+PROBLEMS = {"extra_forbidden": "no such key", "union_tag_not_found": "say which with `kind`"}
 
 
 class Recipe(Config):
@@ -44,8 +45,8 @@ class Recipe(Config):
     """Where training runs."""
     sample: SampleConfig = SampleConfig()
     """A checkpoint to samples."""
-    evaluate: EvaluateConfig
-    """Samples to metrics."""
+    evaluate: EvaluateConfig | None = None
+    """Samples to metrics; without it the pipeline ends with the samples."""
     registry: RegisterConfig = RegisterConfig()
     """A checkpoint to a model version."""
 
@@ -54,8 +55,19 @@ class Recipe(Config):
         """The same for the same recipe on the same archive, so that an interrupted pipeline goes on as itself."""
         return f"{self.name}-{json_digest(self.model_dump(mode='json'))[:8]}"
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that this recipe goes through."""
+        return tuple(STAGES) if self.evaluate else tuple(STAGES)[: list(STAGES).index("evaluate")]
+
     def config_of(self, stage: str) -> Config:
-        """The config of a stage by the stage's name."""
+        """The config of a stage by the stage's name.
+
+        Raises:
+            InputError: the recipe does not go that far.
+        """
+        if stage not in self.stages:
+            raise InputError(f"{stage}: recipe {self.name} ends with the samples; give it an evaluate.extractor")
         config = getattr(self, {"register": "registry"}.get(stage, stage))
         assert isinstance(config, Config)
         return config
@@ -64,9 +76,10 @@ class Recipe(Config):
         """The manifests of all stages, or of those before one, if every one is done; else None."""
         source: ArchiveRef | Manifest = self.archive
         manifests: list[Manifest] = []
-        for name, stage in STAGES.items():
+        for name in self.stages:
             if name == before:
                 break
+            stage = STAGES[name]
             manifest = stage.output(root, self.config_of(name), source).committed(stage.kind)
             if manifest is None:
                 return None
@@ -104,6 +117,14 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: str = "runs") ->
     Raises:
         InputError: there is no such recipe, or something in it is wrong; the line says where.
     """
+    values, where = read_values(name, root)
+    if "base" in values:
+        raise InputError(f"{where}: a sweep of several recipes; run it whole with `ditflow run`, or name its base")
+    return recipe_of(values, where, overrides)
+
+
+def read_values(name: str, root: str) -> tuple[dict[str, Any], str]:
+    """The values of a recipe's file, as yet unchecked, and its path. Arguments and errors as `load_recipe`."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         presets = ", ".join(sorted(preset.stem for preset in RECIPES.glob("*.yaml")))
@@ -112,23 +133,64 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: str = "runs") ->
     values = _placed(_parse(_text(path), str(path)), places)
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of names to values")
+    return values, str(path)
+
+
+def recipe_of(values: dict[str, Any], where: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe of some values, which the overrides change in place.
+
+    Raises:
+        InputError: something is wrong; the line says where.
+    """
     for override in overrides:
-        _override(values, override)
-    return _validated(values, str(path), overrides)
-
-
-def _validated(values: dict[str, Any], where: str, overrides: Sequence[str]) -> Recipe:
+        put(values, *parse_override(override))
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        # The parts that name a branch of a union are no keys.
-        parts = [str(part) for part in first["loc"] if not re.match(r"[A-Z]|\w+\[", str(part))]
-        place = ".".join(parts)
+        place = _place(first["loc"], values)
         keys = {f"{text.partition('=')[0]}.": text for text in overrides}
         said = [text for key, text in keys.items() if f"{place}.".startswith(key) or key.startswith(f"{place}.")]
-        problem = "no such key" if first["type"] == "extra_forbidden" else first["msg"]
+        problem = PROBLEMS.get(first["type"], first["msg"])
         raise InputError(f"{f'--set {said[-1]}' if said else where}: {place}: {problem}") from error
+
+
+def parse_override(text: str) -> tuple[str, Any, str]:
+    """The dotted key and the YAML value of an override, and how to name it in an error.
+
+    Raises:
+        InputError: it is not of the form ``key=value``.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {text}: write key=value, such as train.steps=2000")
+    return key, _parse(value, f"--set {text}"), f"--set {text}"
+
+
+def put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set the value of a dotted key.
+
+    Raises:
+        InputError: something on the way is a value, and nothing lies below it.
+    """
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise InputError(f"{where}: {parent} is a value, nothing lies below it")
+    values[last] = value
+
+
+def _place(loc: tuple[str | int, ...], values: Any) -> str:
+    """Where in the file an error is: the parts that name a branch of a union are no keys."""
+    parts: list[str] = []
+    for part in loc:
+        inside = values if isinstance(values, dict) else {}
+        if re.match(r"[A-Z]|\w+\[", str(part)) or (part == inside.get("kind") and part not in inside):
+            continue
+        parts.append(str(part))
+        values = inside.get(part)
+    return ".".join(parts)
 
 
 def _text(path: Path) -> str:
@@ -155,15 +217,3 @@ def _placed(value: Any, places: Mapping[str, str]) -> Any:
         for name, place in places.items():
             value = value.replace(name, place)
     return value
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"--set {override}: write key=value, such as train.steps=2000")
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise InputError(f"--set {override}: {parent} is a value, nothing lies below it")
-    values[last] = _parse(text, f"--set {override}")

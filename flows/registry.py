@@ -132,11 +132,16 @@ def _current(run_id: str) -> Iterator[None]:
 
 
 def _artifacts(folder: Path, checkpoint: CheckpointManifest, drawn: SampleConfig) -> dict[str, str]:
+    """The model, how it was sampled, and the autoencoder if it has one."""
     model, vae = folder / "model", folder / "vae"
     model.mkdir()
+    (model / "sample.json").write_text(drawn.model_dump_json(exclude={"vae"}))
     for name in (MODEL, EMA_WEIGHTS if drawn.weights == "ema" else RAW_WEIGHTS):
         (model / name).write_bytes(uri.read(uri.join(checkpoint.uri, name)))
-    fetch(drawn.vae or checkpoint.vae_ref, vae)
+    ref = drawn.vae or checkpoint.card.vae_ref
+    if ref is None:
+        return {"model": str(model)}
+    fetch(ref, vae)
     return {"model": str(model), "vae": str(vae)}
 
 

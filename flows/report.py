@@ -24,8 +24,9 @@ def as_json(outcomes: list[Outcome], root: str) -> dict[str, Any]:
     }
 
 
-def show(outcomes: list[Outcome], root: str) -> None:
-    """Print a table of the stages, the metrics, and where to look."""
+def show(recipe: str, outcomes: list[Outcome], root: str) -> None:
+    """Print a recipe's name, a table of the stages, the metrics, and where to look."""
+    sys.stdout.write(f"{recipe}\n")
     manifests = [Manifest.read(outcome.manifest) for outcome in outcomes]
     _print_table([[o.name, o.state, f"{o.seconds:.1f} s", o.manifest] for o in outcomes])
     _print_table([[name, f"{value:.4g}"] for name, value in _metrics(manifests).items()])

@@ -1,6 +1,7 @@
 """The registered model, as MLflow loads and serves it: class labels in, PNG images out."""
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ class Generator(PythonModel):
         folder = Path(context.artifacts["model"])
         weights = next(name for name in (EMA_WEIGHTS, RAW_WEIGHTS) if (folder / name).exists())
         self._trained = dit.load(str(folder), weights=weights, device=device())
-        self._vae = load_vae(VaeRef(source=context.artifacts["vae"]), device())
+        self._drawn = json.loads((folder / "sample.json").read_text())
+        vae = context.artifacts.get("vae")
+        self._vae = load_vae(VaeRef(source=vae), device()) if vae else None
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -36,7 +39,7 @@ class Generator(PythonModel):
         Args:
             context: unused.
             model_input: column ``label``, class numbers. Row i is sample i of the seed.
-            params: seed, steps, guidance_scale, guidance_channels, sampler.
+            params: seed, steps, guidance_scale, guidance_channels, sampler; all else is as it was evaluated.
 
         Returns:
             Column ``png_base64``.
@@ -48,7 +51,7 @@ class Generator(PythonModel):
         classes = len(self._trained.card.class_names)
         if not ((labels >= 0) & (labels < classes)).all():
             raise InputError(f"label: must lie between 0 and {classes - 1}")
-        config = SampleConfig(count=len(labels), **(params or {}))
+        config = SampleConfig.model_validate(self._drawn | (params or {}) | {"count": len(labels)})
         pngs = []
         for start in range(0, len(labels), config.batch_size):
             indices = range(start, min(start + config.batch_size, len(labels)))

@@ -1,9 +1,10 @@
-"""Latents at rest: the posterior mean and standard deviation of every image, as the VAE gives them.
+"""What models are trained on, at rest: latents, or the pixels themselves.
 
-Both are stored unscaled; training draws mean + std * noise afresh and then scales.
+A latent is the posterior's mean and standard deviation, as the VAE gives them. Both are stored
+unscaled; training draws mean + std * noise afresh and then scales.
 """
 
-# N = images, B = images asked for, F = flips (plain; then mirrored), C = channels, h, w = latent side
+# N = images, B = images asked for, F = flips (plain; then mirrored), C = channels, h, w = latent side, H = image side
 
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -14,6 +15,7 @@ from pydantic import AfterValidator
 
 from storage import uri
 from storage.config import Config, operational
+from storage.errors import InputError
 from storage.manifest import Manifest
 from storage.rows import ArraySpec, RowLayout, RowReader
 
@@ -36,7 +38,7 @@ class VaeInfo(Config):
 
 
 class LatentManifest(Manifest):
-    """The images of one split as latents."""
+    """The images of one split as latents, or as pixels for models that need no autoencoder."""
 
     STAGE: ClassVar[str] = "encode"
 
@@ -45,12 +47,13 @@ class LatentManifest(Manifest):
     split: str
     """The split of the shards: ``train`` or ``held_out``."""
     flips: int
-    """1: images as they are; 2: also mirrored left to right."""
+    """1: images as they are; 2: also mirrored left to right. Pixels are stored once and mirrored when read."""
     latent_shape: tuple[int, int, int]
-    """(C, h, w)."""
+    """(C, h, w); for pixels (3, H, H)."""
     class_names: tuple[str, ...]
     """The classes; a label is a position here."""
-    vae: VaeInfo
+    vae: VaeInfo | None
+    """None if these are pixels."""
 
     @property
     def count(self) -> int:
@@ -76,11 +79,28 @@ def latent_layout(
     moments = [
         ArraySpec(name, "float16", (flips, *shape), chunk_rows=chunk_rows, split_axis0=True) for name in ("mean", "std")
     ]
-    keys = [
-        ArraySpec(name, dtype, (), chunk_rows=chunk_rows)
-        for name, dtype in (("label", "int32"), ("source_index", "int64"))
-    ]
-    return RowLayout(rows=rows, block_rows=block_rows, arrays=(*moments, *keys))
+    return RowLayout(rows=rows, block_rows=block_rows, arrays=(*moments, *_keys(chunk_rows)))
+
+
+def pixel_layout(rows: int, side: int, block_rows: int = 4096, chunk_rows: int = 256) -> RowLayout:
+    """The arrays of a pixel store: ``image`` (N, H, H, 3) uint8, ``label`` int32, ``source_index`` int64.
+
+    Args:
+        rows: images.
+        side: H.
+        block_rows: images of a block, the unit that is committed.
+        chunk_rows: images of an inner chunk, the unit that is checksummed and fetched.
+
+    Raises:
+        InputError: block_rows is no multiple of chunk_rows.
+    """
+    image = ArraySpec("image", "uint8", (side, side, 3), chunk_rows=chunk_rows)
+    return RowLayout(rows=rows, block_rows=block_rows, arrays=(image, *_keys(chunk_rows)))
+
+
+def _keys(chunk_rows: int) -> list[ArraySpec]:
+    kinds = (("label", "int32"), ("source_index", "int64"))
+    return [ArraySpec(name, dtype, (), chunk_rows=chunk_rows) for name, dtype in kinds]
 
 
 class LatentReader:
@@ -91,16 +111,16 @@ class LatentReader:
         cache: local folder for copies of a remote store.
 
     Raises:
+        InputError: the store holds pixels.
         StorageError: an object is missing or damaged; the line names it.
     """
 
     def __init__(self, manifest: LatentManifest, cache: Path | None = None) -> None:
-        self.manifest = manifest
+        if manifest.vae is None:
+            raise InputError(f"{manifest.url}: holds pixels and no latents")
+        self.vae = manifest.vae
         self._rows = RowReader(manifest, cache)
         self.labels: NDArray[np.int32] = self._rows.array("label")
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def moments(
         self, indices: NDArray[np.int64], flips: NDArray[np.int64] | None = None
@@ -119,3 +139,27 @@ class LatentReader:
         """
         flips = np.zeros(len(indices), np.int64) if flips is None else flips
         return self._rows.take("mean", indices, flips), self._rows.take("std", indices, flips)
+
+
+class PixelReader:
+    """Random access to the images of a store of pixels.
+
+    Args:
+        manifest: of the store; it is checked as by `RowReader`.
+        cache: local folder for copies of a remote store.
+
+    Raises:
+        StorageError: an object is missing or damaged; the line names it.
+    """
+
+    def __init__(self, manifest: LatentManifest, cache: Path | None = None) -> None:
+        self._rows = RowReader(manifest, cache)
+        self.labels: NDArray[np.int32] = self._rows.array("label")
+
+    def images(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Images (B, H, H, 3) of ``indices`` (B,).
+
+        Raises:
+            IndexError: an image that the store does not have.
+        """
+        return self._rows.take("image", indices)

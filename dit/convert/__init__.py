@@ -5,6 +5,6 @@
 
 from dit.convert.destination import Layout, summary, write
 from dit.convert.pretrained import Pretrained
-from dit.convert.source import load_any, read
+from dit.convert.source import read
 
-__all__ = ["Layout", "Pretrained", "load_any", "read", "summary", "write"]
+__all__ = ["Layout", "Pretrained", "read", "summary", "write"]

@@ -19,7 +19,7 @@ from storage.latents import VaeInfo
 
 LAYOUT = "only an adaLN-Zero DiT has this layout"
 TABLE_ERROR = 1e-5
-HEADS = {width: heads for _, width, heads in SIZES.values()}
+HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
 """Heads of the published sizes by width: the weights do not tell them."""
 
 
@@ -35,6 +35,15 @@ class Pretrained:
     """The process that it undoes: the published one, unless its card says otherwise."""
     scales: VaeInfo | None = None
     """How its latents are scaled, if its card says so; else as their autoencoder says."""
+    vae: str | None = None
+    """Where the autoencoder of its latents lies, if it comes with one."""
+
+    def build(self, device: torch.device | str = "cpu") -> DiT:
+        """The model, in evaluation mode."""
+        with torch.device("meta"):  # no time is spent on initial weights
+            model = DiT(self.config)
+        model.load_state_dict(self.state, assign=True)
+        return model.to(device).eval().requires_grad_(False)
 
 
 def infer(tensors: dict[str, Tensor], heads: int | None, where: str) -> DiTConfig:

@@ -1,14 +1,12 @@
 """Where a DiT may come from: files and folders of others, and our own."""
 
-import torch
-from torch import nn
+from dataclasses import replace
 
 from dit.convert import diffusers
 from dit.convert.files import PICKLES, SAFETENSORS, read_tensors, suffix
 from dit.convert.pretrained import LAYOUT, Pretrained, fitted, infer
 from dit.diffusion.config import DiffusionConfig
 from dit.export import MODEL, load
-from dit.models.build import build
 from dit.models.config import DiTConfig
 from dit.weights import one_line
 from storage import uri
@@ -16,6 +14,7 @@ from storage.errors import InputError, StorageError
 
 PIPELINE = "model_index.json"
 TRANSFORMER = "transformer"
+VAE = "vae"
 KINDS = (
     f"name a {', '.join(PICKLES)} or {SAFETENSORS} file, a folder with {MODEL}, {diffusers.CONFIG} or {PIPELINE}, "
     "or hf://owner/name"
@@ -46,21 +45,6 @@ def read(source: str, *, heads: int | None = None) -> Pretrained:
     return found
 
 
-def load_any(
-    source: str, *, heads: int | None = None, device: torch.device | str = "cpu"
-) -> tuple[nn.Module, DiTConfig]:
-    """A model ready to sample from, in evaluation mode, and its config; of what `read` reads.
-
-    Raises:
-        InputError: as `read`.
-    """
-    found = read(source, heads=heads)
-    with torch.device("meta"):  # no time is spent on initial weights
-        model = build(found.config)
-    model.load_state_dict(found.state, assign=True)
-    return model.to(device).eval().requires_grad_(False), found.config
-
-
 def _folder(source: str) -> Pretrained:
     try:
         names = uri.names(source)
@@ -71,7 +55,8 @@ def _folder(source: str) -> Pretrained:
     if MODEL in names:
         return _ours(source)
     if PIPELINE in names:
-        return _folder(uri.join(source, TRANSFORMER))
+        vae = uri.join(source, VAE) if VAE in names else None
+        return replace(_folder(uri.join(source, TRANSFORMER)), vae=vae)
     if diffusers.CONFIG in names:
         return _diffusers(source, names)
     raise InputError(f"{uri.redact(source)}: no checkpoint; {KINDS}")
@@ -82,6 +67,8 @@ def _ours(source: str) -> Pretrained:
     config, card = trained.card.model, trained.card
     if not isinstance(config, DiTConfig) or config.block != "adaln_zero":
         raise InputError(f"{uri.redact(source)}: {MODEL} is of another model; {LAYOUT}")
+    if not isinstance(card.diffusion, DiffusionConfig):
+        raise InputError(f"{uri.redact(source)}: was trained with another process than these layouts are for")
     return Pretrained(config, trained.model.state_dict(), card.diffusion, card.vae)
 
 

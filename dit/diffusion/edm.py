@@ -2,6 +2,7 @@
 
 # B = batch, C = channels, H, W = height and width, sigma = standard deviation of the noise
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -30,6 +31,11 @@ class EDM:
     def from_config(cls, config: EDMConfig) -> Self:
         """The process of a config."""
         return cls(config.p_mean, config.p_std, config.sigma_data)
+
+    @staticmethod
+    def network_time(sigma: float) -> float:
+        """What the network is given for a noise level: ln(sigma) / 4; minus infinity for none."""
+        return math.log(sigma) / 4 if sigma > 0 else -math.inf
 
     def sample_t(self, u: Tensor) -> Tensor:
         """Noise levels (B,) in float64 from uniform numbers (B,) in [0, 1): ln(sigma) is N(p_mean, p_std^2)."""

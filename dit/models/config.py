@@ -12,17 +12,13 @@ HEAD_WIDTH = 32
 """Channels of an attention head of the image-space DiffiT."""
 
 BlockKind = Literal["in_context", "cross_attention", "adaln", "adaln_zero"]
+Size = Literal["S", "B", "L", "XL"]
+ImageSize = Literal["cifar10", "ffhq64", "digits32"]
 
 
-class PatchTransformerConfig(Config, ABC):
-    """A transformer over the patches of a latent. See `SIZES` for the published sizes."""
+class TransformerShape(Config, ABC):
+    """How large a transformer is. See `SIZES` for the published sizes."""
 
-    input_size: int = Field(32, ge=1)
-    """Height and width of the latent, in latent pixels."""
-    patch_size: int = Field(2, ge=1)
-    """Side of the square that becomes one token, in latent pixels."""
-    in_channels: int = Field(4, ge=1)
-    """Channels of the latent."""
     width: int = Field(1152, ge=4)
     """Numbers in a token."""
     depth: int = Field(28, ge=1)
@@ -31,6 +27,17 @@ class PatchTransformerConfig(Config, ABC):
     """Attention heads in a block."""
     mlp_ratio: float = Field(4.0, gt=0)
     """Hidden width of a block's MLP in units of the width."""
+
+
+class PatchTransformerConfig(TransformerShape, ABC):
+    """A transformer over the patches of a latent."""
+
+    input_size: int = Field(32, ge=1)
+    """Height and width of the latent, in latent pixels."""
+    patch_size: int = Field(2, ge=1)
+    """Side of the square that becomes one token, in latent pixels."""
+    in_channels: int = Field(4, ge=1)
+    """Channels of the latent."""
     num_classes: int = Field(1000, ge=0)
     """Number of labels; the null label comes after them. 0 makes the model unconditional."""
     label_dropout: float = Field(0.1, ge=0, le=1)
@@ -75,15 +82,9 @@ class DiffiTConfig(PatchTransformerConfig):
     """The family of the model."""
 
 
-class DiffiTImageConfig(Config):
-    """An image-space DiffiT (Hatamizadeh et al., arXiv 2312.02139). See `diffit_image_config` for sizes."""
+class UShape(Config, ABC):
+    """How large the U of an image-space DiffiT is. See `IMAGE_SIZES` for the published ones."""
 
-    kind: Literal["diffit_image"] = "diffit_image"
-    """The family of the model."""
-    input_size: int = Field(64, ge=1)
-    """Height and width of the images, in pixels."""
-    in_channels: int = Field(3, ge=1)
-    """Channels of the images."""
     stem_width: int = Field(128, ge=1)
     """Channels that the first convolution makes of the image."""
     widths: tuple[int, ...] = Field((128, 256, 256, 256), min_length=1)
@@ -96,6 +97,17 @@ class DiffiTImageConfig(Config):
     """Hidden width of a block's MLP in units of its width."""
     time_width: int = Field(512, ge=1)
     """Numbers in the embedded noise level."""
+
+
+class DiffiTImageConfig(UShape):
+    """An image-space DiffiT (Hatamizadeh et al., arXiv 2312.02139). See `diffit_image_config` for sizes."""
+
+    kind: Literal["diffit_image"] = "diffit_image"
+    """The family of the model."""
+    input_size: int = Field(64, ge=1)
+    """Height and width of the images, in pixels."""
+    in_channels: int = Field(3, ge=1)
+    """Channels of the images."""
     dropout: float = Field(0.05, ge=0, lt=1)
     """Probability that training drops a channel's value before a block's convolution."""
     num_classes: int = Field(0, ge=0)
@@ -119,19 +131,19 @@ class DiffiTImageConfig(Config):
 ModelConfig = Annotated[DiTConfig | DiffiTConfig | DiffiTImageConfig, Field(discriminator="kind")]
 """Any model, told apart by ``kind``."""
 
-SIZES: dict[str, tuple[int, int, int]] = {
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
+SIZES: dict[Size, dict[str, int]] = {
+    "S": {"depth": 12, "width": 384, "heads": 6},
+    "B": {"depth": 12, "width": 768, "heads": 12},
+    "L": {"depth": 24, "width": 1024, "heads": 16},
+    "XL": {"depth": 28, "width": 1152, "heads": 16},
 }
-"""Depth, width and heads of the published sizes (arXiv 2212.09748, table 1)."""
+"""The published sizes (arXiv 2212.09748, table 1)."""
 
-IMAGE_SIZES: dict[str, dict[str, Any]] = {
+IMAGE_SIZES: dict[ImageSize, dict[str, Any]] = {
     "cifar10": {"input_size": 32, "widths": (128, 256, 256), "depths": (4, 4, 4), "window": 4, "dropout": 0.13},
     "ffhq64": {"input_size": 64, "widths": (128, 256, 256, 256), "depths": (4, 4, 4, 4), "window": 8, "dropout": 0.05},
     "digits32": {
-        "input_size": 32, "stem_width": 32, "widths": (32, 64, 64), "depths": (1, 1, 1), "window": 4,
+        "input_size": 32, "stem_width": 32, "widths": (32, 32, 64), "depths": (1, 1, 1), "window": 4,
         "time_width": 128, "dropout": 0.0,
     },
 }  # fmt: skip
@@ -174,5 +186,4 @@ def _sized(name: str) -> dict[str, Any]:
     size, _, patch = name.partition("/")
     if size not in SIZES or not patch.isdecimal():
         raise InputError(f"model {name!r}: no such size; write one of {', '.join(SIZES)}, a slash and the patch size")
-    depth, width, heads = SIZES[size]
-    return {"depth": depth, "width": width, "heads": heads, "patch_size": int(patch)}
+    return SIZES[size] | {"patch_size": int(patch)}

@@ -1,18 +1,21 @@
 """What a training step trains on, as a function of the step alone."""
 
-# B = batch of this rank, C = channels, h = latent side, N = latents in the store
+# B = batch of this rank, C = channels, h = side of a latent or an image, N = images in the store
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dit.training.noise import step_draws
+from dit.pixels import to_unit
+from dit.random import Stream, words
+from dit.training.noise import StepDraws
 from dit.training.ranks import Ranks
-from storage.latents import LatentReader
+from storage.latents import LatentManifest, LatentReader, PixelReader
 from storage.order import permutation
 
 
@@ -21,20 +24,81 @@ class Batch:
     """Everything random and everything read for one step on one rank."""
 
     x0: Tensor
-    """Scaled latents (B, C, h, h): one sample of each posterior."""
+    """Data (B, C, h, h), scaled as the model sees it."""
     noise: Tensor
     """Standard normal (B, C, h, h)."""
     u: Tensor
     """Uniform in [0, 1), (B,), for the timesteps."""
     y: Tensor | None
     """Labels (B,), the dropped ones replaced by the null label."""
+    seed: int
+    """Of whatever else is random in the step on this rank: dropout."""
+
+
+class Data(Protocol):
+    """Images of a store, as a model is trained on them."""
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """(N,)"""
+
+    def x0(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_], draws: StepDraws) -> Tensor:
+        """Data (B, C, h, h) of the images ``items`` (B,), some of them ``mirrored`` (B,)."""
 
 
 @dataclass(frozen=True)
-class LatentBatches:
-    """The batches of a run: position p of the stream of samples is item p mod N of epoch p div N."""
+class Latents:
+    """One sample of each posterior, shifted and scaled."""
 
     reader: LatentReader
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """(N,)"""
+        return self.reader.labels
+
+    def x0(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_], draws: StepDraws) -> Tensor:
+        """See `Data`."""
+        moments = self.reader.moments(items, mirrored.astype(np.int64))
+        mean, std = (torch.from_numpy(part).to(draws.device).float() for part in moments)
+        vae = self.reader.vae
+        return (mean + std * draws.posterior - vae.shift_factor) * vae.scaling_factor
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The images themselves, in -1 .. 1."""
+
+    reader: PixelReader
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """(N,)"""
+        return self.reader.labels
+
+    def x0(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_], draws: StepDraws) -> Tensor:
+        """See `Data`."""
+        x0 = to_unit(torch.from_numpy(self.reader.images(items)).to(draws.device))
+        chosen = torch.from_numpy(mirrored).to(draws.device)
+        return torch.where(chosen[:, None, None, None], x0.flip(3), x0)
+
+
+def open_data(manifest: LatentManifest) -> Data:
+    """The images of a store.
+
+    Raises:
+        StorageError: an object is missing or damaged; the line names it.
+    """
+    return Latents(LatentReader(manifest)) if manifest.vae else Pixels(PixelReader(manifest))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a run: position p of the stream of samples is item p mod N of epoch p div N."""
+
+    data: Data
+    shape: tuple[int, int, int]
+    """(C, h, h)."""
     batch_size: int
     """Of all ranks together."""
     seed: int
@@ -48,27 +112,26 @@ class LatentBatches:
         """The batch of a step for this rank. The same step gives the same bits, whenever it is asked for."""
         local = self.batch_size // self.ranks.world_size
         rows = range(self.ranks.rank * local, (self.ranks.rank + 1) * local)
-        manifest = self.reader.manifest
-        draws = step_draws(self.seed, step, rows, manifest.latent_shape, self.device)
+        draws = StepDraws(self.seed, step, rows, self.shape, self.device)
         items = self._items(step * self.batch_size + np.asarray(rows))
-        flips = (draws.flip.cpu().numpy() < 0.5).astype(np.int64) if self.flips else np.zeros(local, np.int64)
-        mean, std = (torch.from_numpy(part).to(self.device).float() for part in self.reader.moments(items, flips))
-        vae = manifest.vae
-        x0 = (mean + std * draws.posterior - vae.shift_factor) * vae.scaling_factor
-        return Batch(x0, draws.noise, draws.t, self._labels(items, draws.label_drop))
+        mirrored = draws.flip.cpu().numpy() < 0.5 if self.flips else np.zeros(local, np.bool_)
+        x0 = self.data.x0(items, mirrored, draws)
+        seed = int(words(self.seed, Stream.DROPOUT, step, [self.ranks.rank], 1)[0, 0])
+        return Batch(x0, draws.noise, draws.t, self._labels(items, draws.label_drop), seed)
 
     def _items(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        epochs, places = np.divmod(positions, len(self.reader))
+        count = len(self.data.labels)
+        epochs, places = np.divmod(positions, count)
         items = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            items[here] = _order(self.seed, int(epoch), len(self.reader))[places[here]]
+            items[here] = _order(self.seed, int(epoch), count)[places[here]]
         return items
 
     def _labels(self, items: NDArray[np.int64], drop: Tensor) -> Tensor | None:
         if self.num_classes == 0:
             return None
-        labels = torch.from_numpy(self.reader.labels[items]).to(self.device).long()
+        labels = torch.from_numpy(self.data.labels[items]).to(self.device).long()
         return labels.masked_fill(drop < self.label_dropout, self.num_classes)
 
 

@@ -11,11 +11,14 @@ from storage.errors import InputError
 class EMA:
     """average = decay * average + (1 - decay) * parameter, in float32, from the given parameters on.
 
+    With a ramp the half-life is at most that share of the steps taken, so that the average soon
+    forgets where it began (Karras et al., arXiv 2206.00364, appendix F.2).
+
     Names are those of `named_parameters`, so give the plain model rather than a compiled or
     distributed wrapper of it; tensors sharded in place (FSDP2) stay sharded.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, ramp: float | None = None) -> None:
         """Start at the model's parameters.
 
         Raises:
@@ -23,19 +26,20 @@ class EMA:
         """
         if not 0 <= decay <= 1:
             raise InputError(f"ema_decay {decay}: must lie between 0 and 1")
-        self.decay = decay
+        self.decay, self.ramp = decay, ramp
         self._averages = {name: p.detach().float().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take in the model's parameters after a step."""
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the model's parameters after a step, before which ``step`` steps had been taken."""
         parameters = [p.detach().float() for p in model.parameters()]
-        torch._foreach_lerp_(list(self._averages.values()), parameters, 1 - self.decay)
+        torch._foreach_lerp_(list(self._averages.values()), parameters, 1 - self.decay_at(step))
 
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Write the averages into a model of the same shape."""
-        torch._foreach_copy_(list(model.parameters()), list(self._averages.values()))
+    def decay_at(self, step: int) -> float:
+        """The decay after a step, before which ``step`` steps had been taken."""
+        if self.ramp is None:
+            return self.decay
+        return min(self.decay, 0.5 ** (1 / (self.ramp * step))) if step else 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name, which a model of that shape loads. Not copies."""

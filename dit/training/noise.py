@@ -4,6 +4,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,50 +14,51 @@ from dit.random import Stream, normals, uniforms
 
 @dataclass(frozen=True)
 class StepDraws:
-    """One step's draws for some rows of the global batch; normal numbers are float32, uniform ones float64."""
+    """One step's draws for some rows of the global batch; normal numbers are float32, uniform ones float64.
 
-    t: Tensor
-    """Uniform in [0, 1), (B,): the timestep, by the process's `sample_t`."""
-    noise: Tensor
-    """Standard normal, (B, C, H, W): the noise to predict."""
-    label_drop: Tensor
-    """Uniform in [0, 1), (B,): a label is dropped where this is below the dropout probability."""
-    posterior: Tensor
-    """Standard normal, (B, C, H, W): which latent the encoder's mean and deviation stand for."""
-    flip: Tensor
-    """Uniform in [0, 1), (B,): which way round the image is."""
-
-
-def step_draws(
-    seed: int,
-    step: int,
-    rows: Sequence[int],
-    shape: tuple[int, int, int],
-    device: torch.device | str = "cpu",
-) -> StepDraws:
-    """The draws of a step.
-
-    However a global batch is cut into ranks and micro-batches, each row gets the same numbers.
-
-    Args:
-        seed: seed of the run.
-        step: number of the step.
-        rows: places in the global batch, such as ``range(rank * local, (rank + 1) * local)``.
-        shape: (C, H, W) of a latent.
-        device: where the tensors go.
+    However a global batch is cut into ranks and micro-batches, each row gets the same numbers. Each
+    kind is drawn when it is first asked for.
     """
 
-    def uniform(stream: Stream) -> Tensor:
-        return torch.from_numpy(uniforms(seed, stream, step, rows, 1)[:, 0]).to(device)
+    seed: int
+    """Of the run."""
+    step: int
+    rows: Sequence[int]
+    """Places in the global batch, (B,), such as ``range(rank * local, (rank + 1) * local)``."""
+    shape: tuple[int, int, int]
+    """(C, H, W) of what is trained on."""
+    device: torch.device | str = "cpu"
+    """Where the tensors go."""
 
-    def normal(stream: Stream) -> Tensor:
-        count = shape[0] * shape[1] * shape[2]
-        return torch.from_numpy(normals(seed, stream, step, rows, count)).to(device).reshape(-1, *shape)
+    @cached_property
+    def t(self) -> Tensor:
+        """Uniform in [0, 1), (B,): the time, by the process's `sample_t`."""
+        return self._uniform(Stream.TIMESTEP)
 
-    return StepDraws(
-        t=uniform(Stream.TIMESTEP),
-        noise=normal(Stream.NOISE),
-        label_drop=uniform(Stream.LABEL_DROP),
-        posterior=normal(Stream.POSTERIOR),
-        flip=uniform(Stream.FLIP),
-    )
+    @cached_property
+    def noise(self) -> Tensor:
+        """Standard normal, (B, C, H, W): the noise to predict."""
+        return self._normal(Stream.NOISE)
+
+    @cached_property
+    def label_drop(self) -> Tensor:
+        """Uniform in [0, 1), (B,): a label is dropped where this is below the dropout probability."""
+        return self._uniform(Stream.LABEL_DROP)
+
+    @cached_property
+    def posterior(self) -> Tensor:
+        """Standard normal, (B, C, H, W): which latent the encoder's mean and deviation stand for."""
+        return self._normal(Stream.POSTERIOR)
+
+    @cached_property
+    def flip(self) -> Tensor:
+        """Uniform in [0, 1), (B,): which way round the image is."""
+        return self._uniform(Stream.FLIP)
+
+    def _uniform(self, stream: Stream) -> Tensor:
+        return torch.from_numpy(uniforms(self.seed, stream, self.step, self.rows, 1)[:, 0]).to(self.device)
+
+    def _normal(self, stream: Stream) -> Tensor:
+        count = self.shape[0] * self.shape[1] * self.shape[2]
+        rows = normals(self.seed, stream, self.step, self.rows, count)
+        return torch.from_numpy(rows).to(self.device).reshape(-1, *self.shape)

@@ -35,7 +35,7 @@ def advance(state: TrainState, steps: int) -> None:
         state.model(x).square().mean().backward()
         state.optimizer.step()
         state.optimizer.zero_grad()
-        state.ema.update(state.model)
+        state.ema.update(state.model, state.step)
         state.step += 1
 
 

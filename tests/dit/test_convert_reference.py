@@ -11,7 +11,7 @@ import torch
 from random_dit import pretrained, random_dit
 from safetensors.torch import load_file, save_file
 
-from dit.convert import load_any, read, write
+from dit.convert import read, write
 from dit.diffusion.config import DiffusionConfig
 from dit.export import EMA_WEIGHTS, MODEL, ModelCard
 from dit.models.config import DiTConfig, dit_config
@@ -113,11 +113,11 @@ def test_half_precision_is_read_as_float32(tmp_path: Path, weights: Weights, dty
 def test_a_model_ready_to_sample(tmp_path: Path, model: DiT, weights: Weights) -> None:
     save_file(weights, tmp_path / "x.safetensors")
     before = torch.random.get_rng_state()
-    found, config = load_any(str(tmp_path / "x.safetensors"), heads=4)
+    found = read(str(tmp_path / "x.safetensors"), heads=4).build()
     assert torch.equal(torch.random.get_rng_state(), before)
     x, t, y = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 999]), [1, 10]
     assert torch.equal(found(x, t, torch.tensor(y)), model(x, t, torch.tensor(y)))
-    assert config == model.config
+    assert found.config == model.config
     assert not found.training
     assert not any(parameter.requires_grad for parameter in found.parameters())
 

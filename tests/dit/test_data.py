@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from dit.training.data import LatentBatches
-from dit.training.noise import step_draws
+from dit.training.data import Batches, Latents
+from dit.training.noise import StepDraws
 from dit.training.ranks import Ranks
 from storage.latents import LatentManifest, LatentReader, VaeInfo, latent_layout
 from storage.manifest import StageOutput
@@ -41,16 +41,16 @@ def store(root: Path, std: float) -> LatentReader:
 
 
 @pytest.fixture(scope="module")
-def batches(tmp_path_factory: pytest.TempPathFactory) -> LatentBatches:
+def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
     """Of latents without spread, so that x0 tells which item it is."""
     reader = store(tmp_path_factory.mktemp("exact"), std=0)
-    return LatentBatches(reader, BATCH, SEED, True, CLASSES, 0.0, Ranks(), torch.device("cpu"))
+    return Batches(Latents(reader), SHAPE, BATCH, SEED, True, CLASSES, 0.0, Ranks(), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def spread(tmp_path_factory: pytest.TempPathFactory) -> LatentBatches:
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Batches:
     reader = store(tmp_path_factory.mktemp("spread"), std=2)
-    return LatentBatches(reader, BATCH, SEED, True, CLASSES, 0.0, Ranks(), torch.device("cpu"))
+    return Batches(Latents(reader), SHAPE, BATCH, SEED, True, CLASSES, 0.0, Ranks(), torch.device("cpu"))
 
 
 def stored(x0: torch.Tensor) -> np.ndarray:
@@ -60,11 +60,11 @@ def stored(x0: torch.Tensor) -> np.ndarray:
     return values[:, 0].numpy()
 
 
-def items(batches: LatentBatches, steps: range) -> np.ndarray:
+def items(batches: Batches, steps: range) -> np.ndarray:
     return np.concatenate([np.floor(stored(batches(step).x0)) for step in steps]).astype(int)
 
 
-def test_epochs_are_permutations_one_after_the_other(batches: LatentBatches) -> None:
+def test_epochs_are_permutations_one_after_the_other(batches: Batches) -> None:
     seen = items(batches, range(25))  # four epochs of 50, cut anyhow into batches of 8
     for epoch in range(4):
         part = seen[epoch * N : (epoch + 1) * N]
@@ -72,13 +72,13 @@ def test_epochs_are_permutations_one_after_the_other(batches: LatentBatches) -> 
         assert part.tolist() == permutation(SEED, epoch, N).tolist()
 
 
-def test_a_batch_may_hold_several_epochs(batches: LatentBatches) -> None:
+def test_a_batch_may_hold_several_epochs(batches: Batches) -> None:
     seen = items(replace(batches, batch_size=130), range(2))
     assert sorted(seen[:N]) == sorted(seen[N : 2 * N]) == list(range(N))
     assert seen.tolist() == items(batches, range(33))[:260].tolist()
 
 
-def test_labels_go_with_their_images(batches: LatentBatches) -> None:
+def test_labels_go_with_their_images(batches: Batches) -> None:
     for step in range(8):
         batch = batches(step)
         assert batch.y is not None
@@ -86,7 +86,7 @@ def test_labels_go_with_their_images(batches: LatentBatches) -> None:
         assert batch.y.tolist() == (np.floor(stored(batch.x0)) % CLASSES).tolist()
 
 
-def test_any_step_can_be_made_again(spread: LatentBatches) -> None:
+def test_any_step_can_be_made_again(spread: Batches) -> None:
     first = {step: spread(step) for step in (0, 7, 3, 400_000)}
     for step in (400_000, 3, 0, 7):
         again = spread(step)
@@ -97,7 +97,7 @@ def test_any_step_can_be_made_again(spread: LatentBatches) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_ranks_share_the_batch_of_one(spread: LatentBatches, world_size: int) -> None:
+def test_ranks_share_the_batch_of_one(spread: Batches, world_size: int) -> None:
     spread = replace(spread, label_dropout=0.5)
     for step in (0, 6):  # the second lies across two epochs
         whole = spread(step)
@@ -106,9 +106,9 @@ def test_ranks_share_the_batch_of_one(spread: LatentBatches, world_size: int) ->
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 
-def test_posterior_is_drawn_then_shifted_and_scaled(spread: LatentBatches, batches: LatentBatches) -> None:
+def test_posterior_is_drawn_then_shifted_and_scaled(spread: Batches, batches: Batches) -> None:
     drawn, centre = spread(5), batches(5)
-    noise = step_draws(SEED, 5, range(BATCH), SHAPE).posterior
+    noise = StepDraws(SEED, 5, range(BATCH), SHAPE).posterior
     expected = centre.x0 + 2 * noise * VAE.scaling_factor
     torch.testing.assert_close(drawn.x0, expected, rtol=1e-6, atol=1e-5)
     assert drawn.x0.dtype == torch.float32
@@ -117,7 +117,7 @@ def test_posterior_is_drawn_then_shifted_and_scaled(spread: LatentBatches, batch
     assert float(centre.x0[0, 0, 0, 0]) == pytest.approx((mean - 2.0) * 0.5)
 
 
-def test_posterior_is_drawn_afresh_in_every_epoch(spread: LatentBatches) -> None:
+def test_posterior_is_drawn_afresh_in_every_epoch(spread: Batches) -> None:
     spread = replace(spread, batch_size=N, flips=False)
     order = [np.argsort(permutation(SEED, epoch, N)) for epoch in (0, 1)]
     first, second = (spread(epoch).x0[order[epoch]] for epoch in (0, 1))
@@ -127,8 +127,8 @@ def test_posterior_is_drawn_afresh_in_every_epoch(spread: LatentBatches) -> None
     assert float(gap.mean()) == pytest.approx(0, abs=0.2)
 
 
-def test_flips_are_half_of_all_and_none_without(batches: LatentBatches) -> None:
-    def mirrored(batches: LatentBatches) -> np.ndarray:
+def test_flips_are_half_of_all_and_none_without(batches: Batches) -> None:
+    def mirrored(batches: Batches) -> np.ndarray:
         return np.concatenate([stored(batches(step).x0) % 1 for step in range(10)]) == 0.25
 
     many = mirrored(replace(batches, batch_size=100))
@@ -137,7 +137,7 @@ def test_flips_are_half_of_all_and_none_without(batches: LatentBatches) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 1.0])
-def test_as_many_labels_are_dropped_as_asked(batches: LatentBatches, dropout: float) -> None:
+def test_as_many_labels_are_dropped_as_asked(batches: Batches, dropout: float) -> None:
     dropping = replace(batches, batch_size=400, label_dropout=dropout)
     labels = [dropping(step).y for step in range(10)]
     dropped = torch.cat([y == CLASSES for y in labels if y is not None])
@@ -148,5 +148,5 @@ def test_as_many_labels_are_dropped_as_asked(batches: LatentBatches, dropout: fl
     assert set(kept.tolist()) == (set(range(CLASSES)) if dropout < 1 else set())
 
 
-def test_an_unconditional_model_gets_no_labels(batches: LatentBatches) -> None:
+def test_an_unconditional_model_gets_no_labels(batches: Batches) -> None:
     assert replace(batches, num_classes=0)(0).y is None

@@ -19,7 +19,7 @@ def test_average_is_the_closed_form() -> None:
     for step in range(5):
         with torch.no_grad():
             net[0].weight.add_(step + 1.0)
-        ema.update(net)
+        ema.update(net, step)
         history.append(net[0].weight.detach().numpy().copy())
     weights = [0.9**5, *(0.1 * 0.9 ** (4 - k) for k in range(5))]
     expected = sum(w * h for w, h in zip(weights, history, strict=True))
@@ -33,7 +33,7 @@ def test_ends_of_the_range(decay: float, kept: bool) -> None:
     ema, start = EMA(net, decay), net[0].weight.detach().clone()
     with torch.no_grad():
         net[0].weight.zero_()
-    ema.update(net)
+    ema.update(net, 0)
     assert torch.equal(ema.state_dict()["0.weight"], start) is kept
 
 
@@ -42,7 +42,7 @@ def test_average_is_float32_of_a_bfloat16_model() -> None:
     ema = EMA(net, 0.999)
     with torch.no_grad():
         net[0].bias.add_(1.0)
-    ema.update(net)
+    ema.update(net, 0)
     moved = ema.state_dict()["0.bias"] - (net[0].bias.float() - 1)
     assert moved.dtype == torch.float32
     torch.testing.assert_close(moved, torch.full((4,), 0.001), rtol=0, atol=5e-3)
@@ -53,7 +53,7 @@ def test_the_model_is_left_alone() -> None:
     net = model()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     ema = EMA(net, 0.5)
-    ema.update(net)
+    ema.update(net, 0)
     ema.state_dict()["0.weight"].add_(1)
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
@@ -62,18 +62,18 @@ def test_state_goes_out_and_in() -> None:
     first, second = model(0), model(1)
     ema, other = EMA(first, 0.5), EMA(second, 0.5)
     other.load_state_dict({name: tensor.clone() for name, tensor in ema.state_dict().items()})
-    ema.copy_to(second)
-    for name, parameter in second.named_parameters():
-        assert torch.equal(parameter, ema.state_dict()[name])
-        assert torch.equal(other.state_dict()[name], ema.state_dict()[name])
+    for name, average in other.state_dict().items():
+        assert torch.equal(average, first.get_parameter(name))
+        assert not torch.equal(average, second.get_parameter(name))
 
 
-def test_copy_does_not_share_memory() -> None:
-    net, ema = model(), EMA(model(1), 0.5)
-    ema.copy_to(net)
-    with torch.no_grad():
-        net[0].weight.zero_()
-    assert ema.state_dict()["0.weight"].any()
+def test_with_a_ramp_the_half_life_is_a_share_of_the_steps_taken() -> None:
+    ema = EMA(model(), 0.99, ramp=0.05)
+    assert ema.decay_at(0) == 0
+    for step in (1, 20, 100, 1000):
+        assert ema.decay_at(step) ** (0.05 * step) == pytest.approx(0.5)
+    assert ema.decay_at(1400) == ema.decay_at(10**9) == 0.99
+    assert EMA(model(), 0.99).decay_at(0) == 0.99
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_manifest_says_how_they_were_made(samples: SampleManifest, checkpoint: C
         "steps": 4,
         "guidance_scale": 9,
         "guidance_channels": "all",
+        "guidance_schedule": "constant",
         "weights": "ema",
         "precision": "float32",
         "seed": 0,
@@ -251,6 +252,6 @@ def test_samples_that_are_no_numbers_are_refused(checkpoint: CheckpointManifest)
     trained = dit.load(checkpoint.uri)
     with torch.no_grad():
         trained.model.get_parameter("final_layer.linear.bias").fill_(float("nan"))
-    vae = load_vae(checkpoint.vae_ref)
+    vae = load_vae(checkpoint.card.vae_ref)
     with pytest.raises(DitflowError, match="samples 5 to 6 are not finite"):
         draw(tiny.SAMPLING, replace(trained), vae, range(5, 7), torch.tensor([0, 1]))

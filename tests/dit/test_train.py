@@ -16,9 +16,9 @@ import dit
 from dit.diffusion.gaussian import GaussianDiffusion
 from dit.export import CheckpointManifest
 from dit.models.build import build
-from dit.models.config import SIZES
-from dit.train import ModelChoice, Shape, TrainConfig
-from dit.training.data import LatentBatches
+from dit.models.choice import Shape
+from dit.train import TrainConfig, learning_rate, model_for
+from dit.training.data import Batches, Latents
 from dit.training.ranks import Ranks
 from dit.vae import VaeRef
 from storage.errors import DitflowError, InputError
@@ -31,7 +31,7 @@ import json, sys, logging
 from pathlib import Path
 import torch
 from dit import train
-from dit.train import TrainConfig
+from dit.train import TrainConfig, learning_rate, model_for
 from storage.latents import LatentManifest
 from storage.manifest import StageOutput
 from storage.tracking import NullTracker
@@ -59,10 +59,18 @@ def by_hand(config: TrainConfig, latents: LatentManifest) -> tuple[list[float], 
     """The losses and averaged weights of a plain loop with torch's own parts."""
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = build(config.model.for_latents(latents))
+        model = build(model_for(config, latents))
     process = GaussianDiffusion.from_config(config.diffusion)
-    batches = LatentBatches(
-        LatentReader(latents), config.batch_size, config.seed, config.flips, 3, 0.1, Ranks(), torch.device("cpu")
+    batches = Batches(
+        Latents(LatentReader(latents)),
+        latents.latent_shape,
+        config.batch_size,
+        config.seed,
+        config.flips,
+        3,
+        0.1,
+        Ranks(),
+        torch.device("cpu"),
     )
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     average = torch.optim.swa_utils.AveragedModel(
@@ -102,7 +110,7 @@ def test_manifest_describes_the_model(
     whole: tuple[tiny.Recorder, CheckpointManifest], latents: LatentManifest, vae: VaeRef
 ) -> None:
     recorder, manifest = whole
-    model = build(tiny.MODEL.for_latents(latents))
+    model = build(model_for(tiny.TRAINING, latents))
     assert manifest.counts == {
         "steps": 12,
         "images_seen": 96,
@@ -113,8 +121,8 @@ def test_manifest_describes_the_model(
     assert manifest.card.class_names == tiny.CLASSES
     assert manifest.card.model.num_classes == 3
     assert (manifest.card.resolution, manifest.card.steps) == (tiny.SIDE, 12)
-    assert manifest.vae_ref.source == vae.source
-    assert manifest.vae_ref.sha256 == latents.vae.sha256
+    assert manifest.card.vae_ref.source == vae.source
+    assert manifest.card.vae_ref.sha256 == latents.vae.sha256
     assert recorder.artifacts["loss.png"] == manifest.read_object("artifacts/loss.png")
     assert recorder.steps[-1] == (12, 12, "steps")
     manifest.verify()
@@ -208,12 +216,6 @@ def test_without_classes(tmp_path: Path, latents: LatentManifest) -> None:
     assert not any("y_embedder" in name for name in dit.load(manifest.uri).model.state_dict())
 
 
-def test_published_sizes_are_taken_from_the_table(latents: LatentManifest) -> None:
-    found = ModelChoice(size="B", patch_size=4).for_latents(latents)
-    assert (found.depth, found.width, found.heads) == SIZES["B"]
-    assert (found.input_size, found.in_channels, found.patch_size, found.num_classes) == (8, 4, 4, 3)
-
-
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path: Path, latents: LatentManifest) -> None:
     config = tiny.TRAINING.model_copy(update={"learning_rate": 1e30, "log_every": 100, "checkpoint_every": 1})
     with pytest.raises(DitflowError, match=r"astray at step \d+: loss .*; lower train.learning_rate") as caught:
@@ -237,6 +239,12 @@ def test_a_model_that_does_not_fit_is_refused(
     config = tiny.TRAINING.model_copy(update={"model": tiny.MODEL.model_copy(update=changes)})
     with pytest.raises(InputError, match=reason):
         tiny.run_train(tmp_path, config, latents)
+
+
+def test_the_learning_rate_warms_up() -> None:
+    config = tiny.TRAINING.model_copy(update={"learning_rate": 0.3, "warmup_steps": 3})
+    assert [learning_rate(config, step) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3])
+    assert learning_rate(tiny.TRAINING, 0) == tiny.TRAINING.learning_rate
 
 
 def test_flips_need_latents_of_both(tmp_path: Path, shards: ShardManifest, vae: VaeRef) -> None:

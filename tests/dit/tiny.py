@@ -11,8 +11,9 @@ from dit import encode, evaluate, sample, train
 from dit.encode import EncodeConfig
 from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.export import CheckpointManifest
+from dit.models.choice import DiTChoice, Shape
 from dit.sample import SampleConfig, SampleManifest
-from dit.train import ModelChoice, Shape, TrainConfig
+from dit.train import TrainConfig
 from dit.vae import VaeRef
 from storage.latents import LatentManifest
 from storage.manifest import Manifest, StageOutput, stage_output
@@ -25,7 +26,7 @@ TRAIN, HELD_OUT = 14, 6  # of each class
 COUNT = TRAIN * len(CLASSES)
 SCALE, SHIFT = 0.7, 0.25
 
-MODEL = ModelChoice(size=Shape(depth=1, width=32, heads=2))
+MODEL = DiTChoice(size=Shape(depth=1, width=32, heads=2))
 TRAINING = TrainConfig(
     model=MODEL, steps=12, batch_size=8, learning_rate=1e-2, ema_decay=0.5, log_every=1, checkpoint_every=4
 )
@@ -86,7 +87,7 @@ def save_vae(folder: Path, *, channels: int = 4, halvings: int = 2, scale: float
     return VaeRef(source=str(folder))
 
 
-def encode_config(vae: VaeRef, **fields: Any) -> EncodeConfig:
+def encode_config(vae: VaeRef | None, **fields: Any) -> EncodeConfig:
     return EncodeConfig(vae=vae, resolution=SIDE, batch_size=5, block_rows=16, chunk_rows=8, threads=2, **fields)
 
 

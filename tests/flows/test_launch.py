@@ -14,7 +14,8 @@ import psutil
 import pytest
 from faults import all_gone, dead_address, descendants, gone, start, wait_until
 
-from dit.train import ModelChoice, Shape, TrainConfig
+from dit.models.choice import DiTChoice, Shape
+from dit.train import TrainConfig
 from flows import launch
 from flows.contract import STAGES
 from flows.launch import LocalLaunch, WorkerError
@@ -29,7 +30,7 @@ from storage.tracking import NullTracker
 
 ROWS, SHAPE = 32, (4, 4, 4)
 TINY = TrainConfig(
-    model=ModelChoice(size=Shape(depth=1, width=16, heads=2)), steps=4, batch_size=8, flips=False, log_every=1
+    model=DiTChoice(size=Shape(depth=1, width=16, heads=2)), steps=4, batch_size=8, flips=False, log_every=1
 )
 ENDLESS = TINY.model_copy(update={"steps": 1_000_000, "log_every": 50})
 HOUSE = logging.getLogger("test_launch")

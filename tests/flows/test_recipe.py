@@ -7,10 +7,36 @@ from flows.recipe import RECIPES, Recipe, load_recipe
 from storage.errors import InputError
 
 
-def test_every_preset_loads() -> None:
-    presets = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    assert "demo" in presets
-    assert [load_recipe(name).name for name in presets] == presets
+@pytest.mark.parametrize(
+    ("name", "model", "batch", "rate", "images", "sampler", "steps", "scale"),
+    [
+        ("imagenet256-dit", "dit", 256, 1e-4, 1792e6, "ddpm", 250, 1.5),
+        ("imagenet512-dit", "dit", 256, 1e-4, 768e6, "ddpm", 250, 1.5),
+        ("imagenet256-diffit", "diffit", 256, 3e-4, 1792e6, "ddpm", 250, 4.4),
+        ("imagenet512-diffit", "diffit", 512, 1e-4, 1536e6, "ddpm", 250, 1.49),
+        ("cifar10-diffit", "diffit_image", 512, 1e-3, 200e6, "heun", 18, None),
+        ("ffhq64-diffit", "diffit_image", 256, 2e-4, 200e6, "heun", 40, None),
+    ],
+)
+def test_presets_have_the_papers_settings(
+    name: str, model: str, batch: int, rate: float, images: float, sampler: str, steps: int, scale: float | None
+) -> None:
+    recipe = load_recipe(name)
+    train, sample = recipe.train, recipe.sample
+    assert (train.model.kind, train.batch_size, train.learning_rate) == (model, batch, rate)
+    assert train.steps * train.batch_size == images
+    assert (sample.sampler, sample.steps, sample.count) == (sampler, steps, 50_000)
+    assert scale is None or sample.guidance_scale == scale
+    if train.diffusion.kind == "edm":
+        assert train.ema_decay == pytest.approx(0.5 ** (batch / 0.5e6), abs=1e-8)
+        assert train.warmup_steps == int(10e6 / batch)
+
+
+def test_a_recipe_without_an_extractor_ends_with_the_samples() -> None:
+    recipe = load_recipe("imagenet256-dit")
+    assert recipe.stages == ("shard", "encode", "train", "sample")
+    with pytest.raises(InputError, match=r"evaluate: recipe imagenet256-dit ends with the samples; give it"):
+        recipe.config_of("evaluate")
 
 
 def test_overrides_are_yaml_and_reach_into_groups() -> None:
@@ -48,6 +74,9 @@ def test_the_pipeline_id_follows_the_content() -> None:
     [
         (["train.stepz=3"], "--set train.stepz=3: train.stepz: no such key"),
         (["trian.steps=3"], "--set trian.steps=3: trian: no such key"),
+        (["train.model.patch_size=x"], "--set train.model.patch_size=x: train.model.patch_size: Input should be"),
+        (["train.model={size: B}"], "--set train.model={size: B}: train.model: say which with `kind`"),
+        (["train.model.size=M"], "--set train.model.size=M: train.model.size: Input should be 'S', 'B', 'L' or 'XL'"),
         (["train.steps=0"], "train.steps: Input should be greater than or equal to 1"),
         (["train.steps=many"], "train.steps: Input should be a valid integer"),
         (["train.steps"], "--set train.steps: write key=value"),

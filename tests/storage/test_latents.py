@@ -51,7 +51,7 @@ def manifest(tmp_path: Path, new_output: Callable[..., StageOutput], flips: int)
 
 def test_moments_of_images_and_mirrors(manifest: LatentManifest, flips: int) -> None:
     reader, stored = LatentReader(manifest), arrays(flips)
-    assert len(reader) == manifest.count == ROWS
+    assert len(reader.labels) == manifest.count == ROWS
     assert reader.labels.dtype == np.int32
     assert np.array_equal(reader.labels, stored["label"])
     indices = np.array([9, 0, 4, 4])

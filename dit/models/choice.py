@@ -1,0 +1,132 @@
+"""Which model to train: what the data and the process do not decide by themselves."""
+
+from abc import ABC
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from dit.models.config import (
+    IMAGE_SIZES,
+    SIZES,
+    BlockKind,
+    DiffiTConfig,
+    DiffiTImageConfig,
+    DiTConfig,
+    ImageSize,
+    Size,
+    TransformerShape,
+    UShape,
+)
+from storage.config import Config
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the data and the process decide about a model."""
+
+    channels: int
+    side: int
+    """Height and width, in latent pixels or pixels."""
+    num_classes: int
+    learn_variance: bool
+    """Whether the process has a variance to learn."""
+
+
+class Shape(TransformerShape):
+    """A transformer of any size."""
+
+
+class ImageShape(UShape):
+    """A U of any size."""
+
+
+class _Choice(Config, ABC):
+    """What every model can be asked for."""
+
+    conditional: bool = True
+    """Whether the model is told the class."""
+    label_dropout: float = Field(0.1, ge=0, le=1)
+    """Probability that training replaces a label by the null label."""
+
+    def _common(self, given: Given) -> dict[str, Any]:
+        return {
+            "input_size": given.side,
+            "in_channels": given.channels,
+            "num_classes": given.num_classes if self.conditional else 0,
+            "label_dropout": self.label_dropout,
+        }
+
+
+class _PatchChoice(_Choice, ABC):
+    """What transformers over patches can be asked for."""
+
+    size: Size | Shape = "XL"
+    """A published size, or a shape of one's own."""
+    patch_size: int = Field(2, ge=1)
+    """Side of the square that becomes one token, in latent pixels."""
+
+    def _patches(self, given: Given) -> dict[str, Any]:
+        size = self.size
+        shape = SIZES[size] if isinstance(size, str) else dict(size)
+        return {**self._common(given), **shape, "patch_size": self.patch_size, "learn_variance": given.learn_variance}
+
+
+class DiTChoice(_PatchChoice):
+    """A diffusion transformer (Peebles & Xie, arXiv 2212.09748)."""
+
+    kind: Literal["dit"] = "dit"
+    """The family of the model."""
+    block: BlockKind = "adaln_zero"
+    """How time and label condition a block."""
+
+    def config(self, given: Given) -> DiTConfig:
+        """The full config.
+
+        Raises:
+            ValidationError: choice and data do not fit each other.
+        """
+        return DiTConfig(**self._patches(given), block=self.block)
+
+
+class DiffiTChoice(_PatchChoice):
+    """A latent DiffiT (Hatamizadeh et al., arXiv 2312.02139)."""
+
+    kind: Literal["diffit"] = "diffit"
+    """The family of the model."""
+
+    def config(self, given: Given) -> DiffiTConfig:
+        """The full config.
+
+        Raises:
+            ValidationError: choice and data do not fit each other.
+        """
+        return DiffiTConfig(**self._patches(given))
+
+
+class DiffiTImageChoice(_Choice):
+    """An image-space DiffiT (Hatamizadeh et al., arXiv 2312.02139). It learns no variance."""
+
+    kind: Literal["diffit_image"] = "diffit_image"
+    """The family of the model."""
+    size: ImageSize | ImageShape = "cifar10"
+    """A model for a data set, or a shape of one's own."""
+    conditional: bool = False
+    """Whether the model is told the class."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """Probability that training drops a channel's value before a block's convolution; None is the size's own."""
+
+    def config(self, given: Given) -> DiffiTImageConfig:
+        """The full config.
+
+        Raises:
+            ValidationError: choice and data do not fit each other.
+        """
+        size = self.size
+        shape = IMAGE_SIZES[size] if isinstance(size, str) else {"dropout": 0.0} | dict(size)
+        dropout = {} if self.dropout is None else {"dropout": self.dropout}
+        return DiffiTImageConfig.model_validate(shape | self._common(given) | dropout)
+
+
+ModelChoice = Annotated[DiTChoice | DiffiTChoice | DiffiTImageChoice, Field(discriminator="kind")]
+"""Any choice, told apart by ``kind``."""

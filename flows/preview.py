@@ -1,0 +1,53 @@
+"""Samples straight from a checkpoint, with no recipe and no server."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from dit.diffusion.config import EDMConfig
+from dit.export import ModelCard
+from dit.preview import open_checkpoint, preview
+from dit.sample import SampleConfig
+from flows.progress import StageProgress
+from flows.recipe import parse_override, put
+from flows.tracking import StageTracker
+from storage.errors import InputError
+
+COUNT = 16
+
+
+def draw(
+    checkpoint: str, overrides: Sequence[str], out: str, *, vae: str | None = None, heads: int | None = None
+) -> list[str]:
+    """Draw samples of any checkpoint into a folder; return the URLs of the picture and the npz.
+
+    Args:
+        checkpoint: what `dit.preview.open_checkpoint` opens.
+        overrides: ``sample.steps=50`` and the like; without any, 16 images with the sampler that fits.
+        out: the folder.
+        vae: folder, URL or hub id of the autoencoder, where the checkpoint does not name it.
+        heads: attention heads, where the checkpoint does not tell them.
+
+    Raises:
+        InputError: the checkpoint, an override or the folder is wrong; the line says what.
+    """
+    trained = open_checkpoint(checkpoint, vae=vae, heads=heads)
+    config = _config(trained.card, overrides)
+    with StageProgress("sample").shown() as progress:
+        return preview(trained, config, out, StageTracker(None, progress.update))
+
+
+def _config(card: ModelCard, overrides: Sequence[str]) -> SampleConfig:
+    fitting = {"sampler": "heun", "steps": 18} if isinstance(card.diffusion, EDMConfig) else {}
+    values: dict[str, Any] = {"sample": {"count": COUNT, **fitting}}
+    for override in overrides:
+        put(values, *parse_override(override))
+    others = sorted(values.keys() - {"sample"})
+    if others:
+        raise InputError(f"--set {others[0]}: without a recipe there is only sample")
+    try:
+        return SampleConfig.model_validate(values["sample"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"--set sample.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -1,0 +1,58 @@
+"""Several recipes that differ in a few values."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from itertools import product
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from flows.recipe import Recipe, put, read_values, recipe_of
+from storage.config import Config
+from storage.errors import InputError
+
+
+class Sweep(Config):
+    """A base, and the values to try in it. Stages that the recipes share are run once."""
+
+    name: str
+    """What the recipes are called, each with its own values after it."""
+    base: str
+    """The recipe that they start from: a preset or the path of a YAML file."""
+    change: dict[str, Any] = Field(default_factory=dict)
+    """Values by dotted key that differ from the base in every recipe."""
+    vary: dict[str, list[Any]] = Field(min_length=1)
+    """Lists of values by dotted key: one recipe for each combination, the last key's values in turn first."""
+
+
+def load_recipes(name: str, overrides: Sequence[str] = (), root: str = "runs") -> list[Recipe]:
+    """The recipe of that name, or those of a sweep.
+
+    Args:
+        name: a preset or the path of a YAML file.
+        overrides: as for `load_recipe`; they hold for every recipe.
+        root: fsspec URL of the folder that holds every output.
+
+    Raises:
+        InputError: there is no such recipe, or something in it is wrong; the line says where.
+    """
+    values, where = read_values(name, root)
+    if "base" not in values:
+        return [recipe_of(values, where, overrides)]
+    try:
+        sweep = Sweep.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    base, _ = read_values(sweep.base, root)
+    return [_variant(sweep, deepcopy(base), chosen, where, overrides) for chosen in product(*sweep.vary.values())]
+
+
+def _variant(
+    sweep: Sweep, values: dict[str, Any], chosen: tuple[Any, ...], where: str, overrides: Sequence[str]
+) -> Recipe:
+    name = "-".join([sweep.name, *map(str, chosen)])
+    changes = sweep.change | dict(zip(sweep.vary, chosen, strict=True)) | {"name": name}
+    for key, value in changes.items():
+        put(values, key, value, where)
+    return recipe_of(values, where, overrides)

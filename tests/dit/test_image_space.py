@@ -1,0 +1,198 @@
+"""Models on pixels, from images to samples: no autoencoder anywhere."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import dit
+from dit.diffusion.config import DiffusionConfig, EDMConfig
+from dit.diffusion.edm import EDM
+from dit.export import CheckpointManifest
+from dit.models.choice import DiffiTImageChoice, ImageShape
+from dit.sample import SampleConfig, SampleManifest
+from dit.samplers.heun import heun
+from dit.samplers.noise import SampleNoise
+from dit.samplers.state import last
+from dit.train import TrainConfig
+from dit.training.data import Batches, Pixels, open_data
+from dit.training.ranks import Ranks
+from storage import transforms
+from storage.errors import InputError
+from storage.latents import LatentManifest, LatentReader, PixelReader
+from storage.rows import RowReader
+from storage.shards import ShardManifest, read_images
+
+MODEL = DiffiTImageChoice(
+    size=ImageShape(stem_width=32, widths=(32,), depths=(1,), window=4, time_width=32), conditional=True, dropout=0.2
+)
+TRAINING = TrainConfig(
+    model=MODEL,
+    diffusion=EDMConfig(),
+    steps=6,
+    batch_size=4,
+    learning_rate=1e-2,
+    warmup_steps=4,
+    gradient_clip=1.0,
+    ema_decay=0.9,
+    ema_ramp=0.5,
+    log_every=1,
+    checkpoint_every=2,
+)
+SAMPLING = SampleConfig(
+    count=5, labels="balanced", sampler="heun", steps=3, guidance_scale=1, batch_size=3, block_rows=4
+)
+
+
+@pytest.fixture(scope="module")
+def pixels(root: Path, shards: ShardManifest) -> LatentManifest:
+    return tiny.run_encode(root, tiny.encode_config(None), shards)
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path, pixels: LatentManifest) -> CheckpointManifest:
+    return tiny.run_train(root, TRAINING, pixels)
+
+
+@pytest.fixture(scope="module")
+def drawn(root: Path, trained: CheckpointManifest) -> SampleManifest:
+    return tiny.run_sample(root, SAMPLING, trained)
+
+
+def sampling(**fields: Any) -> SampleConfig:
+    return SampleConfig.model_validate(SAMPLING.model_dump() | fields)
+
+
+def test_pixels_are_the_crops(pixels: LatentManifest, shards: ShardManifest) -> None:
+    reader = PixelReader(pixels)
+    expected = [transforms.load(sample.data, tiny.SIDE) for sample in read_images(shards, "train", 0, tiny.COUNT)]
+    assert np.array_equal(reader.images(np.arange(tiny.COUNT)), np.stack(expected))
+    assert (pixels.vae, pixels.flips, pixels.latent_shape) == (None, 1, (3, tiny.SIDE, tiny.SIDE))
+    assert pixels.metrics == {}
+    assert Image.open(Path(pixels.uri, "artifacts/images.png")).width >= 8 * tiny.SIDE
+    pixels.verify()
+
+
+def test_a_killed_run_goes_on_to_the_same_pixels(tmp_path: Path, pixels: LatentManifest, shards: ShardManifest) -> None:
+    with pytest.raises(tiny.Killed):
+        tiny.run_encode(tmp_path, tiny.encode_config(None), shards, tiny.Killer(20))
+    assert tiny.objects(tiny.run_encode(tmp_path, tiny.encode_config(None), shards)) == tiny.objects(pixels)
+
+
+def test_pixels_are_no_latents(pixels: LatentManifest, latents: LatentManifest) -> None:
+    with pytest.raises(InputError, match="holds pixels and no latents"):
+        LatentReader(pixels)
+    with pytest.raises(KeyError):
+        PixelReader(latents).images(np.array([0]))
+
+
+def test_batches_are_scaled_pixels_and_their_mirror_images(pixels: LatentManifest) -> None:
+    data = open_data(pixels)
+    assert isinstance(data, Pixels)
+    batches = Batches(data, pixels.latent_shape, 16, 0, True, 3, 0.0, Ranks(), torch.device("cpu"))
+    stored = PixelReader(pixels).images(np.arange(tiny.COUNT)) / np.float32(127.5) - 1
+    plain, mirrored = (list(images.transpose(0, 3, 1, 2)) for images in (stored, stored[:, :, ::-1]))
+    seen = {"plain": 0, "mirrored": 0}
+    for x0 in batches(0).x0.numpy():
+        seen["plain"] += any(np.array_equal(x0, image) for image in plain)
+        seen["mirrored"] += any(np.array_equal(x0, image) for image in mirrored)
+    assert min(seen.values()) >= 3
+    assert sum(seen.values()) == 16
+
+
+def test_the_card_says_that_it_works_on_pixels(trained: CheckpointManifest) -> None:
+    card = trained.card
+    assert (card.vae, card.vae_ref, card.diffusion) == (None, None, EDMConfig())
+    assert (card.model.kind, card.model.input_size, card.model.num_classes) == ("diffit_image", tiny.SIDE, 3)
+    assert set(trained.metrics) == {"final_loss", "final_mse", "final_gradient_norm"}
+
+
+@pytest.mark.parametrize("when", [3, 5])
+def test_training_with_dropout_goes_on_to_the_same_bits(
+    tmp_path: Path, pixels: LatentManifest, trained: CheckpointManifest, when: int
+) -> None:
+    with pytest.raises(tiny.Killed):
+        tiny.run_train(tmp_path, TRAINING, pixels, tiny.Killer(when))
+    assert tiny.objects(tiny.run_train(tmp_path, TRAINING, pixels)) == tiny.objects(trained)
+
+
+def test_dropout_matters(tmp_path: Path, pixels: LatentManifest, trained: CheckpointManifest) -> None:
+    without = TRAINING.model_copy(update={"model": MODEL.model_copy(update={"dropout": 0.0})})
+    assert tiny.run_train(tmp_path, without, pixels).metrics != trained.metrics
+
+
+def test_samples_are_heuns_last_state_as_bytes(drawn: SampleManifest, trained: CheckpointManifest) -> None:
+    model, process = dit.load(trained.uri).model, EDM.from_config(EDMConfig())
+    noise = SampleNoise(0, range(5), (3, tiny.SIDE, tiny.SIDE))
+    x0 = last(heun(process, model, noise.initial(), torch.arange(5) % 3, steps=3))
+    expected = (x0 * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    found = RowReader(drawn).array("image")
+    assert (np.abs(found.astype(int) - expected) <= 1).all()
+    assert drawn.resolution == tiny.SIDE
+
+
+def test_conditions_are_those_that_bear_on_the_images(drawn: SampleManifest) -> None:
+    assert drawn.conditions == {
+        "count": 5,
+        "labels": "balanced",
+        "sampler": "heun",
+        "steps": 3,
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "rho": 7.0,
+        "guidance_scale": 1.0,
+        "weights": "ema",
+        "precision": "float32",
+        "seed": 0,
+        "training_steps": 6,
+    }
+
+
+def test_guidance_within_an_interval_of_noise_levels(tmp_path: Path, trained: CheckpointManifest) -> None:
+    def images(name: str, **fields: Any) -> np.ndarray:
+        return RowReader(tiny.run_sample(tmp_path / name, sampling(**fields), trained)).array("image")
+
+    unguided, guided = images("1", guidance_scale=1), images("2", guidance_scale=4)
+    assert not np.array_equal(unguided, guided)
+    assert np.array_equal(images("3", guidance_scale=4, guidance_interval=(0.002, 80)), guided)
+    assert np.array_equal(images("4", guidance_scale=4, guidance_interval=(0.0, 0.001)), unguided)
+    partly = tiny.run_sample(tmp_path / "5", sampling(guidance_scale=4, guidance_interval=(0.0, 10)), trained)
+    assert partly.conditions["guidance_interval"] == "0 to 10"
+    assert not np.array_equal(RowReader(partly).array("image"), guided)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"sampler": "ddpm"}, "sample.sampler: ddpm does not fit this model's process; use heun"),
+        ({"guidance_schedule": "power_cosine"}, "power_cosine needs timesteps"),
+        ({"steps": 2, "sigma_min": 90.0}, "noise levels from 80 to 90"),
+    ],
+)
+def test_what_does_not_fit_the_process_is_refused(
+    tmp_path: Path, trained: CheckpointManifest, fields: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        tiny.run_sample(tmp_path, sampling(**fields), trained)
+
+
+def test_a_decoder_is_refused(tmp_path: Path, trained: CheckpointManifest, vae: object) -> None:
+    with pytest.raises(InputError, match="works on pixels; leave the decoder out"):
+        tiny.run_sample(tmp_path, sampling(vae=vae), trained)
+
+
+def test_heun_does_not_fit_a_model_of_timesteps(tmp_path: Path, checkpoint: CheckpointManifest) -> None:
+    with pytest.raises(InputError, match="heun does not fit this model's process; use ddpm or ddim"):
+        tiny.run_sample(tmp_path, SAMPLING, checkpoint)
+
+
+def test_the_u_also_learns_noise_by_timesteps(tmp_path: Path, pixels: LatentManifest) -> None:
+    config = TRAINING.model_copy(update={"diffusion": DiffusionConfig(), "steps": 2})
+    manifest = tiny.run_train(tmp_path, config, pixels)
+    samples = tiny.run_sample(tmp_path, sampling(sampler="ddim", eta=0.5), manifest)
+    assert samples.conditions["eta"] == 0.5
+    assert "rho" not in samples.conditions
