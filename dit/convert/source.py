@@ -48,6 +48,8 @@ def read(source: str, *, heads: int | None = None) -> Pretrained:
 def _folder(source: str) -> Pretrained:
     try:
         names = uri.names(source)
+    except InputError:
+        raise
     except Exception as error:  # stores of all kinds have their own ways to say no
         raise InputError(f"{uri.redact(source)}: cannot be listed ({one_line(error)}); {KINDS}") from error
     if MODEL in names:

@@ -165,6 +165,9 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
     assert "memory://none/x.pt: no such object" in refusal("memory://none/x.pt")
     assert "no checkpoint; name a .pt" in refusal(tmp_path)
     assert "no checkpoint; name a .pt" in refusal(tmp_path / "none")
+    assert "nosuch://none: not a usable URL" in refusal("nosuch://none")
+    assert "http://127.0.0.1:1/none: cannot be listed" in refusal("http://127.0.0.1:1/none")
+    assert "http://127.0.0.1:1/x.pt: cannot be read" in refusal("http://127.0.0.1:1/x.pt")
 
 
 @pytest.mark.parametrize(
