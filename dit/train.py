@@ -57,7 +57,7 @@ class TrainConfig(Config):
     flips: bool = True
     """Train on images and mirror images alike; latents must hold both."""
     augmentation: float = Field(0.0, ge=0, le=1)
-    """Probability of each of EDM's distortions of the image, of which the model is told; diffit_image on pixels alone."""
+    """Probability of each of EDM's distortions of an image, which the model is told; diffit_image on pixels alone."""
     precision: Precision = "float32"
     """Arithmetic of the forward pass; weights are float32 in any case."""
     seed: int = Field(0, ge=0, lt=2**32)

@@ -36,7 +36,7 @@ def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | Non
             "diffusers" a folder of a DiTTransformer2DModel; for "pipeline" one of a whole diffusers
             pipeline that samples with a module of its own.
         layout: which of the three.
-        vae: folder, URL or hub id of the autoencoder to put into the pipeline's folder, if any.
+        vae: folder, URL or hub id of the autoencoder to put into the pipeline's folder, if not the model's own.
 
     Raises:
         InputError: something is there already, the layout has no such model, or the autoencoder does not fit.
@@ -52,7 +52,9 @@ def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | Non
         config, weights = diffusers.to_diffusers(model.config, model.state)
         objects = {diffusers.WEIGHTS: _safetensors(weights), diffusers.CONFIG: _json(config)}
         if layout == "pipeline":
-            objects = {f"{TRANSFORMER}/{name}": data for name, data in objects.items()} | _around(model, vae)
+            objects = {f"{TRANSFORMER}/{name}": data for name, data in objects.items()} | _around(
+                model, vae or model.vae
+            )
         for name, data in objects.items():
             uri.write(uri.join(destination, name), data)
 

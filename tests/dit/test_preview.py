@@ -7,7 +7,7 @@ from PIL import Image
 from random_dit import pretrained, random_dit
 from safetensors.torch import save_file
 
-from dit.convert import write
+from dit.convert import read, write
 from dit.export import CheckpointManifest
 from dit.preview import open_checkpoint, preview
 from dit.sample import SampleConfig, SampleManifest
@@ -72,3 +72,11 @@ def test_nothing_is_overwritten(tmp_path: Path, checkpoint: CheckpointManifest) 
     with pytest.raises(InputError, match="has samples already; name another folder"):
         preview(open_checkpoint(checkpoint.uri), SAMPLING, str(tmp_path), NullTracker())
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_a_pipeline_of_a_pipeline_keeps_its_autoencoder(tmp_path: Path, vae: VaeRef) -> None:
+    write(pretrained(random_dit()), str(tmp_path / "first"), "pipeline", vae=vae.source)
+    write(read(str(tmp_path / "first")), str(tmp_path / "second"), "pipeline")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        first, second = (tmp_path / folder / "vae" / name for folder in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes()
