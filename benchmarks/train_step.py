@@ -3,7 +3,6 @@
 # B = batch, C = channels, H = W = side of the latent
 
 import statistics
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import Measured, Result, main
+from benchmarks import common
+from benchmarks.common import Measured, Result, fastest, main
 from benchmarks.peer import diffusers_dit, set_differences
 from dit.devices import device
 from dit.diffusion.config import DiffusionConfig
@@ -155,7 +155,7 @@ def contest(task: Task, peaks: dict[torch.dtype, float]) -> Measured:
         memory |= {name: peak_memory(contestant) for name, contestant in running.items()}
         for _ in range(task.rounds):
             for name, contestant in running.items():
-                seconds.setdefault(name, []).append(_seconds(contestant.step))
+                seconds.setdefault(name, []).append(common.seconds(contestant.step))
     check_losses(losses)
     results = [Result(f"{name}_loss", loss, "first step") for name, loss in losses.items()]
     for name in names:
@@ -178,10 +178,10 @@ def check_losses(losses: dict[str, float]) -> None:
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product, the best of ten."""
+    """Operations a second of a large matrix product, the best of twenty."""
     side = 8192 if torch.cuda.is_available() else 2048
     a, b = (torch.randn(side, side, device=device()).to(dtype) for _ in range(2))
-    return 2 * side**3 / min(_seconds(lambda: a @ b) for _ in range(10))
+    return 2 * side**3 / fastest(lambda: a @ b)
 
 
 def peak_memory(contestant: Contestant) -> int:
@@ -234,15 +234,6 @@ def _batch(task: Task) -> Batch:
 
 def _process() -> GaussianDiffusion:
     return GaussianDiffusion.from_config(DiffusionConfig()).to(device())
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else torch.cpu.synchronize
-    synchronize()
-    begin = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - begin
 
 
 def _short(dtype: torch.dtype) -> str:
