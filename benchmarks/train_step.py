@@ -42,7 +42,7 @@ class Task:
     rounds: int
 
 
-CPU_TASKS = {"S/2": Task(dit_config("S/2"), 4, 7), "B/2": Task(dit_config("B/2"), 1, 3)}
+CPU_TASKS = {"S/2": Task(dit_config("S/2"), 2, 5), "B/2": Task(dit_config("B/2"), 1, 2)}
 GPU_TASKS = {
     name: Task(dit_config(name), size, 20) for name, size in {"S/2": 128, "B/2": 64, "L/2": 24, "XL/2": 16}.items()
 }
