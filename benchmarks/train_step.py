@@ -224,7 +224,7 @@ def _model(task: Task) -> DiT:
         model = DiT(task.config)
     for parameter in model.parameters():
         if not parameter.any():
-            nn.init.normal_(parameter, std=0.02, generator=generator)
+            nn.init.normal_(parameter, std=0.1, generator=generator)
     return model.to(device())
 
 

@@ -1,11 +1,13 @@
 """The benchmark of a training step, at a size that a test can afford."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks import train_step
+from benchmarks.peer import diffusers_dit
 from benchmarks.train_step import CONTESTANTS, RATIOS, Task, check_losses, contest
 from dit.models.config import DiTConfig
 from dit.models.cost import cost
@@ -55,6 +57,6 @@ def test_another_loss_is_refused(name: str, factor: float) -> None:
 
 
 def test_a_peer_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_step, "set_differences", lambda peer: peer)
+    monkeypatch.setattr(train_step, "diffusers_dit", partial(diffusers_dit, norm_eps=0.1))
     with torch.compiler.set_stance("force_eager"), pytest.raises(ValueError, match="first loss"):
         contest(TASK)
