@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,21 @@ def main(measure: Callable[[], Measured], description: str) -> None:
         print(f"{result.name:<32} {result.value:12.3f} {result.unit}")
     for name, ratio in ratios.items():
         print(f"{name:<32} {ratio:12.3f} x")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long something takes, the device's part included."""
+    begin = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def fastest(work: Callable[[], object], times: int = 20) -> float:
+    """Seconds of the fastest of so many runs after one to warm up: other work on the machine only adds time."""
+    work()
+    return min(seconds(work) for _ in range(times))
 
 
 def machine() -> dict[str, str | int | float]:

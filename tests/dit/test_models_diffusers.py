@@ -5,32 +5,12 @@ import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 
+from benchmarks.peer import diffusers_dit, set_differences
 from dit.models.config import DiTConfig
 from dit.models.dit import DiT
 from dit.models.layers import timestep_sinusoid
 
 DEPTH, HEADS, WIDTH, CLASSES = 3, 4, 64, 10
-
-
-def as_diffusers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    out = {f"pos_embed.proj.{kind}": weights[f"x_embedder.proj.{kind}"] for kind in ("weight", "bias")}
-    for kind in ("weight", "bias"):
-        out[f"proj_out_1.{kind}"] = weights[f"final_layer.adaLN_modulation.1.{kind}"]
-        out[f"proj_out_2.{kind}"] = weights[f"final_layer.linear.{kind}"]
-        for i in range(DEPTH):
-            ours, theirs = f"blocks.{i}.", f"transformer_blocks.{i}."
-            for part, qkv in zip("qkv", weights[f"{ours}attn.qkv.{kind}"].chunk(3), strict=True):
-                out[f"{theirs}attn1.to_{part}.{kind}"] = qkv
-            out[f"{theirs}attn1.to_out.0.{kind}"] = weights[f"{ours}attn.proj.{kind}"]
-            out[f"{theirs}ff.net.0.proj.{kind}"] = weights[f"{ours}mlp.fc1.{kind}"]
-            out[f"{theirs}ff.net.2.{kind}"] = weights[f"{ours}mlp.fc2.{kind}"]
-            out[f"{theirs}norm1.linear.{kind}"] = weights[f"{ours}adaLN_modulation.1.{kind}"]
-            time = f"{theirs}norm1.emb.timestep_embedder.linear_"
-            out[f"{time}1.{kind}"] = weights[f"t_embedder.mlp.0.{kind}"]
-            out[f"{time}2.{kind}"] = weights[f"t_embedder.mlp.2.{kind}"]
-            table = f"{theirs}norm1.emb.class_embedder.embedding_table.weight"
-            out[table] = weights["y_embedder.embedding_table.weight"]
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +23,9 @@ def ours() -> DiT:
     return model
 
 
-def theirs(weights: dict[str, torch.Tensor], *, corrected: bool) -> DiTTransformer2DModel:
-    model = DiTTransformer2DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=WIDTH // HEADS,
-        in_channels=4,
-        out_channels=8,
-        num_layers=DEPTH,
-        sample_size=16,
-        num_embeds_ada_norm=CLASSES,
-        norm_eps=1e-6 if corrected else 1e-5,
-    ).eval()
-    missing, unexpected = model.load_state_dict(as_diffusers(weights), strict=False)
-    assert set(missing) <= {"pos_embed.pos_embed"}
-    assert not unexpected
-    if corrected:
-        for block in model.transformer_blocks:
-            block.norm1.emb.time_proj.downscale_freq_shift = 0
-    return model
+def theirs(ours: DiT, *, corrected: bool) -> DiTTransformer2DModel:
+    model = diffusers_dit(ours, norm_eps=1e-6 if corrected else 1e-5).eval()
+    return set_differences(model) if corrected else model
 
 
 @torch.no_grad()
@@ -74,11 +39,11 @@ def error(ours: DiT, other: DiTTransformer2DModel, t: int) -> float:
 
 @pytest.mark.parametrize("t", [0, 37, 500, 999])
 def test_same_as_diffusers_once_its_two_differences_are_set(ours: DiT, t: int) -> None:
-    assert error(ours, theirs(ours.state_dict(), corrected=True), t) < 1e-6
+    assert error(ours, theirs(ours, corrected=True), t) < 1e-6
 
 
 def test_diffusers_as_it_comes_is_off_by_a_known_amount(ours: DiT) -> None:
-    stock = theirs(ours.state_dict(), corrected=False)
+    stock = theirs(ours, corrected=False)
     early, middle, late = (error(ours, stock, t) for t in (37, 500, 999))
     assert (early, middle, late) == pytest.approx((0.0015, 0.026, 0.027), rel=0.1)
 

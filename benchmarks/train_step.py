@@ -1,0 +1,249 @@
+"""A whole training step of the DiT, against diffusers' DiT trained the plain way on the same data and weights."""
+
+# B = batch, C = channels, H = W = side of the latent
+
+import statistics
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import common
+from benchmarks.common import Measured, Result, fastest, main
+from benchmarks.peer import diffusers_dit, set_differences
+from dit.devices import device
+from dit.diffusion.config import DiffusionConfig
+from dit.diffusion.gaussian import GaussianDiffusion
+from dit.models.config import DiTConfig, dit_config
+from dit.models.cost import cost
+from dit.models.dit import DiT
+from dit.training.data import Batch
+from dit.training.ema import EMA
+from dit.training.loop import TrainState, train
+from dit.training.ranks import Ranks
+
+LEARNING_RATE, EMA_DECAY = 1e-4, 0.9999
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
+"""Relative difference of a first loss from that of the plain float32 step."""
+TERA, GIB = 1e12, 2**30
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contestant trains on, and how often it is timed."""
+
+    config: DiTConfig
+    batch_size: int
+    rounds: int
+
+
+CPU_TASKS = {"S/2": Task(dit_config("S/2"), 2, 5), "B/2": Task(dit_config("B/2"), 1, 2)}
+GPU_TASKS = {
+    name: Task(dit_config(name), size, 20) for name, size in {"S/2": 128, "B/2": 64, "L/2": 24, "XL/2": 16}.items()
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to train, with everything that it holds between steps."""
+
+    step: Callable[[], Tensor]
+    """Takes a step and returns its loss."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    averages: list[Tensor]
+
+    def held(self) -> int:
+        """Bytes of weights, moments and moving averages."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(tensor.nbytes for tensor in [*self.model.parameters(), *moments, *self.averages])
+
+
+def plain(model: DiT, batch: Batch, dtype: torch.dtype) -> Contestant:
+    """The model of diffusers, eager, AdamW as it comes, and a moving average in a loop over the parameters."""
+    peer = set_differences(diffusers_dit(model)).train().to(batch.x0.device)
+    average = deepcopy(peer).requires_grad_(False)
+    optimizer = torch.optim.AdamW(peer.parameters(), LEARNING_RATE, weight_decay=0)
+    process = _process()
+
+    def denoise(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        out: Tensor = peer(x, timestep=t, class_labels=y).sample
+        return out
+
+    def step() -> Tensor:
+        with torch.autocast(batch.x0.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+            terms = process.training_terms(denoise, batch.x0, batch.noise, process.sample_t(batch.u), batch.y)
+        loss = terms["loss"].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        averages = dict(average.named_parameters())
+        with torch.no_grad():
+            for name, parameter in peer.named_parameters():
+                averages[name].mul_(EMA_DECAY).add_(parameter, alpha=1 - EMA_DECAY)
+        return loss.detach()
+
+    return Contestant(step, peer, optimizer, list(average.parameters()))
+
+
+def ours(model: DiT, batch: Batch, dtype: torch.dtype, compiled: bool) -> Contestant:
+    """The steps of `dit.training.loop`, with each block compiled or not at all."""
+    model = deepcopy(model)
+    for block in model.blocks if compiled else ():
+        block.compile(dynamic=False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0, fused=True)
+    state = TrainState(model, EMA(model, EMA_DECAY), optimizer)
+    autocast = None if dtype is torch.float32 else dtype
+    steps = train(state, _process(), lambda step: batch, stop=10**9, ranks=Ranks(), autocast=autocast)
+    return Contestant(lambda: next(steps).terms["loss"], model, optimizer, list(state.ema.state_dict().values()))
+
+
+CONTESTANTS: dict[str, tuple[torch.dtype, Callable[[DiT, Batch, torch.dtype], Contestant]]] = {
+    "plain_fp32": (torch.float32, plain),
+    "plain_autocast": (torch.bfloat16, plain),
+    "ours_fp32_eager": (torch.float32, partial(ours, compiled=False)),
+    "ours_fp32": (torch.float32, partial(ours, compiled=True)),
+    "ours_bf16": (torch.bfloat16, partial(ours, compiled=True)),
+}
+"""Those of ours are compiled unless the name says otherwise."""
+
+RATIOS = {
+    "vs_fp32": ("plain_fp32", "ours_bf16"),
+    "vs_autocast": ("plain_autocast", "ours_bf16"),
+    "fp32_vs_fp32": ("plain_fp32", "ours_fp32"),
+    "fp32_vs_autocast": ("plain_autocast", "ours_fp32"),
+    "fp32_eager_vs_fp32": ("plain_fp32", "ours_fp32_eager"),
+}
+"""Of images a second: how many times the first one's the second one's are."""
+
+
+def measure() -> Measured:
+    """Every size that this machine can train in minutes."""
+    results: list[Result] = []
+    ratios: dict[str, float] = {}
+    for name, task in (GPU_TASKS if torch.cuda.is_available() else CPU_TASKS).items():
+        label = name.replace("/", "").lower()
+        found, compared = contest(task)
+        results += [Result(f"{label}_{result.name}", result.value, result.unit) for result in found]
+        ratios |= {f"{label}_{ratio}": value for ratio, value in compared.items()}
+    return results, ratios
+
+
+def contest(task: Task) -> Measured:
+    """Time every contestant, in turns on a CPU, one after another on a GPU, whose memory does not hold them all.
+
+    Ratios and rates are those of the fastest of each one's steps: other work on the machine only adds time.
+    The matrix products that stand for the machine's peak are timed between them.
+
+    Raises:
+        ValueError: the first loss of a contestant is not that of the plain step.
+    """
+    torch.compiler.reset()  # or the sizes add up to more graphs of a block than are allowed
+    model, batch = _model(task), _batch(task)
+    names = list(CONTESTANTS)
+    peaks = dict.fromkeys(TOLERANCE, 0.0)
+    seconds: dict[str, list[float]] = {}
+    memory: dict[str, int] = {}
+    losses: dict[str, float] = {}
+    for group in [[name] for name in names] if torch.cuda.is_available() else [names]:
+        running = {name: CONTESTANTS[name][1](model, batch, CONTESTANTS[name][0]) for name in group}
+        losses |= {name: contestant.step().item() for name, contestant in running.items()}
+        memory |= {name: peak_memory(contestant) for name, contestant in running.items()}
+        for _ in range(task.rounds):
+            for name, contestant in running.items():
+                seconds.setdefault(name, []).append(common.seconds(contestant.step))
+            peaks = {dtype: max(peak, matmul_speed(dtype)) for dtype, peak in peaks.items()}
+        del running, contestant  # before the next is made
+    check_losses(losses)
+    results = [Result(f"matmul_{_short(dtype)}", peak / TERA, "TFLOP/s") for dtype, peak in peaks.items()]
+    results += [Result(f"{name}_loss", loss, "first step") for name, loss in losses.items()]
+    for name in names:
+        results += _figures(name, task, seconds[name], memory[name], peaks)
+    best = {name: min(times) for name, times in seconds.items()}
+    return results, {ratio: best[peer] / best[mine] for ratio, (peer, mine) in RATIOS.items()}
+
+
+def check_losses(losses: dict[str, float]) -> None:
+    """See that all contestants computed the same first loss.
+
+    Raises:
+        ValueError: one did not, within the tolerance of its precision.
+    """
+    expected = losses["plain_fp32"]
+    for name, loss in losses.items():
+        tolerance = TOLERANCE[CONTESTANTS[name][0]]
+        if not abs(loss - expected) <= tolerance * abs(expected):
+            raise ValueError(f"{name}: first loss {loss} is not within {tolerance:g} of {expected}")
+
+
+def matmul_speed(dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product, the fastest of three."""
+    side = 8192 if torch.cuda.is_available() else 2048
+    a, b = (torch.randn(side, side, device=device()).to(dtype) for _ in range(2))
+    return 2 * side**3 / fastest(lambda: a @ b, times=3)
+
+
+def peak_memory(contestant: Contestant) -> int:
+    """Bytes allocated at the height of a step, the held ones included."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        contestant.step()
+        return torch.cuda.max_memory_allocated()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        contestant.step()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [int(event.nbytes()) for event in sorted(events, key=lambda event: event.start_ns())]
+    return contestant.held() + max(accumulate(changes))
+
+
+def _figures(name: str, task: Task, times: list[float], memory: int, peaks: dict[torch.dtype, float]) -> list[Result]:
+    best = min(times)
+    flops = cost(task.config).training_flops * task.batch_size / best
+    return [
+        Result(f"{name}_median", statistics.median(times), "s"),
+        Result(f"{name}_best", best, "s"),
+        Result(f"{name}_speed", task.batch_size / best, "images/s"),
+        Result(f"{name}_work", flops / TERA, "TFLOP/s"),
+        Result(f"{name}_mfu", 100 * flops / peaks[CONTESTANTS[name][0]], "%"),
+        Result(f"{name}_memory", memory / GIB, "GiB"),
+    ]
+
+
+def _model(task: Task) -> DiT:
+    """With weights drawn where training starts at zero, since equal losses of models that predict zero say little."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = DiT(task.config)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model.to(device())
+
+
+def _batch(task: Task) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    config, count = task.config, task.batch_size
+    shape = count, config.in_channels, config.input_size, config.input_size
+    x0, noise = (torch.randn(shape, generator=generator).to(device()) for _ in range(2))
+    u = torch.rand(count, generator=generator, dtype=torch.float64).to(device())
+    return Batch(x0, noise, u, torch.randint(config.num_classes + 1, (count,), generator=generator).to(device()))
+
+
+def _process() -> GaussianDiffusion:
+    return GaussianDiffusion.from_config(DiffusionConfig()).to(device())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)
