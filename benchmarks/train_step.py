@@ -24,7 +24,7 @@ from dit.models.cost import cost
 from dit.models.dit import DiT
 from dit.training.data import Batch
 from dit.training.ema import EMA
-from dit.training.loop import TrainState, train
+from dit.training.loop import Numbers, TrainState, train
 from dit.training.ranks import Ranks
 
 LEARNING_RATE, EMA_DECAY = 1e-4, 0.9999
@@ -99,8 +99,8 @@ def ours(model: DiT, batch: Batch, dtype: torch.dtype, compiled: bool) -> Contes
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0, fused=True)
     state = TrainState(model, EMA(model, EMA_DECAY), optimizer)
-    autocast = None if dtype is torch.float32 else dtype
-    steps = train(state, _process(), lambda step: batch, stop=10**9, ranks=Ranks(), autocast=autocast)
+    numbers = Numbers(lambda _: LEARNING_RATE, autocast=None if dtype is torch.float32 else dtype)
+    steps = train(state, _process(), lambda step: batch, numbers, stop=10**9, ranks=Ranks())
     return Contestant(lambda: next(steps).terms["loss"], model, optimizer, list(state.ema.state_dict().values()))
 
 
@@ -234,7 +234,8 @@ def _batch(task: Task) -> Batch:
     shape = count, config.in_channels, config.input_size, config.input_size
     x0, noise = (torch.randn(shape, generator=generator).to(device()) for _ in range(2))
     u = torch.rand(count, generator=generator, dtype=torch.float64).to(device())
-    return Batch(x0, noise, u, torch.randint(config.num_classes + 1, (count,), generator=generator).to(device()))
+    y = torch.randint(config.num_classes + 1, (count,), generator=generator).to(device())
+    return Batch(x0, noise, u, y, seed=0)
 
 
 def _process() -> GaussianDiffusion:
