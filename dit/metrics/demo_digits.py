@@ -58,23 +58,23 @@ class DemoDigits:
     name: str = "demo-digits"
     version: int = 1
     dims: int = DIMS
-    preprocessing: str = "uint8-32px/127.5-1"
+    preprocessing: str = "bicubic-32px/127.5-1"
     class_names: tuple[str, ...] = CLASS_NAMES
 
     @torch.no_grad()
     def __call__(self, images: Images) -> Tensor:
-        """Features float32 (B, 64) of images uint8 (B, 32, 32, 3).
+        """Features float32 (B, 64) of images uint8 (B, H, H, 3), H at most 32.
 
         Raises:
-            InputError: the images have another size or type.
+            InputError: the images are larger, not square, or of another type.
         """
-        features: Tensor = self.network(self._checked(images))[0]
+        features: Tensor = self.network(self._prepared(images))[0]
         return features
 
     @torch.no_grad()
     def logits(self, images: Images) -> Tensor:
         """Logits float32 (B, 10) over the digits; images and errors as in `__call__`."""
-        logits: Tensor = self.network(self._checked(images))[1]
+        logits: Tensor = self.network(self._prepared(images))[1]
         return logits
 
     def classify(self, images: Images) -> Tensor:
@@ -86,14 +86,19 @@ class DemoDigits:
         found = self.classify(images)
         return float((found == torch.as_tensor(labels, device=found.device)).double().mean())
 
-    def _checked(self, images: Images) -> Tensor:
+    def _prepared(self, images: Images) -> Tensor:
+        """Images (B, 32, 32, 3) in 0..255, smaller ones enlarged."""
         tensor = torch.as_tensor(images, device=self.network.head.weight.device)
-        if tensor.dtype != torch.uint8 or tensor.shape[1:] != (SIDE, SIDE, 3):
+        side = tensor.shape[1]
+        if tensor.dtype != torch.uint8 or tensor.shape[1:] != (side, side, 3) or side > SIDE:
             raise InputError(
-                f"{self.name}: reads uint8 images of {SIDE}x{SIDE}x3, not {tensor.dtype} of {tuple(tensor.shape[1:])}; "
-                "choose an extractor for this size"
+                f"{self.name}: reads square uint8 images of at most {SIDE}x{SIDE}x3, not {tensor.dtype} of "
+                f"{tuple(tensor.shape[1:])}; choose an extractor for this size"
             )
-        return tensor
+        if side == SIDE:
+            return tensor
+        large = nn.functional.interpolate(tensor.permute(0, 3, 1, 2).float(), size=SIDE, mode="bicubic")
+        return large.permute(0, 2, 3, 1)
 
 
 def load_digits_classifier(url: str, sha256: str | None = None, device: torch.device | str = "cpu") -> DemoDigits:

@@ -130,7 +130,7 @@ def test_numbers_of_a_models_samples(
         "extractor": "demo-digits",
         "extractor_version": 1,
         "extractor_sha256": digest,
-        "extractor_preprocessing": "uint8-32px/127.5-1",
+        "extractor_preprocessing": "bicubic-32px/127.5-1",
         "reference": shards.digest,
         "reference_split": "train",
         "reference_crop": "box-bicubic-centre-32",

@@ -81,11 +81,24 @@ def test_features_do_not_depend_on_the_batch(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "images",
-    [np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 32, 32, 3), np.float32), np.zeros((1, 3, 32, 32), np.uint8)],
+    [
+        np.zeros((1, 64, 64, 3), np.uint8),
+        np.zeros((1, 32, 32, 3), np.float32),
+        np.zeros((1, 3, 32, 32), np.uint8),
+        np.zeros((1, 16, 8, 3), np.uint8),
+    ],
 )
 def test_other_images_are_refused(folder: Path, images: np.ndarray) -> None:
-    with pytest.raises(InputError, match="demo-digits: reads uint8 images of 32x32x3"):
+    with pytest.raises(InputError, match="demo-digits: reads square uint8 images of at most 32x32x3"):
         load_digits_classifier(str(folder))(images)
+
+
+def test_smaller_images_are_enlarged(folder: Path) -> None:
+    classifier, small = load_digits_classifier(str(folder)), pictures()[:, :16, :16]
+    large = F.interpolate(torch.from_numpy(small).permute(0, 3, 1, 2).float(), scale_factor=2, mode="bicubic")
+    features, logits = classifier.network(large.permute(0, 2, 3, 1))
+    torch.testing.assert_close(classifier(small), features)
+    torch.testing.assert_close(classifier.logits(small), logits)
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
