@@ -13,7 +13,7 @@ HEAD_WIDTH = 32
 
 BlockKind = Literal["in_context", "cross_attention", "adaln", "adaln_zero"]
 Size = Literal["S", "B", "L", "XL"]
-ImageSize = Literal["cifar10", "ffhq64", "digits32"]
+ImageSize = Literal["cifar10", "ffhq64", "digits16"]
 
 
 class TransformerShape(Config, ABC):
@@ -150,8 +150,8 @@ IMAGE_SIZES: dict[ImageSize, dict[str, Any]] = {
         "input_size": 64, "widths": (128, 256, 256, 256), "depths": (4, 4, 4, 4), "window": 8, "dropout": 0.05,
         "augmented": True,
     },
-    "digits32": {
-        "input_size": 32, "stem_width": 32, "widths": (32, 32, 64), "depths": (1, 1, 1), "window": 4,
+    "digits16": {
+        "input_size": 16, "stem_width": 32, "widths": (32, 32, 64), "depths": (1, 1, 1), "window": 4,
         "time_width": 128, "dropout": 0.0,
     },
 }  # fmt: skip

@@ -29,7 +29,7 @@ class ImageDiffiT(nn.Module):
         widths, depths = config.widths, config.depths
         last = len(widths) - 1
         self.t_embedder = TimeToken(config.time_width, config.augmented)
-        self.y_embedder = LabelEmbedding(config.num_classes, config.time_width) if config.num_classes else None
+        self.y_embedder = LabelEmbedding(config.num_classes, config.time_width, std=1) if config.num_classes else None
         self.tokenizer = conv3x3(config.in_channels, config.stem_width)
         entries = zip((config.stem_width, *widths), widths, depths, strict=False)
         self.down_stages = nn.ModuleList(Stage(before, width, depth, config) for before, width, depth in entries)
@@ -75,7 +75,7 @@ class ImageDiffiT(nn.Module):
     def init_weights(self) -> None:
         """Draw the weights anew from torch's generator, also after `to_empty` of a model made on "meta".
 
-        Xavier-uniform with zero bias; the last Linear of each attention and MLP and the head are zero.
+        Xavier-uniform with zero bias; the last Linear of each attention and MLP and the head are zero, labels N(0, 1).
         """
         init_weights(self)
         for module in self.modules():

@@ -64,8 +64,9 @@ class TimestepEmbedding(SelfInitialised):
 class LabelEmbedding(SelfInitialised):
     """Labels (B,) to (B, D). The last row of the table is the null label, `num_classes`."""
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, num_classes: int, width: int, std: float = EMBEDDING_STD) -> None:
         super().__init__()
+        self.std = std
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, y: Tensor) -> Tensor:
@@ -74,8 +75,8 @@ class LabelEmbedding(SelfInitialised):
         return out
 
     def init_weights(self) -> None:
-        """N(0, 0.02) weights."""
-        nn.init.normal_(self.embedding_table.weight, std=EMBEDDING_STD)
+        """Normal weights of the given deviation, 0.02 unless said otherwise."""
+        nn.init.normal_(self.embedding_table.weight, std=self.std)
 
 
 class Attention(nn.Module):

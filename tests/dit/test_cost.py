@@ -23,8 +23,8 @@ def test_counts_of_a_tiny_model_by_hand() -> None:
 
 
 def test_labels_of_a_model_on_images_are_counted() -> None:
-    plain = cost(diffit_image_config("digits32"))
-    assert cost(diffit_image_config("digits32", num_classes=10)).parameters == plain.parameters + 11 * 128
+    plain = cost(diffit_image_config("digits16"))
+    assert cost(diffit_image_config("digits16", num_classes=10)).parameters == plain.parameters + 11 * 128
 
 
 def test_catalogue_has_every_model_once_and_the_latent_is_theirs() -> None:

@@ -173,10 +173,10 @@ def test_config_refuses_what_does_not_fit(fields: dict[str, object], reason: str
 
 
 def test_config_by_name_and_by_kind() -> None:
-    config = diffit_image_config("digits32", num_classes=10)
-    assert (config.input_size, config.num_classes) == (32, 10)
+    config = diffit_image_config("digits16", num_classes=10)
+    assert (config.input_size, config.num_classes) == (16, 10)
     assert TypeAdapter[ModelConfig](ModelConfig).validate_python(config.model_dump()) == config
-    with pytest.raises(InputError, match="cifar10, ffhq64, digits32"):
+    with pytest.raises(InputError, match="cifar10, ffhq64, digits16"):
         diffit_image_config("ffhq")
 
 
@@ -230,6 +230,6 @@ def test_augmentation_starts_xavier_uniform_and_costs_1152_numbers() -> None:
     weight = tiny(augmented=True).get_parameter("t_embedder.augment.weight")
     bound = (6 / (9 + 128)) ** 0.5
     assert 0.98 * bound < weight.abs().max() <= bound
-    told, untold = (cost(diffit_image_config("digits32", augmented=augmented)) for augmented in (True, False))
+    told, untold = (cost(diffit_image_config("digits16", augmented=augmented)) for augmented in (True, False))
     assert told.parameters == untold.parameters + 1152
-    assert [diffit_image_config(name).augmented for name in ("cifar10", "ffhq64", "digits32")] == [True, True, False]
+    assert [diffit_image_config(name).augmented for name in ("cifar10", "ffhq64", "digits16")] == [True, True, False]

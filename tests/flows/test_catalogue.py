@@ -16,7 +16,7 @@ from flows.cli import main
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the smallest models: the others are counted in the tests of the models."""
     monkeypatch.setattr(costs, "SIZES", {"S": SIZES["S"]})
-    monkeypatch.setattr(costs, "IMAGE_SIZES", {"digits32": {}})
+    monkeypatch.setattr(costs, "IMAGE_SIZES", {"digits16": {}})
 
 
 def test_table(few: None, capsys: pytest.CaptureFixture[str]) -> None:
