@@ -207,3 +207,38 @@ def test_sigkill_in_every_stage_ends_in_the_same_bits(report: dict[str, Any], di
         kept = {entry["path"]: entry["sha256"] for entry in healed[stage]["files"]}
         assert kept == {entry["path"]: entry["sha256"] for entry in undisturbed[stage]["files"]}
     assert healed["evaluate"]["metrics"] == undisturbed["evaluate"]["metrics"]
+
+
+SWEEP = """
+name: pixels
+base: demo-diffit
+change:
+  train.steps: 4
+  train.batch_size: 8
+  train.model.size: {stem_width: 32, widths: [32], depths: [1], window: 4, time_width: 32}
+  shard.images_per_shard: 50
+  sample.count: 20
+  sample.steps: 2
+vary:
+  sample.seed: [0, 1]
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_of_models_on_pixels_shares_its_stages_and_is_served(tmp_path: Path, digits: Path) -> None:
+    import mlflow
+
+    (tmp_path / "pixels.yaml").write_text(SWEEP)
+    sets = [part for split in ("train", "held_out") for part in ("--set", f"archive.{split}={digits / split}")]
+    run = [sys.executable, "-m", "flows.cli", "run", str(tmp_path / "pixels.yaml"), "--root", str(tmp_path / "root")]
+    done = subprocess.run([*run, "--json", *sets], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert (first["recipe"], second["recipe"]) == ("pixels-0", "pixels-1")
+    assert states(first) == dict.fromkeys(STAGES, "ran")
+    assert states(second) == {name: "skipped" if name in ("shard", "encode", "train") else "ran" for name in STAGES}
+    assert first["metrics"] != second["metrics"]
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'root' / 'mlflow.db'}")
+    images = mlflow.pyfunc.load_model("models:/ditflow-demo-diffit/1").predict(pd.DataFrame({"label": [3, 7]}))
+    sides = [Image.open(io.BytesIO(base64.b64decode(image))).size for image in images["png_base64"]]
+    assert sides == [(16, 16), (16, 16)]
