@@ -1,4 +1,4 @@
-"""The metrics: the Fréchet distance and SciPy's root of a matrix, Inception's layout, the memory of precision and recall.
+"""The Fréchet distance and SciPy's root of a matrix, Inception's layouts, the memory of precision and recall.
 
 Without weights: neither speed nor memory depends on them.
 """
