@@ -16,7 +16,8 @@ from torch import Tensor
 from dit.devices import device
 from dit.export import CheckpointManifest
 from dit.metrics.features import ExtractorRef, FeatureExtractor, Images, load_extractor
-from dit.metrics.frechet import Statistics
+from dit.metrics.precision_recall import Mode
+from dit.metrics.summary import CONDITIONS, Names, Summary, compare
 from dit.random import Stream, words
 from dit.sample import SampleManifest
 from storage import transforms
@@ -28,9 +29,12 @@ from storage.rows import RowReader
 from storage.shards import ShardManifest, read_images
 from storage.tracking import Tracker, publish
 
-VERSION = 1
+VERSION = 2
 NOISE_SEED = 0
 HELD_OUT = "held_out"
+KEPT_REFERENCE = 10_000
+"""Of so many reference images the features are kept, the first ones: tars are shuffled. The published sets have as
+many."""
 
 
 class EvaluateConfig(Config):
@@ -48,7 +52,8 @@ class MetricsManifest(Manifest):
     STAGE = "evaluate"
 
     distance: str
-    """Name of the distance with its feature space, such as ``FD[demo-digits@1a2b3c4d]``."""
+    """Name of the distance with its feature space, such as ``FD[demo-digits@1a2b3c4d]``. Only the published
+    weights of Inception make it an FID."""
     conditions: dict[str, str | int | float]
     """What the numbers must be published with."""
 
@@ -68,10 +73,12 @@ class Classifier(Protocol):
 def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tracker: Tracker) -> MetricsManifest:
     """Compare samples with the images that the model was trained on, and commit the numbers.
 
-    ``fd`` is the Fréchet distance to the training images. Its ceiling is that of uniform noise, its
-    floor that of held-out images, if there are at least two. The distance grows as the number of
-    images falls, so the floor is taken from no more images than there are samples, and has a
-    counterpart ``fd_at_floor_n`` from as many samples. ``recognised`` is the share of samples that a
+    ``fd`` is the Fréchet distance to the training images, named ``fid`` in the space that papers use.
+    Its ceiling is that of uniform noise, its floor that of held-out images, if there are at least two.
+    The distance grows as the number of images falls, so the floor is taken from no more images than
+    there are samples, and has a counterpart ``fd_at_floor_n`` from as many samples.
+    `dit.metrics.summary.compare` says what else there is; what needs single features takes those of all
+    samples and of at most 10,000 training images. ``recognised`` is the share of samples that a
     classifier takes for the class that was asked for.
 
     Raises:
@@ -85,12 +92,12 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
     reader = RowReader(samples)
     counts = _counts(shards, latents.split, len(reader))
     sets = _Sets(reader, shards, samples.resolution, config.batch_size)
-    metrics = _distances(_Measure(extractor, tracker, _total(counts)), sets, latents.split, counts)
+    metrics = _numbers(_Measure(extractor, tracker, _total(counts)), sets, latents.split, counts)
     if isinstance(extractor, Classifier) and set(samples.class_names) <= set(extractor.class_names):
         metrics |= _recognised(extractor, sets, samples.class_names)
     tracker.metrics(metrics, step=0)
     facts = {
-        "distance": f"FD[{extractor.name}@{extractor.sha256[:8]}]",
+        "distance": f"{_names(extractor).distance.upper()}[{extractor.name}@{extractor.sha256[:8]}]",
         "conditions": samples.conditions | _conditions(extractor, shards, latents),
     }
     page = json.dumps(facts | {"metrics": metrics, "counts": counts}, indent=1).encode()
@@ -133,26 +140,29 @@ class _Sets:
 
 @dataclass
 class _Measure:
-    """Statistics of the features of sets of images, reported to the tracker as they grow."""
+    """Takes the features of sets of images, and reports to the tracker how far it is."""
 
     extractor: FeatureExtractor
     tracker: Tracker
     total: int
     done: int = 0
 
-    def __call__(self, batches: Iterable[NDArray[np.uint8]]) -> Statistics:
-        statistics = Statistics.empty(self.extractor.dims)
+    def __call__(self, batches: Iterable[NDArray[np.uint8]], into: Summary | None = None, keep: int = 0) -> Summary:
+        """Add the images to a summary, which keeps the features of its first ``keep`` ones."""
+        summary = into or Summary(self.extractor.dims)
         for batch in batches:
-            statistics = statistics.update(self.extractor(torch.from_numpy(batch)))
+            summary.update(self.extractor.outputs(torch.from_numpy(batch)), keep)
             self.done += len(batch)
             self.tracker.progress(self.done, self.total, "images")
-        return statistics
+        return summary
 
 
 def _counts(shards: ShardManifest, split: str, samples: int) -> dict[str, int]:
     held_out = shards.splits[HELD_OUT].count if HELD_OUT in shards.splits else 0
     floor = min(held_out, samples) if held_out > 1 else 0  # one image has no covariance
-    return {"samples": samples, "reference": shards.splits[split].count, "floor": floor}
+    reference = shards.splits[split].count
+    kept = min(reference, KEPT_REFERENCE)
+    return {"samples": samples, "reference": reference, "reference_kept": kept, "floor": floor}
 
 
 def _total(counts: Mapping[str, int]) -> int:
@@ -160,16 +170,28 @@ def _total(counts: Mapping[str, int]) -> int:
     return counts["reference"] + 2 * counts["samples"] + counts["floor"]
 
 
-def _distances(measure: _Measure, sets: _Sets, split: str, counts: Mapping[str, int]) -> dict[str, float]:
-    count, floor = counts["samples"], counts["floor"]
-    reference = measure(sets.of_split(split, counts["reference"]))
-    first, rest = measure(sets.of_samples(0, floor)), measure(sets.of_samples(floor, count))
+def _numbers(measure: _Measure, sets: _Sets, split: str, counts: Mapping[str, int]) -> dict[str, float]:
+    count, floor, names = counts["samples"], counts["floor"], _names(measure.extractor)
+    reference = measure(sets.of_split(split, counts["reference"]), keep=counts["reference_kept"])
+    samples = measure(sets.of_samples(0, floor), keep=count)
+    at_floor = samples.statistics
+    measure(sets.of_samples(floor, count), samples, keep=count)
+    metrics = compare(reference, samples, names, _modes(measure.extractor))
     noise = measure(sets.of_noise(count))
-    metrics = {"fd": reference.distance(first.merge(rest)), "fd_ceiling": reference.distance(noise)}
+    metrics[f"{names.distance}_ceiling"] = reference.statistics.distance(noise.statistics)
     if floor:
-        metrics["fd_floor"] = reference.distance(measure(sets.of_split(HELD_OUT, floor)))
-        metrics["fd_at_floor_n"] = reference.distance(first)
+        held_out = measure(sets.of_split(HELD_OUT, floor))
+        metrics[f"{names.distance}_floor"] = reference.statistics.distance(held_out.statistics)
+        metrics[f"{names.distance}_at_floor_n"] = reference.statistics.distance(at_floor)
     return metrics
+
+
+def _names(extractor: FeatureExtractor) -> Names:
+    return Names(extractor.published)
+
+
+def _modes(extractor: FeatureExtractor) -> tuple[Mode, ...]:
+    return ("adm-fp16", "fp32") if extractor.name == "inception-tf" else ("fp32",)
 
 
 def _recognised(classifier: Classifier, sets: _Sets, class_names: tuple[str, ...]) -> dict[str, float]:
@@ -195,4 +217,6 @@ def _conditions(
         "reference_split": latents.split,
         "reference_crop": f"{transforms.CROP_ID}-{latents.resolution}",
         "noise_seed": NOISE_SEED,
+        "precision_recall_modes": ", ".join(_modes(extractor)),
+        **CONDITIONS,
     }

@@ -30,7 +30,9 @@ def show(recipe: str, outcomes: list[Outcome], root: str) -> None:
     manifests = [Manifest.read(outcome.manifest) for outcome in outcomes]
     _print_table([[o.name, o.state, f"{o.seconds:.1f} s", o.manifest] for o in outcomes])
     _print_table([[name, f"{value:.4g}"] for name, value in _metrics(manifests).items()])
-    distances = [["fd is", MetricsManifest.read(m.uri).distance] for m in manifests if m.stage == MetricsManifest.STAGE]
+    distances = [
+        ["distance", MetricsManifest.read(m.uri).distance] for m in manifests if m.stage == MetricsManifest.STAGE
+    ]
     pictures = [
         [entry.path.rpartition("/")[2], uri.join(manifest.uri, entry.path)]
         for manifest in manifests

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dit.metrics.features import Images
+from dit.metrics.features import Images, Outputs
 from dit.weights import one_line, read_weights
 from storage import uri
 from storage.errors import InputError
@@ -59,17 +59,21 @@ class DemoDigits:
     version: int = 1
     dims: int = DIMS
     preprocessing: str = "bicubic-32px/127.5-1"
+    published: bool = False
     class_names: tuple[str, ...] = CLASS_NAMES
 
     @torch.no_grad()
+    def outputs(self, images: Images) -> Outputs:
+        """Features (B, 64) and logits (B, 10); images and errors as in `__call__`."""
+        return Outputs(*self.network(self._prepared(images)))
+
     def __call__(self, images: Images) -> Tensor:
         """Features float32 (B, 64) of images uint8 (B, H, H, 3), H at most 32.
 
         Raises:
             InputError: the images are larger, not square, or of another type.
         """
-        features: Tensor = self.network(self._prepared(images))[0]
-        return features
+        return self.outputs(images).features
 
     @torch.no_grad()
     def logits(self, images: Images) -> Tensor:

@@ -2,6 +2,7 @@
 
 # B = batch, H = W = image sides, D = features
 
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -13,6 +14,18 @@ from storage.config import Config, operational
 
 Images = NDArray[np.uint8] | Tensor
 """uint8 (B, H, W, 3)."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What an extractor makes of images, in float32."""
+
+    features: Tensor
+    """(B, D)."""
+    logits: Tensor | None = None
+    """Of its classes (B, C), if it has any."""
+    spatial: Tensor | None = None
+    """Features that still know where things are (B, S), if the network has an agreed layer for them."""
 
 
 class FeatureExtractor(Protocol):
@@ -38,6 +51,13 @@ class FeatureExtractor(Protocol):
     def sha256(self) -> str:
         """Hash of the weights file."""
 
+    @property
+    def published(self) -> bool:
+        """Whether these are the network and the weights that FID, sFID, KID and IS are defined with."""
+
+    def outputs(self, images: Images) -> Outputs:
+        """All that the network has to say of images uint8 (B, H, W, 3); errors as in `__call__`."""
+
     def __call__(self, images: Images) -> Tensor:
         """Features float32 (B, D) of images uint8 (B, H, W, 3).
 
@@ -49,8 +69,8 @@ class FeatureExtractor(Protocol):
 class ExtractorRef(Config):
     """Which extractor, and where its weights lie."""
 
-    name: Literal["demo-digits"] = "demo-digits"
-    """The network: ``demo-digits`` is the digits classifier that comes with the demo."""
+    name: Literal["demo-digits", "inception-tf"] = "demo-digits"
+    """The network: ``demo-digits`` is the digits classifier that comes with the demo, ``inception-tf`` that of FID."""
     weights: str = operational()
     """Folder or file of the weights, by path or fsspec URL."""
     sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")
@@ -63,6 +83,10 @@ def load_extractor(ref: ExtractorRef, device: torch.device | str = "cpu") -> Fea
     Raises:
         InputError: the weights are missing or broken, or have another hash than ``ref`` says.
     """
-    from dit.metrics.demo_digits import load_digits_classifier  # only the network that is asked for
+    if ref.name == "inception-tf":
+        from dit.metrics.inception import load_inception  # only the network that is asked for
+
+        return load_inception(ref.weights, ref.sha256, device)
+    from dit.metrics.demo_digits import load_digits_classifier
 
     return load_digits_classifier(ref.weights, ref.sha256, device)

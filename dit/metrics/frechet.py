@@ -35,13 +35,13 @@ class Statistics:
         Raises:
             InputError: a feature is not finite.
         """
-        x = features.detach().double().cpu()
+        x = features.detach().double()
         if not x.isfinite().all():
             raise InputError("features: some are not finite; look at the samples and the extractor's weights")
         if not len(x):
             return cls.empty(x.shape[1])
         mean = x.mean(0)
-        return cls(len(x), mean, (x - mean).T @ (x - mean))
+        return cls(len(x), mean.cpu(), ((x - mean).T @ (x - mean)).cpu())
 
     def merge(self, other: Self) -> Self:
         """Of both sets together."""

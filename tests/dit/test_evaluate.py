@@ -1,21 +1,29 @@
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save
 
-from dit import sample
+from dit import evaluate, sample
 from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.export import CheckpointManifest
+from dit.metrics import summary
 from dit.metrics.demo_digits import DigitsClassifier, load_digits_classifier
-from dit.metrics.features import ExtractorRef
+from dit.metrics.features import ExtractorRef, Images, Outputs
+from dit.metrics.frechet import Statistics
+from dit.metrics.inception_score import InceptionScore
+from dit.metrics.kernel import kernel_distance
+from dit.metrics.precision_recall import precision_recall
+from dit.metrics.resample import fd_infinity, fd_spread
 from dit.sample import SampleManifest
 from storage import shards as shard
-from storage import uri
+from storage import transforms, uri
 from storage.archive import ArchiveRef
 from storage.errors import InputError, StorageError
 from storage.latents import LatentManifest
@@ -121,7 +129,7 @@ def test_numbers_of_a_models_samples(
     training = pixels(pictures, "train")[0]
     assert manifest.metrics["fd"] == pytest.approx(fd(judge, images, training), rel=1e-3)
     assert manifest.metrics["fd"] > manifest.metrics["fd_floor"]
-    assert manifest.counts == {"samples": 11, "reference": tiny.COUNT, "floor": 11}
+    assert manifest.counts == {"samples": 11, "reference": tiny.COUNT, "reference_kept": tiny.COUNT, "floor": 11}
     assert recorder.values == {0: manifest.metrics}
     assert recorder.steps[-1][0] == recorder.steps[-1][1] == tiny.COUNT + 3 * 11
     digest = uri.sha256(Path(judge.extractor.weights, "model.safetensors").read_bytes())
@@ -135,7 +143,108 @@ def test_numbers_of_a_models_samples(
         "reference_split": "train",
         "reference_crop": "box-bicubic-centre-32",
         "noise_seed": 0,
+        "precision_recall_modes": "fp32",
+        "metrics_seed": 0,
+        "metrics_dtype": "float32 features without TF32, float64 statistics",
+        "score_split": 5000,
+        "precision_recall_neighbour": 3,
+        "kernel": "(x y / D + 1)^3, unbiased, all pairs",
+        "infinity_sizes": 15,
+        "interval": "95 %, normal, from 32 bootstrap resamples of the samples",
     }
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """An extractor without weights: a picture's mean by place and colour, in three layers."""
+
+    published: bool
+    name: str = "inception-tf"
+    version: int = 1
+    dims: int = 12
+    preprocessing: str = "none"
+    sha256: str = "6726825d" + 56 * "0"
+
+    def outputs(self, images: Images) -> Outputs:
+        pixels = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
+        features = F.adaptive_avg_pool2d(pixels, 2).flatten(1)
+        return Outputs(features, 9 * features[:, :5], F.adaptive_avg_pool2d(pixels, 3).flatten(1))
+
+    def __call__(self, images: Images) -> torch.Tensor:
+        return self.outputs(images).features
+
+
+def test_published_inception_gives_the_names_of_the_papers(
+    tmp_path: Path,
+    pictures: Path,
+    checkpoint: CheckpointManifest,
+    judge: EvaluateConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every number is what its function gives for all features at once."""
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: Coarse(published=True))
+    training, (images, labels) = pixels(pictures, "train")[0], pixels(pictures, "held_out")
+    manifest = tiny.run_evaluate(tmp_path, judge, as_samples(tmp_path, checkpoint, images, labels))
+    near, found = Coarse(published=True).outputs(training), Coarse(published=True).outputs(images)
+    reference, samples = Statistics.of(near.features), Statistics.of(found.features)
+    margin = 1.96 * fd_spread(reference, found.features, 0)
+    score = InceptionScore()
+    score.update(found.logits)
+    fid, floor = reference.distance(samples), manifest.metrics["fid_floor"]
+    expected = {
+        "fid": fid,
+        "fid_low": fid - margin,
+        "fid_high": fid + margin,
+        "fid_infinity": fd_infinity(reference, found.features, 0),
+        "fid_floor": floor,
+        "fid_at_floor_n": fid,
+        "fid_ceiling": manifest.metrics["fid_ceiling"],
+        "sfid": Statistics.of(near.spatial).distance(Statistics.of(found.spatial)),
+        "kid": kernel_distance(near.features, found.features),
+        "inception_score": score.value(),
+    }
+    for mode in ("adm-fp16", "fp32"):
+        both = precision_recall(near.features, found.features, mode)
+        expected |= {
+            f"{name}_{mode}".replace("-", "_"): v for name, v in zip(("precision", "recall"), both, strict=True)
+        }
+    assert manifest.metrics == pytest.approx(expected, rel=1e-4)
+    assert fid == pytest.approx(floor, rel=1e-6)
+    assert manifest.distance == "FID[inception-tf@6726825d]"
+    assert manifest.conditions["precision_recall_modes"] == "adm-fp16, fp32"
+
+
+def test_other_weights_of_inception_give_no_fid(
+    tmp_path: Path, samples: SampleManifest, judge: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: Coarse(published=False))
+    manifest = tiny.run_evaluate(tmp_path, judge, samples)
+    assert {"fd", "sfd", "kd", "classifier_score", "precision_adm_fp16"} < set(manifest.metrics)
+    assert not {"fid", "sfid", "kid", "inception_score"} & set(manifest.metrics)
+    assert manifest.distance == "FD[inception-tf@6726825d]"
+
+
+def test_single_features_are_those_of_the_first_reference_images_and_all_samples(
+    tmp_path: Path,
+    shards: ShardManifest,
+    samples: SampleManifest,
+    judge: EvaluateConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def spy(reference: torch.Tensor, found: torch.Tensor, mode: str) -> tuple[float, float]:
+        seen.extend((reference, found))
+        return 0.0, 0.0
+
+    monkeypatch.setattr(evaluate, "KEPT_REFERENCE", 20)
+    monkeypatch.setattr(summary, "precision_recall", spy)
+    manifest = tiny.run_evaluate(tmp_path, judge, samples)
+    assert manifest.counts["reference_kept"] == 20
+    extractor = load_digits_classifier(judge.extractor.weights)
+    first = [transforms.load(item.data, tiny.SIDE) for item in shard.read_images(shards, "train", 0, 20)]
+    torch.testing.assert_close(seen[0].cpu(), extractor(np.stack(first)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(seen[1].cpu(), extractor(RowReader(samples).array("image")), rtol=1e-4, atol=1e-6)
 
 
 def test_batches_do_not_matter(tmp_path: Path, samples: SampleManifest, judge: EvaluateConfig) -> None:
@@ -223,7 +332,8 @@ def test_without_held_out_images_there_is_no_floor(
     tmp_path: Path, pictures: Path, vae: object, judge: EvaluateConfig
 ) -> None:
     manifest = tiny.run_evaluate(tmp_path, judge, pipeline(tmp_path, pictures, vae, held_out=False))
-    assert set(manifest.metrics) == {"fd", "fd_ceiling", "recognised"}
+    others = {"fd_low", "fd_high", "fd_infinity", "kd", "precision_fp32", "recall_fp32", "classifier_score"}
+    assert set(manifest.metrics) == {"fd", "fd_ceiling", "recognised"} | others
     assert manifest.counts["floor"] == 0
 
 

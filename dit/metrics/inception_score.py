@@ -1,0 +1,64 @@
+"""Inception score (Salimans et al., arXiv 1606.03498) from logits that arrive in batches."""
+
+# B = batch, C = classes
+
+from math import exp
+
+import torch
+from torch import Tensor
+
+from storage.errors import InputError
+
+SPLIT = 5000
+"""Samples of a split in the published numbers."""
+
+
+class InceptionScore:
+    """The mean over contiguous splits, in the order of arrival, of exp(E KL(p(y|x) || p(y))).
+
+    The last split may be short. What is kept of a split is the sum of its probabilities and of their
+    p log p, in float64, since E KL is E sum p log p minus sum q log q with q the mean of p.
+    """
+
+    def __init__(self, split: int = SPLIT) -> None:
+        self._split = split
+        self._scores: list[float] = []
+        self._count, self._negentropy, self._sum = 0, 0.0, torch.zeros(0)
+
+    def update(self, logits: Tensor) -> None:
+        """Add samples by their logits (B, C).
+
+        Raises:
+            InputError: a logit is not finite.
+        """
+        if not logits.isfinite().all():
+            raise InputError("logits: some are not finite; look at the samples and the extractor's weights")
+        logs = logits.detach().double().log_softmax(1)
+        while len(logs):
+            part, logs = logs.tensor_split([self._split - self._count])
+            self._add(part)
+
+    def value(self) -> float:
+        """The score, from 1 to C.
+
+        Raises:
+            InputError: there are no samples.
+        """
+        scores = self._scores + ([self._current()] if self._count else [])
+        if not scores:
+            raise InputError("inception score: there are no samples")
+        return sum(scores) / len(scores)
+
+    def _add(self, logs: Tensor) -> None:
+        p = logs.exp()
+        total = p.sum(0).cpu()
+        self._sum = self._sum + total if self._count else total
+        self._negentropy += float((p * logs).sum())
+        self._count += len(p)
+        if self._count == self._split:
+            self._scores.append(self._current())
+            self._count, self._negentropy = 0, 0.0
+
+    def _current(self) -> float:
+        q = self._sum / self._count
+        return exp(self._negentropy / self._count - float(torch.xlogy(q, q).sum()))

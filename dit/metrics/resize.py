@@ -1,0 +1,25 @@
+"""Resizing as TensorFlow 1 does it, which FID is defined with."""
+
+# B = batch, C = channels, H, W = image sides
+
+import torch
+from torch import Tensor
+
+
+def resize_tf1(images: Tensor, side: int) -> Tensor:
+    """Images float32 (B, C, H, W) in any range to (B, C, side, side), as TensorFlow 1's ResizeBilinear.
+
+    Pixel i of the result lies at i * H / side of the source: no half-pixel offset, no aligned
+    corners, no antialiasing, no rounding.
+    """
+    return _along(_along(images, side, 3), side, 2)
+
+
+def _along(images: Tensor, side: int, dim: int) -> Tensor:
+    length = images.shape[dim]
+    scale = torch.tensor(length, dtype=torch.float32, device=images.device) / side
+    place = torch.arange(side, dtype=torch.float32, device=images.device) * scale
+    low = place.floor().long()
+    a, b = images.index_select(dim, low), images.index_select(dim, (low + 1).clamp(max=length - 1))
+    share = (place - low).view(-1, *[1] * (3 - dim))
+    return a + (b - a) * share

@@ -1,0 +1,115 @@
+"""What is remembered of a set of images, and the numbers that two such sets give."""
+
+# N = images, B = batch, D = features
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from dit.devices import device
+from dit.metrics.features import Outputs
+from dit.metrics.frechet import Statistics
+from dit.metrics.inception_score import SPLIT, InceptionScore
+from dit.metrics.kernel import kernel_distance
+from dit.metrics.precision_recall import NEIGHBOUR, Mode, precision_recall
+from dit.metrics.resample import DRAWS, POINTS, fd_infinity, fd_spread
+
+SEED: Final = 0
+CONDITIONS: Final[dict[str, str | int | float]] = {
+    "metrics_seed": SEED,
+    "metrics_dtype": "float32 features without TF32, float64 statistics",
+    "score_split": SPLIT,
+    "precision_recall_neighbour": NEIGHBOUR,
+    "kernel": "(x y / D + 1)^3, unbiased, all pairs",
+    "infinity_sizes": POINTS,
+    "interval": f"95 %, normal, from {DRAWS} bootstrap resamples of the samples",
+}
+
+
+@dataclass
+class Summary:
+    """Streaming statistics of all images, and the features of the first ones for what needs them one by one."""
+
+    dims: int
+    """D."""
+    statistics: Statistics = field(init=False)
+    spatial: Statistics | None = None
+    score: InceptionScore | None = None
+    _kept: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.statistics = Statistics.empty(self.dims)
+
+    def update(self, outputs: Outputs, keep: int = 0) -> None:
+        """Add a batch, and keep its features unless those of ``keep`` images are kept already.
+
+        Raises:
+            InputError: a feature or logit is not finite.
+        """
+        room = max(keep - self.statistics.count, 0)
+        self._kept.append(outputs.features[:room].cpu())
+        self.statistics = self.statistics.update(outputs.features)
+        if outputs.spatial is not None:
+            self.spatial = (self.spatial or Statistics.empty(outputs.spatial.shape[1])).update(outputs.spatial)
+        if outputs.logits is not None:
+            self.score = self.score or InceptionScore()
+            self.score.update(outputs.logits)
+
+    def features(self) -> Tensor:
+        """The features that were kept, float32 (N, D), on the device."""
+        return torch.cat(self._kept).to(device())
+
+
+@dataclass(frozen=True)
+class Names:
+    """What numbers are called: only those of the published Inception have the names that papers know."""
+
+    published: bool
+
+    @property
+    def distance(self) -> str:
+        """The Fréchet distance: ``fid`` or ``fd``."""
+        return "fid" if self.published else "fd"
+
+    @property
+    def spatial(self) -> str:
+        """That of the spatial features."""
+        return "sfid" if self.published else "sfd"
+
+    @property
+    def kernel(self) -> str:
+        """The kernel distance."""
+        return "kid" if self.published else "kd"
+
+    @property
+    def score(self) -> str:
+        """The score of the logits."""
+        return "inception_score" if self.published else "classifier_score"
+
+
+def compare(reference: Summary, samples: Summary, names: Names, modes: tuple[Mode, ...]) -> dict[str, float]:
+    """How far samples are from the reference, by name.
+
+    The distance comes with its 95 % interval ``_low`` to ``_high`` under resampling of the samples,
+    and with ``_infinity``, its value at infinitely many of them.
+
+    Raises:
+        InputError: a set has fewer than four images, or features that were kept.
+    """
+    fd, near, found = names.distance, reference.features(), samples.features()
+    value = reference.statistics.distance(samples.statistics)
+    margin = 1.96 * fd_spread(reference.statistics, found, SEED)
+    metrics = {fd: value, f"{fd}_low": value - margin, f"{fd}_high": value + margin}
+    metrics[f"{fd}_infinity"] = fd_infinity(reference.statistics, found, SEED)
+    metrics[names.kernel] = kernel_distance(near, found)
+    for mode in modes:
+        precision, recall = precision_recall(near, found, mode)
+        suffix = mode.replace("-", "_")
+        metrics |= {f"precision_{suffix}": precision, f"recall_{suffix}": recall}
+    if reference.spatial and samples.spatial:
+        metrics[names.spatial] = reference.spatial.distance(samples.spatial)
+    if samples.score:
+        metrics[names.score] = samples.score.value()
+    return metrics
