@@ -17,8 +17,7 @@ from dit.devices import device
 from dit.export import CheckpointManifest
 from dit.metrics.features import ExtractorRef, FeatureExtractor, Images, load_extractor
 from dit.metrics.precision_recall import Mode
-from dit.metrics.resample import subset
-from dit.metrics.summary import CONDITIONS, SEED, Names, Summary, compare
+from dit.metrics.summary import CONDITIONS, Names, Summary, compare
 from dit.random import Stream, words
 from dit.sample import SampleManifest
 from storage import transforms
@@ -34,7 +33,7 @@ VERSION = 2
 NOISE_SEED = 0
 HELD_OUT = "held_out"
 KEPT_REFERENCE = 10_000
-"""Reference images whose features are kept, as many as in the published reference sets."""
+"""Features are kept of so many reference images, the first ones, since tars are shuffled. As in the published sets."""
 
 
 class EvaluateConfig(Config):
@@ -82,8 +81,8 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
     classifier takes for the class that was asked for.
 
     Raises:
-        InputError: the extractor cannot be loaded or cannot read these images, or the stages behind
-            the samples are gone.
+        InputError: the extractor cannot be loaded or cannot read these images, there are fewer than
+            four samples, or the stages behind them are gone.
         StorageError: samples or images are not what was committed.
     """
     extractor = load_extractor(config.extractor, device())
@@ -147,16 +146,11 @@ class _Measure:
     total: int
     done: int = 0
 
-    def __call__(
-        self, batches: Iterable[NDArray[np.uint8]], into: Summary | None = None, keep: Tensor | None = None
-    ) -> Summary:
-        """Add the images to a summary, and keep the features of those where ``keep``, bool (N,), is true."""
-        summary, start = into or Summary(self.extractor.dims), 0
+    def __call__(self, batches: Iterable[NDArray[np.uint8]], into: Summary | None = None, keep: int = 0) -> Summary:
+        """Add the images to a summary, which keeps the features of its first ``keep`` ones."""
+        summary = into or Summary(self.extractor.dims)
         for batch in batches:
-            stop = start + len(batch)
-            outputs = self.extractor.outputs(torch.from_numpy(batch))
-            summary.update(outputs, None if keep is None else keep[start:stop])
-            start = stop
+            summary.update(self.extractor.outputs(torch.from_numpy(batch)), keep)
             self.done += len(batch)
             self.tracker.progress(self.done, self.total, "images")
         return summary
@@ -177,11 +171,10 @@ def _total(counts: Mapping[str, int]) -> int:
 
 def _numbers(measure: _Measure, sets: _Sets, split: str, counts: Mapping[str, int]) -> dict[str, float]:
     count, floor, names = counts["samples"], counts["floor"], _names(measure.extractor)
-    reference = measure(sets.of_split(split, counts["reference"]), keep=_kept(counts))
-    everything = torch.ones(count, dtype=torch.bool)
-    samples = measure(sets.of_samples(0, floor), keep=everything)
+    reference = measure(sets.of_split(split, counts["reference"]), keep=counts["reference_kept"])
+    samples = measure(sets.of_samples(0, floor), keep=count)
     at_floor = samples.statistics
-    measure(sets.of_samples(floor, count), samples, everything)
+    measure(sets.of_samples(floor, count), samples, keep=count)
     metrics = compare(reference, samples, names, _modes(measure.extractor))
     noise = measure(sets.of_noise(count))
     metrics[f"{names.distance}_ceiling"] = reference.statistics.distance(noise.statistics)
@@ -190,14 +183,6 @@ def _numbers(measure: _Measure, sets: _Sets, split: str, counts: Mapping[str, in
         metrics[f"{names.distance}_floor"] = reference.statistics.distance(held_out.statistics)
         metrics[f"{names.distance}_at_floor_n"] = reference.statistics.distance(at_floor)
     return metrics
-
-
-def _kept(counts: Mapping[str, int]) -> Tensor:
-    """Which reference images to keep, drawn over all of them: they may lie sorted by class."""
-    keep = torch.zeros(counts["reference"], dtype=torch.bool)
-    rows = subset(SEED, Stream.REFERENCE_SUBSET, 0, counts["reference"], counts["reference_kept"])
-    keep[torch.from_numpy(rows)] = True
-    return keep
 
 
 def _names(extractor: FeatureExtractor) -> Names:

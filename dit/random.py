@@ -30,9 +30,8 @@ class Stream(IntEnum):
     SAMPLE_STEP = 17
     SAMPLE_LABEL = 18
     NOISE_IMAGE = 32
-    REFERENCE_SUBSET = 33
-    FD_SUBSET = 34
-    BOOTSTRAP = 35
+    FD_SUBSET = 33
+    BOOTSTRAP = 34
 
 
 def words(seed: int, stream: Stream, step: int, rows: Sequence[int], count: int) -> NDArray[np.uint64]:

@@ -30,7 +30,7 @@ CONDITIONS: Final[dict[str, str | int | float]] = {
 
 @dataclass
 class Summary:
-    """Streaming statistics of all images, and the features of those that are kept for what needs them one by one."""
+    """Streaming statistics of all images, and the features of the first ones for what needs them one by one."""
 
     dims: int
     """D."""
@@ -42,20 +42,20 @@ class Summary:
     def __post_init__(self) -> None:
         self.statistics = Statistics.empty(self.dims)
 
-    def update(self, outputs: Outputs, keep: Tensor | None = None) -> None:
-        """Add a batch, and keep the features of those images where ``keep``, bool (B,), is true.
+    def update(self, outputs: Outputs, keep: int = 0) -> None:
+        """Add a batch, and keep its features unless those of ``keep`` images are kept already.
 
         Raises:
             InputError: a feature or logit is not finite.
         """
+        room = max(keep - self.statistics.count, 0)
+        self._kept.append(outputs.features[:room].cpu())
         self.statistics = self.statistics.update(outputs.features)
         if outputs.spatial is not None:
             self.spatial = (self.spatial or Statistics.empty(outputs.spatial.shape[1])).update(outputs.spatial)
         if outputs.logits is not None:
             self.score = self.score or InceptionScore()
             self.score.update(outputs.logits)
-        if keep is not None:
-            self._kept.append(outputs.features.cpu()[keep])
 
     def features(self) -> Tensor:
         """The features that were kept, float32 (N, D), on the device."""

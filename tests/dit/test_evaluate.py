@@ -23,7 +23,7 @@ from dit.metrics.precision_recall import precision_recall
 from dit.metrics.resample import fd_infinity, fd_spread
 from dit.sample import SampleManifest
 from storage import shards as shard
-from storage import uri
+from storage import transforms, uri
 from storage.archive import ArchiveRef
 from storage.errors import InputError, StorageError
 from storage.latents import LatentManifest
@@ -224,8 +224,12 @@ def test_other_weights_of_inception_give_no_fid(
     assert manifest.distance == "FD[inception-tf@6726825d]"
 
 
-def test_single_features_are_kept_of_some_reference_images_from_everywhere(
-    tmp_path: Path, pictures: Path, samples: SampleManifest, judge: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
+def test_single_features_are_those_of_the_first_reference_images_and_all_samples(
+    tmp_path: Path,
+    shards: ShardManifest,
+    samples: SampleManifest,
+    judge: EvaluateConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[torch.Tensor] = []
 
@@ -233,14 +237,14 @@ def test_single_features_are_kept_of_some_reference_images_from_everywhere(
         seen.extend((reference, found))
         return 0.0, 0.0
 
-    monkeypatch.setattr(evaluate, "KEPT_REFERENCE", 10)
+    monkeypatch.setattr(evaluate, "KEPT_REFERENCE", 20)
     monkeypatch.setattr(summary, "precision_recall", spy)
     manifest = tiny.run_evaluate(tmp_path, judge, samples)
-    assert manifest.counts["reference_kept"] == 10
-    assert [len(features) for features in seen] == [10, 11]
-    every = load_digits_classifier(judge.extractor.weights)(pixels(pictures, "train")[0])
-    rows = torch.cdist(seen[0], every, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-    assert len(set((rows // tiny.TRAIN).tolist())) == len(tiny.CLASSES)
+    assert manifest.counts["reference_kept"] == 20
+    extractor = load_digits_classifier(judge.extractor.weights)
+    first = [transforms.load(item.data, tiny.SIDE) for item in shard.read_images(shards, "train", 0, 20)]
+    torch.testing.assert_close(seen[0].cpu(), extractor(np.stack(first)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(seen[1].cpu(), extractor(RowReader(samples).array("image")), rtol=1e-4, atol=1e-6)
 
 
 def test_batches_do_not_matter(tmp_path: Path, samples: SampleManifest, judge: EvaluateConfig) -> None:
@@ -345,7 +349,10 @@ def test_samples_that_were_damaged_are_not_measured(
     assert not list(tmp_path.glob(f"{MetricsManifest.STAGE}/*/manifest.json"))
 
 
-def test_one_sample_is_too_few(tmp_path: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig) -> None:
-    one = as_samples(tmp_path, checkpoint, np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int32))
-    with pytest.raises(InputError, match="at least 2 are needed"):
-        tiny.run_evaluate(tmp_path, judge, one)
+@pytest.mark.parametrize(("count", "needed"), [(1, 2), (3, 4)])
+def test_a_few_samples_are_too_few(
+    tmp_path: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig, count: int, needed: int
+) -> None:
+    few = as_samples(tmp_path, checkpoint, np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int32))
+    with pytest.raises(InputError, match=f"at least {needed} are needed"):
+        tiny.run_evaluate(tmp_path, judge, few)

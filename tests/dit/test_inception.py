@@ -299,7 +299,7 @@ def test_numbers_of_adm_u_at_256_pixels() -> None:
         sets.append(Summary(published.dims))
         for start in range(0, len(images), 64):
             batch = images[start : start + 64]
-            sets[-1].update(published.outputs(batch), torch.ones(len(batch), dtype=torch.bool))
+            sets[-1].update(published.outputs(batch), len(images))
     reference, samples = sets
     with np.load(os.environ["DITFLOW_ADM_REFERENCE"]) as given:  # of all training images, where arr_0 has 10,000
         mean, s, mean_s, s_s = (torch.from_numpy(given[key]).double() for key in ("mu", "sigma", "mu_s", "sigma_s"))

@@ -89,6 +89,12 @@ def test_the_surface_belongs_to_the_ball(mode: Mode) -> None:
     assert precision_recall(reference, torch.tensor([[6.0], [6.5], [7], [7.5]]), mode)[0] == 0.25
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_surface_belongs_to_the_ball_of_a_sample_too(mode: Mode) -> None:
+    samples = torch.tensor([[0.0], [1], [2], [3]])
+    assert precision_recall(torch.tensor([[6.0], [6.5], [7], [7.5]]), samples, mode)[1] == 0.25
+
+
 @pytest.mark.parametrize(("reference", "samples"), [(3, 9), (9, 3)])
 def test_too_few_are_refused(reference: int, samples: int) -> None:
     with pytest.raises(InputError, match=f"{reference} reference images and {samples} samples; at least 4"):

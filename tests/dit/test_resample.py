@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from dit.metrics import resample
 from dit.metrics.frechet import Statistics
 from dit.metrics.resample import fd_infinity, fd_spread, subset
 from dit.random import Stream
@@ -46,6 +47,13 @@ def test_infinity_of_an_exact_line_is_its_end(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Statistics, "update", lambda s, x: (sizes.append(len(x)), original(s, x))[1])
     assert fd_infinity(REFERENCE, normal(1000, 0), 0) == pytest.approx(2)
     assert (sizes[0], sizes[-1], len(sizes)) == (100, 1000, 15)
+
+
+def test_every_size_has_a_subset_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[set[int]] = []
+    monkeypatch.setattr(resample, "subset", lambda *key: (drawn.append(set((rows := subset(*key)).tolist())), rows)[1])
+    fd_infinity(REFERENCE, normal(100, 0), 0)
+    assert not drawn[0] <= drawn[1]
 
 
 def test_few_samples_stay_above_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,92 @@
+"""The Fréchet distance and SciPy's root of a matrix, Inception's layouts, the memory of precision and recall.
+
+Without weights: neither speed nor memory depends on them.
+"""
+
+# N = reference images, M = samples, D = features
+
+import multiprocessing
+import resource
+from functools import partial
+
+import numpy as np
+import torch
+from scipy import linalg
+from torch import Tensor
+
+from benchmarks.common import Measured, Result, fastest, main, seconds
+from dit.devices import device
+from dit.metrics.frechet import frechet_distance
+from dit.metrics.inception import DIMS, InceptionTF, InceptionV3
+from dit.metrics.precision_recall import Mode, precision_recall
+
+IMAGES = 16
+REFERENCE, SAMPLES = 10_000, 50_000
+MODE: Mode = "adm-fp16"
+"""The one that needs more memory."""
+
+
+def measure() -> Measured:
+    """Everything at the size of the published numbers."""
+    parts = [distances(DIMS), layouts(IMAGES), memory(REFERENCE, SAMPLES, DIMS)]
+    return [result for results, _ in parts for result in results], {
+        k: v for _, found in parts for k, v in found.items()
+    }
+
+
+def distances(dims: int) -> Measured:
+    """Ours against ``scipy.linalg.sqrtm`` of the product of the covariances.
+
+    Raises:
+        ValueError: they disagree.
+    """
+    rng = np.random.default_rng(0)
+    mean = np.zeros(dims)
+    s1, s2 = (np.cov(rng.normal(size=(2 * dims, dims)) * scale, rowvar=False) for scale in (1, 1.5))
+    found: dict[str, float] = {}
+
+    def ours() -> None:
+        tensors = [torch.from_numpy(value) for value in (mean, s1, mean, s2)]
+        found["ours"] = frechet_distance(tensors[0], tensors[1], tensors[2], tensors[3])
+
+    def sqrtm() -> None:
+        found["sqrtm"] = float(np.trace(s1 + s2) - 2 * np.trace(linalg.sqrtm(s1 @ s2)).real)
+
+    times = {"fd": fastest(ours, times=3), "fd_sqrtm": seconds(sqrtm)}
+    if abs(found["ours"] / found["sqrtm"] - 1) > 1e-6:
+        raise ValueError(f"distances disagree: {found}")
+    results = [Result(name, value, "s") for name, value in times.items()]
+    return results, {"fd_vs_sqrtm": times["fd_sqrtm"] / times["fd"]}
+
+
+def layouts(count: int) -> Measured:
+    """Features with the channels last, as the extractor takes them, and of the plain network."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 256, 256, 3), np.uint8))
+    network = InceptionV3().eval().to(device())
+    resized = torch.zeros(count, 3, 299, 299, device=device())
+    with torch.no_grad():
+        plain = fastest(partial(network, resized), times=3)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ours = fastest(partial(InceptionTF(network, "").outputs, images), times=3)
+    results = [Result("features", count / ours, "images/s"), Result("features_plain", count / plain, "images/s")]
+    return results, {"features_vs_plain": plain / ours}
+
+
+def memory(reference: int, samples: int, dims: int) -> Measured:
+    """The height of a process that takes precision and recall, features and libraries included."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        took, peak = pool.apply(_precision_recall, (reference, samples, dims))
+    return [Result("precision_recall", took, "s"), Result("precision_recall_peak", peak / 2**30, "GiB")], {}
+
+
+def _precision_recall(reference: int, samples: int, dims: int) -> tuple[float, int]:
+    generator = torch.Generator().manual_seed(0)
+    sets: list[Tensor] = [torch.randn(count, dims, generator=generator) for count in (reference, samples)]
+    took = seconds(lambda: precision_recall(sets[0].to(device()), sets[1].to(device()), MODE))
+    if torch.cuda.is_available():
+        return took, torch.cuda.max_memory_allocated()
+    return took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)
