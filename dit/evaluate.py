@@ -33,8 +33,7 @@ VERSION = 2
 NOISE_SEED = 0
 HELD_OUT = "held_out"
 KEPT_REFERENCE = 10_000
-"""Of so many reference images the features are kept, the first ones: tars are shuffled. The published sets have as
-many."""
+"""Features are kept of so many reference images, the first ones, since tars are shuffled. As in the published sets."""
 
 
 class EvaluateConfig(Config):
@@ -82,8 +81,8 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
     classifier takes for the class that was asked for.
 
     Raises:
-        InputError: the extractor cannot be loaded or cannot read these images, or the stages behind
-            the samples are gone.
+        InputError: the extractor cannot be loaded or cannot read these images, there are fewer than
+            four samples, or the stages behind them are gone.
         StorageError: samples or images are not what was committed.
     """
     extractor = load_extractor(config.extractor, device())

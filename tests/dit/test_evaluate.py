@@ -349,7 +349,10 @@ def test_samples_that_were_damaged_are_not_measured(
     assert not list(tmp_path.glob(f"{MetricsManifest.STAGE}/*/manifest.json"))
 
 
-def test_one_sample_is_too_few(tmp_path: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig) -> None:
-    one = as_samples(tmp_path, checkpoint, np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int32))
-    with pytest.raises(InputError, match="at least 2 are needed"):
-        tiny.run_evaluate(tmp_path, judge, one)
+@pytest.mark.parametrize(("count", "needed"), [(1, 2), (3, 4)])
+def test_a_few_samples_are_too_few(
+    tmp_path: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig, count: int, needed: int
+) -> None:
+    few = as_samples(tmp_path, checkpoint, np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int32))
+    with pytest.raises(InputError, match=f"at least {needed} are needed"):
+        tiny.run_evaluate(tmp_path, judge, few)
