@@ -65,7 +65,7 @@ def test_held_out_follows_the_trained_classes(tmp_path: Path) -> None:
     folder = str(write(tmp_path, "b/1.png"))
     archive = open_archive(folder, ("a", "b", "c"))
     assert archive.members[0].label == 1
-    with pytest.raises(InputError, match="class folder 'b' is none of the 2 classes to train on"):
+    with pytest.raises(InputError, match="class 'b' is none of the 2 classes to train on"):
         open_archive(folder, ("a", "c"))
 
 
