@@ -21,6 +21,9 @@ from storage.errors import InputError
 MAX_GROUP = 1 << 31
 """Bytes of images that one row group may have, unpacked."""
 
+MAX_ROWS = 1 << 20
+"""Rows that one row group may have: a few bytes can stand for any number of them."""
+
 KEPT = 1 << 28
 """Bytes of row groups that are kept for the next image."""
 
@@ -101,9 +104,10 @@ def _group(where: str, path: str, parquet: pq.ParquetFile, number: int, names: l
     about = parquet.metadata.row_group(number)
     columns = [about.column(index) for index in range(about.num_columns)]
     images = next(column for column in columns if column.path_in_schema == _BYTES)
-    if images.total_uncompressed_size > MAX_GROUP:
-        text = f"row group {number} has {images.total_uncompressed_size:,} bytes of images, more than {MAX_GROUP:,}"
-        raise InputError(f"{where}: {text}; write it with smaller ones")
+    if images.total_uncompressed_size > MAX_GROUP or about.num_rows > MAX_ROWS:
+        text = f"{about.num_rows:,} rows with {images.total_uncompressed_size:,} bytes of images"
+        most = f"more than {MAX_ROWS:,} or {MAX_GROUP:,}"
+        raise InputError(f"{where}: row group {number} has {text}, {most}; write it with smaller ones")
     wanted = [column.path_in_schema for column in columns if column.path_in_schema in (_PATH, _LABEL)]
     rows = parquet.read_row_group(number, columns=wanted, use_threads=False).to_pylist()
     labels = [_label(f"{where}: row group {number}", row[_LABEL], names) for row in rows]
@@ -143,7 +147,8 @@ class _Groups:
     def _read(self, number: int) -> pa.ChunkedArray:
         group = self._groups[number]
         with self._fs.open(group.path, "rb") as file:
-            table = pq.ParquetFile(file).read_row_group(group.number, columns=[_BYTES], use_threads=False)
+            parquet = pq.ParquetFile(file, read_dictionary=[_BYTES])  # so that bytes stored once are held once
+            table = parquet.read_row_group(group.number, columns=[_BYTES], use_threads=False)
         images = pa.chunked_array([chunk.field("bytes") for chunk in table["image"].chunks])
         with self._lock:
             self._kept[number] = images

@@ -6,7 +6,8 @@ Labels are read as text and nothing is ever unpickled.
 
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import IO, NamedTuple, cast
 
 import fsspec
@@ -60,12 +61,12 @@ def open_tar(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
     Raises:
         InputError: it is not a whole tar, is none of these, or as `Archive`.
     """
-    fs, path = uri.filesystem(url)
+    fs, _ = uri.filesystem(url)
     where = uri.redact(url)
-    outer = _index(fs, where, _whole(fs, where, path))
+    (outer,), stamp = _listed(fs, [url])
     inner = [(f"{where}/{entry.name}", entry.span) for entry in outer.entries if entry.name.endswith(".tar")]
     if inner:
-        found = _class_tars(_indexed(fs, inner))
+        found = _class_tars(_indexed(fs, tuple(inner), stamp))
     elif _has_labels(outer):
         found = _samples([outer], class_names)
     else:
@@ -80,8 +81,7 @@ def open_tars(urls: list[str], where: str, class_names: tuple[str, ...] | None =
         InputError: as `open_tar`.
     """
     fs, _ = uri.filesystem(urls[0])
-    named = [(uri.redact(url), uri.filesystem(url)[1]) for url in urls]
-    tars = _indexed(fs, [(name, _whole(fs, name, path)) for name, path in named])
+    tars, _ = _listed(fs, urls)
     found = _samples(tars, class_names) if any(map(_has_labels, tars)) else _class_tars(tars)
     return Archive(where, found, _fetch(fs), class_names)
 
@@ -98,9 +98,10 @@ def open_flat(url: str, labels: str, class_names: tuple[str, ...] | None = None)
         InputError: there are more lines than images or fewer, or as `open_tar`.
         StorageError: there is no such text.
     """
-    fs, path = uri.filesystem(url)
+    fs, _ = uri.filesystem(url)
     where = uri.redact(url)
-    entries = sorted(_index(fs, where, _whole(fs, where, path)).entries)
+    (tar,), _ = _listed(fs, [url])
+    entries = sorted(tar.entries)
     lines = [line.strip() for line in uri.read(labels).decode(errors="replace").splitlines() if line.strip()]
     if len(lines) != len(entries):
         text = f"{len(lines):,} class names for the {len(entries):,} files of {where}"
@@ -125,7 +126,7 @@ def expanded(url: str) -> list[str]:
     return [f"{head}{number:0{width}d}{tail}" for number in range(first, last + 1)]
 
 
-def _class_tars(tars: list[Tar]) -> Iterator[Found]:
+def _class_tars(tars: Iterable[Tar]) -> Iterator[Found]:
     for tar in tars:
         if not tar.entries:
             raise InputError(f"{tar.where}: class tar without files; fill it or remove it")
@@ -142,7 +143,7 @@ def _class_folders(tar: Tar) -> Iterator[Found]:
         yield Found(class_name, path, span.size, span)
 
 
-def _samples(tars: list[Tar], class_names: tuple[str, ...] | None) -> Iterator[Found]:
+def _samples(tars: Iterable[Tar], class_names: tuple[str, ...] | None) -> Iterator[Found]:
     pairs = [pair for tar in tars for pair in _pairs(tar)]
     names = numbered({label for label, _ in pairs}, class_names)
     for label, image in pairs:
@@ -179,16 +180,25 @@ def _fetch(fs: fsspec.AbstractFileSystem) -> Callable[[Span], bytes]:
     return fetch
 
 
-def _whole(fs: fsspec.AbstractFileSystem, where: str, path: str) -> Span:
-    try:
-        return Span(path, 0, int(fs.info(path)["size"]))
-    except (OSError, TypeError) as error:
-        raise InputError(f"{where}: no such file of images ({first_line(error)})") from error
+def _listed(fs: fsspec.AbstractFileSystem, urls: list[str]) -> tuple[tuple[Tar, ...], str]:
+    """The tars at the URLs, and what their store says of them, which changes when they do."""
+    places, stamps = [], []
+    for where, path in [(uri.redact(url), uri.filesystem(url)[1]) for url in urls]:
+        try:
+            info = fs.info(path)
+            places.append((where, Span(path, 0, int(info["size"]))))
+        except (OSError, TypeError) as error:
+            raise InputError(f"{where}: no such file of images ({first_line(error)})") from error
+        stamps.append(str(info))
+    stamp = "".join(stamps)
+    return _indexed(fs, tuple(places), stamp), stamp
 
 
-def _indexed(fs: fsspec.AbstractFileSystem, places: list[tuple[str, Span]]) -> list[Tar]:
+@lru_cache(maxsize=4)  # a million headers take minutes, and a run asks for a digest more than once
+def _indexed(fs: fsspec.AbstractFileSystem, places: tuple[tuple[str, Span], ...], stamp: str) -> tuple[Tar, ...]:
+    """The tars at the places, read again when the stamp is another."""
     with threads(_READERS) as pool:
-        return list(pool.map(lambda place: _index(fs, *place), places))
+        return tuple(pool.map(lambda place: _index(fs, *place), places))
 
 
 def _index(fs: fsspec.AbstractFileSystem, where: str, span: Span) -> Tar:

@@ -127,3 +127,9 @@ def test_locations_are_operational() -> None:
     assert ArchiveRef(train="/a").identity() == {}
     with pytest.raises(ValueError, match="train"):
         ArchiveRef()
+
+
+@pytest.mark.parametrize("url", ["s3://me:secret@host/x.zip", "zip://flowers::https://me:secret@host/x.zip"])
+def test_locations_carry_no_credentials(url: str) -> None:
+    with pytest.raises(ValueError, match="carries credentials"):
+        ArchiveRef(train=url)
