@@ -211,7 +211,8 @@ def _opened(archive: ArchiveRef) -> dict[str, Archive]:
     train = open_archive(archive.train)
     if archive.held_out is None:
         return {"train": train}
-    return {"train": train, "held_out": open_archive(archive.held_out, train.class_names)}
+    held_out = open_archive(archive.held_out, train.class_names, archive.held_out_labels)
+    return {"train": train, "held_out": held_out}
 
 
 def _tasks(config: ShardConfig, split: str, source: Archive) -> list[_Task]:
@@ -291,7 +292,7 @@ def _check_classes(train: Archive, done: list[ShardRecord]) -> None:
     seen = {entry.label for record in done for entry in record.entries}
     empty = [name for label, name in enumerate(train.class_names) if label not in seen]
     if empty:
-        raise InputError(f"class folder {empty[0]!r}: not one of its files is a readable image; mend or remove it")
+        raise InputError(f"class {empty[0]!r}: not one of its files is a readable image; mend or remove it")
 
 
 def _split(split: str, tasks: list[_Task], done: list[ShardRecord]) -> Split:

@@ -92,7 +92,7 @@ def without_credentials(url: str) -> str:
     Raises:
         ValueError: it does.
     """
-    if "@" in url.partition("://")[2].partition("/")[0]:
+    if re.search(r"://[^/]*@", url):
         raise ValueError("carries credentials; give them to the store by its environment or fsspec config")
     return url
 

@@ -247,7 +247,7 @@ def test_class_folder_without_readable_images(
     (images / "words").mkdir()
     (images / "words" / "notes.txt").write_text("no image")
     line = refused(capsys, ["shard", "demo", *tiny(images, root, "shard.max_unreadable=0.5")])
-    assert "class folder 'words'" in line
+    assert "class 'words'" in line
 
 
 def test_usage_error_exits_with_2() -> None:

@@ -65,7 +65,7 @@ def test_held_out_follows_the_trained_classes(tmp_path: Path) -> None:
     folder = str(write(tmp_path, "b/1.png"))
     archive = open_archive(folder, ("a", "b", "c"))
     assert archive.members[0].label == 1
-    with pytest.raises(InputError, match="class folder 'b' is none of the 2 classes to train on"):
+    with pytest.raises(InputError, match="class 'b' is none of the 2 classes to train on"):
         open_archive(folder, ("a", "c"))
 
 
@@ -127,3 +127,9 @@ def test_locations_are_operational() -> None:
     assert ArchiveRef(train="/a").identity() == {}
     with pytest.raises(ValueError, match="train"):
         ArchiveRef()
+
+
+@pytest.mark.parametrize("url", ["s3://me:secret@host/x.zip", "zip://flowers::https://me:secret@host/x.zip"])
+def test_locations_carry_no_credentials(url: str) -> None:
+    with pytest.raises(ValueError, match="carries credentials"):
+        ArchiveRef(train=url)

@@ -17,6 +17,11 @@ def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarr
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """A part of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def box_halved(pixels: np.ndarray) -> np.ndarray:
     """The mean of each 2x2 cell, rounded half up, horizontal means first rounded as Pillow's two passes do."""
     height, width = pixels.shape[:2]
@@ -107,6 +112,36 @@ def test_palette_becomes_rgb() -> None:
     assert np.array_equal(np.asarray(decode(buffer.getvalue())), palette[np.asarray(image)])
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_a_palette_with_alpha_keeps_its_colours_under_it() -> None:
+    image = Image.fromarray(noise(8, 8)).quantize(16)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=bytes(range(16)))
+    opened = Image.open(io.BytesIO(buffer.getvalue()))
+    assert (opened.mode, "transparency" in opened.info) == ("P", True)
+    palette = np.array(image.getpalette()).reshape(-1, 3)
+    assert np.array_equal(np.asarray(decode(buffer.getvalue())), palette[np.asarray(image)])
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_several_pictures_the_first_counts(form: str) -> None:
+    first, second = (Image.new("RGB", (9, 8), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+    buffer = io.BytesIO()
+    first.save(buffer, form, save_all=True, append_images=[second])
+    assert getattr(Image.open(io.BytesIO(buffer.getvalue())), "n_frames", 1) == 2
+    pixels = np.asarray(decode(buffer.getvalue())).astype(int)
+    assert pixels.shape == (8, 9, 3)
+    assert np.abs(pixels - (255, 0, 0)).max() <= 2
+
+
+def test_sixteen_bits_of_colour_become_eight_by_their_upper_half() -> None:
+    deep = np.random.default_rng(0).integers(0, 1 << 16, (8, 8, 3), np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)  # no filter
+    body = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)) + body
+    assert np.array_equal(np.asarray(decode(data)), deep // 256)
+
+
 def test_cmyk_becomes_rgb_as_pillow_does() -> None:
     image = Image.fromarray(np.full((8, 8, 4), (0, 255, 255, 0), np.uint8), mode="CMYK")
     buffer = io.BytesIO()
@@ -134,10 +169,6 @@ def test_exif_does_not_turn_the_image() -> None:
 
 def bomb() -> bytes:
     """A PNG of a few bytes that claims 60,000 x 60,000 pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
 

@@ -1,0 +1,1 @@
+"""The forms that labelled images come in, each read where it lies and none unpacked."""
