@@ -56,7 +56,7 @@ class Archive:
         class_names: sorted names of the classes; a label is a position here.
         members: all files, sorted by name.
         digest: the sha256 of class names, file names and sizes: the same wherever, whenever and in
-            whatever form the files lie.
+            whatever form the files lie, if the form tells their sizes.
 
     Args:
         where: the archive in errors.
@@ -123,12 +123,13 @@ def numbered(texts: Collection[str], known: tuple[str, ...] | None) -> dict[str,
 
     Args:
         texts: the labels.
-        known: the classes to label by, if given; their width is kept.
+        known: the classes to label by, if given; a number is the one of these that it is written as.
     """
     if not all(_NUMBER.fullmatch(text) for text in texts):
         return {text: text for text in texts}
-    width = max(map(len, known or [str(int(text)) for text in texts]), default=0)
-    return {text: str(int(text)).zfill(width) for text in texts}
+    width = max((len(str(int(text))) for text in texts), default=0)
+    names = {int(name): name for name in known or () if _NUMBER.fullmatch(name)}
+    return {text: names.get(int(text), str(int(text)).zfill(width)) for text in texts}
 
 
 def first_line(error: Exception) -> str:

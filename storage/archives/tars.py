@@ -266,8 +266,10 @@ class _Headers:
         return data
 
     def _fill(self, count: int) -> None:
-        start, stop = self._at, min(self._at + count, self._span.size)
-        offset = self._span.start
-        empty = start >= stop
-        self._piece = b"" if empty else self._fs.cat_file(self._span.path, start=offset + start, end=offset + stop)
-        self._first = start
+        self._first, self._piece = self._at, b""
+        size = min(count, self._span.size - self._at)
+        if size > 0:
+            start = self._span.start + self._at
+            self._piece = self._fs.cat_file(self._span.path, start=start, end=start + size)
+            if len(self._piece) != size:
+                raise ValueError(f"{len(self._piece):,} bytes came for a range of {size:,}")

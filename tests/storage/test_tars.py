@@ -63,6 +63,16 @@ def test_headers_are_read_once_until_the_tar_changes(memory: str, ranges: Ranges
     assert open_archive(f"{memory}/x.tar").digest != first
 
 
+def test_a_store_that_knows_no_ranges_is_named(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a plain web server, which sends the whole file whatever is asked."""
+    fs = fsspec.filesystem("memory")
+    whole = packing.tar({"a.tar": packing.tar({"1.png": bytes(5000)})})
+    fs.pipe_file("/root/x.tar", whole)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *_, **__: whole)
+    with pytest.raises(InputError, match=r"20,480 bytes came for a range of 2,048"):
+        open_archive(f"{memory}/x.tar")
+
+
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
 def test_all_forms_of_headers(tmp_path: Path, form: int) -> None:
     deep = "a/" + "folder/" * 12 + "x" * 60 + ".png"
@@ -152,6 +162,9 @@ def test_numbered_samples_keep_the_order_of_their_numbers(tmp_path: Path) -> Non
     assert {int(archive.read(member)): member.label for member in archive.members} == {k: k for k in range(12)}
     held_out = put(tmp_path, packing.tar({"1.png": b"1", "1.cls": b"7"}), "held_out.tar")
     assert open_archive(held_out, archive.class_names).members[0].label == 7
+    assert open_archive(held_out, ("1", "10", "7")).members[0].label == 2
+    with pytest.raises(InputError, match="class '7' is none of the 2 classes"):
+        open_archive(held_out, ("cat", "dog"))
 
 
 def test_numbered_tars() -> None:
