@@ -224,10 +224,18 @@ vary:
 """
 
 
-@pytest.mark.slow
-def test_a_sweep_of_models_on_pixels_shares_its_stages_and_is_served(tmp_path: Path, digits: Path) -> None:
-    import mlflow
+PREDICT = """
+import json, mlflow, pandas
+model = mlflow.pyfunc.load_model("models:/ditflow-demo-diffit/1")
+print(json.dumps(list(model.predict(pandas.DataFrame({"label": [3, 7]}))["png_base64"])))
+"""
 
+
+@pytest.mark.slow
+def test_a_sweep_of_models_on_pixels_shares_its_stages_and_is_served(
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # set_tracking_uri leaves it to child processes
     (tmp_path / "pixels.yaml").write_text(SWEEP)
     sets = [part for split in ("train", "held_out") for part in ("--set", f"archive.{split}={digits / split}")]
     run = [sys.executable, "-m", "flows.cli", "run", str(tmp_path / "pixels.yaml"), "--root", str(tmp_path / "root")]
@@ -238,7 +246,8 @@ def test_a_sweep_of_models_on_pixels_shares_its_stages_and_is_served(tmp_path: P
     assert states(first) == dict.fromkeys(STAGES, "ran")
     assert states(second) == {name: "skipped" if name in ("shard", "encode", "train") else "ran" for name in STAGES}
     assert first["metrics"] != second["metrics"]
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'root' / 'mlflow.db'}")
-    images = mlflow.pyfunc.load_model("models:/ditflow-demo-diffit/1").predict(pd.DataFrame({"label": [3, 7]}))
-    sides = [Image.open(io.BytesIO(base64.b64decode(image))).size for image in images["png_base64"]]
+    served = [sys.executable, "-c", PREDICT]
+    env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'root' / 'mlflow.db'}"}
+    drawn = subprocess.run(served, capture_output=True, text=True, check=True, env=env)
+    sides = [Image.open(io.BytesIO(base64.b64decode(image))).size for image in json.loads(drawn.stdout)]
     assert sides == [(16, 16), (16, 16)]
