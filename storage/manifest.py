@@ -158,9 +158,9 @@ class Manifest(Header):
             found = pool.map(lambda entry: uri.size(uri.join(self.uri, entry.path)), self.files)
             for entry, size in zip(self.files, found, strict=True):
                 if size is None:
-                    raise self._fault(entry.path, "is missing")
+                    raise self.fault(entry.path, "is missing")
                 if size != entry.size:
-                    raise self._fault(entry.path, f"has {size:,} bytes instead of {entry.size:,}")
+                    raise self.fault(entry.path, f"has {size:,} bytes instead of {entry.size:,}")
 
     def verify(self) -> None:
         """Read every committed object and compare its hash.
@@ -173,7 +173,7 @@ class Manifest(Header):
             found = pool.map(lambda entry: uri.file_sha256(uri.join(self.uri, entry.path)), self.files)
             for entry, digest in zip(self.files, found, strict=True):
                 if digest != entry.sha256:
-                    raise self._fault(entry.path, "does not hold the bytes that were committed")
+                    raise self.fault(entry.path, "does not hold the bytes that were committed")
 
     def read_object(self, path: str) -> bytes:
         """The bytes of a committed object, compared with its hash.
@@ -183,13 +183,14 @@ class Manifest(Header):
         """
         entry = next((entry for entry in self.files if entry.path == path), None)
         if entry is None:
-            raise self._fault(path, "was never committed")
+            raise self.fault(path, "was never committed")
         data = uri.read(uri.join(self.uri, path))
         if uri.sha256(data) != entry.sha256:
-            raise self._fault(path, "does not hold the bytes that were committed")
+            raise self.fault(path, "does not hold the bytes that were committed")
         return data
 
-    def _fault(self, path: str, state: str) -> StorageError:
+    def fault(self, path: str, state: str) -> StorageError:
+        """The error to raise for a committed object that is in this state."""
         where = uri.redact(uri.join(self.uri, path))
         return StorageError(f"{where}: {state}; delete {MANIFEST} of this output and run {self.stage} again")
 
