@@ -60,7 +60,8 @@ class ShardRows:
         block, within = np.divmod(indices, stored.block_rows)
         chunk, row = np.divmod(within, stored.chunk_rows)
         start = self._starts[block * (stored.splits or 1) + axis0, chunk] + row * stored.row_bytes
-        return self._windows[start].view(stored.dtype).reshape(len(indices), *stored.row)
+        rows: NDArray[Any] = self._windows[start]
+        return rows.view(stored.dtype).reshape(len(indices), *stored.row)
 
 
 def mapped(path: Path) -> NDArray[np.uint8]:

@@ -45,7 +45,7 @@ class StreamedRows:
         self._starts = self._indexes()
 
     def expect(self, indices: NDArray[np.int64], axis0: NDArray[np.int64]) -> None:
-        """These rows are asked for from now on and no others: fetch in the background what is not held, forget the rest."""
+        """These rows will be taken and no others: fetch in the background what is not held, forget the rest."""
         wanted = set(map(int, np.unique(self._chunks(indices, axis0))))
         self._collect([chunk for chunk, future in self._coming.items() if future.done()])
         self._held = {chunk: rows for chunk, rows in self._held.items() if chunk in wanted}
@@ -89,15 +89,13 @@ class StreamedRows:
 
     def _fetch(self, chunks: Sequence[int]) -> Chunks:
         places = [self._place(chunk) for chunk in chunks]
-        stop = self._stored.chunk_bytes
-        found = self._ranges([(number, start, start + stop) for number, start in places])
-        rows = self._stored.chunk_rows * self._stored.row_bytes
+        length = self._stored.chunk_bytes
+        found = self._ranges([(number, start, start + length) for number, start in places])
         for (number, start), data in zip(places, found, strict=True):
-            if google_crc32c.value(data[:rows]) != int.from_bytes(data[rows:], "little"):
+            if google_crc32c.value(data[:-CRC_BYTES]) != int.from_bytes(data[-CRC_BYTES:], "little"):
                 raise self._manifest.fault(self._stored.path(number), f"has a damaged chunk at byte {start:,}")
         shape = (self._stored.chunk_rows, *self._stored.row)
-        count = len(found[0][:-CRC_BYTES]) // self._stored.dtype.itemsize if found else 0
-        values = [np.frombuffer(data, self._stored.dtype, count).reshape(shape) for data in found]
+        values = [np.frombuffer(data[:-CRC_BYTES], self._stored.dtype).reshape(shape) for data in found]
         return dict(zip(chunks, values, strict=True))
 
     def _place(self, chunk: int) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def _stale(files: Sequence[FileEntry], found: Versions, known: Versions) -> list
 def _read(stamp: Path) -> Versions:
     try:
         known = json.loads(stamp.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):  # without it all is compared again
         return {}
     return known if isinstance(known, dict) else {}
 
