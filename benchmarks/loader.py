@@ -124,10 +124,11 @@ def readers(task: Task, folder: Path, latents: NDArray[np.float16]) -> dict[str,
     oindex: Any = group["mean"]
     in_place, copy = RowReader(local, folder / "cache"), RowReader(remote, folder / "cache")
     npy = write_npy(folder / "npy", latents)
+    plain = np.zeros(task.batch_size, np.int64)
     shuffled: dict[str, Callable[[Indices], NDArray[Any]]] = {
         "memmap": lambda items: flat[items],
-        "raw": lambda items: in_place.take("mean", items, np.zeros(len(items), np.int64)),
-        "staged": lambda items: copy.take("mean", items, np.zeros(len(items), np.int64)),
+        "raw": lambda items: in_place.take("mean", items, plain[: len(items)]),
+        "staged": lambda items: copy.take("mean", items, plain[: len(items)]),
         "npy": lambda items: np.stack([np.load(npy[item]) for item in items]),
         "oindex": lambda items: oindex.oindex[items, 0],
     }

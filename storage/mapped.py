@@ -24,11 +24,11 @@ class FlatRows:
 
     def __init__(self, stored: StoredArray, data: NDArray[np.uint8]) -> None:
         self._stored = stored
-        self._rows = data.view(stored.dtype).reshape(-1, *stored.row)
+        self._rows = data.view(f"V{stored.row_bytes}")
 
     def take(self, indices: NDArray[np.int64], axis0: NDArray[np.int64]) -> NDArray[Any]:
         """Copies of rows (B,) at indices of the split axis (B,), which must be there."""
-        return self._rows.take(indices + axis0 * self._stored.shape[0], axis=0)
+        return typed(self._stored, self._rows[indices + axis0 * self._stored.shape[0]])
 
 
 class ShardRows:
@@ -60,8 +60,7 @@ class ShardRows:
         block, within = np.divmod(indices, stored.block_rows)
         chunk, row = np.divmod(within, stored.chunk_rows)
         start = self._starts[block * (stored.splits or 1) + axis0, chunk] + row * stored.row_bytes
-        rows: NDArray[Any] = self._windows[start]
-        return rows.view(stored.dtype).reshape(len(indices), *stored.row)
+        return typed(stored, self._windows[start])
 
 
 def mapped(path: Path) -> NDArray[np.uint8]:
@@ -93,6 +92,11 @@ def allow_open_files(arrays: Iterable[StoredArray]) -> None:
         raise StorageError(f"{count:,} shard objects to map but only {hard:,} open files allowed; raise `ulimit -Hn`")
     if resource.RLIM_INFINITY != soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def typed(stored: StoredArray, rows: NDArray[np.void]) -> NDArray[Any]:
+    """Rows (B,) that were copied as bytes, which is faster than by their own type, as (B, *shape of a row)."""
+    return rows.view(stored.dtype).reshape(len(rows), *stored.row)
 
 
 def _address(data: NDArray[np.uint8]) -> int:

@@ -272,7 +272,7 @@ def _streamed(manifest: Manifest, arrays: Mapping[str, StoredArray]) -> dict[str
 
 
 def _check(name: str, given: NDArray[np.int64], size: int) -> None:
-    if len(given) and given.view(np.uint64).max() >= size:  # a negative number is a large one
+    if len(given) and int(np.maximum.reduce(given.view(np.uint64))) >= size:  # a negative number is a large one
         raise IndexError(f"{name} {given.min()} to {given.max()} of {size}")
 
 

@@ -107,8 +107,8 @@ class StoredArray:
         table = np.frombuffer(body, "<u8").reshape(-1, 2)[: -(-(stop - start) // self.chunk_rows)]
         if (table == _MISSING).any():
             raise StorageError(f"{where}: an inner chunk is missing; run the stage that wrote it again")
-        last = max(size - self.index_bytes - self.chunk_bytes, 0)
-        if (table[:, 1] != self.chunk_bytes).any() or (table[:, 0] > last).any():
+        last = size - self.index_bytes - self.chunk_bytes
+        if last < 0 or (table[:, 1] != self.chunk_bytes).any() or (table[:, 0] > last).any():
             raise StorageError(f"{where}: the shard index does not fit the object; run the stage that wrote it again")
         return table[:, 0].astype(np.int64)
 

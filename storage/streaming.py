@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from storage import uri
 from storage.errors import StorageError
 from storage.manifest import Manifest
-from storage.mapped import FlatRows
+from storage.mapped import FlatRows, typed
 from storage.stored import CRC_BYTES, StoredArray
 
-Chunks = dict[int, NDArray[Any]]
-"""Rows of inner chunks (chunk rows, *shape of a row), by number."""
+Chunks = dict[int, NDArray[np.void]]
+"""The rows of inner chunks as bytes, by number."""
 
 
 class StreamedRows:
@@ -65,10 +65,10 @@ class StreamedRows:
         cuts = np.flatnonzero(np.diff(chunks[order])) + 1
         groups = np.split(order, cuts) if len(order) else []
         self._ensure([int(chunks[group[0]]) for group in groups])
-        out = np.empty((len(indices), *self._stored.row), self._stored.dtype)
+        out = np.empty(len(indices), f"V{self._stored.row_bytes}")
         for group in groups:
             out[group] = self._held[int(chunks[group[0]])][indices[group] % self._stored.chunk_rows]
-        return out
+        return typed(self._stored, out)
 
     def _chunks(self, indices: NDArray[np.int64], axis0: NDArray[np.int64]) -> NDArray[np.int64]:
         return axis0 * self._per_split + indices // self._stored.chunk_rows
@@ -91,12 +91,11 @@ class StreamedRows:
         places = [self._place(chunk) for chunk in chunks]
         length = self._stored.chunk_bytes
         found = self._ranges([(number, start, start + length) for number, start in places])
-        for (number, start), data in zip(places, found, strict=True):
-            if google_crc32c.value(data[:-CRC_BYTES]) != int.from_bytes(data[-CRC_BYTES:], "little"):
+        rows = [data[:-CRC_BYTES] for data in found]
+        for (number, start), body, data in zip(places, rows, found, strict=True):
+            if google_crc32c.value(body) != int.from_bytes(data[-CRC_BYTES:], "little"):
                 raise self._manifest.fault(self._stored.path(number), f"has a damaged chunk at byte {start:,}")
-        shape = (self._stored.chunk_rows, *self._stored.row)
-        values = [np.frombuffer(data[:-CRC_BYTES], self._stored.dtype).reshape(shape) for data in found]
-        return dict(zip(chunks, values, strict=True))
+        return {c: np.frombuffer(body, f"V{self._stored.row_bytes}") for c, body in zip(chunks, rows, strict=True)}
 
     def _place(self, chunk: int) -> tuple[int, int]:
         """The object that a chunk lies in and the byte where it begins."""
