@@ -63,7 +63,7 @@ class Task:
         return 2 * int(np.prod(self.shape))
 
 
-class Counted(MemoryFileSystem):  # type: ignore[misc]
+class Counted(MemoryFileSystem):
     """``memory://`` as ``counted://``, which counts its ranged requests by array."""
 
     protocol = "counted"

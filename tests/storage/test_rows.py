@@ -161,6 +161,9 @@ def test_a_truncated_shard_is_named_even_if_the_manifest_agrees(store: Manifest)
         RowReader(resized(store, path, b""))
     with pytest.raises(StorageError, match="mean/c/1/0/0/0/0: the shard index does not fit the object"):
         RowReader(resized(store, path, data[-36:]))
+
+
+def test_a_chunk_that_is_longer_than_its_object_is_named(store: Manifest) -> None:
     path = "data/label/c/1"  # of one chunk, which begins at 0
     data = (Path(store.uri) / path).read_bytes()
     for size in (20, len(data) - 1):
