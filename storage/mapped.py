@@ -27,8 +27,12 @@ class FlatRows:
         self._rows = data.view(f"V{stored.row_bytes}")
 
     def take(self, indices: NDArray[np.int64], axis0: NDArray[np.int64]) -> NDArray[Any]:
-        """Copies of rows (B,) at indices of the split axis (B,), which must be there."""
-        return typed(self._stored, self._rows[indices + axis0 * self._stored.shape[0]])
+        """Copies of rows (B,) at indices of the split axis (B,).
+
+        Raises:
+            IndexError: as `StoredArray.places`.
+        """
+        return self._rows[self._stored.places(indices, axis0)].view(self._stored.row_type)
 
 
 class ShardRows:
@@ -47,20 +51,25 @@ class ShardRows:
         paths = [folder / stored.path(number) for number in range(stored.objects)]
         self._maps = [mapped(path) for path in paths]
         first = min(_address(data) for data in self._maps)
-        self._starts = np.zeros((len(paths), stored.block_rows // stored.chunk_rows), np.int64)
+        starts: list[list[NDArray[np.int64]]] = [[] for _ in range(stored.splits or 1)]
         for number, (path, data) in enumerate(zip(paths, self._maps, strict=True)):
             index = data[-stored.index_bytes :].tobytes()
-            starts = stored.chunk_starts(str(path), index, len(data), number)
-            self._starts[number, : len(starts)] = starts + _address(data) - first
+            found = stored.chunk_starts(str(path), index, len(data), number)
+            starts[number % len(starts)].append(found + _address(data) - first)
+        self._starts = np.array([np.concatenate(found) for found in starts])
         self._windows = _windows(self._maps, stored.row_bytes)
 
     def take(self, indices: NDArray[np.int64], axis0: NDArray[np.int64]) -> NDArray[Any]:
-        """Copies of rows (B,) at indices of the split axis (B,), which must be there."""
+        """Copies of rows (B,) at indices of the split axis (B,).
+
+        Raises:
+            IndexError: as `StoredArray.places`.
+        """
         stored = self._stored
-        block, within = np.divmod(indices, stored.block_rows)
-        chunk, row = np.divmod(within, stored.chunk_rows)
-        start = self._starts[block * (stored.splits or 1) + axis0, chunk] + row * stored.row_bytes
-        return typed(stored, self._windows[start])
+        stored.places(indices, axis0)  # are there
+        chunk, row = np.divmod(indices, stored.chunk_rows)
+        start = self._starts[axis0, chunk] + row * stored.row_bytes
+        return self._windows[start].view(stored.row_type)
 
 
 def mapped(path: Path) -> NDArray[np.uint8]:
@@ -92,11 +101,6 @@ def allow_open_files(arrays: Iterable[StoredArray]) -> None:
         raise StorageError(f"{count:,} shard objects to map but only {hard:,} open files allowed; raise `ulimit -Hn`")
     if resource.RLIM_INFINITY != soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def typed(stored: StoredArray, rows: NDArray[np.void]) -> NDArray[Any]:
-    """Rows (B,) that were copied as bytes, which is faster than by their own type, as (B, *shape of a row)."""
-    return rows.view(stored.dtype).reshape(len(rows), *stored.row)
 
 
 def _address(data: NDArray[np.uint8]) -> int:

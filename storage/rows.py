@@ -244,13 +244,11 @@ class RowReader:
             StorageError: streamed bytes cannot be read or are damaged; the line names the object.
         """
         stored, rows = self._stored[name], self._rows[name]
-        _check("rows", indices, stored.shape[0])
         if stored.splits is None:
             if axis0 is not None:
                 raise ValueError(f"the first axis of {name!r} is not split")
             return rows.take(indices, np.zeros(len(indices), np.int64))
         if axis0 is not None:
-            _check("first-axis indices", axis0, stored.splits)
             return rows.take(indices, axis0)
         return np.stack([rows.take(indices, np.full(len(indices), f)) for f in range(stored.splits)], axis=1)
 
@@ -269,11 +267,6 @@ def _streamed(manifest: Manifest, arrays: Mapping[str, StoredArray]) -> dict[str
         name: StreamedRows(stored, manifest) if stored.row else whole(stored, manifest)
         for name, stored in arrays.items()
     }
-
-
-def _check(name: str, given: NDArray[np.int64], size: int) -> None:
-    if len(given) and int(np.maximum.reduce(given.view(np.uint64))) >= size:  # a negative number is a large one
-        raise IndexError(f"{name} {given.min()} to {given.max()} of {size}")
 
 
 def _record(block: int) -> str:

@@ -55,6 +55,11 @@ class StoredArray:
         """Bytes of such a row."""
         return prod(self.row) * self.dtype.itemsize
 
+    @cached_property
+    def row_type(self) -> np.dtype[Any]:
+        """What a row's bytes are to be viewed as."""
+        return np.dtype((self.dtype, self.row))
+
     @property
     def data_bytes(self) -> int:
         """Bytes of all rows, without checksums and indexes."""
@@ -82,6 +87,19 @@ class StoredArray:
         if self.splits is not None:
             key[1] = axis0
         return "/".join([DATA, self.name, "c", *map(str, key)])
+
+    def places(self, indices: NDArray[np.int64], axis0: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where rows (B,) at indices of the split axis (B,) lie if those of its first index come before all others.
+
+        Raises:
+            IndexError: a row or an index that the array does not have.
+        """
+        try:
+            return np.ravel_multi_index((axis0, indices), (self.splits or 1, self.shape[0]))
+        except ValueError as error:
+            given = f"rows {indices.min()} to {indices.max()} of {self.shape[0]}"
+            split = f"first-axis indices {axis0.min()} to {axis0.max()} of {self.splits or 1}"
+            raise IndexError(f"{self.name}: {given}, {split}") from error
 
     def rows(self, number: int) -> tuple[int, int]:
         """The first row in an object and the row after its last."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from storage import uri
 from storage.errors import StorageError
 from storage.manifest import Manifest
-from storage.mapped import FlatRows, typed
+from storage.mapped import FlatRows
 from storage.stored import CRC_BYTES, StoredArray
 
 Chunks = dict[int, NDArray[np.void]]
@@ -55,11 +55,13 @@ class StreamedRows:
             self._coming |= dict.fromkeys(new, future)
 
     def take(self, indices: NDArray[np.int64], axis0: NDArray[np.int64]) -> NDArray[Any]:
-        """Copies of rows (B,) at indices of the split axis (B,), which must be there.
+        """Copies of rows (B,) at indices of the split axis (B,).
 
         Raises:
+            IndexError: as `StoredArray.places`.
             StorageError: a chunk cannot be read or is damaged; the line names its object.
         """
+        self._stored.places(indices, axis0)  # are there
         chunks = self._chunks(indices, axis0)
         order = np.argsort(chunks, kind="stable")
         cuts = np.flatnonzero(np.diff(chunks[order])) + 1
@@ -68,7 +70,7 @@ class StreamedRows:
         out = np.empty(len(indices), f"V{self._stored.row_bytes}")
         for group in groups:
             out[group] = self._held[int(chunks[group[0]])][indices[group] % self._stored.chunk_rows]
-        return typed(self._stored, out)
+        return out.view(self._stored.row_type)
 
     def _chunks(self, indices: NDArray[np.int64], axis0: NDArray[np.int64]) -> NDArray[np.int64]:
         return axis0 * self._per_split + indices // self._stored.chunk_rows
