@@ -69,7 +69,8 @@ class ShardRows:
         stored.places(indices, axis0)  # are there
         chunk, row = np.divmod(indices, stored.chunk_rows)
         start = self._starts[axis0, chunk] + row * stored.row_bytes
-        return self._windows[start].view(stored.row_type)
+        taken: NDArray[Any] = self._windows[start].view(stored.row_type)
+        return taken
 
 
 def mapped(path: Path) -> NDArray[np.uint8]:
