@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows import services
 from storage import uri
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, StorageError
 
 # Prefect reads its settings when it is imported, so whatever imports it is imported after they are set.
 if TYPE_CHECKING:
@@ -118,6 +118,31 @@ def up(options: argparse.Namespace) -> None:
     serve(options.root, options.recipe, prefect_port=options.prefect_port, mlflow_port=options.mlflow_port)
 
 
+def verify(options: argparse.Namespace) -> None:
+    """See that outputs are what was committed; take back those that are not."""
+    from storage.verify import outputs
+
+    damaged = [manifest for manifest in outputs(options.url) if _damaged(manifest, full=options.full)]
+    if damaged:
+        raise StorageError("run the commands that made what is damaged again: they redo that and nothing else")
+
+
+def _damaged(manifest: "Manifest", *, full: bool) -> bool:
+    """Print how an output is, and take it back if it is damaged."""
+    from storage.verify import faults, withdraw
+
+    found, where = faults(manifest, full=full), uri.redact(manifest.uri)
+    for fault in found:
+        print(f"{uri.join(where, fault.entry.path)}: {fault.state}")
+    if found:
+        withdraw(manifest, found)
+    seen = "all bytes" if full else "sizes and records"
+    state = f"{len(found):,} damaged, withdrawn" if found else f"{seen} as committed"
+    size = sum(entry.size for entry in manifest.files)
+    print(f"{where}: {len(manifest.files):,} objects, {size:,} bytes: {state}", flush=True)
+    return bool(found)
+
+
 def models(options: argparse.Namespace) -> None:
     """Print what each model costs."""
     from flows import catalogue
@@ -169,6 +194,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prefect-port", type=int, default=4200, choices=PORTS, metavar="PORT")
     command.add_argument("--mlflow-port", type=int, default=5000, choices=PORTS, metavar="PORT")
     command.set_defaults(command=up)
+    command = commands.add_parser("verify", help="are outputs still what was committed? Damaged ones are withdrawn")
+    command.add_argument("url", help="manifest or folder of an output, or a root of outputs")
+    text = "read everything and compare hashes; sizes and commit records alone without"
+    command.add_argument("--full", action="store_true", help=text)
+    command.set_defaults(command=verify)
     command = commands.add_parser("models", help="every model's parameters, compute and memory")
     command.add_argument("--latent", type=int, default=32, metavar="SIDE", help="in latent pixels (default: 32)")
     command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

@@ -281,7 +281,7 @@ class _MappedArray:
 
 
 def _record(block: int) -> str:
-    return f"records/rows-{block:05d}.json"
+    return f"{records.FOLDER}/rows-{block:05d}.json"
 
 
 def _create(layout: RowLayout, attributes: dict[str, Any], objects: dict[str, Any]) -> dict[str, "zarr.Array[Any]"]:
