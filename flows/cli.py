@@ -118,6 +118,22 @@ def up(options: argparse.Namespace) -> None:
     serve(options.root, options.recipe, prefect_port=options.prefect_port, mlflow_port=options.mlflow_port)
 
 
+def plan(options: argparse.Namespace) -> None:
+    """Say what a recipe will cost; refuse what cannot fit."""
+    from flows.plan import plan as reckon
+    from flows.plan import read_rates
+    from flows.sweep import load_recipes
+
+    rates = read_rates(options.rates)
+    plans = [reckon(recipe, options.root, rates) for recipe in load_recipes(options.recipe, options.set, options.root)]
+    for found in plans:
+        for line in [json.dumps(found.as_json())] if options.json else found.table():
+            print(line)
+    problems = [problem for found in plans for problem in found.problems]
+    if problems:
+        raise InputError("; ".join(dict.fromkeys(problems)))
+
+
 def verify(options: argparse.Namespace) -> None:
     """See that outputs are what was committed; take back those that are not."""
     from storage.verify import outputs
@@ -165,14 +181,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--root", default=os.environ.get("DITFLOW_ROOT", "runs"), help="fsspec URL for all outputs")
-    work = argparse.ArgumentParser(add_help=False, parents=[shared])
-    work.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=2000")
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=2000")
+    chosen.add_argument("--json", action="store_true", help="print one JSON object a recipe and nothing else")
+    work = argparse.ArgumentParser(add_help=False, parents=[shared, chosen])
     work.add_argument(
         "--force",
         action="store_true",
         help="run what is done again, beside the old output; a forced pipeline that is interrupted starts over",
     )
-    work.add_argument("--json", action="store_true", help="print one JSON object a recipe and nothing else")
     command = commands.add_parser("demo", parents=[work], help="the whole pipeline on scanned digits")
     command.add_argument("--recipe", default="demo", choices=DEMOS, help="which model (default: demo, a latent DiT)")
     command.set_defaults(command=demo)
@@ -194,6 +211,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prefect-port", type=int, default=4200, choices=PORTS, metavar="PORT")
     command.add_argument("--mlflow-port", type=int, default=5000, choices=PORTS, metavar="PORT")
     command.set_defaults(command=up)
+    command = commands.add_parser("plan", parents=[shared, chosen], help="what a recipe will cost, before it runs")
+    command.add_argument("recipe", help="name of a preset or path of a YAML file")
+    command.add_argument("--rates", metavar="FILE", help="YAML of another machine's rates (default: measured here)")
+    command.set_defaults(command=plan)
     command = commands.add_parser("verify", help="are outputs still what was committed? Damaged ones are withdrawn")
     command.add_argument("url", help="manifest or folder of an output, or a root of outputs")
     text = "read everything and compare hashes; sizes and commit records alone without"
