@@ -18,8 +18,6 @@ LOGGER = logging.getLogger(__name__)
 SECONDS_BETWEEN = 5.0
 """Between two words of progress."""
 
-_VERSIONS = ("mtime", "created", "ino", "ETag", "etag", "LastModified", "last_modified", "md5Hash", "generation")
-
 
 def place(cache: Path | None, kind: str, key: object) -> Path:
     """Where something of that kind is kept, named by the hash of a JSON value.
@@ -64,18 +62,6 @@ def locked(path: Path) -> Iterator[None]:
                 LOGGER.info("waiting for another process that prepares %s", path)
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def version(url: str) -> dict[str, str]:
-    """What changes when an object is written again: its size and what the store tells beside; empty if nothing.
-
-    Raises:
-        FileNotFoundError: there is no such object.
-    """
-    fs, path = uri.filesystem(url)
-    info = fs.info(path)
-    found = {name: str(info[name]) for name in _VERSIONS if info.get(name)}
-    return found | {"size": str(info["size"])} if found else {}
 
 
 class Progress:

@@ -9,6 +9,7 @@ chunk carries its crc32c.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from storage.manifest import FileEntry, Manifest, StageOutput
 from storage.mapped import FlatRows, ShardRows, allow_open_files
 from storage.parallel import threads
 from storage.staging import staged
-from storage.stored import DATA, StoredArray, data_files, stored_arrays
+from storage.stored import CRC_BYTES, DATA, INDEX_ENTRY_BYTES, StoredArray, data_files, stored_arrays
 from storage.streaming import StreamedRows, whole
 from storage.tracking import Tracker
 from storage.trust import trust
@@ -47,6 +48,11 @@ class ArraySpec:
     def chunk(self, rows: int) -> tuple[int, ...]:
         """The shape of a piece of that many rows."""
         return (rows, 1, *self.shape[1:]) if self.split_axis0 else (rows, *self.shape)
+
+    @property
+    def pieces(self) -> int:
+        """Shard objects in a block."""
+        return self.shape[0] if self.split_axis0 else 1
 
     @property
     def fill(self) -> float:
@@ -77,6 +83,23 @@ class RowLayout:
     def blocks(self) -> int:
         """How many blocks."""
         return -(-self.rows // self.block_rows)
+
+    @property
+    def objects(self) -> int:
+        """How many shard objects the store has when it is whole."""
+        return self.blocks * sum(spec.pieces for spec in self.arrays)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all those objects."""
+        return sum(self._size(spec) for spec in self.arrays)
+
+    def _size(self, spec: ArraySpec) -> int:
+        whole, rest = divmod(self.rows, self.block_rows)
+        chunks = whole * (self.block_rows // spec.chunk_rows) + -(-rest // spec.chunk_rows)
+        chunk = prod(spec.chunk(spec.chunk_rows)) * np.dtype(spec.dtype).itemsize + CRC_BYTES
+        index = INDEX_ENTRY_BYTES * (self.block_rows // spec.chunk_rows) + CRC_BYTES
+        return spec.pieces * (chunks * chunk + self.blocks * index)
 
 
 class RowWriter:
@@ -270,7 +293,7 @@ def _streamed(manifest: Manifest, arrays: Mapping[str, StoredArray]) -> dict[str
 
 
 def _record(block: int) -> str:
-    return f"records/rows-{block:05d}.json"
+    return f"{records.FOLDER}/rows-{block:05d}.json"
 
 
 def _create(layout: RowLayout, attributes: dict[str, Any], objects: dict[str, Any]) -> dict[str, "zarr.Array[Any]"]:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from storage import cache, uri
@@ -49,20 +50,18 @@ def _flat(copy: Path, name: str) -> Path:
     return copy / f"{name}.rows"
 
 
-def _versions(copy: Path, arrays: Arrays) -> dict[str, dict[str, str]]:
-    return {name: cache.version(str(_flat(copy, name))) for name in arrays}
+def _versions(copy: Path, arrays: Arrays) -> dict[str, dict[str, str] | None]:
+    return {name: uri.version(str(_flat(copy, name))) for name in arrays}
 
 
 def _whole(copy: Path, arrays: Arrays) -> bool:
-    """Whether the copy is complete and its files are as they were then. What else is there is removed."""
+    """Whether the copy is complete and its files are as they were then. One that was changed is removed."""
     done = copy / DONE
     if not done.exists():
         return False
-    try:
+    with suppress(ValueError):
         if json.loads(done.read_bytes()) == _versions(copy, arrays):
             return True
-    except (FileNotFoundError, ValueError):
-        pass
     shutil.rmtree(copy)
     return False
 

@@ -25,6 +25,8 @@ from storage.manifest import FileEntry, Manifest
 
 DATA = "data"
 CRC_BYTES = 4
+INDEX_ENTRY_BYTES = 16
+"""Where an inner chunk begins, and its length."""
 
 _MISSING = np.uint64(2**64 - 1)
 
@@ -73,7 +75,7 @@ class StoredArray:
     @property
     def index_bytes(self) -> int:
         """Bytes of an object's index with its checksum."""
-        return 16 * (self.block_rows // self.chunk_rows) + CRC_BYTES
+        return INDEX_ENTRY_BYTES * (self.block_rows // self.chunk_rows) + CRC_BYTES
 
     @property
     def objects(self) -> int:

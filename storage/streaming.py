@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage import uri
-from storage.errors import StorageError
 from storage.manifest import Manifest
 from storage.mapped import FlatRows
 from storage.stored import CRC_BYTES, StoredArray
@@ -36,7 +35,6 @@ class StreamedRows:
 
     def __init__(self, stored: StoredArray, manifest: Manifest) -> None:
         self._stored, self._manifest = stored, manifest
-        self._fs, self._root = uri.filesystem(manifest.uri)
         self._per_block = stored.block_rows // stored.chunk_rows
         self._per_split = -(-stored.shape[0] // stored.chunk_rows)
         self._held: Chunks = {}
@@ -92,7 +90,8 @@ class StreamedRows:
     def _fetch(self, chunks: Sequence[int]) -> Chunks:
         places = [self._place(chunk) for chunk in chunks]
         length = self._stored.chunk_bytes
-        found = self._ranges([(number, start, start + length) for number, start in places])
+        urls, starts = [self._url(number) for number, _ in places], [start for _, start in places]
+        found = uri.read_ranges(urls, starts, [start + length for start in starts])
         rows = [data[:-CRC_BYTES] for data in found]
         for (number, start), body, data in zip(places, rows, found, strict=True):
             if google_crc32c.value(body) != int.from_bytes(data[-CRC_BYTES:], "little"):
@@ -110,26 +109,17 @@ class StreamedRows:
         """Where the chunks of every object begin, (objects, chunks of an object)."""
         stored, numbers = self._stored, range(self._stored.objects)
         sizes = {entry.path: entry.size for entry in self._manifest.files}
-        ends = [sizes[stored.path(number)] for number in numbers]
-        found = self._ranges([(number, ends[number] - stored.index_bytes, ends[number]) for number in numbers])
+        stops = [sizes[stored.path(number)] for number in numbers]
+        urls = [self._url(number) for number in numbers]
+        found = uri.read_ranges(urls, [stop - stored.index_bytes for stop in stops], stops)
         starts = np.zeros((len(numbers), self._per_block), np.int64)
         for number, index in enumerate(found):
-            where = uri.redact(uri.join(self._manifest.uri, stored.path(number)))
-            here = stored.chunk_starts(where, index, ends[number], number)
+            here = stored.chunk_starts(uri.redact(urls[number]), index, stops[number], number)
             starts[number, : len(here)] = here
         return starts
 
-    def _ranges(self, places: Sequence[tuple[int, int, int]]) -> list[bytes]:
-        """The bytes of objects from one place to another, all requests at once where the store can."""
-        paths = [f"{self._root}/{self._stored.path(number)}" for number, _, _ in places]
-        starts, stops = [start for _, start, _ in places], [stop for _, _, stop in places]
-        found = self._fs.cat_ranges(paths, starts, stops, on_error="return")
-        for (number, start, stop), data in zip(places, found, strict=True):
-            if isinstance(data, Exception) or len(data) != stop - start:
-                reason = data if isinstance(data, Exception) else f"{len(data):,} came"
-                where = uri.redact(uri.join(self._manifest.uri, self._stored.path(number)))
-                raise StorageError(f"{where}: bytes {start:,} to {stop:,} cannot be read ({reason})")
-        return list(found)
+    def _url(self, number: int) -> str:
+        return uri.join(self._manifest.uri, self._stored.path(number))
 
 
 def whole(stored: StoredArray, manifest: Manifest) -> FlatRows:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from storage import cache, uri
-from storage.manifest import FileEntry, Manifest
+from storage.manifest import OTHER_BYTES, FileEntry, Manifest
 from storage.parallel import threads
 
 Versions = Mapping[str, Mapping[str, str]]
@@ -38,18 +38,13 @@ def trust(manifest: Manifest, files: Sequence[FileEntry], folder: Path | None = 
 
 
 def _versions(manifest: Manifest, files: Sequence[FileEntry]) -> Versions:
-    def version(entry: FileEntry) -> Mapping[str, str]:
-        try:
-            return cache.version(uri.join(manifest.uri, entry.path))
-        except FileNotFoundError as error:
-            raise manifest.fault(entry.path, "is missing") from error
-
     with threads(16) as pool:
-        return dict(zip([entry.path for entry in files], pool.map(version, files), strict=True))
+        found = list(pool.map(lambda entry: uri.version(uri.join(manifest.uri, entry.path)), files))
+    return {entry.path: version or {} for entry, version in zip(files, found, strict=True)}
 
 
 def _stale(files: Sequence[FileEntry], found: Versions, known: Versions) -> list[FileEntry]:
-    """The objects that may have changed since; one whose store tells no version always may."""
+    """The objects that may have changed since; one that is absent or whose store tells no version always may."""
     return [entry for entry in files if not found[entry.path] or found[entry.path] != known.get(entry.path)]
 
 
@@ -66,7 +61,7 @@ def _compare(manifest: Manifest, files: Sequence[FileEntry]) -> None:
 
     def compare(entry: FileEntry) -> None:
         if _sha256(uri.join(manifest.uri, entry.path)) != entry.sha256:
-            raise manifest.fault(entry.path, "does not hold the bytes that were committed")
+            raise manifest.fault(entry.path, OTHER_BYTES)
         progress.add(entry.size)
 
     manifest.model_copy(update={"files": tuple(files)}).check_sizes()

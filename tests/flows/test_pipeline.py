@@ -40,8 +40,8 @@ SMALL = {
 KEPT = {"train": 20, "held_out": 8}
 
 
-def command(name: str, root: Path, digits: Path, *more: str) -> list[str]:
-    values = SMALL | {f"archive.{split}": digits / split for split in ("train", "held_out")}
+def command(name: str, root: Path | str, digits: Path | str, *more: str) -> list[str]:
+    values = SMALL | {f"archive.{split}": f"{digits}/{split}" for split in ("train", "held_out")}
     sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
     return [sys.executable, "-m", "flows.cli", name, "demo", "--root", str(root), "--json", *sets, *more]
 
