@@ -115,7 +115,9 @@ def test_damage_on_s3_is_found_and_mended(root: str, tmp_path: Path, write_archi
     assert verify.faults(mended, full=True) == []
 
 
-def test_rows_come_back(root: str, tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
+def test_rows_come_back(
+    root: str, tmp_path: Path, new_output: Callable[..., StageOutput], monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout = RowLayout(rows=10, block_rows=4, arrays=(ArraySpec("x", "float16", (2, 3), 2, split_axis0=True),))
     values = np.random.default_rng(0).normal(size=(10, 2, 3)).astype(np.float16)
     writer = RowWriter(new_output(root), layout, {})
