@@ -140,6 +140,7 @@ def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentMani
         device=device(),
         augmentation=config.augmentation,
         order=config.order,
+        streamed=config.reading == "streamed",
     )
 
 

@@ -147,6 +147,8 @@ class Batches:
     """Probability of each distortion; 0 is none, and no labels of it."""
     order: Order = "shuffled"
     """Of the items in an epoch; in the pooled one the images of a chunk are all mirrored or none is."""
+    streamed: bool = False
+    """Tell the data which items come next; in the pooled order."""
 
     def __call__(self, step: int) -> Batch:
         """The batch of a step for this rank. The same step gives the same bits, whenever it is asked for."""
@@ -157,9 +159,10 @@ class Batches:
         items = self._items(positions)
         if self.order == "pooled":
             mirrored = self._coins(positions, items)
-            self._expect(step)
         else:
             mirrored = draws.flip.cpu().numpy() < 0.5 if self.flips else np.zeros(local, np.bool_)
+        if self.streamed:
+            self._expect(step)
         x0, augment = self.data.x0(items, mirrored, draws), None
         if self.augmentation:
             x0, augment = augmented(x0, draws.augment, self.augmentation)
