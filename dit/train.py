@@ -3,9 +3,10 @@
 import logging
 import math
 import time
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from dit.devices import Precision, device, dtype
 from dit.diffusion.build import build_process
@@ -17,7 +18,7 @@ from dit.models.config import ModelConfig
 from dit.plots import curve
 from dit.training import checkpoint
 from dit.training.checkpoint import Measured
-from dit.training.data import Batches, open_data
+from dit.training.data import Batches, Order, open_data
 from dit.training.ema import EMA
 from dit.training.loop import Numbers, StepResult, TrainState, train
 from dit.training.ranks import Ranks, joined
@@ -62,12 +63,25 @@ class TrainConfig(Config):
     """Arithmetic of the forward pass; weights are float32 in any case."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides initial weights, order, noise and dropped labels."""
+    order: Order = "shuffled"
+    """``shuffled`` permutes all images in every epoch. ``pooled`` permutes chunks of the store (256 images), then the
+    images of 16 chunks with each other, and mirrors whole chunks: batches are a little less independent, and each
+    chunk is fetched once an epoch, so the store need not be on this machine."""
+    reading: Literal["auto", "streamed"] = operational("auto")
+    """``auto`` reads a local store where it lies and copies a remote one to this machine first. ``streamed`` fetches
+    each chunk when its turn comes, on every rank; it needs ``order: pooled`` and no disk."""
     log_every: int = operational(100, ge=1)
     """Steps between two records of the loss."""
     checkpoint_every: int = operational(5_000, ge=1)
     """Steps between two checkpoints: what a kill can cost."""
     keep_checkpoints: int = operational(2, ge=1)
     """How many of the newest checkpoints stay."""
+
+    @model_validator(mode="after")
+    def _streams_in_order(self) -> Self:
+        if self.reading == "streamed" and self.order == "shuffled":
+            raise ValueError("reading: streamed would fetch a chunk for every image in this order; set order: pooled")
+        return self
 
 
 def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, tracker: Tracker) -> CheckpointManifest:
@@ -115,7 +129,7 @@ def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentMani
     if config.augmentation and latents.vae:
         raise InputError("train.augmentation: distorts pixels, and these are latents; set it to 0")
     return Batches(
-        data=open_data(latents),
+        data=open_data(latents, streamed=config.reading == "streamed"),
         shape=latents.latent_shape,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -125,6 +139,7 @@ def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentMani
         ranks=ranks,
         device=device(),
         augmentation=config.augmentation,
+        order=config.order,
     )
 
 

@@ -107,20 +107,27 @@ class LatentReader:
     """Random access to the latents of a store.
 
     Args:
-        manifest: of the store; it is checked as by `RowReader`.
-        cache: local folder for copies of a remote store.
+        manifest: of the store.
+        cache: as of `RowReader`.
+        streamed: as of `RowReader`.
 
     Raises:
         InputError: the store holds pixels.
-        StorageError: an object is missing or damaged; the line names it.
+        StorageError: as `RowReader`.
     """
 
-    def __init__(self, manifest: LatentManifest, cache: Path | None = None) -> None:
+    def __init__(self, manifest: LatentManifest, cache: Path | None = None, *, streamed: bool = False) -> None:
         if manifest.vae is None:
             raise InputError(f"{manifest.url}: holds pixels and no latents")
         self.vae = manifest.vae
-        self._rows = RowReader(manifest, cache)
+        self._rows = RowReader(manifest, cache, streamed=streamed)
+        self.chunk_rows = self._rows.chunk_rows("mean")
         self.labels: NDArray[np.int32] = self._rows.array("label")
+
+    def expect(self, indices: NDArray[np.int64], flips: NDArray[np.int64]) -> None:
+        """Say which images ``indices`` (B,), at which ``flips`` (B,), will be asked for next, as `RowReader.expect`."""
+        for name in ("mean", "std"):
+            self._rows.expect(name, indices, flips)
 
     def moments(
         self, indices: NDArray[np.int64], flips: NDArray[np.int64] | None = None
@@ -145,16 +152,22 @@ class PixelReader:
     """Random access to the images of a store of pixels.
 
     Args:
-        manifest: of the store; it is checked as by `RowReader`.
-        cache: local folder for copies of a remote store.
+        manifest: of the store.
+        cache: as of `RowReader`.
+        streamed: as of `RowReader`.
 
     Raises:
-        StorageError: an object is missing or damaged; the line names it.
+        StorageError: as `RowReader`.
     """
 
-    def __init__(self, manifest: LatentManifest, cache: Path | None = None) -> None:
-        self._rows = RowReader(manifest, cache)
+    def __init__(self, manifest: LatentManifest, cache: Path | None = None, *, streamed: bool = False) -> None:
+        self._rows = RowReader(manifest, cache, streamed=streamed)
+        self.chunk_rows = self._rows.chunk_rows("image")
         self.labels: NDArray[np.int32] = self._rows.array("label")
+
+    def expect(self, indices: NDArray[np.int64]) -> None:
+        """Say which images ``indices`` (B,) will be asked for next, as `RowReader.expect`."""
+        self._rows.expect("image", indices)
 
     def images(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Images (B, H, H, 3) of ``indices`` (B,).

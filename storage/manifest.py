@@ -169,7 +169,7 @@ class Manifest(Header):
             StorageError: an object is missing or has another size; the line names it.
         """
         for entry, state in self.damaged(lambda _: False):
-            raise self._fault(entry.path, state)
+            raise self.fault(entry.path, state)
 
     def verify(self) -> None:
         """Read every committed object and compare its hash.
@@ -178,7 +178,7 @@ class Manifest(Header):
             StorageError: an object is missing or holds other bytes; the line names the first.
         """
         for entry, state in self.damaged(lambda _: True):
-            raise self._fault(entry.path, state)
+            raise self.fault(entry.path, state)
 
     def read_object(self, path: str) -> bytes:
         """The bytes of a committed object, compared with its hash.
@@ -188,10 +188,10 @@ class Manifest(Header):
         """
         entry = next((entry for entry in self.files if entry.path == path), None)
         if entry is None:
-            raise self._fault(path, "was never committed")
+            raise self.fault(path, "was never committed")
         data = uri.read(uri.join(self.uri, path))
         if uri.sha256(data) != entry.sha256:
-            raise self._fault(path, OTHER_BYTES)
+            raise self.fault(path, OTHER_BYTES)
         return data
 
     def _state(self, entry: FileEntry, *, whole: bool) -> str | None:
@@ -204,7 +204,8 @@ class Manifest(Header):
             return f"has {size:,} bytes instead of {entry.size:,}"
         return OTHER_BYTES if whole and uri.file_sha256(url) != entry.sha256 else None
 
-    def _fault(self, path: str, state: str) -> StorageError:
+    def fault(self, path: str, state: str) -> StorageError:
+        """The error to raise for a committed object that is in this state."""
         where, here = uri.redact(uri.join(self.uri, path)), uri.redact(self.uri)
         return StorageError(f"{where}: {state}; run `ditflow verify --full {here}` and then {self.stage} again")
 

@@ -1,38 +1,34 @@
 """Arrays that grow block by block and are read row by row: a zarr v3 group, for latents and samples.
 
 A block of rows is the unit of work: its shard objects are built in memory, put whole and committed
-by a record. Chunks are not compressed, so a reader maps the shards into memory and copies rows
-straight out of them; each inner chunk carries its crc32c.
+by a record. Chunks are not compressed, so a reader copies rows straight out of them; each inner
+chunk carries its crc32c.
 """
 
 # N = rows, B = rows asked for, F = first axis of a row, when it is split (flips)
 
-import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ShardingCodec
+from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from storage import records, uri
-from storage.errors import InputError, StorageError
-from storage.manifest import FileEntry, Manifest, StageOutput, json_digest
+from storage.errors import InputError
+from storage.manifest import FileEntry, Manifest, StageOutput
+from storage.mapped import FlatRows, ShardRows, allow_open_files
 from storage.parallel import threads
+from storage.staging import staged
+from storage.stored import CRC_BYTES, DATA, INDEX_ENTRY_BYTES, StoredArray, data_files, stored_arrays
+from storage.streaming import StreamedRows, whole
 from storage.tracking import Tracker
-
-DATA = "data"
-
-_MISSING = np.uint64(2**64 - 1)
-_CHECKSUM, _INDEX_ENTRY = 4, 16  # bytes: of a crc32c, and of where an inner chunk lies
+from storage.trust import trust
 
 
 @dataclass(frozen=True)
@@ -101,8 +97,8 @@ class RowLayout:
     def _size(self, spec: ArraySpec) -> int:
         whole, rest = divmod(self.rows, self.block_rows)
         chunks = whole * (self.block_rows // spec.chunk_rows) + -(-rest // spec.chunk_rows)
-        chunk = prod(spec.chunk(spec.chunk_rows)) * np.dtype(spec.dtype).itemsize + _CHECKSUM
-        index = _INDEX_ENTRY * (self.block_rows // spec.chunk_rows) + _CHECKSUM
+        chunk = prod(spec.chunk(spec.chunk_rows)) * np.dtype(spec.dtype).itemsize + CRC_BYTES
+        index = INDEX_ENTRY_BYTES * (self.block_rows // spec.chunk_rows) + CRC_BYTES
         return spec.pieces * (chunks * chunk + self.blocks * index)
 
 
@@ -196,35 +192,62 @@ def gathered(
 
 
 class RowReader:
-    """Random access to the rows of a committed store.
+    """Random access to the rows of a committed store, which is compared with its hashes first.
 
-    A local store is mapped into memory where it lies. Any other is copied once to a local folder,
-    each object compared with its hash.
+    A local store is read where it lies. Any other is copied to this machine, or streamed.
 
     Args:
         manifest: of the stage that wrote the store.
-        cache: folder for local copies; ``$XDG_CACHE_HOME/ditflow`` or ``~/.cache/ditflow`` by default.
+        cache: folder of what this machine keeps: copies, and what was found whole;
+            ``$XDG_CACHE_HOME/ditflow`` or ``~/.cache/ditflow`` by default.
+        streamed: make no copy; fetch the chunks that rows lie in. The store is read once, whole, to
+            be sure of it.
 
     Raises:
-        StorageError: an object is missing, has another size, lacks inner chunks, or its index or
-            metadata is damaged; the line names it. Flipped bytes of the data itself are found by
-            `Manifest.verify`, which reads everything.
+        StorageError: an object is missing or damaged, or the disk has no room for a copy; the line
+            names it.
     """
 
-    def __init__(self, manifest: Manifest, cache: Path | None = None) -> None:
-        manifest.check_sizes()
-        folder = _local_folder(manifest, cache)
-        for entry in manifest.files:
-            if entry.path.startswith(f"{DATA}/") and entry.path.endswith("zarr.json"):
-                manifest.read_object(entry.path)
-        group = zarr.open_group(folder, mode="r", zarr_format=3)
-        arrays = dict(group.arrays())
-        _allow_open_files(sum(prod(_grid(array)) for array in arrays.values()))
-        self.attributes: dict[str, Any] = dict(group.attrs)
-        self._arrays = {name: _MappedArray(folder / name, array) for name, array in arrays.items()}
+    def __init__(self, manifest: Manifest, cache: Path | None = None, *, streamed: bool = False) -> None:
+        local = uri.local_path(manifest.uri)
+        if streamed or local is not None:
+            trust(manifest, data_files(manifest), cache)
+        self.attributes, self._stored = stored_arrays(manifest)
+        self._rows: Mapping[str, FlatRows | ShardRows | StreamedRows]
+        if streamed:
+            self._rows = _streamed(manifest, self._stored)
+        elif local is None:
+            self._rows = staged(manifest, self._stored, cache)
+        else:
+            allow_open_files(self._stored.values())
+            self._rows = {name: ShardRows(stored, local) for name, stored in self._stored.items()}
 
     def __len__(self) -> int:
-        return min(array.shape[0] for array in self._arrays.values())
+        return min(stored.shape[0] for stored in self._stored.values())
+
+    def chunk_rows(self, name: str) -> int:
+        """Rows of an inner chunk of an array.
+
+        Raises:
+            KeyError: no such array.
+        """
+        return self._stored[name].chunk_rows
+
+    def expect(self, name: str, indices: NDArray[np.int64], axis0: NDArray[np.int64] | None = None) -> None:
+        """Say which rows will be taken next and that no others will: if streamed, they are fetched meanwhile.
+
+        Args:
+            name: the array.
+            indices: (B,) rows, in any order, repeated or not.
+            axis0: (B,) as in `take`.
+
+        Raises:
+            KeyError: no such array.
+            StorageError: what was to come has not; the line names the object.
+        """
+        rows = self._rows[name]
+        if isinstance(rows, StreamedRows):
+            rows.expect(indices, np.zeros(len(indices), np.int64) if axis0 is None else axis0)
 
     def take(self, name: str, indices: NDArray[np.int64], axis0: NDArray[np.int64] | None = None) -> NDArray[Any]:
         """Rows of an array, copied.
@@ -241,15 +264,16 @@ class RowReader:
             KeyError: no such array.
             IndexError: a row or an index that the store does not have.
             ValueError: axis0 is given and the array's first axis is not split.
+            StorageError: streamed bytes cannot be read or are damaged; the line names the object.
         """
-        array = self._arrays[name]
-        if array.splits is None:
+        stored, rows = self._stored[name], self._rows[name]
+        if stored.splits is None:
             if axis0 is not None:
                 raise ValueError(f"the first axis of {name!r} is not split")
-            return array.take(indices, np.zeros(len(indices), np.int64))
+            return rows.take(indices, np.zeros(len(indices), np.int64))
         if axis0 is not None:
-            return array.take(indices, axis0)
-        return np.stack([array.take(indices, np.full(len(indices), f)) for f in range(array.splits)], axis=1)
+            return rows.take(indices, axis0)
+        return np.stack([rows.take(indices, np.full(len(indices), f)) for f in range(stored.splits)], axis=1)
 
     def array(self, name: str) -> NDArray[Any]:
         """A whole array (N, *shape), copied.
@@ -257,50 +281,15 @@ class RowReader:
         Raises:
             KeyError: no such array.
         """
-        return self.take(name, np.arange(self._arrays[name].shape[0]))
+        return self.take(name, np.arange(self._stored[name].shape[0]))
 
 
-class _MappedArray:
-    """One array over its mapped shard objects, ordered by block and then by the split axis."""
-
-    def __init__(self, folder: Path, array: "zarr.Array[Any]") -> None:
-        block_rows, self._chunk_rows = _cut(folder, array)
-        self.shape: tuple[int, ...] = array.shape
-        self._block_rows = block_rows
-        self.splits = array.shape[1] if array.ndim > 1 and array.shards and array.shards[1] == 1 else None
-        self._row = array.shape[1:] if self.splits is None else array.shape[2:]
-        self._dtype = np.dtype(array.dtype).newbyteorder("<")
-        row_bytes = prod(self._row) * self._dtype.itemsize
-        grid = _grid(array)
-        self._starts = np.zeros((prod(grid), block_rows // self._chunk_rows), np.int64)
-        self._windows: list[NDArray[np.uint8]] = []
-        for number, key in enumerate(np.ndindex(grid)):
-            rows = min(block_rows, self.shape[0] - key[0] * block_rows)
-            path = folder.joinpath("c", *map(str, key))
-            data = _mapped(path)
-            starts = _chunk_starts(path, data, -(-rows // self._chunk_rows), block_rows, self._chunk_rows, row_bytes)
-            self._starts[number, : len(starts)] = starts
-            self._windows.append(np.lib.stride_tricks.sliding_window_view(data, row_bytes))
-
-    def take(self, indices: NDArray[np.int64], axis0: NDArray[np.int64]) -> NDArray[Any]:
-        """Copy rows, one gather for each shard object that holds some."""
-        self._check(indices, axis0)
-        block, within = np.divmod(indices, self._block_rows)
-        chunk, row = np.divmod(within, self._chunk_rows)
-        number = block * (self.splits or 1) + axis0
-        row_bytes = prod(self._row) * self._dtype.itemsize
-        start = self._starts[number, chunk] + row * row_bytes
-        out = np.empty((len(indices), row_bytes), np.uint8)
-        order = np.argsort(number, kind="stable")
-        cuts = np.flatnonzero(np.diff(number[order])) + 1
-        for group in np.split(order, cuts) if len(order) else []:
-            out[group] = self._windows[number[group[0]]][start[group]]
-        return out.view(self._dtype).reshape(len(indices), *self._row)
-
-    def _check(self, indices: NDArray[np.int64], axis0: NDArray[np.int64]) -> None:
-        for name, given, size in (("rows", indices, self.shape[0]), ("first-axis indices", axis0, self.splits or 1)):
-            if len(given) and (given.min() < 0 or given.max() >= size):
-                raise IndexError(f"{name} {given.min()} to {given.max()} of {size}")
+def _streamed(manifest: Manifest, arrays: Mapping[str, StoredArray]) -> dict[str, FlatRows | StreamedRows]:
+    """What is one number a row is small and read whole."""
+    return {
+        name: StreamedRows(stored, manifest) if stored.row else whole(stored, manifest)
+        for name, stored in arrays.items()
+    }
 
 
 def _record(block: int) -> str:
@@ -327,74 +316,3 @@ def _create(layout: RowLayout, attributes: dict[str, Any], objects: dict[str, An
         )
         for spec in layout.arrays
     }
-
-
-def _cut(folder: Path, array: "zarr.Array[Any]") -> tuple[int, int]:
-    """Rows of a block and of an inner chunk, if the array is laid out as this module writes."""
-    codecs = tuple(getattr(array.metadata, "codecs", ()))
-    plain = len(codecs) == 1 and isinstance(codecs[0], ShardingCodec) and len(codecs[0].codecs) == 2
-    if not plain or not isinstance(codecs[0].codecs[1], Crc32cCodec) or not array.shards:
-        raise StorageError(f"{folder}: not sharded, uncompressed and with crc32c, as stores of this kind are")
-    return array.shards[0], array.chunks[0]
-
-
-def _grid(array: "zarr.Array[Any]") -> tuple[int, ...]:
-    """How many shard objects lie along each axis."""
-    return tuple(-(-size // shard) for size, shard in zip(array.shape, array.shards or array.chunks, strict=True))
-
-
-def _mapped(path: Path) -> NDArray[np.uint8]:
-    try:
-        return np.memmap(path, np.uint8, "r").view(np.ndarray)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path}: cannot be mapped into memory ({error})") from error
-
-
-def _chunk_starts(
-    path: Path, data: NDArray[np.uint8], needed: int, block_rows: int, chunk_rows: int, row_bytes: int
-) -> NDArray[np.int64]:
-    """Where the first inner chunks begin, from the index at the object's end (zarr v3, sharding_indexed)."""
-    length = 16 * (block_rows // chunk_rows) + 4
-    index = data[-length:].tobytes()
-    if len(index) < length or google_crc32c.value(index[:-4]) != int.from_bytes(index[-4:], "little"):
-        raise StorageError(f"{path}: the shard index is damaged; run the stage that wrote it again")
-    table = np.frombuffer(index, "<u8", count=(length - 4) // 8).reshape(-1, 2)[:needed]
-    if (table == _MISSING).any():
-        raise StorageError(f"{path}: an inner chunk is missing; run the stage that wrote it again")
-    size = chunk_rows * row_bytes + 4
-    if (table[:, 1] != size).any() or (table[:, 0] > max(len(data) - length - size, 0)).any():
-        raise StorageError(f"{path}: the shard index does not fit the object; run the stage that wrote it again")
-    return table[:, 0].astype(np.int64)
-
-
-def _local_folder(manifest: Manifest, cache: Path | None) -> Path:
-    """The store on this machine, copied if it lies elsewhere."""
-    local = uri.local_path(manifest.uri)
-    if local is not None:
-        return local / DATA
-    files = [entry for entry in manifest.files if entry.path.startswith(f"{DATA}/")]
-    root = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditflow"
-    copy = root / json_digest([[entry.path, entry.sha256] for entry in files])[:16]
-    with threads(8) as pool:
-        list(pool.map(partial(_fetch, manifest, copy), files))
-    return copy / DATA
-
-
-def _fetch(manifest: Manifest, copy: Path, entry: FileEntry) -> None:
-    target = str(copy / entry.path)
-    if uri.size(target) != entry.size:
-        uri.write(target, manifest.read_object(entry.path))
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files if the maps need it: each holds a descriptor before Python 3.13."""
-    if sys.platform == "win32":
-        return
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count + 512  # for everything else
-    if resource.RLIM_INFINITY != hard < needed:
-        raise StorageError(f"{count:,} shard objects to map but only {hard:,} open files allowed; raise `ulimit -Hn`")
-    if resource.RLIM_INFINITY != soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

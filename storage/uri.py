@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import DitflowError, InputError, StorageError
 
+_VERSIONS = ("mtime", "created", "ino", "ETag", "etag", "LastModified", "last_modified", "md5Hash", "generation")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -119,6 +120,41 @@ def size(url: str) -> int | None:
             return int(fs.info(path)["size"])
     except FileNotFoundError:
         return None
+
+
+def version(url: str) -> dict[str, str] | None:
+    """What changes when an object is written again: its size and what its store tells beside, None when it is absent.
+
+    Empty where a store tells nothing beside.
+
+    Raises:
+        StorageError: the store does not say.
+    """
+    fs, path = filesystem(url)
+    try:
+        with _explained(url, "read"):
+            info = fs.info(path)
+    except FileNotFoundError:
+        return None
+    found = {name: str(info[name]) for name in _VERSIONS if info.get(name)}
+    return found | {"size": str(info["size"])} if found else {}
+
+
+def read_ranges(urls: Sequence[str], starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
+    """Parts of objects of one store, from a byte to that before another; all requests at once where the store can.
+
+    Raises:
+        StorageError: one is absent, shorter or cannot be read; the line names the first.
+    """
+    fs, _ = filesystem(urls[0])
+    paths = [filesystem(url)[1] for url in urls]
+    with _explained(urls[0], "read"):
+        found = fs.cat_ranges(paths, list(starts), list(stops), on_error="return")
+    for url, start, stop, data in zip(urls, starts, stops, found, strict=True):
+        reason = data if isinstance(data, Exception) else f"{len(data):,} came"
+        if isinstance(data, Exception) or len(data) != stop - start:
+            raise StorageError(f"{redact(url)}: bytes {start:,} to {stop:,} cannot be read ({reason})")
+    return [bytes(data) for data in found]
 
 
 def read(url: str) -> bytes:

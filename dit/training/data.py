@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from dit.training.augment import augmented
 from dit.training.noise import StepDraws
 from dit.training.ranks import Ranks
 from storage.latents import LatentManifest, LatentReader, PixelReader
-from storage.order import permutation
+from storage.order import POOL, coins, permutation, pooled
+
+Order = Literal["shuffled", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,15 @@ class Data(Protocol):
     def labels(self) -> NDArray[np.int32]:
         """(N,)"""
 
+    @property
+    def chunk_rows(self) -> int:
+        """Images that are fetched together."""
+
     def x0(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_], draws: StepDraws) -> Tensor:
         """Data (B, C, h, h) of the images ``items`` (B,), some of them ``mirrored`` (B,)."""
+
+    def expect(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> None:
+        """Say which images will be asked for from now on, and which of them mirrored."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +69,21 @@ class Latents:
         """(N,)"""
         return self.reader.labels
 
+    @property
+    def chunk_rows(self) -> int:
+        """See `Data`."""
+        return self.reader.chunk_rows
+
     def x0(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_], draws: StepDraws) -> Tensor:
         """See `Data`."""
         moments = self.reader.moments(items, mirrored.astype(np.int64))
         mean, std = (torch.from_numpy(part).to(draws.device).float() for part in moments)
         vae = self.reader.vae
         return (mean + std * draws.posterior - vae.shift_factor) * vae.scaling_factor
+
+    def expect(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> None:
+        """See `Data`."""
+        self.reader.expect(items, mirrored.astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -79,20 +97,35 @@ class Pixels:
         """(N,)"""
         return self.reader.labels
 
+    @property
+    def chunk_rows(self) -> int:
+        """See `Data`."""
+        return self.reader.chunk_rows
+
     def x0(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_], draws: StepDraws) -> Tensor:
         """See `Data`."""
         x0 = to_unit(torch.from_numpy(self.reader.images(items)).to(draws.device))
         chosen = torch.from_numpy(mirrored).to(draws.device)
         return torch.where(chosen[:, None, None, None], x0.flip(3), x0)
 
+    def expect(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> None:
+        """See `Data`."""
+        self.reader.expect(items)
 
-def open_data(manifest: LatentManifest) -> Data:
-    """The images of a store.
+
+def open_data(manifest: LatentManifest, *, streamed: bool = False) -> Data:
+    """The images of a store, every object of which is compared with its hash first, once on each machine.
+
+    Args:
+        manifest: of the store.
+        streamed: fetch what a step needs instead of copying the store to this machine; for the pooled order.
 
     Raises:
-        StorageError: an object is missing or damaged; the line names it.
+        StorageError: an object is missing or damaged, or the disk has no room; the line names it.
     """
-    return Latents(LatentReader(manifest)) if manifest.vae else Pixels(PixelReader(manifest))
+    if manifest.vae:
+        return Latents(LatentReader(manifest, streamed=streamed))
+    return Pixels(PixelReader(manifest, streamed=streamed))
 
 
 @dataclass(frozen=True)
@@ -112,14 +145,21 @@ class Batches:
     device: torch.device
     augmentation: float = 0.0
     """Probability of each distortion; 0 is none, and no labels of it."""
+    order: Order = "shuffled"
+    """Of the items in an epoch; in the pooled one the images of a chunk are all mirrored or none is."""
 
     def __call__(self, step: int) -> Batch:
         """The batch of a step for this rank. The same step gives the same bits, whenever it is asked for."""
         local = self.batch_size // self.ranks.world_size
         rows = range(self.ranks.rank * local, (self.ranks.rank + 1) * local)
         draws = StepDraws(self.seed, step, rows, self.shape, self.device)
-        items = self._items(step * self.batch_size + np.asarray(rows))
-        mirrored = draws.flip.cpu().numpy() < 0.5 if self.flips else np.zeros(local, np.bool_)
+        positions = step * self.batch_size + np.asarray(rows)
+        items = self._items(positions)
+        if self.order == "pooled":
+            mirrored = self._coins(positions, items)
+            self._expect(step)
+        else:
+            mirrored = draws.flip.cpu().numpy() < 0.5 if self.flips else np.zeros(local, np.bool_)
         x0, augment = self.data.x0(items, mirrored, draws), None
         if self.augmentation:
             x0, augment = augmented(x0, draws.augment, self.augmentation)
@@ -132,8 +172,24 @@ class Batches:
         items = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            items[here] = _order(self.seed, int(epoch), count)[places[here]]
+            items[here] = _order(self.order, self.seed, int(epoch), count, self.data.chunk_rows)[places[here]]
         return items
+
+    def _coins(self, positions: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which items at these positions are mirrored, when it is their chunk that decides."""
+        mirrored = np.zeros(len(items), np.bool_)
+        count, chunk = len(self.data.labels), self.data.chunk_rows
+        for epoch in np.unique(positions // count) if self.flips else ():
+            here = positions // count == epoch
+            mirrored[here] = coins(self.seed, int(epoch), -(-count // chunk))[items[here] // chunk]
+        return mirrored
+
+    def _expect(self, step: int) -> None:
+        """Announce what steps need from the pool of this one on until the end of the next."""
+        span = max(POOL * self.data.chunk_rows, self.batch_size)
+        positions = np.arange(2 * span) + step * self.batch_size // span * span
+        items = self._items(positions)
+        self.data.expect(items, self._coins(positions, items))
 
     def _labels(self, items: NDArray[np.int64], drop: Tensor) -> Tensor | None:
         if self.num_classes == 0:
@@ -142,6 +198,6 @@ class Batches:
         return labels.masked_fill(drop < self.label_dropout, self.num_classes)
 
 
-@lru_cache(maxsize=2)  # a batch may lie across two epochs
-def _order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    return permutation(seed, epoch, n)
+@lru_cache(maxsize=3)  # a batch may lie across two epochs, what is fetched ahead across one more
+def _order(order: Order, seed: int, epoch: int, n: int, chunk: int) -> NDArray[np.int64]:
+    return permutation(seed, epoch, n) if order == "shuffled" else pooled(seed, epoch, n, chunk)

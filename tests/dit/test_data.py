@@ -1,25 +1,27 @@
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from dit.training.data import Batches, Latents
+from dit.training.data import Batches, Latents, open_data
 from dit.training.noise import StepDraws
 from dit.training.ranks import Ranks
 from storage.latents import LatentManifest, LatentReader, VaeInfo, latent_layout
 from storage.manifest import StageOutput
-from storage.order import permutation
+from storage.order import coins, permutation, pooled
 from storage.rows import RowWriter
 
-N, CLASSES, BATCH, SEED = 50, 4, 8, 3
+N, CLASSES, BATCH, SEED, CHUNK = 50, 4, 8, 3, 8
 SHAPE = (3, 2, 2)
 VAE = VaeInfo(source="", sha256="", downsample=8, channels=3, scaling_factor=0.5, shift_factor=2.0)
 
 
-def store(root: Path, std: float) -> LatentReader:
+def store(root: Path | str, std: float) -> LatentManifest:
     """Latents whose mean tells the item, and by a quarter more that it is mirrored."""
     out: StageOutput = tiny.output(root, LatentManifest, tiny.TRAINING)
     mean = np.arange(N)[:, None] + np.array([0, 0.25])
@@ -29,27 +31,25 @@ def store(root: Path, std: float) -> LatentReader:
         "label": (np.arange(N) % CLASSES).astype(np.int32),
         "source_index": np.arange(N),
     }
-    writer = RowWriter(out, latent_layout(N, 2, SHAPE, 16, 8), {})
+    writer = RowWriter(out, latent_layout(N, 2, SHAPE, 16, CHUNK), {})
     for block in writer.missing():
         start, stop = writer.bounds(block)
         writer.write(block, {name: values[start:stop] for name, values in arrays.items()})
     fields = {"resolution": 16, "split": "train", "flips": 2, "latent_shape": SHAPE}
     names = tuple(map(str, range(CLASSES)))
-    return LatentReader(
-        out.commit(LatentManifest, writer.finish(), counts={"images": N}, class_names=names, vae=VAE, **fields)
-    )
+    return out.commit(LatentManifest, writer.finish(), counts={"images": N}, class_names=names, vae=VAE, **fields)
 
 
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
     """Of latents without spread, so that x0 tells which item it is."""
-    reader = store(tmp_path_factory.mktemp("exact"), std=0)
+    reader = LatentReader(store(tmp_path_factory.mktemp("exact"), std=0))
     return Batches(Latents(reader), SHAPE, BATCH, SEED, True, CLASSES, 0.0, Ranks(), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory: pytest.TempPathFactory) -> Batches:
-    reader = store(tmp_path_factory.mktemp("spread"), std=2)
+    reader = LatentReader(store(tmp_path_factory.mktemp("spread"), std=2))
     return Batches(Latents(reader), SHAPE, BATCH, SEED, True, CLASSES, 0.0, Ranks(), torch.device("cpu"))
 
 
@@ -150,3 +150,52 @@ def test_as_many_labels_are_dropped_as_asked(batches: Batches, dropout: float) -
 
 def test_an_unconditional_model_gets_no_labels(batches: Batches) -> None:
     assert replace(batches, num_classes=0)(0).y is None
+
+
+def test_pooled_epochs_are_the_pooled_order_and_chunks_are_mirrored_as_one(batches: Batches) -> None:
+    mixed = replace(batches, order="pooled")
+    seen = np.concatenate([stored(mixed(step).x0) for step in range(25)])
+    sides = []
+    for epoch in range(4):
+        part = seen[epoch * N : (epoch + 1) * N]
+        order = pooled(SEED, epoch, N, CHUNK)
+        assert np.floor(part).tolist() == order.tolist()
+        tossed = coins(SEED, epoch, -(-N // CHUNK))
+        assert np.array_equal(part % 1 == 0.25, tossed[order // CHUNK])
+        sides += tossed.tolist()
+    assert {True, False} == set(sides)
+    assert not (stored(replace(mixed, flips=False)(0).x0) % 1).any()
+
+
+@pytest.mark.parametrize("order", ["shuffled", "pooled"])
+def test_the_stream_is_the_same_for_any_world_size_through_restarts(batches: Batches, order: str) -> None:
+    """Each run is killed at random steps and goes on with another number of ranks that share its batch."""
+    epochs = range(5)
+    of_epoch = {"shuffled": permutation, "pooled": partial(pooled, chunk=CHUNK)}[order]
+    expected = np.concatenate([of_epoch(SEED, epoch, N) for epoch in epochs])
+    generator = np.random.default_rng(0)
+    for first in range(1, 33):
+        size, step, found, world_size = 3 * first, 0, list[np.ndarray](), first
+        while step * size < len(expected):
+            ranks = [
+                replace(batches, order=order, batch_size=size, ranks=Ranks(rank, world_size), num_classes=0)
+                for rank in range(world_size)
+            ]
+            stop = step + int(generator.integers(1, 2 + len(expected) // size))
+            found += [stored(rank(step).x0) for step in range(step, stop) for rank in ranks]
+            step = stop
+            world_size = int(generator.choice([count for count in range(1, 33) if size % count == 0]))
+        assert np.floor(np.concatenate(found))[: len(expected)].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_streamed_batches_are_those_of_a_local_store(tmp_path: Path, remote: bool) -> None:
+    fsspec.filesystem("memory").store.clear()
+    manifest = store("memory://root" if remote else tmp_path, std=2)
+    local, streamed = (open_data(manifest, streamed=streamed) for streamed in (False, True))
+    rest = (SHAPE, BATCH, SEED, True, CLASSES, 0.0, Ranks(), torch.device("cpu"))
+    first, second = (Batches(data, *rest, order="pooled") for data in (local, streamed))
+    for step in [0, 1, 2, 30, 31, 5]:
+        expected, found = first(step), second(step)
+        assert torch.equal(found.x0, expected.x0)
+        assert torch.equal(found.y, expected.y)

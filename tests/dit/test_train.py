@@ -21,7 +21,7 @@ from dit.train import TrainConfig, learning_rate, model_for
 from dit.training.data import Batches, Latents
 from dit.training.ranks import Ranks
 from dit.vae import VaeRef
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, StorageError
 from storage.latents import LatentManifest, LatentReader
 from storage.manifest import StageOutput
 from storage.shards import ShardManifest
@@ -253,6 +253,39 @@ def test_flips_need_latents_of_both(tmp_path: Path, shards: ShardManifest, vae: 
         tiny.run_train(tmp_path, tiny.TRAINING, plain)
     manifest = tiny.run_train(tmp_path, tiny.TRAINING.model_copy(update={"flips": False}), plain)
     assert manifest.counts["steps"] == 12
+
+
+def test_a_streamed_run_ends_in_the_same_bits(tmp_path: Path, latents: LatentManifest) -> None:
+    config = tiny.TRAINING.model_copy(update={"order": "pooled"})
+    streamed = config.model_copy(update={"reading": "streamed"})
+    manifests = [tiny.run_train(tmp_path / each.reading, each, latents) for each in (config, streamed)]
+    assert manifests[0].digest == manifests[1].digest
+    assert tiny.objects(manifests[0]) == tiny.objects(manifests[1])
+
+
+def test_the_order_is_part_of_what_a_run_is(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    pooled = tiny.run_train(tmp_path, tiny.TRAINING.model_copy(update={"order": "pooled"}), latents)
+    assert pooled.digest != whole[1].digest
+    assert pooled.metrics["final_loss"] != whole[1].metrics["final_loss"]
+
+
+def test_streaming_in_shuffled_order_is_refused() -> None:
+    with pytest.raises(ValidationError, match="a chunk for every image in this order; set order: pooled"):
+        TrainConfig(reading="streamed")
+    assert TrainConfig(reading="streamed", order="pooled").reading == "streamed"
+
+
+def test_damage_is_named_before_the_first_step(tmp_path: Path, shards: ShardManifest, vae: VaeRef) -> None:
+    latents = tiny.run_encode(tmp_path, tiny.encode_config(vae), shards)
+    path = Path(latents.uri, "data/std/c/0/1/0/0/0")
+    data = path.read_bytes()
+    path.write_bytes(data[:9] + b"?" + data[10:])
+    recorder = tiny.Recorder()
+    with pytest.raises(StorageError, match="data/std/c/0/1/0/0/0: does not hold the bytes that were committed"):
+        tiny.run_train(tmp_path, tiny.TRAINING, latents, recorder)
+    assert not recorder.steps
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -115,7 +115,9 @@ def test_damage_on_s3_is_found_and_mended(root: str, tmp_path: Path, write_archi
     assert verify.faults(mended, full=True) == []
 
 
-def test_rows_come_back(root: str, tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
+def test_rows_come_back(
+    root: str, tmp_path: Path, new_output: Callable[..., StageOutput], monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout = RowLayout(rows=10, block_rows=4, arrays=(ArraySpec("x", "float16", (2, 3), 2, split_axis0=True),))
     values = np.random.default_rng(0).normal(size=(10, 2, 3)).astype(np.float16)
     writer = RowWriter(new_output(root), layout, {})
@@ -124,8 +126,11 @@ def test_rows_come_back(root: str, tmp_path: Path, new_output: Callable[..., Sta
         writer.write(block, {"x": values[start:stop]})
     assert writer.missing() == []
     manifest = new_output(root).commit(Manifest, writer.finish())
-    reader = RowReader(manifest, cache=tmp_path / "cache")
-    assert np.array_equal(reader.array("x"), values)
+    for streamed in (False, True):
+        reader = RowReader(manifest, tmp_path / "cache", streamed=streamed)
+        assert np.array_equal(reader.array("x"), values)
+    monkeypatch.setattr("storage.trust._sha256", None)  # ETags tell that nothing has changed
+    RowReader(manifest, tmp_path / "cache", streamed=True)
 
 
 def test_a_store_that_is_away_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,255 @@
+"""Shuffled batches of latents from disk: ours in place, staged and streamed, and other ways to keep them."""
+
+# N = latents, B = latents in a batch, C = channels, h = latent side
+
+import io
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import fsspec
+import numpy as np
+import webdataset
+import zarr
+from fsspec.implementations.memory import MemoryFileSystem
+from numpy.typing import NDArray
+
+from benchmarks.common import Measured, Result, main
+from storage.config import Config
+from storage.latents import LatentManifest, LatentReader, VaeInfo, latent_layout
+from storage.manifest import stage_output
+from storage.order import POOL, permutation, pooled
+from storage.rows import RowReader, RowWriter
+
+RATIOS = {
+    "raw_vs_memmap": ("raw", "memmap"),
+    "raw_vs_npy": ("raw", "npy"),
+    "raw_vs_webdataset": ("raw", "webdataset"),
+    "raw_vs_oindex": ("raw", "oindex"),
+    "staged_vs_memmap": ("staged", "memmap"),
+    "streamed_vs_memmap": ("streamed", "memmap"),
+}
+VAE = VaeInfo(source="", sha256="0" * 64, downsample=8, channels=4, scaling_factor=1)
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is read, and how often."""
+
+    rows: int = 49_152
+    """N."""
+    shape: tuple[int, int, int] = (4, 32, 32)
+    """(C, h, h), float16."""
+    batch_size: int = 256
+    """B."""
+    block_rows: int = 4096
+    chunk_rows: int = 256
+    rounds: int = 7
+    """Each reader has its turn so often."""
+    slow_batches: int = 8
+    """Batches in a turn of a reader that takes samples one by one; the others read all N."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a latent."""
+        return 2 * int(np.prod(self.shape))
+
+
+class Counted(MemoryFileSystem):
+    """``memory://`` as ``counted://``, which counts its ranged requests by array."""
+
+    protocol = "counted"
+    gets: dict[str, list[int]] = {}  # noqa: RUF012  as the store itself, of all instances
+    """Bytes of each request."""
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("counted://", "memory://")))
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        """The bytes from start to end."""
+        data = bytes(super().cat_file(path, start, end, **kwargs))
+        name = path.partition("/data/")[2].split("/")[0]
+        self.gets.setdefault(name, []).append(len(data))
+        return data
+
+
+def measure() -> Measured:
+    """All readers at the size of the issue."""
+    with tempfile.TemporaryDirectory() as folder:
+        return contest(Task(), Path(folder))
+
+
+def contest(task: Task, folder: Path) -> Measured:
+    """Latents a second of processor time, read in turns; and the requests of one streamed epoch.
+
+    Raises:
+        ValueError: a reader gives other latents than np.memmap.
+    """
+    fsspec.register_implementation("counted", Counted, clobber=True)
+    latents = np.random.default_rng(0).integers(0, 0x7C00, (task.rows, *task.shape), np.uint16).view(np.float16)
+    turns = readers(task, folder, latents)
+    speeds: dict[str, list[float]] = {name: [] for name in turns}
+    for round_number in range(-1, task.rounds):
+        for name, turn in turns.items():
+            begin = time.process_time()
+            count = turn(round_number + 1)
+            if round_number >= 0:  # one to warm up
+                speeds[name].append(count / max(time.process_time() - begin, 1e-9))
+    values = {name: median(found) for name, found in speeds.items()}
+    results = [Result(name, value, "samples/CPU-s") for name, value in values.items()]
+    counted = requests(task, folder, latents)
+    ratios = {name: values[ours] / values[peer] for name, (ours, peer) in RATIOS.items()}
+    return [*results, *counted], ratios
+
+
+Turn = Callable[[int], int]
+"""Reads some batches of an epoch, and says how many latents."""
+
+
+def readers(task: Task, folder: Path, latents: NDArray[np.float16]) -> dict[str, Turn]:
+    """One turn of every reader, after each was seen to give what it should."""
+    local, remote = write(task, str(folder / "local"), latents), write(task, "counted://root", latents)
+    latents.tofile(folder / "flat.bin")
+    flat = np.memmap(folder / "flat.bin", np.float16, "r", shape=latents.shape)
+    group = zarr.open_group(f"{local.uri}/data", mode="r")
+    oindex: Any = group["mean"]
+    in_place, copy = RowReader(local, folder / "cache"), RowReader(remote, folder / "cache")
+    npy = write_npy(folder / "npy", latents)
+    plain = np.zeros(task.batch_size, np.int64)
+    shuffled: dict[str, Callable[[Indices], NDArray[Any]]] = {
+        "memmap": lambda items: flat[items],
+        "raw": lambda items: in_place.take("mean", items, plain[: len(items)]),
+        "staged": lambda items: copy.take("mean", items, plain[: len(items)]),
+        "npy": lambda items: np.stack([np.load(npy[item]) for item in items]),
+        "oindex": lambda items: oindex.oindex[items, 0],
+    }
+    for name, take in shuffled.items():
+        some = permutation(1, 0, task.rows)[: task.batch_size]
+        if not np.array_equal(take(some), latents[some]):
+            raise ValueError(f"{name} gives other latents")
+    turns = {name: _turn(task, take, slow=name in ("npy", "oindex")) for name, take in shuffled.items()}
+    turns["streamed"] = streamed(task, RowReader(remote, folder / "cache", streamed=True), latents)
+    turns["webdataset"] = from_tars(task, write_tars(task, folder / "tars", latents))
+    return turns
+
+
+def write(task: Task, root: str, latents: NDArray[np.float16]) -> LatentManifest:
+    """A store of these means and, the other way round, deviations."""
+    out = stage_output(root, LatentManifest.STAGE, 1, Config(), parents={}, inputs={})
+    writer = RowWriter(out, latent_layout(task.rows, 1, task.shape, task.block_rows, task.chunk_rows), {})
+    for block in writer.missing():
+        start, stop = writer.bounds(block)
+        mean, keys = latents[start:stop, None], np.arange(start, stop)
+        label = keys.astype(np.int32)
+        writer.write(block, {"mean": mean, "std": mean[::-1], "label": label, "source_index": keys})
+    fields = {"resolution": 256, "split": "train", "flips": 1, "latent_shape": task.shape, "class_names": ()}
+    return out.commit(LatentManifest, writer.finish(), counts={"images": task.rows}, vae=VAE, **fields)
+
+
+def write_npy(folder: Path, latents: NDArray[np.float16]) -> list[Path]:
+    """One file a latent."""
+    folder.mkdir()
+    paths = [folder / f"{number:06d}.npy" for number in range(len(latents))]
+    for path, latent in zip(paths, latents, strict=True):
+        np.save(path, latent)
+    return paths
+
+
+def write_tars(task: Task, folder: Path, latents: NDArray[np.float16]) -> list[str]:
+    """Tars of ``.npy`` members, as many in each as there are rows in a block."""
+    folder.mkdir()
+    for first in range(0, len(latents), task.block_rows):
+        with tarfile.open(folder / f"{first:06d}.tar", "w") as tar:
+            for number, latent in enumerate(latents[first : first + task.block_rows], first):
+                buffer = io.BytesIO()
+                np.save(buffer, latent)
+                info = tarfile.TarInfo(f"{number:06d}.npy")
+                info.size = buffer.tell()
+                buffer.seek(0)
+                tar.addfile(info, buffer)
+    return sorted(map(str, folder.iterdir()))
+
+
+def _turn(task: Task, take: Callable[[Indices], object], *, slow: bool) -> Turn:
+    def turn(epoch: int) -> int:
+        batches = list(_batches(permutation(0, epoch, task.rows), task.batch_size))
+        batches = batches[: task.slow_batches] if slow else batches
+        for items in batches:
+            take(items)
+        return sum(map(len, batches))
+
+    return turn
+
+
+def _batches(order: Indices, size: int) -> Iterator[Indices]:
+    return (order[first : first + size] for first in range(0, len(order), size))
+
+
+def streamed(task: Task, reader: RowReader, latents: NDArray[np.float16]) -> Turn:
+    """Whole epochs in the pooled order, each chunk fetched ahead."""
+
+    def turn(epoch: int) -> int:
+        order, span = pooled(0, epoch, task.rows, task.chunk_rows), POOL * task.chunk_rows
+        for first in range(0, len(order), task.batch_size):
+            ahead = order[first // span * span :][: 2 * span]
+            reader.expect("mean", ahead, np.zeros(len(ahead), np.int64))
+            items = order[first : first + task.batch_size]
+            found = reader.take("mean", items, np.zeros(len(items), np.int64))
+            if first == 0 and not np.array_equal(found, latents[items]):
+                raise ValueError("streamed gives other latents")
+        return len(order)
+
+    return turn
+
+
+def from_tars(task: Task, tars: list[str]) -> Turn:
+    """Samples through a shuffle buffer as large as a pool, which is full before time is taken."""
+    pipeline = webdataset.WebDataset(tars, shardshuffle=len(tars), seed=0, empty_check=False)
+    size = min(POOL * task.chunk_rows, task.rows)
+    samples = (
+        np.load(io.BytesIO(sample["npy"])) for _ in cycle([0]) for sample in pipeline.shuffle(size, initial=size)
+    )
+
+    def turn(_: int) -> int:
+        for _ in range(task.slow_batches):
+            np.stack(list(islice(samples, task.batch_size)))
+        return task.slow_batches * task.batch_size
+
+    return turn
+
+
+def requests(task: Task, folder: Path, latents: NDArray[np.float16]) -> list[Result]:
+    """The requests of one epoch of means and deviations, and those of the start before it."""
+    manifest = write(task, "counted://again", latents)
+    LatentReader(manifest, folder / "cache", streamed=True)  # the one that reads all to be sure of it
+    Counted.gets.clear()
+    reader = LatentReader(manifest, folder / "cache", streamed=True)
+    opened = sum(map(len, Counted.gets.values()))
+    Counted.gets.clear()
+    order, span = pooled(0, 0, task.rows, task.chunk_rows), POOL * task.chunk_rows
+    for first in range(0, len(order), task.batch_size):
+        ahead = order[first // span * span :][: 2 * span]
+        reader.expect(ahead, np.zeros(len(ahead), np.int64))
+        reader.moments(order[first : first + task.batch_size])
+    gets = {name: len(found) for name, found in Counted.gets.items()}
+    read = sum(sum(found) for found in Counted.gets.values())
+    batches = task.rows / 256
+    return [
+        Result("gets_per_256", gets["mean"] / batches, "of means"),
+        Result("gets_per_256_moments", sum(gets.values()) / batches, "of means and deviations"),
+        Result("read_amplification", read / (2 * task.rows * task.row_bytes), "bytes read / bytes used"),
+        Result("gets_at_start", opened, "indexes, labels, metadata"),
+    ]
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)
