@@ -1,73 +1,115 @@
-"""Start a stage under torchrun, and bring back its log, its progress and its error."""
+"""Start a stage on its ranks, wherever those run, and bring back its log, its progress and its error."""
 
-import json
 import logging
 import os
-import re
-import signal
 import sys
 import tempfile
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+import torch
+from pydantic import BeforeValidator, Field
 
+from flows import kubernetes, slurm
+from flows.kubernetes import KubernetesLaunch
 from flows.process import child
-from flows.worker import LAUNCHER, MARK, WorkerSpec
+from flows.rank_log import Progress, RankLog, WorkerError
+from flows.slurm import SlurmLaunch
+from flows.worker import LAUNCHER, WorkerSpec
 from storage.config import Config
-from storage.errors import DitflowError, InputError
 
-LOG_TAIL = 200  # lines: torchrun's last word on up to 20 ranks
+__all__ = ["KubernetesLaunch", "LaunchSpec", "LocalLaunch", "NodesLaunch", "SlurmLaunch", "WorkerError", "run"]
+
 SHUTDOWN_SECONDS = 15  # that torchrun gives its ranks, within what we give torchrun
-_ENDED = re.compile(r"^ +rank +: (\d+) .*\n +exitcode +: (-?\d+) ", re.MULTILINE)
 
 
 class LocalLaunch(Config):
     """Ranks on this machine, under one torchrun."""
 
     kind: Literal["local"] = "local"
+    """Where ranks run."""
+    nproc: int = Field(1, ge=0)
+    """Ranks to start: one a GPU, or on CPU any number; 0 means one for each GPU of this machine."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.nproc or max(1, torch.cuda.device_count())
+
+
+class NodesLaunch(Config):
+    """Ranks on several machines that see the same files; the same command is given on each of them."""
+
+    kind: Literal["nodes"] = "nodes"
+    """Where ranks run."""
+    nodes: int = Field(2, ge=1)
+    """Machines. None begins before all have come; when one is lost all end, and fewer can be a new launch."""
     nproc: int = Field(1, ge=1)
-    """Ranks to start: one a GPU, or on CPU any number."""
+    """Ranks on each machine."""
+    address: str = Field(pattern=r"^[^\s:/]+:\d{1,5}$")
+    """``host:port`` of the first machine, where the others find each other."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.nodes * self.nproc
 
 
-class WorkerError(DitflowError):
-    """A rank failed by a fault of its own."""
+def _local_by_default(value: Any) -> Any:
+    return {"kind": "local"} | value if isinstance(value, dict) else value
+
+
+LaunchSpec = Annotated[
+    Annotated[LocalLaunch | NodesLaunch | SlurmLaunch | KubernetesLaunch, Field(discriminator="kind")],
+    BeforeValidator(_local_by_default),
+]
+"""Any way to start ranks, told apart by ``kind``; without one it is ``local``."""
 
 
 def run(
     spec: WorkerSpec,
-    launch: LocalLaunch,
+    launch: LaunchSpec,
     *,
-    progress: Callable[[int, int, str], None],
-    log: "logging.Logger | logging.LoggerAdapter[Any]",
+    progress: Progress,
+    log: "logging.Logger | logging.LoggerAdapter[logging.Logger]",
 ) -> None:
     """Run a stage on all ranks and wait for them.
 
-    Lines of all ranks go to ``log``. When the caller is cancelled or killed, the ranks end too.
+    Lines of all ranks go to ``log``. When the caller is cancelled, the ranks end too. When it is killed,
+    those on this machine end, and a cluster's go on.
 
     Raises:
-        InputError: a rank found the user's input wrong.
+        InputError: a rank found the user's input wrong, or the cluster cannot be used.
         WorkerError: a rank failed or was killed; if it failed, its traceback is in the log.
     """
+    if isinstance(launch, SlurmLaunch):
+        slurm.run(spec, launch, progress=progress, log=log)
+    elif isinstance(launch, KubernetesLaunch):
+        kubernetes.run(spec, launch, progress=progress, log=log)
+    else:
+        _torchrun(spec, launch, RankLog(progress, log.info))
+
+
+def _torchrun(spec: WorkerSpec, launch: LocalLaunch | NodesLaunch, ranks: RankLog) -> None:
     with tempfile.TemporaryDirectory(prefix="ditflow-") as folder:
         path = Path(folder) / "spec.json"
         path.write_text(spec.model_dump_json())
-        errors: list[dict[str, Any]] = []
-        tail: deque[str] = deque(maxlen=LOG_TAIL)
-        with child(_command(launch, path), env=_env()) as process:
+        with child(_command(launch, path, spec.output.header.digest), env=_env()) as process:
             assert process.stdout is not None
-            for line in process.stdout:
-                _take(line.rstrip("\n"), errors, tail, progress, log)
+            ranks.take(process.stdout)
             code = process.wait()
     if code != 0:
-        raise _failure(code, errors, "\n".join(tail))
+        raise ranks.failure(code)
 
 
-def _command(launch: LocalLaunch, spec: Path) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--local-addr=127.0.0.1"]
-    return [*torchrun, f"--nproc-per-node={launch.nproc}", "-m", "flows.worker", str(spec)]
+def _command(launch: LocalLaunch | NodesLaunch, spec: Path, digest: str) -> list[str]:
+    if isinstance(launch, LocalLaunch):
+        meeting, nproc = ["--standalone", "--nnodes=1", "--local-addr=127.0.0.1"], launch.world_size
+    else:
+        meeting = [f"--nnodes={launch.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={launch.address}"]
+        meeting, nproc = [*meeting, f"--rdzv-id={digest[:16]}"], launch.nproc
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={nproc}"]
+    return [*torchrun, "-m", "flows.worker", str(spec)]
 
 
 def _env() -> dict[str, str]:
@@ -77,46 +119,3 @@ def _env() -> dict[str, str]:
         # A shared rendezvous store can hang a restart: https://github.com/pytorch/pytorch/issues/135712
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-
-
-def _take(
-    line: str,
-    errors: list[dict[str, Any]],
-    tail: deque[str],
-    progress: Callable[[int, int, str], None],
-    log: "logging.Logger | logging.LoggerAdapter[Any]",
-) -> None:
-    text, _, marked = line.partition(MARK)
-    message = _message(marked)
-    if message is None or text:
-        tail.append(line if message is None else text)
-        log.info(tail[-1])
-    if message is not None and "error" in message:
-        errors.append(message)
-    elif message is not None:
-        progress(message["done"], message["total"], message["unit"])
-
-
-def _message(text: str) -> dict[str, Any] | None:
-    """What a rank tells us; None if it is only a line of its log, or two ranks wrote over each other."""
-    try:
-        message = json.loads(text)
-    except ValueError:
-        return None
-    return message if isinstance(message, dict) else None
-
-
-def _failure(code: int, errors: list[dict[str, Any]], tail: str) -> DitflowError:
-    """The cause among the effects: when one rank goes, the others lose their connection and fail too."""
-    for error in errors:
-        if error["input"]:
-            return InputError(error["error"])
-    ended = [(rank, int(number)) for rank, number in _ENDED.findall(tail)]
-    for rank, number in ended:
-        if number < 0 and -number != signal.SIGTERM:  # which torchrun sends to all when one is gone
-            why = ", perhaps for want of memory" if -number == signal.SIGKILL else ""
-            return WorkerError(f"rank {rank} was killed by {signal.Signals(-number).name}{why}")
-    for error in errors:
-        return WorkerError(f"rank {error['rank']} failed: {error['kind']}: {error['error']}")
-    rank, number = ended[-1] if ended else ("0", code)
-    return WorkerError(f"rank {rank} ended with code {number} and no word; its log has the rest")

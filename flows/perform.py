@@ -13,7 +13,7 @@ from pydantic import Field
 
 from flows import launch, runs, tracking
 from flows.contract import Source, Stage
-from flows.launch import LocalLaunch
+from flows.launch import LaunchSpec
 from flows.progress import StageProgress
 from flows.worker import TrackingSpec, WorkerSpec
 from storage import uri
@@ -38,7 +38,7 @@ class RunSettings(Config):
 
 
 def perform(
-    stage: Stage, config: Config, given: ArchiveRef | str, settings: RunSettings, launcher: LocalLaunch | None = None
+    stage: Stage, config: Config, given: ArchiveRef | str, settings: RunSettings, launcher: LaunchSpec | None = None
 ) -> State[str]:
     """Bring a stage to its committed manifest, inside a Prefect flow.
 
@@ -73,7 +73,7 @@ def _run(
     source: Source,
     output: StageOutput,
     spec: TrackingSpec,
-    launcher: LocalLaunch | None,
+    launcher: LaunchSpec | None,
 ) -> Manifest:
     with StageProgress(stage.name).shown() as progress:
         if launcher is not None:

@@ -193,12 +193,12 @@ class _Known:
     @property
     def local_batch(self) -> int:
         """Images of a rank in a training step."""
-        return -(-self.recipe.train.batch_size // self.recipe.launch.nproc)
+        return -(-self.recipe.train.batch_size // self.recipe.launch.world_size)
 
     @property
     def ranks(self) -> int:
         """Ranks that work at the same time: on a CPU they share its cores."""
-        return self.recipe.launch.nproc if device().type == "cuda" else 1
+        return self.recipe.launch.world_size if device().type == "cuda" else 1
 
     def memory(self) -> int:
         """Bytes that training holds on a rank."""
@@ -336,11 +336,14 @@ def _problems(
     if disk_there is not None and disk > disk_there:
         change = "name a larger --root" + (", or encode.flips=false, half the latents" if recipe.encode.flips else "")
         found.append(f"{root}: {disk / 1e9:,.1f} GB to write, {disk_there / 1e9:,.1f} GB are free; {change}")
-    together = 1 if device().type == "cuda" else recipe.launch.nproc
+    ranks = recipe.launch.world_size
+    together = 1 if device().type == "cuda" else ranks
     if memory * together > memory_there:
-        need = f"{memory / 2**30:,.1f} GiB on each of {recipe.launch.nproc} ranks"
-        change = "more ranks (launch.nproc), a smaller train.batch_size or train.model.size"
+        need = f"{memory / 2**30:,.1f} GiB on each of {ranks} ranks"
+        change = "more ranks (launch), a smaller train.batch_size or train.model.size"
         found.append(f"train: needs {need}, and there are {memory_there / 2**30:,.1f} GiB; {change}")
-    if recipe.train.batch_size % recipe.launch.nproc:
-        found.append(f"train.batch_size: {recipe.train.batch_size} does not divide among {recipe.launch.nproc} ranks")
+    if recipe.train.batch_size % recipe.launch.world_size:
+        found.append(
+            f"train.batch_size: {recipe.train.batch_size} does not divide among {recipe.launch.world_size} ranks"
+        )
     return found

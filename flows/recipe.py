@@ -15,7 +15,7 @@ from dit.sample import SampleConfig
 from dit.train import TrainConfig
 from flows import runs
 from flows.contract import STAGES
-from flows.launch import LocalLaunch
+from flows.launch import LaunchSpec, LocalLaunch
 from flows.registry import RegisterConfig
 from flows.services import local_home
 from storage.archive import ArchiveRef
@@ -41,7 +41,7 @@ class Recipe(Config):
     """Tars to latents."""
     train: TrainConfig = TrainConfig()
     """Latents to a checkpoint."""
-    launch: LocalLaunch = operational(LocalLaunch())
+    launch: LaunchSpec = operational(LocalLaunch())
     """Where training runs."""
     sample: SampleConfig = SampleConfig()
     """A checkpoint to samples."""
@@ -186,7 +186,7 @@ def _place(loc: tuple[str | int, ...], values: Any) -> str:
     parts: list[str] = []
     for part in loc:
         inside = values if isinstance(values, dict) else {}
-        if re.match(r"[A-Z]|\w+\[", str(part)) or (part == inside.get("kind") and part not in inside):
+        if re.match(r"[A-Z]|\w+\[", str(part)) or (part == inside.get("kind", "local") and part not in inside):
             continue
         parts.append(str(part))
         values = inside.get(part)

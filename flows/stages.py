@@ -15,7 +15,7 @@ from dit.evaluate import EvaluateConfig
 from dit.sample import SampleConfig
 from dit.train import TrainConfig
 from flows.contract import STAGES
-from flows.launch import LocalLaunch
+from flows.launch import LaunchSpec, LocalLaunch
 from flows.perform import RunSettings, perform
 from flows.registry import RegisterConfig
 from storage.archive import ArchiveRef
@@ -42,7 +42,7 @@ def encode(shards: ManifestRef, config: EncodeConfig, settings: RunSettings = HE
 def train(
     latents: ManifestRef,
     config: TrainConfig = TrainConfig(),
-    launcher: LocalLaunch = LocalLaunch(),
+    launcher: LaunchSpec = LocalLaunch(),
     settings: RunSettings = HERE,
 ) -> State[str]:
     """Latents to a checkpoint, on ranks that torchrun starts."""

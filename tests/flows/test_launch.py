@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import signal
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dit.train import TrainConfig
 from flows import launch
 from flows.contract import STAGES
 from flows.launch import LocalLaunch, WorkerError
+from flows.rank_log import RankLog
 from flows.tracking import UNSENT
 from flows.worker import MARK, TrackingSpec, WorkerSpec
 from storage.config import Config
@@ -230,36 +230,39 @@ def test_a_rank_does_not_begin_when_its_launcher_is_gone(tmp_path: Path, monkeyp
     assert rank.returncode == 1
 
 
-def take(*lines: str) -> tuple[list[dict[str, Any]], list[str], list[tuple[int, int, str]]]:
-    errors: list[dict[str, Any]] = []
-    tail: deque[str] = deque()
-    noted = Noted()
-    for line in lines:
-        launch._take(line, errors, tail, noted, HOUSE)
-    return errors, list(tail), noted.progress
+def take(*lines: str) -> tuple[list[str], list[tuple[int, int, str]]]:
+    noted, logged = Noted(), list[str]()
+    RankLog(noted, logged.append).take(lines)
+    return logged, noted.progress
 
 
 def test_a_message_behind_an_unfinished_line_is_understood() -> None:
     progress = MARK + '{"done": 1, "total": 2, "unit": "steps"}'
-    assert take(f"loading... {progress}") == ([], ["loading... "], [(1, 2, "steps")])
+    assert take(f"loading... {progress}\n") == (["loading... "], [(1, 2, "steps")])
 
 
 @pytest.mark.parametrize("torn", [MARK + '{"done": 1, "tot', MARK + "[]", MARK, "plain", ""])
 def test_a_torn_message_is_a_line_of_the_log(torn: str) -> None:
-    assert take(torn) == ([], [torn], [])
+    assert take(torn) == ([torn], [])
 
 
-def error(kind: str, rank: int, *, wrong_input: bool = False) -> dict[str, Any]:
-    return {"error": "what happened", "kind": kind, "rank": rank, "input": wrong_input}
+def error(kind: str, rank: int, *, wrong_input: bool = False) -> str:
+    return MARK + json.dumps({"error": "what happened", "kind": kind, "rank": rank, "input": wrong_input})
 
 
 def test_the_cause_is_told_and_not_its_effects() -> None:
     """When one rank goes, the others fail for want of it, and may be heard first."""
+
+    def failure(code: int, *lines: str) -> str:
+        ranks = RankLog(Noted(), lambda _: None)
+        ranks.take("\n".join(lines).splitlines())
+        return str(ranks.failure(code))
+
     effect, cause = error("RuntimeError", 0), error("InputError", 1, wrong_input=True)
     report = "  rank      : {} (local_rank: {})\n  exitcode  : {} (pid: 7)  (SIG)\n"
     killed = report.format(0, 0, -15) + report.format(1, 1, -7)
-    assert str(launch._failure(1, [effect, cause], killed)) == "what happened"
-    assert str(launch._failure(1, [effect], killed)) == "rank 1 was killed by SIGBUS"
-    assert str(launch._failure(1, [effect], "")) == "rank 0 failed: RuntimeError: what happened"
-    assert "rank 1 ended with code 3" in str(launch._failure(1, [], report.format(1, 1, 3)))
-    assert "code -9" in str(launch._failure(-9, [], ""))
+    assert failure(1, effect, cause, killed) == "what happened"
+    assert failure(1, effect, killed) == "rank 1 was killed by SIGBUS"
+    assert failure(1, effect) == "rank 0 failed: RuntimeError: what happened"
+    assert "rank 1 ended with code 3" in failure(1, report.format(1, 1, 3))
+    assert "code -9" in failure(-9)

@@ -82,7 +82,7 @@ def test_the_pipeline_id_follows_the_content() -> None:
         (["train.steps"], "--set train.steps: write key=value"),
         (["name.x=1"], "--set name.x=1: name is a value"),
         (["train.steps=[1"], "--set train.steps=[1: not YAML"),
-        (["launch.nproc=0"], "launch.nproc: Input should be greater than or equal to 1"),
+        (["launch.nproc=-1"], "launch.nproc: Input should be greater than or equal to 0"),
     ],
 )
 def test_a_wrong_value_is_named_in_one_line(overrides: list[str], line: str) -> None:
