@@ -44,7 +44,8 @@ def perform(
 
     Args:
         given: the archive, or a reference to the manifest that the stage starts from.
-        launcher: how to start ranks; None runs the stage in this process.
+        launcher: how to start ranks; without one, and for a single rank of any stage but training,
+            the stage runs in this process, since torchrun takes seconds to start.
 
     Returns:
         A completed state with the manifest's URL, named ``Skipped`` when it was there before.
@@ -76,7 +77,7 @@ def _run(
     launcher: LocalLaunch | None,
 ) -> Manifest:
     with StageProgress(stage.name).shown() as progress:
-        if launcher is not None:
+        if launcher is not None and (launcher.nproc > 1 or stage.name == "train"):
             assert isinstance(source, Manifest)
             values = config.model_dump(mode="json")
             job = WorkerSpec(stage=stage.name, config=values, source=source.uri, output=output, tracking=spec)
