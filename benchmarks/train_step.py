@@ -22,10 +22,10 @@ from dit.diffusion.gaussian import GaussianDiffusion
 from dit.models.config import DiTConfig, dit_config
 from dit.models.cost import cost
 from dit.models.dit import DiT
+from dit.ranks import Ranks
 from dit.training.data import Batch
 from dit.training.ema import EMA
 from dit.training.loop import Numbers, TrainState, train
-from dit.training.ranks import Ranks
 
 LEARNING_RATE, EMA_DECAY = 1e-4, 0.9999
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}

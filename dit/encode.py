@@ -7,8 +7,10 @@ For models on pixels, to cropped images instead.
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import Executor
-from itertools import islice
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -16,21 +18,32 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dit.devices import Precision, device, dtype
+from dit.devices import Arithmetic, arithmetic, device, dtype
+from dit.ranks import Ranks, Share, cores, joined
 from dit.vae import Vae, VaeRef, load_vae
-from storage import transforms
+from storage import transforms, uri
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
 from storage.latents import LatentManifest, VaeInfo, latent_layout, pixel_layout
 from storage.manifest import FileEntry, StageOutput
-from storage.parallel import threads
+from storage.parallel import ahead, threads
 from storage.pictures import image_grid
 from storage.rows import RowLayout, RowWriter, gathered
 from storage.shards import Sample, ShardManifest, read_images
 from storage.tracking import Tracker, publish
 
-VERSION = 1
+VERSION = 2
 PICTURES = 32
+PATIENCE = timedelta(days=7)
+"""That ranks have with one another: on a CPU a block can take hours."""
+IMAGES_AHEAD = 256
+"""Images that are read before they are decoded, which bridges the reading of the next tar."""
+BATCHES_AHEAD = 2
+"""Batches that are decoded before the autoencoder takes them."""
+CPU_BATCH = 8
+"""The batch that is chosen on a CPU, where larger ones are no faster."""
+MAX_PIXELS = 2**23
+"""Image pixels in the largest batch that is chosen: at 128 channels a GPU's 32-bit indices reach no further."""
 
 
 class EncodeConfig(Config):
@@ -44,20 +57,22 @@ class EncodeConfig(Config):
     """Which part of the data set to encode."""
     flips: bool = True
     """Also encode every image mirrored: the latent of a mirrored image is not the mirrored latent. Not for pixels."""
-    precision: Precision = "float32"
-    """Arithmetic of the autoencoder. bfloat16 moves the means by about 1 % of their deviation."""
-    batch_size: int = Field(64, ge=1)
-    """Images in one pass of the autoencoder."""
+    precision: Arithmetic = "float32"
+    """Of the autoencoder; tf32 is for GPUs. bfloat16 moves the means by about 1 % of their deviation."""
+    compile: bool = False
+    """Compile the autoencoder's encoder: minutes at the start, then faster; the last bits differ."""
+    batch_size: int | None = Field(None, ge=1)
+    """Images in one pass of the autoencoder, on which the last bits can depend; null: as many as the memory holds."""
     block_rows: int = Field(4096, ge=1)
     """Latents in one object of the store, the unit of work and resume."""
     chunk_rows: int = Field(256, ge=1)
     """Latents in one chunk of an object, the unit of reading."""
     threads: int = operational(0, ge=0)
-    """Threads that decode images; 0 means one for each core."""
+    """Threads that decode images; 0 means one for each core, shared among the ranks of a machine."""
 
 
 def run(config: EncodeConfig, shards: ShardManifest, *, out: StageOutput, tracker: Tracker) -> LatentManifest:
-    """Encode what is not encoded yet, block by block, and commit the latents.
+    """Encode what is not encoded yet, block by block and each on one of the ranks, and commit the latents.
 
     Raises:
         InputError: the resolution does not fit the autoencoder, or the split is not there.
@@ -66,27 +81,133 @@ def run(config: EncodeConfig, shards: ShardManifest, *, out: StageOutput, tracke
     """
     if config.split not in shards.splits:
         raise InputError(f"encode.split: {config.split!r} is not in the data; it has {', '.join(shards.splits)}")
+    with joined(PATIENCE) as ranks, arithmetic(config.precision):
+        work = _work(config, shards, out)
+        writer = RowWriter(out, _layout(work), _attributes(work))
+        _encode(work, writer, ranks, tracker)
+        ranks.wait()
+        if ranks.first:
+            _commit(work, writer, out, tracker)
+        ranks.wait()
+        return LatentManifest.read(out.uri)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all blocks have in common."""
+
+    config: EncodeConfig
+    shards: ShardManifest
+    vae: Vae | None
+    shape: tuple[int, int, int]
+    """(C, h, h) of a latent, or of the pixels."""
+    batch_size: int
+
+    @property
+    def rows(self) -> int:
+        """Images of the split."""
+        return self.shards.splits[self.config.split].count
+
+    @property
+    def flips(self) -> int:
+        """Views of an image."""
+        return 2 if self.config.flips and self.vae else 1
+
+
+def _work(config: EncodeConfig, shards: ShardManifest, out: StageOutput) -> _Work:
     vae = load_vae(config.vae, device(), dtype(config.precision)) if config.vae else None
-    rows = shards.splits[config.split].count
-    shape, flips = _shape(config, vae), 2 if config.flips and vae else 1
-    writer = RowWriter(out, _layout(config, rows, flips, shape, vae), _attributes(config, vae))
-    for block in writer.missing():
-        start, stop = writer.bounds(block)
-        parts = _encoded(config, vae, shards, start, stop)
-        writer.write(block, gathered(parts, tracker, start=start, total=rows, unit="images"))
-    picture, metrics = _picture(config, vae, shards, out, tracker)
-    return out.commit(
+    shape = _shape(config, vae)
+    batch_size = _batch_size(config, vae, out)
+    if vae and config.compile:
+        vae.model.encoder.compile(dynamic=False)  # a graph for each batch size, whichever comes first
+    return _Work(config, shards, vae, shape, batch_size)
+
+
+def _commit(work: _Work, writer: RowWriter, out: StageOutput, tracker: Tracker) -> None:
+    picture, metrics = _picture(work, out, tracker)
+    config, vae = work.config, work.vae
+    out.commit(
         LatentManifest,
         [*writer.finish(), picture],
-        counts={"images": rows},
+        counts={"images": work.rows},
         metrics=metrics,
         resolution=config.resolution,
         split=config.split,
-        flips=flips,
-        latent_shape=shape,
-        class_names=shards.class_names,
+        flips=work.flips,
+        latent_shape=work.shape,
+        class_names=work.shards.class_names,
         vae=_vae_info(config.vae, vae) if config.vae and vae else None,
     )
+
+
+def _batch_size(config: EncodeConfig, vae: Vae | None, out: StageOutput) -> int:
+    """Images in a pass. What is chosen is kept, so that whoever goes on makes the same bits."""
+    if config.batch_size:
+        return config.batch_size
+    kept = out.url("records/batch_size")
+    if not uri.exists(kept):
+        uri.create(kept, str(_chosen_batch(config, vae)).encode())
+    return int(uri.read(kept))
+
+
+def _chosen_batch(config: EncodeConfig, vae: Vae | None) -> int:
+    if vae is None or vae.model.device.type == "cpu":
+        return CPU_BATCH
+    image = torch.zeros(1, config.resolution, config.resolution, 3, dtype=torch.uint8)
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    vae.encode(image)
+    needed = torch.cuda.max_memory_allocated() - held
+    free, _ = torch.cuda.mem_get_info()
+    return fitting_batch(free, needed, config.resolution)
+
+
+def fitting_batch(free: int, needed: int, resolution: int) -> int:
+    """The largest power of two of images whose pass takes at most half of the free memory.
+
+    Args:
+        free: bytes of the device.
+        needed: bytes of a pass of one image.
+        resolution: pixels of an image's side.
+    """
+    most = min(free / 2 / needed, MAX_PIXELS / resolution**2)
+    return int(2 ** math.floor(math.log2(max(most, 1))))
+
+
+def _encode(work: _Work, writer: RowWriter, ranks: Ranks, tracker: Tracker) -> None:
+    """Write this rank's part of the blocks that are missing. While one is written, the next is encoded."""
+    missing = ranks.agreed(writer.missing())  # or a rank that comes late would divide what is left then
+    blocks = [(block, *writer.bounds(block)) for block in missing]
+    mine = blocks[ranks.rank :: ranks.world_size]
+    todo = _rows(blocks)
+    share = Share(tracker, work.rows - todo, todo)
+    encoded = _encoded(work, [(start, stop) for _, start, stop in mine])
+    written: Future[None] | None = None
+    with threads(1) as thread:
+        done = 0
+        for block, start, stop in mine:
+            batches = islice(encoded, -(-(stop - start) // work.batch_size))
+            arrays = gathered(_unless(written, batches), share, start=done, total=_rows(mine), unit="images")
+            if written:
+                written.result()
+            written = thread.submit(writer.write, block, arrays)
+            done += stop - start
+        if written:
+            written.result()
+
+
+def _rows(blocks: list[tuple[int, int, int]]) -> int:
+    return sum(stop - start for _, start, stop in blocks)
+
+
+def _unless(
+    failed: Future[None] | None, batches: Iterator[dict[str, NDArray[Any]]]
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """The batches, until the writing of the block before is seen to have failed."""
+    for batch in batches:
+        if failed and failed.done():
+            failed.result()
+        yield batch
 
 
 def _shape(config: EncodeConfig, vae: Vae | None) -> tuple[int, int, int]:
@@ -99,34 +220,31 @@ def _shape(config: EncodeConfig, vae: Vae | None) -> tuple[int, int, int]:
     return vae.channels, side, side
 
 
-def _layout(config: EncodeConfig, rows: int, flips: int, shape: tuple[int, int, int], vae: Vae | None) -> RowLayout:
-    if vae is None:
-        return pixel_layout(rows, config.resolution, config.block_rows, config.chunk_rows)
-    return latent_layout(rows, flips, shape, config.block_rows, config.chunk_rows)
+def _layout(work: _Work) -> RowLayout:
+    config = work.config
+    if work.vae is None:
+        return pixel_layout(work.rows, config.resolution, config.block_rows, config.chunk_rows)
+    return latent_layout(work.rows, work.flips, work.shape, config.block_rows, config.chunk_rows)
 
 
-def _encoded(
-    config: EncodeConfig, vae: Vae | None, shards: ShardManifest, start: int, stop: int
-) -> Iterator[dict[str, NDArray[Any]]]:
-    """The rows ``start`` to ``stop`` of the store, a batch at a time."""
-    for batch, images in _batches(config, shards, start, stop):
-        made = _moments(vae, images, config.flips) if vae else {"image": images.numpy()}
+def _encoded(work: _Work, bounds: list[tuple[int, int]]) -> Iterator[dict[str, NDArray[Any]]]:
+    """The rows within the bounds, a batch at a time; each stretch begins with a batch of its own."""
+    for batch, images in ahead(_batches(work, bounds), BATCHES_AHEAD):
+        made = _moments(work.vae, images, work.config.flips) if work.vae else {"image": images.numpy()}
         yield made | _keys(batch)
 
 
-def _batches(
-    config: EncodeConfig, shards: ShardManifest, start: int, stop: int
-) -> Iterator[tuple[list[Sample], torch.Tensor]]:
-    """Images ``start`` to ``stop`` of the split, a batch at a time, with their pixels uint8 (B, H, H, 3)."""
-    samples = read_images(shards, config.split, start, stop)
-    with threads(config.threads) as pool:
-        while batch := list(islice(samples, config.batch_size)):
-            yield batch, _pixels(pool, batch, config.resolution)
-
-
-def _pixels(pool: Executor, batch: list[Sample], resolution: int) -> torch.Tensor:
-    images = pool.map(lambda sample: transforms.load(sample.data, resolution), batch)
-    return torch.from_numpy(np.stack(list(images)))
+def _batches(work: _Work, bounds: list[tuple[int, int]]) -> Iterator[tuple[list[Sample], torch.Tensor]]:
+    """Images of the split within the bounds, a batch at a time, with their pixels uint8 (B, H, H, 3)."""
+    config = work.config
+    stretches = (read_images(work.shards, config.split, start, stop) for start, stop in bounds)
+    samples = ahead(chain.from_iterable(stretches), IMAGES_AHEAD)
+    with threads(config.threads or cores()) as pool:
+        for start, stop in bounds:
+            for first in range(start, stop, work.batch_size):
+                batch = list(islice(samples, min(work.batch_size, stop - first)))
+                images = pool.map(lambda sample: transforms.load_fast(sample.data, config.resolution), batch)
+                yield batch, torch.from_numpy(np.stack(list(images)))
 
 
 def _keys(batch: list[Sample]) -> dict[str, NDArray[Any]]:
@@ -138,6 +256,7 @@ def _keys(batch: list[Sample]) -> dict[str, NDArray[Any]]:
 
 def _moments(vae: Vae, images: torch.Tensor, flips: bool) -> dict[str, NDArray[Any]]:
     """Mean and standard deviation, float16 (B, F, C, h, h), of images (B, H, H, 3)."""
+    images = images.to(vae.model.device)
     views = [images, images.flip(2)] if flips else [images]
     moments = [vae.encode(view) for view in views]
     mean, std = (torch.stack(part, 1).half() for part in zip(*moments, strict=True))
@@ -157,8 +276,9 @@ def _vae_info(ref: VaeRef, vae: Vae) -> VaeInfo:
     )
 
 
-def _attributes(config: EncodeConfig, vae: Vae | None) -> dict[str, Any]:
-    preprocessing = {"preprocessing": f"{transforms.CROP_ID}-{config.resolution}"}
+def _attributes(work: _Work) -> dict[str, Any]:
+    config, vae = work.config, work.vae
+    preprocessing = {"preprocessing": f"{transforms.FAST_CROP_ID}-{config.resolution}"}
     if vae is None:
         return {"range": [0, 255], **preprocessing}
     return {
@@ -169,18 +289,18 @@ def _attributes(config: EncodeConfig, vae: Vae | None) -> dict[str, Any]:
         "input_range": [-1.0, 1.0],
         **preprocessing,
         "precision": config.precision,
+        "compiled": config.compile,
+        "batch_size": work.batch_size,
     }
 
 
-def _picture(
-    config: EncodeConfig, vae: Vae | None, shards: ShardManifest, out: StageOutput, tracker: Tracker
-) -> tuple[FileEntry, dict[str, float]]:
+def _picture(work: _Work, out: StageOutput, tracker: Tracker) -> tuple[FileEntry, dict[str, float]]:
     """A picture of the first images, each beside what an autoencoder leaves of it, and the PSNR of those in dB."""
-    batches = _batches(config, shards, 0, PICTURES)
+    batches = (images for _, images in _batches(work, [(0, min(PICTURES, work.rows))]))
+    vae = work.vae
     if vae is None:
-        images = torch.cat([images for _, images in batches])
-        return publish(out, tracker, "images.png", image_grid(images.numpy(), columns=8, gap=2)), {}
-    pairs = torch.cat([_with_decoded(vae, images) for _, images in batches])
+        return publish(out, tracker, "images.png", image_grid(torch.cat(list(batches)).numpy(), columns=8, gap=2)), {}
+    pairs = torch.cat([_with_decoded(vae, images) for images in batches])
     error = (pairs[:, 0].double() - pairs[:, 1].double()).square().mean().item()
     picture = image_grid(pairs.flatten(0, 1).numpy(), columns=8, gap=2)
     psnr = 10 * math.log10(255**2 / max(error, 1e-12))

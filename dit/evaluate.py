@@ -29,7 +29,7 @@ from storage.rows import RowReader
 from storage.shards import ShardManifest, read_images
 from storage.tracking import Tracker, publish
 
-VERSION = 2
+VERSION = 3
 NOISE_SEED = 0
 HELD_OUT = "held_out"
 KEPT_REFERENCE = 10_000

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from dit.devices import Precision, device, dtype
+from dit.devices import Arithmetic, Precision, arithmetic, device, dtype
 from dit.metrics.features import ExtractorRef, load_extractor
 from dit.models.build import build
 from dit.models.config import ModelConfig
@@ -68,7 +68,7 @@ def shard_rate(archive: Archive, workers: int) -> tuple[float, float]:
     return len(members) / (time.perf_counter() - begin), sum(sizes) / len(sizes)
 
 
-def autoencoder_rates(ref: VaeRef, resolution: int, precision: Precision) -> tuple[float, float]:
+def autoencoder_rates(ref: VaeRef, resolution: int, precision: Arithmetic) -> tuple[float, float]:
     """Images encoded and latents decoded a second.
 
     Raises:
@@ -77,8 +77,9 @@ def autoencoder_rates(ref: VaeRef, resolution: int, precision: Precision) -> tup
     vae = load_vae(ref, device(), dtype(precision))
     batch = 8 if device().type == "cuda" else 1
     images = torch.zeros(batch, resolution, resolution, 3, dtype=torch.uint8)
-    latents, _ = vae.encode(images)
-    return batch * _rate(lambda: vae.encode(images)), batch * _rate(lambda: vae.decode(latents))
+    with arithmetic(precision):
+        latents, _ = vae.encode(images)
+        return batch * _rate(lambda: vae.encode(images)), batch * _rate(lambda: vae.decode(latents))
 
 
 def model_rates(config: ModelConfig, batch: int, precision: Precision) -> tuple[float, float]:

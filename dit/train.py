@@ -16,12 +16,12 @@ from dit.models.build import build
 from dit.models.choice import DiTChoice, Given, ModelChoice
 from dit.models.config import ModelConfig
 from dit.plots import curve
+from dit.ranks import Ranks, joined
 from dit.training import checkpoint
 from dit.training.checkpoint import Measured
 from dit.training.data import Batches, Order, open_data
 from dit.training.ema import EMA
 from dit.training.loop import Numbers, StepResult, TrainState, train
-from dit.training.ranks import Ranks, joined
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
 from storage.latents import LatentManifest

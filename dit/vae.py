@@ -1,12 +1,18 @@
-"""One loader for every KL autoencoder (Kingma and Welling 2014; Rombach et al. 2022) in diffusers' format."""
+"""One loader for the autoencoders of latent diffusion (Rombach et al. 2022) in diffusers' format.
+
+Those with a Gaussian posterior (Kingma and Welling 2014): Stable Diffusion 1 to 3, SDXL, Flux. And
+those with a codebook (van den Oord et al. 2017), whose latent is a point: the encoder's output
+before it is quantised, which the decoder does.
+"""
 
 # B = batch, H = W = image sides, C = latent channels, h = H / downsample, w = W / downsample
 
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -21,7 +27,7 @@ from storage.errors import InputError, StorageError
 from storage.latents import VaeInfo
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, VQModel
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
@@ -31,7 +37,7 @@ class VaeRef(Config):
     """Where an autoencoder lies. Its identity is the hash of its weights, found when they are read."""
 
     source: str = operational()
-    """Folder, fsspec URL of a folder, or hub id of a diffusers AutoencoderKL (config.json and safetensors weights)."""
+    """Folder, fsspec URL of a folder, or hub id of an AutoencoderKL or VQModel of diffusers, weights as safetensors."""
     sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")
     """Hash that diffusion_pytorch_model.safetensors must have; any file is taken when it is absent."""
 
@@ -40,7 +46,7 @@ class VaeRef(Config):
 class Vae:
     """An autoencoder and the numbers that its latents go by."""
 
-    model: "AutoencoderKL"
+    model: "AutoencoderKL | VQModel"
     sha256: str
     """Hash of the weights file."""
     downsample: int
@@ -59,8 +65,8 @@ class Vae:
         Returns:
             Mean and standard deviation, float32 (B, C, h, w), on the model's device.
         """
-        posterior = self.model.encode(to_unit(images.to(self.model.device)).to(self.model.dtype)).latent_dist
-        return posterior.mean.float(), (posterior.logvar.float() / 2).exp()
+        encoded = self.model.encode(to_unit(images.to(self.model.device)).to(self.model.dtype))
+        return _KINDS[type(self.model).__name__].posterior(encoded)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -82,11 +88,11 @@ def load_vae(ref: VaeRef, device: torch.device | str = "cpu", dtype: torch.dtype
     Raises:
         InputError: config or weights are missing or broken, or the weights have another hash than ``ref`` says.
     """
-    config, weights, found = _read(ref)
+    config, weights, kind, found = _read(ref)
     with tempfile.TemporaryDirectory() as folder:  # what is loaded is what was hashed, and nothing beside it
         Path(folder, CONFIG).write_bytes(config)
         Path(folder, WEIGHTS).write_bytes(weights)
-        model = _load(Path(folder), uri.redact(ref.source))
+        model = _load(kind, Path(folder), uri.redact(ref.source))
     model.requires_grad_(False).eval()
     nn.Module.to(model.to(memory_format=torch.channels_last), device, dtype)  # diffusers' own cast warns of nothing
     return Vae(model, **found.model_dump(exclude={"source"}))
@@ -98,7 +104,7 @@ def info(ref: VaeRef) -> VaeInfo:
     Raises:
         InputError: as `load_vae`.
     """
-    return _read(ref)[2]
+    return _read(ref)[3]
 
 
 def weights_digest(ref: VaeRef) -> str:
@@ -116,18 +122,42 @@ def fetch(ref: VaeRef, folder: Path) -> None:
     Raises:
         InputError: as `load_vae`.
     """
-    config, weights, _ = _read(ref)
+    config, weights, *_ = _read(ref)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_bytes(config)
     (folder / WEIGHTS).write_bytes(weights)
 
 
+def _gaussian(encoded: Any) -> tuple[Tensor, Tensor]:
+    return encoded.latent_dist.mean.float(), (encoded.latent_dist.logvar.float() / 2).exp()
+
+
+def _point(encoded: Any) -> tuple[Tensor, Tensor]:
+    mean = encoded.latents.float()
+    return mean, torch.zeros_like(mean)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What sets a class of autoencoders apart."""
+
+    latent_channels: int
+    """diffusers' default."""
+    posterior: Callable[[Any], tuple[Tensor, Tensor]]
+    """Mean and standard deviation of what its encoder returns."""
+
+
+_KINDS: Final = {"AutoencoderKL": _Kind(4, _gaussian), "VQModel": _Kind(3, _point)}
+"""By the ``_class_name`` of config.json."""
+
+
 class _Fields(BaseModel):
     """The fields of config.json that matter here, with diffusers' defaults; latents scaled by channel are refused."""
 
-    class_name: Literal["AutoencoderKL"] = Field(alias="_class_name")
+    class_name: Literal["AutoencoderKL", "VQModel"] = Field(alias="_class_name")
     block_out_channels: tuple[int, ...] = Field((64,), min_length=1)
-    latent_channels: int = Field(4, ge=1)
+    latent_channels: int | None = Field(None, ge=1)
+    vq_embed_dim: int | None = Field(None, ge=1)
     scaling_factor: float = Field(0.18215, gt=0, allow_inf_nan=False)
     shift_factor: float | None = Field(None, allow_inf_nan=False)
     latents_mean: None = None
@@ -135,7 +165,8 @@ class _Fields(BaseModel):
     quantization_config: None = None
 
 
-def _read(ref: VaeRef) -> tuple[bytes, bytes, VaeInfo]:
+def _read(ref: VaeRef) -> tuple[bytes, bytes, str, VaeInfo]:
+    """The config and the weights as they are, the autoencoder's class, and its numbers."""
     url = _locate(ref.source, CONFIG)
     try:
         config = uri.read(url)
@@ -145,9 +176,11 @@ def _read(ref: VaeRef) -> tuple[bytes, bytes, VaeInfo]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "JSON"
-        raise InputError(f"{uri.redact(url)}: not the config of an AutoencoderKL: {where}: {first['msg']}") from error
+        raise InputError(
+            f"{uri.redact(url)}: not the config of an AutoencoderKL or VQModel: {where}: {first['msg']}"
+        ) from error
     weights, sha256 = read_weights(_locate(ref.source, WEIGHTS), ref.sha256)
-    return config, weights, _info(ref.source, sha256, fields)
+    return config, weights, fields.class_name, _info(ref.source, sha256, fields)
 
 
 def _info(source: str, sha256: str, fields: _Fields) -> VaeInfo:
@@ -155,7 +188,7 @@ def _info(source: str, sha256: str, fields: _Fields) -> VaeInfo:
         source=source,
         sha256=sha256,
         downsample=2 ** (len(fields.block_out_channels) - 1),
-        channels=fields.latent_channels,
+        channels=fields.vq_embed_dim or fields.latent_channels or _KINDS[fields.class_name].latent_channels,
         scaling_factor=fields.scaling_factor,
         shift_factor=fields.shift_factor or 0.0,
     )
@@ -174,11 +207,11 @@ def _locate(source: str, name: str) -> str:
         ) from error
 
 
-def _load(folder: Path, source: str) -> "AutoencoderKL":
-    from diffusers import AutoencoderKL  # takes seconds to import, and most commands never load one
+def _load(kind: str, folder: Path, source: str) -> "AutoencoderKL | VQModel":
+    import diffusers  # takes seconds to import, and most commands never load one
 
     try:
-        model, report = AutoencoderKL.from_pretrained(
+        model, report = getattr(diffusers, kind).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except Exception as error:  # diffusers promises no exception types for what it cannot read

@@ -36,6 +36,7 @@ class Stage:
         role: what it calls that input.
         inputs: digests of all else that decides its bytes, by name.
         run: does the work that is not done yet and commits the manifest.
+        ranked: whether ``run`` knows how to share the work among the ranks of a launcher.
     """
 
     config: type[Config]
@@ -45,6 +46,7 @@ class Stage:
     role: str
     inputs: Callable[[Any, Any], dict[str, str]]
     run: Callable[..., Manifest]
+    ranked: bool = False
 
     @property
     def name(self) -> str:
@@ -124,8 +126,26 @@ STAGES = {
             lambda _, archive: shards.input_digests(archive),
             shards.run,
         ),
-        Stage(EncodeConfig, encode.VERSION, LatentManifest, ShardManifest, "shards", _encode_inputs, encode.run),
-        Stage(TrainConfig, train.VERSION, CheckpointManifest, LatentManifest, "latents", _nothing_else, train.run),
+        Stage(
+            EncodeConfig,
+            encode.VERSION,
+            LatentManifest,
+            ShardManifest,
+            "shards",
+            _encode_inputs,
+            encode.run,
+            ranked=True,
+        ),
+        Stage(
+            TrainConfig,
+            train.VERSION,
+            CheckpointManifest,
+            LatentManifest,
+            "latents",
+            _nothing_else,
+            train.run,
+            ranked=True,
+        ),
         Stage(
             SampleConfig, sample.VERSION, SampleManifest, CheckpointManifest, "checkpoint", _sample_inputs, sample.run
         ),

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from flows import launch, runs, tracking
 from flows.contract import Source, Stage
-from flows.launch import LaunchSpec
+from flows.launch import LaunchSpec, LocalLaunch
 from flows.progress import StageProgress
 from flows.worker import TrackingSpec, WorkerSpec
 from storage import uri
@@ -44,7 +44,8 @@ def perform(
 
     Args:
         given: the archive, or a reference to the manifest that the stage starts from.
-        launcher: how to start ranks; None runs the stage in this process.
+        launcher: how to start ranks; without one, and for a single rank here of any stage but training,
+            the stage runs in this process.
 
     Returns:
         A completed state with the manifest's URL, named ``Skipped`` when it was there before.
@@ -76,7 +77,7 @@ def _run(
     launcher: LaunchSpec | None,
 ) -> Manifest:
     with StageProgress(stage.name).shown() as progress:
-        if launcher is not None:
+        if launcher is not None and not _is_enough(stage, launcher):
             assert isinstance(source, Manifest)
             values = config.model_dump(mode="json")
             job = WorkerSpec(stage=stage.name, config=values, source=source.uri, output=output, tracking=spec)
@@ -87,6 +88,11 @@ def _run(
             return stage.run(config, source, out=output, tracker=tracker)
         finally:
             tracker.close(output)
+
+
+def _is_enough(stage: Stage, launcher: LaunchSpec) -> bool:
+    """Whether this process does for what a launcher would start: torchrun takes seconds."""
+    return stage.name != "train" and isinstance(launcher, LocalLaunch) and launcher.world_size == 1
 
 
 def _show(stage: Stage, manifest: Manifest, settings: RunSettings) -> None:

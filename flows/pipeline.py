@@ -10,7 +10,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 
 from flows import runs, stages
-from flows.contract import Outcome
+from flows.contract import STAGES, Outcome
 from flows.perform import SKIPPED, RunSettings
 from flows.recipe import Recipe
 from storage.archive import ArchiveRef
@@ -28,7 +28,7 @@ def pipeline(recipe: Recipe, settings: RunSettings = stages.HERE) -> list[Outcom
 
     with runs.pipeline_run(recipe.pipeline_id, settings.root):
         shards = step(stages.shard, recipe.archive, recipe.shard)
-        latents = step(stages.encode, shards, recipe.encode)
+        latents = step(stages.encode, shards, recipe.encode, recipe.launch)
         checkpoint = step(stages.train, latents, recipe.train, recipe.launch)
         samples = step(stages.sample, checkpoint, recipe.sample)
         if recipe.evaluate:
@@ -40,7 +40,7 @@ def pipeline(recipe: Recipe, settings: RunSettings = stages.HERE) -> list[Outcom
 
 def run_stage(name: str, recipe: Recipe, source: ArchiveRef | str, settings: RunSettings) -> Outcome:
     """One stage of a recipe, on any earlier output."""
-    launcher = [recipe.launch] if name == "train" else []
+    launcher = [recipe.launch] if STAGES[name].ranked else []
     return _outcome(getattr(stages, name), source, recipe.config_of(name), *launcher, settings=settings)
 
 

@@ -226,7 +226,7 @@ class _Known:
     def _done(self, name: str, output: StageOutput) -> int:
         """How many units of an unfinished stage are there."""
         if name != "train":
-            return len(uri.names(output.url(records.FOLDER)))
+            return sum(name.endswith(".json") for name in uri.names(output.url(records.FOLDER)))
         newest = max(uri.names(output.url("checkpoints")), default="step-0")
         return int(newest.rpartition("-")[2])
 
@@ -246,7 +246,7 @@ class _Known:
             rows = pixel_layout(count, config.resolution, config.block_rows, config.chunk_rows)
             return _stored(count, rows, count / _known(self.rates.shard))
         rows = latent_layout(count, flips, self.shape, config.block_rows, config.chunk_rows)
-        return _stored(count, rows, count * flips / _known(self.rates.encode))
+        return _stored(count, rows, count * flips / _known(self.rates.encode) / self.ranks)
 
     def _train(self) -> Work:
         config, held = self.recipe.train, self.cost.memory

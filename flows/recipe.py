@@ -29,7 +29,7 @@ PROBLEMS = {"extra_forbidden": "no such key", "union_tag_not_found": "say which 
 
 
 class Recipe(Config):
-    """The archive, the config of every stage, and where training runs."""
+    """The archive, the config of every stage, and where those run that share their work among ranks."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     """What runs of this recipe are called."""
@@ -42,7 +42,7 @@ class Recipe(Config):
     train: TrainConfig = TrainConfig()
     """Latents to a checkpoint."""
     launch: LaunchSpec = operational(LocalLaunch())
-    """Where training runs."""
+    """Where the stages run that ranks can share: encode and train."""
     sample: SampleConfig = SampleConfig()
     """A checkpoint to samples."""
     evaluate: EvaluateConfig | None = None

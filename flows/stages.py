@@ -33,9 +33,11 @@ def shard(archive: ArchiveRef, config: ShardConfig = ShardConfig(), settings: Ru
 
 
 @flow(flow_run_name="encode")
-def encode(shards: ManifestRef, config: EncodeConfig, settings: RunSettings = HERE) -> State[str]:
-    """Tars to a store of latents."""
-    return perform(STAGES["encode"], config, shards, settings)
+def encode(
+    shards: ManifestRef, config: EncodeConfig, launcher: LaunchSpec = LocalLaunch(), settings: RunSettings = HERE
+) -> State[str]:
+    """Tars to a store of latents, on ranks that torchrun starts if there are several."""
+    return perform(STAGES["encode"], config, shards, settings, launcher)
 
 
 @flow(flow_run_name="train")

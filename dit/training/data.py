@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dit.pixels import to_unit
 from dit.random import Stream, words
+from dit.ranks import Ranks
 from dit.training.augment import augmented
 from dit.training.noise import StepDraws
-from dit.training.ranks import Ranks
 from storage.latents import LatentManifest, LatentReader, PixelReader
 from storage.order import POOL, coins, permutation, pooled
 

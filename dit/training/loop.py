@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dit.diffusion.process import Process
+from dit.ranks import Ranks
 from dit.training.data import Batch
 from dit.training.ema import EMA
-from dit.training.ranks import Ranks
 
 
 @dataclass

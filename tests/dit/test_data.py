@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 
+from dit.ranks import Ranks
 from dit.training.data import Batches, Latents, open_data
 from dit.training.noise import StepDraws
-from dit.training.ranks import Ranks
 from storage.latents import LatentManifest, LatentReader, VaeInfo, latent_layout
 from storage.manifest import StageOutput
 from storage.order import coins, permutation, pooled

@@ -1,6 +1,12 @@
 import io
+import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +15,34 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from dit import encode
+from dit.encode import fitting_batch
 from dit.vae import Vae, VaeRef
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, StorageError
 from storage.latents import LatentManifest, LatentReader
-from storage.rows import RowReader
+from storage.manifest import StageOutput
+from storage.rows import RowReader, RowWriter
+from storage.shards import ShardManifest, read_images
+
+WORKER = """
+import json, os, sys
+from pathlib import Path
+import torch
+from dit import encode
+from dit.encode import EncodeConfig
+from storage.manifest import StageOutput
 from storage.shards import ShardManifest
+from storage.tracking import NullTracker
+
+class Told(NullTracker):
+    def progress(self, done, total, unit):
+        print(os.environ["RANK"], done, total, flush=True)
+
+torch.set_num_threads(1)
+spec = json.loads(Path(sys.argv[1]).read_text())
+shards, out = ShardManifest.read(spec["shards"]), StageOutput.model_validate(spec["out"])
+encode.run(EncodeConfig.model_validate(spec["config"]), shards, out=out, tracker=Told())
+"""
 
 LEFT = (tiny.WIDTH - tiny.SIDE) // 2
 
@@ -100,13 +129,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     folder = Path(tiny.output(tmp_path, LatentManifest, config, shards=shards).uri)
     assert sorted(path.name for path in (folder / "records").iterdir()) == ["rows-00000.json", "rows-00001.json"]
     fault(folder)
+    kept = {path: path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
     recorder = tiny.Recorder()
     resumed = tiny.run_encode(tmp_path, config, shards, recorder)
     assert tiny.objects(resumed) == tiny.objects(latents)
     assert "reconstructions.png" in recorder.artifacts
-    encoded_again = {done for done, _, _ in recorder.steps}
-    assert (5 in encoded_again) == (fault is lose_an_object)
-    assert (21 in encoded_again) == (fault in (halve_an_object, lose_a_record))
+    redone = {path.name for path in (folder / "records").iterdir() if path.stat().st_ino != kept.get(path)}
+    spoiled = {lose_an_object: 0, halve_an_object: 1, lose_a_record: 1}
+    assert redone == {f"rows-{block:05d}.json" for block in (2, spoiled.get(fault, 2))}
+    done = [done for done, _, _ in recorder.steps]
+    assert done[0] == (37 if fault is spoil_nothing else 21)
+    assert done == sorted(done)
     assert recorder.steps[-1] == (tiny.COUNT, tiny.COUNT, "images")
 
 
@@ -155,6 +188,118 @@ def test_half_precision_is_near_and_says_so(
     np.testing.assert_allclose(found, expected, atol=0.05, rtol=0.1)
     assert not np.array_equal(found, expected)
     assert RowReader(half).attributes["precision"] == "bfloat16"
+
+
+def test_a_compiled_encoder_is_another_work_and_says_so(
+    tmp_path: Path, latents: LatentManifest, shards: ShardManifest, vae: VaeRef
+) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        compiled = tiny.run_encode(tmp_path, tiny.encode_config(vae, compile=True), shards)
+    assert RowReader(compiled).attributes["compiled"] is True
+    assert RowReader(latents).attributes["compiled"] is False
+    assert compiled.digest != latents.digest
+    np.testing.assert_array_equal(RowReader(compiled).array("mean"), RowReader(latents).array("mean"))
+
+
+def test_a_batch_that_memory_chose_is_kept_for_who_goes_on(
+    tmp_path: Path, shards: ShardManifest, vae: VaeRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, sizes, real = tiny.encode_config(vae, batch_size=None), set[int](), Vae.encode
+
+    def noting(self: Vae, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.add(len(images))
+        return real(self, images)
+
+    monkeypatch.setattr(Vae, "encode", noting)
+    monkeypatch.setattr(encode, "_chosen_batch", lambda *_: 7)
+    with pytest.raises(tiny.Killed):
+        tiny.run_encode(tmp_path, config, shards, tiny.Killer(when=20))
+    assert sizes == {7, 2}  # a block of 16
+    monkeypatch.setattr(encode, "_chosen_batch", lambda *_: 3)
+    manifest = tiny.run_encode(tmp_path, config, shards)
+    assert sizes == {7, 2, 3, 4}  # the last block's, and the picture's
+    assert RowReader(manifest).attributes["batch_size"] == 7
+
+
+def test_the_batch_that_fits() -> None:
+    gib = 2**30
+    assert fitting_batch(80 * gib, gib // 4, 256) == 128  # by the indices
+    assert fitting_batch(80 * gib, gib, 512) == 32
+    assert fitting_batch(20 * gib, gib // 4, 256) == 32
+    assert fitting_batch(20 * gib, gib // 3, 256) == 16
+    assert fitting_batch(gib, gib, 4096) == 1
+
+
+@pytest.mark.parametrize("part", ["tars", "images", "store"])
+def test_an_error_of_any_thread_ends_the_stage(
+    tmp_path: Path, shards: ShardManifest, vae: VaeRef, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise StorageError(f"the {part}")
+
+    def some(*arguments: Any) -> Any:
+        yield from list(read_images(*arguments))[:2]
+        fail()
+
+    if part == "tars":
+        monkeypatch.setattr(encode, "read_images", some)
+    elif part == "images":
+        monkeypatch.setattr("storage.transforms.load_fast", fail)
+    else:
+        monkeypatch.setattr(RowWriter, "write", fail)
+    with pytest.raises(StorageError, match=f"^the {part}$"):
+        tiny.run_encode(tmp_path, tiny.encode_config(vae), shards)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_a_block_that_cannot_be_written_stops_the_next_within_a_batch(
+    tmp_path: Path, shards: ShardManifest, vae: VaeRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise StorageError("the disk is full")
+
+    class Slow(tiny.Recorder):
+        def progress(self, done: int, total: int, unit: str) -> None:
+            super().progress(done, total, unit)
+            time.sleep(0.05)
+
+    recorder = Slow()
+    monkeypatch.setattr(RowWriter, "write", fail)
+    with pytest.raises(StorageError, match="the disk is full"):
+        tiny.run_encode(tmp_path, tiny.encode_config(vae), shards, recorder)
+    assert [done for done, *_ in recorder.steps][:4] == [5, 10, 15, 16]
+    assert len(recorder.steps) <= 5
+
+
+def torchrun(tmp_path: Path, ranks: int, config: Any, shards: ShardManifest) -> tuple[StageOutput, list[list[int]]]:
+    """The stage on so many ranks: its output, and the rank, what was done and the total of each progress."""
+    out = tiny.output(tmp_path, LatentManifest, config, shards=shards)
+    spec, worker = tmp_path / "spec.json", tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    values = {"shards": shards.uri, "out": out.model_dump(mode="json"), "config": config.model_dump(mode="json")}
+    spec.write_text(json.dumps(values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*command, str(worker), str(spec)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return out, [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+
+
+@pytest.mark.distributed
+def test_two_ranks_share_the_blocks_and_make_the_same_bytes(
+    tmp_path: Path, latents: LatentManifest, shards: ShardManifest, vae: VaeRef
+) -> None:
+    out, told = torchrun(tmp_path, 2, tiny.encode_config(vae), shards)
+    assert tiny.objects(LatentManifest.read(out.uri)) == tiny.objects(latents)
+    assert {rank: sum(r == rank for r, *_ in told) for rank in (0, 1)} == {0: 6, 1: 4}  # batches: 4 and 2; 4
+    assert [done for rank, done, _ in told if rank == 0] == [8, 16, 24, 26, 34, 42]
+    assert {total for _, _, total in told} == {tiny.COUNT}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from dit.diffusion.config import DiffusionConfig, EDMConfig
 from dit.diffusion.edm import EDM
 from dit.export import CheckpointManifest
 from dit.models.choice import DiffiTImageChoice, ImageShape
+from dit.ranks import Ranks
 from dit.sample import SampleConfig, SampleManifest
 from dit.samplers.heun import heun
 from dit.samplers.noise import SampleNoise
@@ -22,7 +23,6 @@ from dit.train import TrainConfig
 from dit.training.augment import augmented
 from dit.training.data import Batches, Pixels, open_data
 from dit.training.noise import StepDraws
-from dit.training.ranks import Ranks
 from storage import transforms
 from storage.errors import InputError
 from storage.latents import LatentManifest, LatentReader, PixelReader

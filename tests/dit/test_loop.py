@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dit.ranks import Ranks
 from dit.training.data import Batch
 from dit.training.ema import EMA
 from dit.training.loop import Numbers, TrainState, train
-from dit.training.ranks import Ranks
 
 
 class Line(nn.Module):

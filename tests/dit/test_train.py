@@ -17,9 +17,9 @@ from dit.diffusion.gaussian import GaussianDiffusion
 from dit.export import CheckpointManifest
 from dit.models.build import build
 from dit.models.choice import Shape
+from dit.ranks import Ranks
 from dit.train import TrainConfig, learning_rate, model_for
 from dit.training.data import Batches, Latents
-from dit.training.ranks import Ranks
 from dit.vae import VaeRef
 from storage.errors import DitflowError, InputError, StorageError
 from storage.latents import LatentManifest, LatentReader

@@ -6,7 +6,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 
 from dit.vae import CONFIG, WEIGHTS, Vae, VaeRef, fetch, info, load_vae, weights_digest
 from storage import uri
@@ -100,6 +100,65 @@ def test_decode_unscales_then_quantises(vae: Vae, reference: AutoencoderKL) -> N
     np.testing.assert_array_equal(found[away_from_step], np.trunc(exact[away_from_step]).astype(np.uint8))
 
 
+SMALL = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (4, 8),
+    "norm_num_groups": 2,
+}
+NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
+KINDS = {  # what sets the published ones apart, and the numbers that are expected of each
+    "sd": (AutoencoderKL, {}, (4, 0.18215, 0.0)),
+    "sdxl": (AutoencoderKL, {"scaling_factor": 0.13025, "force_upcast": True}, (4, 0.13025, 0.0)),
+    "sd3": (
+        AutoencoderKL,
+        {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, **NO_QUANT},
+        (16, 1.5305, 0.0609),
+    ),
+    "flux": (
+        AutoencoderKL,
+        {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, **NO_QUANT},
+        (16, 0.3611, 0.1159),
+    ),
+    "vq": (VQModel, {"num_vq_embeddings": 32}, (3, 0.18215, 0.0)),
+    "vq-narrow": (
+        VQModel,
+        {"num_vq_embeddings": 32, "latent_channels": 8, "vq_embed_dim": 5, "scaling_factor": 1.0},
+        (5, 1.0, 0.0),
+    ),
+    "movq": (
+        VQModel,
+        {"num_vq_embeddings": 32, "latent_channels": 4, "norm_type": "spatial", "block_out_channels": (32, 32)},
+        (4, 0.18215, 0.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_goes_there_and_back_as_in_diffusers(kind: str, tmp_path: Path) -> None:
+    cls, fields, (channels, scale, shift) = KINDS[kind]
+    torch.manual_seed(0)
+    reference = cls(**SMALL | fields).eval()
+    if isinstance(reference, VQModel):
+        torch.nn.init.normal_(reference.quantize.embedding.weight)  # far apart, or rounding decides
+    reference.save_pretrained(tmp_path)
+    ours = load_vae(VaeRef(source=str(tmp_path)))
+    found = info(VaeRef(source=str(tmp_path)))
+    for numbers in (found, ours):
+        assert (numbers.channels, numbers.scaling_factor, numbers.shift_factor) == (channels, scale, shift)
+    mean, std = ours.encode(images())
+    assert mean.shape == std.shape == (3, channels, 8, 12)
+    with torch.no_grad():
+        encoded = reference.encode(images().permute(0, 3, 1, 2) / 127.5 - 1)
+        posterior = None if isinstance(reference, VQModel) else encoded.latent_dist
+        expected = encoded.latents if posterior is None else posterior.mean
+        decoded = reference.decode(expected).sample.permute(0, 2, 3, 1).double().numpy()
+    torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(std, torch.zeros_like(std) if posterior is None else posterior.std, rtol=1e-4, atol=1e-5)
+    back = ours.decode((mean - shift) * scale).numpy()
+    assert np.abs(back - np.clip(127.5 * decoded + 128, 0, 255)).max() <= 1.01
+
+
 def test_white_does_not_wrap_around(vae: Vae) -> None:
     class White:
         device, dtype = torch.device("cpu"), torch.float32
@@ -187,7 +246,7 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
 def test_broken_config_names_the_field(copy: Path, text: str, reason: str) -> None:
     (copy / CONFIG).write_text(text)
     message = refusal(VaeRef(source=str(copy)))
-    assert f"{copy / CONFIG}: not the config of an AutoencoderKL" in message
+    assert f"{copy / CONFIG}: not the config of an AutoencoderKL or VQModel" in message
     assert reason in message
 
 

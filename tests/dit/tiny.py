@@ -88,7 +88,8 @@ def save_vae(folder: Path, *, channels: int = 4, halvings: int = 2, scale: float
 
 
 def encode_config(vae: VaeRef | None, **fields: Any) -> EncodeConfig:
-    return EncodeConfig(vae=vae, resolution=SIDE, batch_size=5, block_rows=16, chunk_rows=8, threads=2, **fields)
+    given = {"batch_size": 5, "threads": 2} | fields
+    return EncodeConfig(vae=vae, resolution=SIDE, block_rows=16, chunk_rows=8, **given)
 
 
 def output(root: Path | str, kind: type[Manifest], config: Any, **parents: Manifest) -> StageOutput:

@@ -1,8 +1,10 @@
 import threading
+import time
+from collections.abc import Iterator
 
 import pytest
 
-from storage.parallel import threads
+from storage.parallel import ahead, threads
 
 
 def test_results_keep_their_order() -> None:
@@ -28,3 +30,65 @@ def test_an_error_drops_what_has_not_begun() -> None:
     with pytest.raises(RuntimeError, match="stop"):
         fail()
     assert len(begun) <= 2
+
+
+class Counted:
+    """Counts up, and remembers how far it has come and on which threads."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+        self.threads: set[int] = set()
+        self.closed = False
+
+    def __call__(self, count: int, fail: bool = False) -> Iterator[int]:
+        try:
+            for number in range(count):
+                self.made.append(number)
+                self.threads.add(threading.get_ident())
+                yield number
+            if fail:
+                raise RuntimeError("no more")
+        finally:
+            self.closed = True
+
+
+@pytest.mark.parametrize("depth", [1, 3, 20])
+def test_ahead_keeps_the_order(depth: int) -> None:
+    counted = Counted()
+    assert list(ahead(counted(10), depth)) == list(range(10))
+    assert counted.threads.isdisjoint({threading.get_ident()})
+    assert len(counted.threads) == 1
+
+
+def test_ahead_makes_so_many_and_no_more_before_they_are_asked_for() -> None:
+    counted = Counted()
+    items = ahead(counted(100), 3)
+    assert next(items) == 0
+    until = time.monotonic() + 5
+    while len(counted.made) < 4 and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.05)  # for what must not happen
+    assert counted.made == [0, 1, 2, 3]
+    items.close()
+    assert counted.made == [0, 1, 2, 3]
+
+
+def test_an_error_ahead_comes_after_the_items_before_it() -> None:
+    found = []
+    with pytest.raises(RuntimeError, match="no more"):
+        for number in ahead(Counted()(4, fail=True), 10):
+            found.append(number)
+    assert found == [0, 1, 2, 3]
+
+
+def test_who_stops_early_leaves_no_thread_behind() -> None:
+    counted, before = Counted(), threading.active_count()
+    for number in ahead(ahead(counted(100), 2), 2):
+        if number == 5:
+            break
+    del number
+    until = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+    assert counted.closed

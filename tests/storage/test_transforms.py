@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storage.transforms import Facts, UnreadableImage, center_crop, decode, inspect, load
+from storage.transforms import Facts, UnreadableImage, center_crop, decode, fast_crop, inspect, load, load_fast
 
 Encode = Callable[..., bytes]
 
@@ -59,9 +59,61 @@ def test_crop_against_pillows_own_box(height: int, width: int, size: int) -> Non
     assert inner.max() <= 1
 
 
-def test_crop_leaves_an_image_of_the_size_alone() -> None:
+def bicubic(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Rows scaled to a size by the cubic filter (a = -0.5), widened when they shrink, and rounded to bytes."""
+    old = len(pixels)
+    scale = old / size
+    away = np.abs((np.arange(old) + 0.5 - (np.arange(size)[:, None] + 0.5) * scale) / max(scale, 1))
+    near, far = (1.5 * away - 2.5) * away**2 + 1, ((-0.5 * away + 2.5) * away - 4) * away + 2
+    weights = np.select([away < 1, away < 2], [near, far])
+    weights /= weights.sum(1, keepdims=True)
+    return np.tensordot(weights, pixels, 1).clip(0, 255).round()
+
+
+@pytest.mark.parametrize(("height", "width"), [(78, 19), (30, 20), (20, 78), (90, 12)])
+def test_every_image_is_scaled_across_before_down(height: int, width: int) -> None:
+    """Whatever Pillow thinks is faster: the bytes between the two passes make tens of levels of difference."""
+    pixels, scale = noise(height, width).astype(float), 16 / min(height, width)
+    across = bicubic(pixels.swapaxes(0, 1), round(width * scale)).swapaxes(0, 1)
+    expected = bicubic(across, round(height * scale))
+    top, left = (expected.shape[0] - 16) // 2, (expected.shape[1] - 16) // 2
+    found = center_crop(Image.fromarray(noise(height, width)), 16)
+    assert np.abs(found - expected[top : top + 16, left : left + 16]).max() <= 1
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """Waves in three colours, some of them clipped."""
+    y, x = np.mgrid[:height, :width][..., None] / np.array([7.0, 11.0, 17.0])
+    return (127.5 + 160 * np.sin(x + 2) * np.cos(y)).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("make", [noise, smooth])
+@pytest.mark.parametrize("size", [16, 64])
+def test_fast_crop_is_the_reference_within_a_level(make: Callable[[int, int], np.ndarray], size: int) -> None:
+    sides = np.random.default_rng(size).integers(size // 2, 5 * size, (60, 2))  # both halved and enlarged
+    apart = []
+    for height, width in sides.tolist():
+        image = Image.fromarray(make(height, width))
+        found, expected = (crop(image, size).astype(int) for crop in (fast_crop, center_crop))
+        assert found.shape == (size, size, 3)
+        apart.append(np.abs(found - expected))
+    assert np.max(apart) <= 2  # two where the roundings of both passes meet, one pixel of millions
+    assert np.mean(np.array(apart) > 1) < 1e-5
+    assert np.mean(apart) < 0.001
+
+
+@pytest.mark.parametrize("width", [40, 64, 128])
+def test_fast_crop_is_exact_where_positions_are(width: int) -> None:
+    """Sides that are powers of two times the size's, so that no rounding comes in."""
+    image = Image.fromarray(noise(32, width))
+    for size in (8, 16, 32):
+        assert np.array_equal(fast_crop(image, size), center_crop(image, size))
+
+
+@pytest.mark.parametrize("crop", [center_crop, fast_crop])
+def test_crop_leaves_an_image_of_the_size_alone(crop: Callable[[Image.Image, int], np.ndarray]) -> None:
     pixels = noise(16, 16)
-    assert np.array_equal(center_crop(Image.fromarray(pixels), 16), pixels)
+    assert np.array_equal(crop(Image.fromarray(pixels), 16), pixels)
 
 
 def test_crop_of_one_pixel_is_flat() -> None:
@@ -71,6 +123,7 @@ def test_crop_of_one_pixel_is_flat() -> None:
 def test_load_decodes_and_crops(encode_image: Encode) -> None:
     pixels = noise(16, 24)
     assert np.array_equal(load(encode_image(pixels), 16), pixels[:, 4:20])
+    assert np.array_equal(load_fast(encode_image(pixels), 16), pixels[:, 4:20])
 
 
 def test_lossless_rgb_comes_through(encode_image: Encode) -> None:

@@ -1,0 +1,54 @@
+"""Where a stage runs."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import dead_address
+
+from flows import perform
+from flows.contract import STAGES
+from flows.launch import LocalLaunch
+from flows.worker import TrackingSpec
+from storage.config import Config
+from storage.manifest import Manifest, StageOutput, stage_output
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher", "ranks"),
+    [
+        ("encode", None, 0),
+        ("encode", LocalLaunch(nproc=1), 0),
+        ("encode", LocalLaunch(nproc=2), 2),
+        ("train", LocalLaunch(nproc=1), 1),
+        ("train", LocalLaunch(nproc=3), 3),
+    ],
+)
+def test_torchrun_is_for_several_ranks_and_for_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, launcher: LocalLaunch | None, ranks: int
+) -> None:
+    kind = type("Made", (Manifest,), {"STAGE": name})
+    started: list[int] = []
+
+    def launched(job: Any, launch: LocalLaunch, **_: Any) -> None:
+        started.append(launch.nproc)
+        job.output.commit(kind, [])
+
+    def here(config: Config, source: Manifest, *, out: StageOutput, tracker: Any) -> Manifest:
+        return out.commit(kind, [])
+
+    monkeypatch.setattr(perform.launch, "run", launched)
+    monkeypatch.setattr(perform, "get_run_logger", logging.getLogger)
+    stage = replace(STAGES[name], kind=kind, run=here)
+    source = stage_output(str(tmp_path), "before", 1, Config(), parents={}, inputs={}).commit(Manifest, [])
+    output = stage_output(str(tmp_path), name, 1, Config(), parents={}, inputs={})
+    tracking = TrackingSpec(uri=dead_address(), run_id=None)
+    made = perform._run(stage, Config(), source, output, tracking, launcher)
+    assert made.stage == name
+    assert started == ([ranks] if ranks else [])
+
+
+def test_stages_that_ranks_share() -> None:
+    assert {name for name, stage in STAGES.items() if stage.ranked} == {"encode", "train"}
