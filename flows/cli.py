@@ -111,6 +111,13 @@ def sample(options: argparse.Namespace) -> None:
         print(place)
 
 
+def promote(options: argparse.Namespace) -> None:
+    """Make a model version the champion."""
+    from flows.promotion import promote
+
+    print(promote(options.model, options.version, options.reason, options.root))
+
+
 def up(options: argparse.Namespace) -> None:
     """Serve Prefect, MLflow and a worker until Ctrl-C."""
     from flows.up import serve
@@ -169,6 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prefect-port", type=int, default=4200, choices=PORTS, metavar="PORT")
     command.add_argument("--mlflow-port", type=int, default=5000, choices=PORTS, metavar="PORT")
     command.set_defaults(command=up)
+    command = commands.add_parser("promote", parents=[shared], help="make a version of a registered model the champion")
+    command.add_argument("model", help="name of the registered model")
+    command.add_argument("version", nargs="?", type=int, help="default: the candidate")
+    command.add_argument("--reason", default="", help="why, for the record in the version's tags")
+    command.set_defaults(command=promote)
     command = commands.add_parser("models", help="every model's parameters, compute and memory")
     command.add_argument("--latent", type=int, default=32, metavar="SIDE", help="in latent pixels (default: 32)")
     command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
