@@ -111,6 +111,21 @@ def sample(options: argparse.Namespace) -> None:
         print(place)
 
 
+def evaluate(options: argparse.Namespace) -> None:
+    """Run a recipe's evaluate stage, or compare any samples with any reference."""
+    alone = (options.samples, options.reference)
+    if (options.recipe is None) != all(alone) or any(alone) != all(alone):
+        raise InputError("evaluate: name a recipe, or give --samples and --reference")
+    if options.recipe:
+        stage(options)
+        return
+    from flows.judge import judged, table
+
+    found = judged(*alone, options.set, options.root)
+    for line in [found.model_dump_json()] if options.json else table(found):
+        print(line)
+
+
 def promote(options: argparse.Namespace) -> None:
     """Make a model version the champion."""
     from flows.promotion import promote
@@ -163,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=run)
     for name in STAGES:
         command = commands.add_parser(name, parents=[work], help=f"the {name} stage of a recipe")
-        optional = "?" if name == "sample" else None
+        optional = "?" if name in ("sample", "evaluate") else None
         command.add_argument("recipe", nargs=optional, help="name of a preset or path of a YAML file")
         if name != "shard":
             text = "manifest URL or MLflow run id of the stage before (default: the recipe's own)"
@@ -171,6 +186,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=stage, stage=name, source=None)
         if name == "sample":
             _add_checkpoint(command)
+        if name == "evaluate":
+            _add_samples(command)
     command = commands.add_parser("up", parents=[shared], help="Prefect, MLflow and a worker, with all flows deployed")
     command.add_argument("--recipe", default="demo", help="whose values fill the forms in the Prefect UI")
     command.add_argument("--prefect-port", type=int, default=4200, choices=PORTS, metavar="PORT")
@@ -206,6 +223,16 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     group.add_argument("--vae", metavar="SOURCE", help="the autoencoder, where the checkpoint does not name it")
     group.add_argument("--heads", type=int, help="attention heads, where no published size has the width")
     command.set_defaults(command=sample)
+
+
+def _add_samples(command: argparse.ArgumentParser) -> None:
+    """The options of evaluating without a recipe."""
+    group = command.add_argument_group("any samples against any reference", "print metrics, with no recipe")
+    text = "a sample store's manifest, a folder of images, or an npz with arr_0"
+    group.add_argument("--samples", metavar="SOURCE", help=text)
+    text = "an npz with arr_0, mu and sigma, or a manifest of shards, latents or samples, or a folder of images"
+    group.add_argument("--reference", metavar="SOURCE", help=text)
+    command.set_defaults(command=evaluate)
 
 
 def _recipe(options: argparse.Namespace) -> "Recipe":
