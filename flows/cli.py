@@ -133,6 +133,17 @@ def promote(options: argparse.Namespace) -> None:
     print(promote(options.model, options.version, options.reason, options.root))
 
 
+def report(options: argparse.Namespace) -> None:
+    """Write the report of a recipe that is done, if it is not there."""
+    from flows.page import write_page
+
+    recipe = _recipe(options)
+    done = recipe.finished(options.root)
+    if done is None:
+        raise InputError(f"report: recipe {recipe.name} is not done; run it first")
+    print(write_page(recipe.name, done, options.root))
+
+
 def up(options: argparse.Namespace) -> None:
     """Serve Prefect, MLflow and a worker until Ctrl-C."""
     from flows.up import serve
@@ -193,6 +204,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prefect-port", type=int, default=4200, choices=PORTS, metavar="PORT")
     command.add_argument("--mlflow-port", type=int, default=5000, choices=PORTS, metavar="PORT")
     command.set_defaults(command=up)
+    command = commands.add_parser("report", parents=[shared], help="a page to look at of a recipe that is done")
+    command.add_argument("recipe", help="name of a preset or path of a YAML file")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as the recipe was run")
+    command.set_defaults(command=report)
     command = commands.add_parser("promote", parents=[shared], help="make a version of a registered model the champion")
     command.add_argument("model", help="name of the registered model")
     command.add_argument("version", nargs="?", type=int, help="default: the candidate")

@@ -3,6 +3,8 @@
 import getpass
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -101,7 +103,7 @@ def promote(name: str, version: int | None, reason: str, root: str) -> str:
         DitflowError: MLflow is away.
     """
     client = MlflowClient(tracking_uri(root))
-    try:
+    with answering(root):
         aliases = client.get_registered_model(name).aliases
         if version is None and CANDIDATE not in aliases:
             raise InputError(f"{name}: has no {CANDIDATE}; name the version to promote")
@@ -112,11 +114,24 @@ def promote(name: str, version: int | None, reason: str, root: str) -> str:
         match = _match(client, name, number, champion, PromotionRule())
         _record(client, name, number, match, {"decision": "promoted", "by": "hand", "why": reason})
         client.set_registered_model_alias(name, CHAMPION, str(number))
+    return f"{name} {number} is champion, before it was {champion or 'none'}; {match}"
+
+
+@contextmanager
+def answering(root: str) -> Iterator[None]:
+    """Within it MLflow's errors are lines for people.
+
+    Raises:
+        InputError: there is no such model or version.
+        DitflowError: MLflow is away.
+    """
+    where = uri.redact(tracking_uri(root))
+    try:
+        yield
     except MlflowException as error:
         if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-            raise InputError(f"{uri.redact(tracking_uri(root))}: {one_line(error)}") from error
-        raise DitflowError(f"{uri.redact(tracking_uri(root))}: MLflow does not answer ({one_line(error)})") from error
-    return f"{name} {number} is champion, before it was {champion or 'none'}; {match}"
+            raise InputError(f"{where}: {one_line(error)}") from error
+        raise DitflowError(f"{where}: MLflow does not answer ({one_line(error)})") from error
 
 
 def evaluation(client: MlflowClient, name: str, version: int) -> Evaluation:
