@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from packaging.requirements import Requirement
-from prefect.events import emit_event
 from pydantic import Field
 
 from dit.evaluate import MetricsManifest
@@ -106,6 +105,8 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
 
 def emit(event: str, model_name: str, payload: dict[str, Any], once: UUID | None = None) -> None:
     """Tell Prefect, in the background, of something that happened to a model; of the same ``once`` only once."""
+    from prefect.events import emit_event  # Prefect reads its settings when it is imported, and recipes come before
+
     resource = {"prefect.resource.id": f"ditflow.model.{model_name}", "prefect.resource.name": model_name}
     emit_event(event, resource, payload={"model_name": model_name} | payload, id=once)
 
