@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows import services
 from storage import uri
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, StorageError
 
 # Prefect reads its settings when it is imported, so whatever imports it is imported after they are set.
 if TYPE_CHECKING:
@@ -119,11 +119,9 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.recipe:
         stage(options)
         return
-    from flows.judge import judged, table
+    from flows.judge import judged
 
-    found = judged(*alone, options.set, options.root)
-    for line in [found.model_dump_json()] if options.json else table(found):
-        print(line)
+    print(judged(*alone, options.set, options.root, as_json=options.json))
 
 
 def promote(options: argparse.Namespace) -> None:
@@ -151,6 +149,47 @@ def up(options: argparse.Namespace) -> None:
     serve(options.root, options.recipe, prefect_port=options.prefect_port, mlflow_port=options.mlflow_port)
 
 
+def plan(options: argparse.Namespace) -> None:
+    """Say what a recipe will cost; refuse what cannot fit."""
+    from flows.plan import plan as reckon
+    from flows.plan import read_rates
+    from flows.sweep import load_recipes
+
+    rates = read_rates(options.rates)
+    plans = [reckon(recipe, options.root, rates) for recipe in load_recipes(options.recipe, options.set, options.root)]
+    for found in plans:
+        for line in [json.dumps(found.as_json())] if options.json else found.table():
+            print(line)
+    problems = [problem for found in plans for problem in found.problems]
+    if problems:
+        raise InputError("; ".join(dict.fromkeys(problems)))
+
+
+def verify(options: argparse.Namespace) -> None:
+    """See that outputs are what was committed; take back those that are not."""
+    from storage.verify import outputs
+
+    damaged = [manifest for manifest in outputs(options.url) if _damaged(manifest, full=options.full)]
+    if damaged:
+        raise StorageError("run the commands that made what is damaged again: they redo that and nothing else")
+
+
+def _damaged(manifest: "Manifest", *, full: bool) -> bool:
+    """Print how an output is, and take it back if it is damaged."""
+    from storage.verify import faults, withdraw
+
+    found, where = faults(manifest, full=full), uri.redact(manifest.uri)
+    for fault in found:
+        print(f"{uri.join(where, fault.entry.path)}: {fault.state}")
+    if found:
+        withdraw(manifest, found)
+    seen = "all bytes" if full else "sizes and records"
+    state = f"{len(found):,} damaged, withdrawn" if found else f"{seen} as committed"
+    size = sum(entry.size for entry in manifest.files)
+    print(f"{where}: {len(manifest.files):,} objects, {size:,} bytes: {state}", flush=True)
+    return bool(found)
+
+
 def models(options: argparse.Namespace) -> None:
     """Print what each model costs."""
     from flows import catalogue
@@ -173,14 +212,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--root", default=os.environ.get("DITFLOW_ROOT", "runs"), help="fsspec URL for all outputs")
-    work = argparse.ArgumentParser(add_help=False, parents=[shared])
-    work.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=2000")
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=2000")
+    chosen.add_argument("--json", action="store_true", help="print one JSON object a recipe and nothing else")
+    work = argparse.ArgumentParser(add_help=False, parents=[shared, chosen])
     work.add_argument(
         "--force",
         action="store_true",
         help="run what is done again, beside the old output; a forced pipeline that is interrupted starts over",
     )
-    work.add_argument("--json", action="store_true", help="print one JSON object a recipe and nothing else")
     command = commands.add_parser("demo", parents=[work], help="the whole pipeline on scanned digits")
     command.add_argument("--recipe", default="demo", choices=DEMOS, help="which model (default: demo, a latent DiT)")
     command.set_defaults(command=demo)
@@ -204,19 +244,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prefect-port", type=int, default=4200, choices=PORTS, metavar="PORT")
     command.add_argument("--mlflow-port", type=int, default=5000, choices=PORTS, metavar="PORT")
     command.set_defaults(command=up)
-    command = commands.add_parser("report", parents=[shared], help="a page to look at of a recipe that is done")
+    _add_outcomes(commands, shared)
+    command = commands.add_parser("plan", parents=[shared, chosen], help="what a recipe will cost, before it runs")
     command.add_argument("recipe", help="name of a preset or path of a YAML file")
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as the recipe was run")
-    command.set_defaults(command=report)
-    command = commands.add_parser("promote", parents=[shared], help="make a version of a registered model the champion")
-    command.add_argument("model", help="name of the registered model")
-    command.add_argument("version", nargs="?", type=int, help="default: the candidate")
-    command.add_argument("--reason", default="", help="why, for the record in the version's tags")
-    command.set_defaults(command=promote)
+    command.add_argument("--rates", metavar="FILE", help="YAML of another machine's rates (default: measured here)")
+    command.set_defaults(command=plan)
+    command = commands.add_parser("verify", help="are outputs still what was committed? Damaged ones are withdrawn")
+    command.add_argument("url", help="manifest or folder of an output, or a root of outputs")
+    text = "read everything and compare hashes; sizes and commit records alone without"
+    command.add_argument("--full", action="store_true", help=text)
+    command.set_defaults(command=verify)
     command = commands.add_parser("models", help="every model's parameters, compute and memory")
     command.add_argument("--latent", type=int, default=32, metavar="SIDE", help="in latent pixels (default: 32)")
     command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     command.set_defaults(command=models)
+    _add_convert(commands)
+    return parser
+
+
+def _add_convert(commands: Any) -> None:
     command = commands.add_parser("convert", help="a DiT checkpoint into another layout")
     command.add_argument("source", help=".pt or .safetensors file, diffusers folder, or trained model, by path or URL")
     command.add_argument(
@@ -226,7 +272,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--heads", type=int, help="attention heads, where no published size has the width")
     command.add_argument("--vae", metavar="SOURCE", help="folder, URL or hub id of the autoencoder for --to pipeline")
     command.set_defaults(command=convert)
-    return parser
+
+
+def _add_outcomes(commands: Any, shared: argparse.ArgumentParser) -> None:
+    command = commands.add_parser("report", parents=[shared], help="a page to look at of a recipe that is done")
+    command.add_argument("recipe", help="name of a preset or path of a YAML file")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as the recipe was run")
+    command.set_defaults(command=report)
+    command = commands.add_parser("promote", parents=[shared], help="make a version of a registered model the champion")
+    command.add_argument("model", help="name of the registered model")
+    command.add_argument("version", nargs="?", type=int, help="default: the candidate")
+    command.add_argument("--reason", default="", help="why, for the record in the version's tags")
+    command.set_defaults(command=promote)
 
 
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
@@ -243,10 +300,8 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
 def _add_samples(command: argparse.ArgumentParser) -> None:
     """The options of evaluating without a recipe."""
     group = command.add_argument_group("any samples against any reference", "print metrics, with no recipe")
-    text = "a sample store's manifest, a folder of images, or an npz with arr_0"
-    group.add_argument("--samples", metavar="SOURCE", help=text)
-    text = "an npz with arr_0, mu and sigma, or a manifest of shards, latents or samples, or a folder of images"
-    group.add_argument("--reference", metavar="SOURCE", help=text)
+    group.add_argument("--samples", metavar="SOURCE", help="manifest of samples, folder of images, or npz with arr_0")
+    group.add_argument("--reference", metavar="SOURCE", help="npz with arr_0 or mu and sigma, manifest, or folder")
     command.set_defaults(command=evaluate)
 
 

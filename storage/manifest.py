@@ -8,7 +8,7 @@ output before it exists. It does not depend on where things lie.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version as package_version
@@ -25,6 +25,7 @@ from storage.errors import InputError, StorageError
 from storage.parallel import threads
 
 MANIFEST = "manifest.json"
+OTHER_BYTES = "does not hold the bytes that were committed"
 
 
 class FileEntry(Config):
@@ -148,19 +149,27 @@ class Manifest(Header):
             raise InputError(f"{uri.redact(here)}: is not the {name} that {uri.redact(self.uri)} was made from")
         return found
 
+    def damaged(self, whole: Callable[[FileEntry], bool]) -> Iterator[tuple[FileEntry, str]]:
+        """The committed objects that are not as they were, each with what is wrong with it.
+
+        Args:
+            whole: which objects to read and compare with their hash; of the others the size alone is seen.
+
+        Raises:
+            StorageError: the store does not answer.
+        """
+        with threads(16) as pool:
+            states = pool.map(lambda entry: self._state(entry, whole=whole(entry)), self.files)
+            yield from ((entry, state) for entry, state in zip(self.files, states, strict=True) if state)
+
     def check_sizes(self) -> None:
         """See that every committed object is there with its size.
 
         Raises:
             StorageError: an object is missing or has another size; the line names it.
         """
-        with threads(16) as pool:
-            found = pool.map(lambda entry: uri.size(uri.join(self.uri, entry.path)), self.files)
-            for entry, size in zip(self.files, found, strict=True):
-                if size is None:
-                    raise self._fault(entry.path, "is missing")
-                if size != entry.size:
-                    raise self._fault(entry.path, f"has {size:,} bytes instead of {entry.size:,}")
+        for entry, state in self.damaged(lambda _: False):
+            raise self._fault(entry.path, state)
 
     def verify(self) -> None:
         """Read every committed object and compare its hash.
@@ -168,12 +177,8 @@ class Manifest(Header):
         Raises:
             StorageError: an object is missing or holds other bytes; the line names the first.
         """
-        self.check_sizes()
-        with threads(0) as pool:
-            found = pool.map(lambda entry: uri.file_sha256(uri.join(self.uri, entry.path)), self.files)
-            for entry, digest in zip(self.files, found, strict=True):
-                if digest != entry.sha256:
-                    raise self._fault(entry.path, "does not hold the bytes that were committed")
+        for entry, state in self.damaged(lambda _: True):
+            raise self._fault(entry.path, state)
 
     def read_object(self, path: str) -> bytes:
         """The bytes of a committed object, compared with its hash.
@@ -186,12 +191,22 @@ class Manifest(Header):
             raise self._fault(path, "was never committed")
         data = uri.read(uri.join(self.uri, path))
         if uri.sha256(data) != entry.sha256:
-            raise self._fault(path, "does not hold the bytes that were committed")
+            raise self._fault(path, OTHER_BYTES)
         return data
 
+    def _state(self, entry: FileEntry, *, whole: bool) -> str | None:
+        """What is wrong with an object, or None."""
+        url = uri.join(self.uri, entry.path)
+        size = uri.size(url)
+        if size is None:
+            return "is missing"
+        if size != entry.size:
+            return f"has {size:,} bytes instead of {entry.size:,}"
+        return OTHER_BYTES if whole and uri.file_sha256(url) != entry.sha256 else None
+
     def _fault(self, path: str, state: str) -> StorageError:
-        where = uri.redact(uri.join(self.uri, path))
-        return StorageError(f"{where}: {state}; delete {MANIFEST} of this output and run {self.stage} again")
+        where, here = uri.redact(uri.join(self.uri, path)), uri.redact(self.uri)
+        return StorageError(f"{where}: {state}; run `ditflow verify --full {here}` and then {self.stage} again")
 
 
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)

@@ -13,6 +13,9 @@ from storage.config import Config
 from storage.errors import StorageError
 from storage.manifest import FileEntry, StageOutput
 
+FOLDER = "records"
+"""Where records lie, below a stage's folder."""
+
 
 class Record(Config):
     """What one unit has put."""

@@ -32,6 +32,7 @@ from storage.tracking import Tracker
 DATA = "data"
 
 _MISSING = np.uint64(2**64 - 1)
+_CHECKSUM, _INDEX_ENTRY = 4, 16  # bytes: of a crc32c, and of where an inner chunk lies
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class ArraySpec:
     def chunk(self, rows: int) -> tuple[int, ...]:
         """The shape of a piece of that many rows."""
         return (rows, 1, *self.shape[1:]) if self.split_axis0 else (rows, *self.shape)
+
+    @property
+    def pieces(self) -> int:
+        """Shard objects in a block."""
+        return self.shape[0] if self.split_axis0 else 1
 
     @property
     def fill(self) -> float:
@@ -81,6 +87,23 @@ class RowLayout:
     def blocks(self) -> int:
         """How many blocks."""
         return -(-self.rows // self.block_rows)
+
+    @property
+    def objects(self) -> int:
+        """How many shard objects the store has when it is whole."""
+        return self.blocks * sum(spec.pieces for spec in self.arrays)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all those objects."""
+        return sum(self._size(spec) for spec in self.arrays)
+
+    def _size(self, spec: ArraySpec) -> int:
+        whole, rest = divmod(self.rows, self.block_rows)
+        chunks = whole * (self.block_rows // spec.chunk_rows) + -(-rest // spec.chunk_rows)
+        chunk = prod(spec.chunk(spec.chunk_rows)) * np.dtype(spec.dtype).itemsize + _CHECKSUM
+        index = _INDEX_ENTRY * (self.block_rows // spec.chunk_rows) + _CHECKSUM
+        return spec.pieces * (chunks * chunk + self.blocks * index)
 
 
 class RowWriter:
@@ -281,7 +304,7 @@ class _MappedArray:
 
 
 def _record(block: int) -> str:
-    return f"records/rows-{block:05d}.json"
+    return f"{records.FOLDER}/rows-{block:05d}.json"
 
 
 def _create(layout: RowLayout, attributes: dict[str, Any], objects: dict[str, Any]) -> dict[str, "zarr.Array[Any]"]:

@@ -143,7 +143,7 @@ class _Task:
 
     @property
     def record(self) -> str:
-        return f"records/{self.split}-{self.number:05d}.json"
+        return f"{records.FOLDER}/{self.split}-{self.number:05d}.json"
 
 
 def input_digests(archive: ArchiveRef) -> dict[str, str]:

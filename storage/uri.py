@@ -10,12 +10,14 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.errors import InputError, StorageError
+from storage.errors import DitflowError, InputError, StorageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -33,25 +35,22 @@ def file_sha256(url: str) -> str:
     """
     fs, path = filesystem(url)
     digest = hashlib.sha256()
-    try:
-        with fs.open(path, "rb") as file:
-            while piece := file.read(1 << 22):
-                digest.update(piece)
-    except FileNotFoundError as error:
-        raise StorageError(f"{redact(url)}: no such object") from error
-    except OSError as error:
-        raise StorageError(f"{redact(url)}: cannot be read ({error})") from error
+    with _reading(url), fs.open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
     return digest.hexdigest()
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URL and the path in it.
 
+    It keeps no listings: what another process has put meanwhile would not be seen.
+
     Raises:
         InputError: the scheme is unknown or its package is not installed.
     """
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except (ValueError, ImportError, OSError) as error:
         raise InputError(f"{redact(url)}: not a usable URL ({error})") from error
     return fs, str(path)
@@ -98,16 +97,26 @@ def without_credentials(url: str) -> str:
 
 
 def exists(url: str) -> bool:
-    """Whether an object or folder is there."""
+    """Whether an object or folder is there.
+
+    Raises:
+        StorageError: the store does not say.
+    """
     fs, path = filesystem(url)
-    return bool(fs.exists(path))
+    with _reading(url):
+        return bool(fs.exists(path))
 
 
 def size(url: str) -> int | None:
-    """The object's size in bytes, or None when it is absent."""
+    """The object's size in bytes, or None when it is absent.
+
+    Raises:
+        StorageError: the store does not say.
+    """
     fs, path = filesystem(url)
     try:
-        return int(fs.info(path)["size"])
+        with _explained(url, "read"):
+            return int(fs.info(path)["size"])
     except FileNotFoundError:
         return None
 
@@ -119,12 +128,8 @@ def read(url: str) -> bytes:
         StorageError: it is absent or cannot be read.
     """
     fs, path = filesystem(url)
-    try:
+    with _reading(url):
         return bytes(fs.cat_file(path))
-    except FileNotFoundError as error:
-        raise StorageError(f"{redact(url)}: no such object") from error
-    except OSError as error:
-        raise StorageError(f"{redact(url)}: cannot be read ({error})") from error
 
 
 def write(url: str, data: bytes) -> None:
@@ -146,19 +151,50 @@ def create(url: str, data: bytes) -> bool:
 
 
 def names(url: str) -> list[str]:
-    """The sorted names of the objects and folders right below a folder; empty when it is absent."""
+    """The sorted names of the objects and folders right below a folder; empty when it is absent.
+
+    Raises:
+        StorageError: the store does not say.
+    """
     fs, path = filesystem(url)
     try:
-        return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False))
+        with _explained(url, "listed"):
+            return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False))
     except FileNotFoundError:
         return []
 
 
 def remove_tree(url: str) -> None:
-    """Remove a folder and all below it, if it is there."""
+    """Remove an object, or a folder and all below it, if it is there.
+
+    Raises:
+        StorageError: the store refuses.
+    """
     fs, path = filesystem(url)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    with _explained(url, "removed"):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[None]:
+    """Every error of the block as a `StorageError`, of an absent object too."""
+    try:
+        with _explained(url, "read"):
+            yield
+    except FileNotFoundError as error:
+        raise StorageError(f"{redact(url)}: no such object") from error
+
+
+@contextmanager
+def _explained(url: str, done: str) -> Iterator[None]:
+    """Every error of the block but an absent or present object's as a `StorageError`."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, DitflowError):
+        raise
+    except Exception as error:  # stores raise kinds of their own when they are away or refuse
+        raise StorageError(f"{redact(url)}: cannot be {done} ({error})") from error
 
 
 def _put(url: str, data: bytes, *, exclusive: bool) -> bool:
@@ -167,11 +203,12 @@ def _put(url: str, data: bytes, *, exclusive: bool) -> bool:
         if local is not None:
             return _put_local(local, data, exclusive=exclusive)
         fs, path = filesystem(url)
-        fs.pipe_file(path, data, mode="create" if exclusive else "overwrite")
+        with _explained(url, "written"):
+            fs.pipe_file(path, data, mode="create" if exclusive else "overwrite")
     except FileExistsError:
         return False
     except OSError as error:
-        raise _explain(url, len(data), error) from error
+        raise _full(url, len(data), error) from error
     return True
 
 
@@ -192,7 +229,7 @@ def _put_local(path: Path, data: bytes, *, exclusive: bool) -> bool:
     return True
 
 
-def _explain(url: str, count: int, error: OSError) -> StorageError:
+def _full(url: str, count: int, error: OSError) -> StorageError:
     if error.errno not in _FULL:
         return StorageError(f"{redact(url)}: cannot be written ({error})")
     local = local_path(url)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import get_args
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit.models.build import build
@@ -58,6 +60,29 @@ def cost(config: ModelConfig) -> Cost:
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return Cost(sum(p.numel() for p in parameters), trained, counter.get_total_flops() // 2)
+
+
+def activations(config: ModelConfig, batch: int, autocast: torch.dtype | None = None) -> int:
+    """Bytes that a forward pass of a batch keeps for the backward pass, counted on tensors without data.
+
+    What kernels use for themselves while they run comes on top.
+    """
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with FakeTensorMode():
+        model = build(config)
+        x = torch.empty(batch, config.in_channels, config.input_size, config.input_size)
+        y = torch.empty(batch, dtype=torch.long) if config.num_classes else None
+        lower = torch.autocast("cpu", autocast, enabled=autocast is not None)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), lower:
+            model(x, torch.empty(batch), y)
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(size for storage, size in storages.items() if storage not in own)
 
 
 def catalogue(latent: int) -> Iterator[tuple[str, ModelConfig]]:

@@ -1,9 +1,11 @@
 """Counts against counts by hand, and the list of what there is."""
 
 import pytest
+import torch
 
-from dit.models.config import DiTConfig, diffit_image_config
-from dit.models.cost import catalogue, cost
+from dit.models.build import build
+from dit.models.config import DiTConfig, diffit_image_config, dit_config
+from dit.models.cost import activations, catalogue, cost
 from storage.errors import InputError
 
 
@@ -39,3 +41,15 @@ def test_catalogue_has_every_model_once_and_the_latent_is_theirs() -> None:
 def test_latent_that_does_not_divide(latent: int) -> None:
     with pytest.raises(InputError, match=f"latent {latent}: write a multiple of 8"):
         list(catalogue(latent))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_activations_are_what_a_real_forward_pass_keeps(autocast: torch.dtype | None) -> None:
+    config = dit_config("S/8", input_size=16, num_classes=3)
+    model, kept = build(config), list[torch.Tensor]()
+    lower = torch.autocast("cpu", autocast, enabled=autocast is not None)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x), lower:
+        model(torch.randn(3, 4, 16, 16), torch.ones(3), torch.zeros(3, dtype=torch.long))
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    assert activations(config, 3, autocast) == sum(n for where, n in storages.items() if where not in own)

@@ -40,8 +40,8 @@ SMALL = {
 KEPT = {"train": 20, "held_out": 8}
 
 
-def command(name: str, root: Path, digits: Path, *more: str) -> list[str]:
-    values = SMALL | {f"archive.{split}": digits / split for split in ("train", "held_out")}
+def command(name: str, root: Path | str, digits: Path | str, *more: str) -> list[str]:
+    values = SMALL | {f"archive.{split}": f"{digits}/{split}" for split in ("train", "held_out")}
     sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
     return [sys.executable, "-m", "flows.cli", name, "demo", "--root", str(root), "--json", *sets, *more]
 
@@ -155,6 +155,18 @@ def test_mlflow_holds_params_metrics_pictures_and_lineage(report: dict[str, Any]
     pictures = {"shard": "images", "encode": "reconstructions", "train": "loss", "sample": "samples"}
     for name, picture in pictures.items():
         assert f"{picture}.png" in {entry.path for entry in client.list_artifacts(ids[name])}
+    assert "report.html" in {entry.path for entry in client.list_artifacts(ids["pipeline"])}
+
+
+@pytest.mark.slow
+def test_the_report_is_found_and_written_again(report: dict[str, Any], root: Path, digits: Path) -> None:
+    (page,) = (root / "reports").iterdir()
+    written = page.read_bytes()
+    page.unlink()
+    asked = [part for part in command("report", root, digits) if part != "--json"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{page}\n"), done.stderr
+    assert page.read_bytes() == written
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def test_check_sizes_names_the_object(
     manifest = committed(memory if remote else tmp_path)
     manifest.check_sizes()
     uri.write(uri.join(manifest.uri, "one"), b"111")
-    with pytest.raises(StorageError, match=r"/one: has 3 bytes instead of 1; delete manifest\.json .* run plain again"):
+    with pytest.raises(StorageError, match=r"/one: has 3 bytes instead of 1; run `ditflow verify .*` and then plain"):
         manifest.check_sizes()
     fs, path = uri.filesystem(uri.join(manifest.uri, "b/two"))
     fs.rm(path)

@@ -1,0 +1,346 @@
+"""What a recipe will cost, before anything runs: images, bytes, objects, hours, memory, and what is there already."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from pydantic import ValidationError
+
+from dit import rates as measured
+from dit.devices import device, dtype
+from dit.diffusion.config import DiffusionConfig
+from dit.metrics.measure import KEPT_REFERENCE
+from dit.models.choice import Given
+from dit.models.config import ModelConfig
+from dit.models.cost import Cost, activations, cost
+from dit.rates import Rates
+from dit.sample import layout as sample_layout
+from dit.vae import info
+from flows.contract import STAGES, Source
+from flows.recipe import Recipe
+from storage import records, uri
+from storage.archive import Archive, open_archive
+from storage.errors import InputError
+from storage.latents import VaeInfo, latent_layout, pixel_layout
+from storage.manifest import StageOutput
+from storage.rows import RowLayout
+
+HOUR = 3600.0
+TAR_BLOCK = 512
+TAR_MEMBERS = 3  # headers of an image and of its label, and the label itself
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage has to do and what it leaves behind."""
+
+    images: int
+    objects: int
+    """Objects written, commit records and manifest among them."""
+    size: int
+    """Bytes that they have."""
+    units: int
+    """Units that commit themselves."""
+    seconds: float
+    """For all of it, on the machine of the rates."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A stage in the plan."""
+
+    stage: str
+    state: str
+    """``done``, ``to do``, or how many of its units are there."""
+    images: int
+    objects: int
+    size: int
+    """Bytes that it leaves behind."""
+    missing: int
+    """Bytes of them that are still to be written."""
+    hours: float
+    """For the work that is left."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's stages and what they need of the machine."""
+
+    recipe: str
+    lines: tuple[Line, ...]
+    rates: Rates
+    """By which the hours are reckoned."""
+    memory: int
+    """Bytes that training holds on each rank: weights, gradients, optimizer, average, activations."""
+    memory_there: int
+    """Bytes that a GPU has, or without one this machine, for all its ranks."""
+    disk: int
+    """Bytes to be written yet."""
+    disk_there: int | None
+    """Bytes that are free where the root lies; None where nobody tells."""
+    problems: tuple[str, ...]
+    """Why it cannot run as it is, and what to change."""
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, in JSON's types."""
+        return asdict(self) | {"rates": self.rates.model_dump()}
+
+    def table(self) -> list[str]:
+        """Lines for people."""
+        rows = [("stage", "state", "images", "objects", "GB", "hours")]
+        for line in self.lines:
+            numbers = (f"{line.images:,}", f"{line.objects:,}", f"{line.size / 1e9:,.2f}", f"{line.hours:,.2f}")
+            rows.append((line.stage, line.state, *numbers))
+        rows.append(("all", "", "", "", "", f"{sum(line.hours for line in self.lines):,.2f}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        cells = [
+            [cell.ljust(width) if place < 2 else cell.rjust(width) for place, (cell, width) in enumerate(zipped)]
+            for zipped in (list(zip(row, widths, strict=True)) for row in rows)
+        ]
+        there = "nobody tells how much is free" if self.disk_there is None else f"{self.disk_there / 1e9:,.1f} GB free"
+        memory = f"{self.memory / 2**30:,.1f} GiB a rank, {self.memory_there / 2**30:,.1f} GiB there"
+        return [
+            self.recipe,
+            *("  ".join(row).rstrip() for row in cells),
+            f"disk    {self.disk / 1e9:,.2f} GB to write, {there}",
+            f"memory  {memory}, for training",
+        ]
+
+
+def plan(recipe: Recipe, root: str, rates: Rates) -> Plan:
+    """Reckon what a recipe costs, listing its archive and measuring the rates that are not given.
+
+    Raises:
+        InputError: the archive, the autoencoder, the model or the extractor cannot be used as the recipe says.
+        StorageError: a store does not answer.
+    """
+    known = _Known(recipe, root, rates)
+    lines = tuple(known.lines())
+    missing, there = sum(line.missing for line in lines), _free(root)
+    memory, memory_there = known.memory(), _memory()
+    return Plan(
+        recipe=recipe.name,
+        lines=lines,
+        rates=known.rates,
+        memory=memory,
+        memory_there=memory_there,
+        disk=missing,
+        disk_there=there,
+        problems=tuple(_problems(recipe, root, missing, there, memory, memory_there)),
+    )
+
+
+def read_rates(path: str | None) -> Rates:
+    """The rates of a YAML file; none without one.
+
+    Raises:
+        InputError: it cannot be read or holds something else.
+    """
+    if path is None:
+        return Rates()
+    try:
+        return Rates.model_validate(yaml.safe_load(Path(path).read_text("utf-8")) or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--rates {path}: cannot be read ({' '.join(str(error).split())})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"--rates {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+class _Known:
+    """What the recipe, its archive and the rates say about each stage."""
+
+    def __init__(self, recipe: Recipe, root: str, rates: Rates) -> None:
+        self.recipe, self.root = recipe, root
+        archive = recipe.archive
+        self.train = open_archive(archive.train)
+        self.held_out: Archive | None = None
+        if archive.held_out is not None:
+            self.held_out = open_archive(archive.held_out, self.train.class_names, archive.held_out_labels)
+        self.vae: VaeInfo | None = info(recipe.encode.vae) if recipe.encode.vae else None
+        self.rates, self.mean_size = self._measured(rates)
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, h, h) of what the model is trained on."""
+        if self.vae is None:
+            return 3, self.recipe.encode.resolution, self.recipe.encode.resolution
+        side = self.recipe.encode.resolution // self.vae.downsample
+        return self.vae.channels, side, side
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        """The model that will be trained."""
+        train, (channels, side, _) = self.recipe.train, self.shape
+        learns = isinstance(train.diffusion, DiffusionConfig)
+        try:
+            given = Given(channels, side, len(self.train.class_names), learns, train.augmentation > 0)
+            return train.model.config(given)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise InputError(f"train.model: does not fit the latents: {reason}") from error
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Of that model."""
+        return cost(self.model)
+
+    @property
+    def local_batch(self) -> int:
+        """Images of a rank in a training step."""
+        return -(-self.recipe.train.batch_size // self.recipe.launch.nproc)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that work at the same time: on a CPU they share its cores."""
+        return self.recipe.launch.nproc if device().type == "cuda" else 1
+
+    def memory(self) -> int:
+        """Bytes that training holds on a rank."""
+        lower = dtype(self.recipe.train.precision)
+        kept = activations(self.model, self.local_batch, None if lower == torch.float32 else lower)
+        return sum(self.cost.memory.values()) + kept
+
+    def lines(self) -> list[Line]:
+        """The stages in their order."""
+        source: Source | None = self.recipe.archive
+        found = []
+        for name in self.recipe.stages:
+            if name == "register":
+                break
+            work: Work = getattr(self, f"_{name}")()
+            done = 0
+            if source is not None:
+                stage = STAGES[name]
+                output = stage.output(self.root, self.recipe.config_of(name), source)
+                source = output.committed(stage.kind)
+                done = work.units if source else self._done(name, output)
+            found.append(_line(name, work, min(done, work.units)))
+        return found
+
+    def _done(self, name: str, output: StageOutput) -> int:
+        """How many units of an unfinished stage are there."""
+        if name != "train":
+            return len(uri.names(output.url(records.FOLDER)))
+        newest = max(uri.names(output.url("checkpoints")), default="step-0")
+        return int(newest.rpartition("-")[2])
+
+    def _shard(self) -> Work:
+        counts, size = [], 0
+        for archive in filter(None, (self.train, self.held_out)):
+            counts.append(len(archive.members))
+            blocks = (-(-(member.size or round(self.mean_size)) // TAR_BLOCK) for member in archive.members)
+            size += TAR_BLOCK * (sum(blocks) + TAR_MEMBERS * len(archive.members))
+        shards = sum(-(-count // self.recipe.shard.images_per_shard) for count in counts)
+        return Work(sum(counts), 2 * shards + 2, size, shards, sum(counts) / _known(self.rates.shard))
+
+    def _encode(self) -> Work:
+        config, count = self.recipe.encode, self._rows
+        flips = 2 if config.flips else 1
+        if self.vae is None:
+            rows = pixel_layout(count, config.resolution, config.block_rows, config.chunk_rows)
+            return _stored(count, rows, count / _known(self.rates.shard))
+        rows = latent_layout(count, flips, self.shape, config.block_rows, config.chunk_rows)
+        return _stored(count, rows, count * flips / _known(self.rates.encode))
+
+    def _train(self) -> Work:
+        config, held = self.recipe.train, self.cost.memory
+        checkpoint = held["weights"] + held["adamw"] + held["ema"]
+        size = config.keep_checkpoints * checkpoint + held["weights"] + held["ema"]
+        images = config.steps * config.batch_size
+        seconds = images * self.cost.training_flops / _known(self.rates.train) / self.ranks
+        return Work(images, 2 * config.keep_checkpoints + 5, size, config.steps, seconds)
+
+    def _sample(self) -> Work:
+        config = self.recipe.sample
+        passes = config.steps * (2 if config.sampler == "heun" else 1)
+        if config.guidance_scale != 1 and self.model.num_classes:
+            passes *= 2  # within the interval alone, if there is one
+        seconds = config.count * passes * 2 * self.cost.macs / _known(self.rates.sample)
+        seconds += config.count / self.rates.decode if self.rates.decode else 0.0
+        rows = sample_layout(config.count, config.block_rows, self.recipe.encode.resolution)
+        return _stored(config.count, rows, seconds)
+
+    def _evaluate(self) -> Work:
+        count, reference = self.recipe.sample.count, self._rows
+        images = reference + 2 * count + min(count, len(self.held_out.members) if self.held_out else 0)
+        return Work(min(reference, KEPT_REFERENCE) + count, 2, 10_000, 1, images / _known(self.rates.evaluate))
+
+    @property
+    def _rows(self) -> int:
+        """Images that are encoded."""
+        split = {"train": self.train, "held_out": self.held_out}.get(self.recipe.encode.split)
+        if split is None:
+            raise InputError(f"encode.split: {self.recipe.encode.split!r} is not in the archive")
+        return len(split.members)
+
+    def _measured(self, given: Rates) -> tuple[Rates, float]:
+        """The rates, those that are not given measured, and the mean size of an image file."""
+        recipe, values = self.recipe, given.model_dump()
+        shard, mean_size = measured.shard_rate(self.train, recipe.shard.workers)
+        values["shard"] = given.shard or shard
+        config = recipe.encode
+        if config.vae and not (given.encode and given.decode):
+            encode, decode = measured.autoencoder_rates(config.vae, config.resolution, config.precision)
+            values |= {"encode": given.encode or encode, "decode": given.decode or decode}
+        if not (given.train and given.sample):
+            train, sample = measured.model_rates(self.model, self.local_batch, recipe.train.precision)
+            values |= {"train": given.train or train, "sample": given.sample or sample}
+        if recipe.evaluate and not given.evaluate:
+            values["evaluate"] = measured.extractor_rate(recipe.evaluate.extractor, config.resolution)
+        return Rates(**values), mean_size
+
+
+def _known(rate: float | None) -> float:
+    assert rate is not None  # given or measured
+    return rate
+
+
+def _stored(images: int, rows: RowLayout, seconds: float) -> Work:
+    """The work of a stage that fills a row store."""
+    objects = rows.objects + rows.blocks + len(rows.arrays) + 3  # records; metadata; group, picture, manifest
+    return Work(images, objects, rows.size, rows.blocks, seconds)
+
+
+def _line(name: str, work: Work, done: int) -> Line:
+    left = 1 - done / work.units
+    unit = "steps" if name == "train" else "units"
+    state = "done" if not left else f"{done:,} of {work.units:,} {unit}" if done else "to do"
+    return Line(name, state, work.images, work.objects, work.size, round(work.size * left), left * work.seconds / HOUR)
+
+
+def _free(root: str) -> int | None:
+    path = uri.local_path(root)
+    if path is None:
+        return None
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+def _memory() -> int:
+    if device().type == "cuda":
+        return int(torch.cuda.get_device_properties(device()).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def _problems(
+    recipe: Recipe, root: str, disk: int, disk_there: int | None, memory: int, memory_there: int
+) -> list[str]:
+    """What does not fit, and what to change."""
+    found = []
+    if disk_there is not None and disk > disk_there:
+        change = "name a larger --root" + (", or encode.flips=false, half the latents" if recipe.encode.flips else "")
+        found.append(f"{root}: {disk / 1e9:,.1f} GB to write, {disk_there / 1e9:,.1f} GB are free; {change}")
+    together = 1 if device().type == "cuda" else recipe.launch.nproc
+    if memory * together > memory_there:
+        need = f"{memory / 2**30:,.1f} GiB on each of {recipe.launch.nproc} ranks"
+        change = "more ranks (launch.nproc), a smaller train.batch_size or train.model.size"
+        found.append(f"train: needs {need}, and there are {memory_there / 2**30:,.1f} GiB; {change}")
+    if recipe.train.batch_size % recipe.launch.nproc:
+        found.append(f"train.batch_size: {recipe.train.batch_size} does not divide among {recipe.launch.nproc} ranks")
+    return found

@@ -1,0 +1,46 @@
+"""The whole pipeline with its images and its outputs on S3, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import boto3
+import pytest
+from s3_endpoint import BUCKET, SECRET, s3_server
+from test_pipeline import KEPT, STAGES, command, digits  # noqa: F401  digits is a fixture
+
+
+@pytest.mark.slow
+def test_the_pipeline_on_s3(tmp_path: Path, digits: Path) -> None:  # noqa: F811
+    with s3_server() as given:
+        env = os.environ | given | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        env.pop("MLFLOW_TRACKING_URI", None)
+        client = boto3.client(
+            "s3",
+            endpoint_url=given["AWS_ENDPOINT_URL"],
+            aws_access_key_id="test",
+            aws_secret_access_key=SECRET,
+            region_name="us-east-1",
+        )
+        for image in digits.rglob("*.png"):
+            client.upload_file(str(image), BUCKET, f"digits/{image.relative_to(digits)}")
+        run = command("run", f"s3://{BUCKET}/runs", f"s3://{BUCKET}/digits")
+        first = subprocess.run(run, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
+        assert first.returncode == 0, first.stderr
+        report = json.loads(first.stdout)
+        assert {stage["name"]: stage["state"] for stage in report["stages"]} == dict.fromkeys(STAGES, "ran")
+        assert all(stage["manifest"].startswith(f"s3://{BUCKET}/runs/") for stage in report["stages"])
+        verify = [sys.executable, "-m", "flows.cli", "verify", "--full", f"s3://{BUCKET}/runs"]
+        seen = subprocess.run(verify, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
+        assert seen.returncode == 0, seen.stdout
+        assert seen.stdout.count("all bytes as committed") == len(STAGES)
+
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
+        keys = [entry["Key"] for page in pages for entry in page["Contents"]]
+        assert sum(key.startswith("digits/") for key in keys) == 10 * sum(KEPT.values())
+        objects = [client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys]
+    here = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    said = [first.stdout.encode(), first.stderr.encode(), seen.stdout.encode()]
+    assert not any(SECRET.encode() in data for data in [*objects, *here, *said])

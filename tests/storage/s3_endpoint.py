@@ -1,0 +1,49 @@
+"""A real S3 endpoint: moto's server in a process of its own, which keeps nothing."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SECRET = "not-a-real-secret-but-looked-for"
+BUCKET = "ditflow"
+
+
+@contextmanager
+def s3_server() -> Iterator[dict[str, str]]:
+    """The environment with which any S3 client reaches the server for the length of the block; its bucket is empty."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            _wait_for(address, process)
+            urllib.request.urlopen(urllib.request.Request(f"{address}/{BUCKET}", method="PUT"))
+            yield {
+                "AWS_ENDPOINT_URL": address,
+                "AWS_ACCESS_KEY_ID": "test",
+                "AWS_SECRET_ACCESS_KEY": SECRET,
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "NO_PROXY": "127.0.0.1," + os.environ.get("NO_PROXY", ""),
+            }
+        finally:
+            process.kill()
+
+
+def _wait_for(address: str, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(address)
+        except OSError:
+            assert process.poll() is None, "moto's server ended"
+            assert time.monotonic() < deadline, "moto's server does not answer"
+            time.sleep(0.1)
+        else:
+            return
