@@ -123,7 +123,7 @@ class NoiseImages:
 
 
 class FolderImages:
-    """The images in a folder and the folders in it, in the order of their paths.
+    """The images in a folder and the folders in it, in the order of their paths; hidden ones are passed over.
 
     Args:
         url: the folder.
@@ -163,13 +163,17 @@ class FolderImages:
             found = self._fs.find(self._root, detail=True)
         except OSError as error:
             raise InputError(f"{self._url}: cannot be listed ({error})") from error
-        paths = sorted(str(path) for path in found if str(path).rpartition(".")[2].lower() in SUFFIXES)
+        paths = sorted(path for path in map(str, found) if self._wanted(path))
         if not paths:
             raise InputError(f"{self._url}: no folder with images in it, nor the output of a stage")
         large = next((path for path in paths if found[path]["size"] > MAX_BYTES), None)
         if large is not None:
             raise InputError(f"{large}: {found[large]['size']:,} bytes, more than {MAX_BYTES:,}; remove it")
         return paths
+
+    def _wanted(self, path: str) -> bool:
+        hidden = any(part.startswith(".") for part in path[len(self._root) :].split("/"))
+        return path.rpartition(".")[2].lower() in SUFFIXES and not hidden
 
     def _bytes(self, path: str) -> bytes:
         try:

@@ -44,6 +44,9 @@ def save_folder(folder: Path, images: np.ndarray) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     (folder / "notes.txt").write_text("not an image, and not looked at")
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "0000.png").write_text("nor is this")
+    (folder / "._0000.png").write_text("nor this")
     return folder
 
 
