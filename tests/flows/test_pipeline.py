@@ -160,7 +160,7 @@ def test_mlflow_holds_params_metrics_pictures_and_lineage(report: dict[str, Any]
 
 @pytest.mark.slow
 def test_the_report_is_found_and_written_again(report: dict[str, Any], root: Path, digits: Path) -> None:
-    (page,) = (root / "reports").iterdir()
+    page = root / "reports" / f"{manifests(report)['register']['digest'][:16]}.html"
     written = page.read_bytes()
     page.unlink()
     asked = [part for part in command("report", root, digits) if part != "--json"]
