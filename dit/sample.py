@@ -209,18 +209,27 @@ def open_decoder(config: SampleConfig, card: ModelCard) -> Vae | None:
     Raises:
         InputError: sampler or decoder do not fit the model, or the decoder cannot be loaded.
     """
-    edm = isinstance(card.diffusion, EDMConfig)
-    if edm != (config.sampler == "heun"):
-        fitting = "heun" if edm else "ddpm or ddim"
-        raise InputError(f"sample.sampler: {config.sampler} does not fit this model's process; use {fitting}")
-    if edm and config.guidance_schedule == "power_cosine":
-        raise InputError("sample.guidance_schedule: power_cosine needs timesteps, and this model's process has none")
+    check_process(config, card)
     ref = config.vae or card.vae_ref
     if ref is None:
         return None
     vae = load_vae(ref, device(), dtype(config.precision))
     _check(vae, card)
     return vae
+
+
+def check_process(config: SampleConfig, card: ModelCard) -> None:
+    """See that sampler and guidance fit the model's process.
+
+    Raises:
+        InputError: they do not.
+    """
+    edm = isinstance(card.diffusion, EDMConfig)
+    if edm != (config.sampler == "heun"):
+        fitting = "heun" if edm else "ddpm or ddim"
+        raise InputError(f"sample.sampler: {config.sampler} does not fit this model's process; use {fitting}")
+    if edm and config.guidance_schedule == "power_cosine":
+        raise InputError("sample.guidance_schedule: power_cosine needs timesteps, and this model's process has none")
 
 
 def _check(vae: Vae, card: ModelCard) -> None:

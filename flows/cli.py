@@ -111,6 +111,37 @@ def sample(options: argparse.Namespace) -> None:
         print(place)
 
 
+def evaluate(options: argparse.Namespace) -> None:
+    """Run a recipe's evaluate stage, or compare any samples with any reference."""
+    alone = (options.samples, options.reference)
+    if (options.recipe is None) != all(alone) or any(alone) != all(alone):
+        raise InputError("evaluate: name a recipe, or give --samples and --reference")
+    if options.recipe:
+        stage(options)
+        return
+    from flows.judge import judged
+
+    print(judged(*alone, options.set, options.root, as_json=options.json))
+
+
+def promote(options: argparse.Namespace) -> None:
+    """Make a model version the champion."""
+    from flows.promotion import promote
+
+    print(promote(options.model, options.version, options.reason, options.root))
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write the report of a recipe that is done, if it is not there."""
+    from flows.page import write_page
+
+    recipe = _recipe(options)
+    done = recipe.finished(options.root)
+    if done is None:
+        raise InputError(f"report: recipe {recipe.name} is not done; run it first")
+    print(write_page(recipe.name, done, options.root))
+
+
 def up(options: argparse.Namespace) -> None:
     """Serve Prefect, MLflow and a worker until Ctrl-C."""
     from flows.up import serve
@@ -198,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=run)
     for name in STAGES:
         command = commands.add_parser(name, parents=[work], help=f"the {name} stage of a recipe")
-        optional = "?" if name == "sample" else None
+        optional = "?" if name in ("sample", "evaluate") else None
         command.add_argument("recipe", nargs=optional, help="name of a preset or path of a YAML file")
         if name != "shard":
             text = "manifest URL or MLflow run id of the stage before (default: the recipe's own)"
@@ -206,11 +237,14 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=stage, stage=name, source=None)
         if name == "sample":
             _add_checkpoint(command)
+        if name == "evaluate":
+            _add_samples(command)
     command = commands.add_parser("up", parents=[shared], help="Prefect, MLflow and a worker, with all flows deployed")
     command.add_argument("--recipe", default="demo", help="whose values fill the forms in the Prefect UI")
     command.add_argument("--prefect-port", type=int, default=4200, choices=PORTS, metavar="PORT")
     command.add_argument("--mlflow-port", type=int, default=5000, choices=PORTS, metavar="PORT")
     command.set_defaults(command=up)
+    _add_outcomes(commands, shared)
     command = commands.add_parser("plan", parents=[shared, chosen], help="what a recipe will cost, before it runs")
     command.add_argument("recipe", help="name of a preset or path of a YAML file")
     command.add_argument("--rates", metavar="FILE", help="YAML of another machine's rates (default: measured here)")
@@ -224,6 +258,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--latent", type=int, default=32, metavar="SIDE", help="in latent pixels (default: 32)")
     command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     command.set_defaults(command=models)
+    _add_convert(commands)
+    return parser
+
+
+def _add_convert(commands: Any) -> None:
     command = commands.add_parser("convert", help="a DiT checkpoint into another layout")
     command.add_argument("source", help=".pt or .safetensors file, diffusers folder, or trained model, by path or URL")
     command.add_argument(
@@ -233,7 +272,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--heads", type=int, help="attention heads, where no published size has the width")
     command.add_argument("--vae", metavar="SOURCE", help="folder, URL or hub id of the autoencoder for --to pipeline")
     command.set_defaults(command=convert)
-    return parser
+
+
+def _add_outcomes(commands: Any, shared: argparse.ArgumentParser) -> None:
+    command = commands.add_parser("report", parents=[shared], help="a page to look at of a recipe that is done")
+    command.add_argument("recipe", help="name of a preset or path of a YAML file")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as the recipe was run")
+    command.set_defaults(command=report)
+    command = commands.add_parser("promote", parents=[shared], help="make a version of a registered model the champion")
+    command.add_argument("model", help="name of the registered model")
+    command.add_argument("version", nargs="?", type=int, help="default: the candidate")
+    command.add_argument("--reason", default="", help="why, for the record in the version's tags")
+    command.set_defaults(command=promote)
 
 
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
@@ -245,6 +295,14 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     group.add_argument("--vae", metavar="SOURCE", help="the autoencoder, where the checkpoint does not name it")
     group.add_argument("--heads", type=int, help="attention heads, where no published size has the width")
     command.set_defaults(command=sample)
+
+
+def _add_samples(command: argparse.ArgumentParser) -> None:
+    """The options of evaluating without a recipe."""
+    group = command.add_argument_group("any samples against any reference", "print metrics, with no recipe")
+    group.add_argument("--samples", metavar="SOURCE", help="manifest of samples, folder of images, or npz with arr_0")
+    group.add_argument("--reference", metavar="SOURCE", help="npz with arr_0 or mu and sigma, manifest, or folder")
+    command.set_defaults(command=evaluate)
 
 
 def _recipe(options: argparse.Namespace) -> "Recipe":

@@ -11,9 +11,11 @@ from prefect.client.schemas.objects import State
 
 from flows import runs, stages
 from flows.contract import STAGES, Outcome
+from flows.page import publish
 from flows.perform import SKIPPED, RunSettings
 from flows.recipe import Recipe
 from storage.archive import ArchiveRef
+from storage.manifest import Manifest
 
 
 @flow(flow_run_name="{recipe.name}")
@@ -26,7 +28,7 @@ def pipeline(recipe: Recipe, settings: RunSettings = stages.HERE) -> list[Outcom
         outcomes.append(_outcome(stage, *arguments, settings=settings))
         return outcomes[-1].manifest
 
-    with runs.pipeline_run(recipe.pipeline_id, settings.root):
+    with runs.pipeline_run(recipe.pipeline_id, settings.root) as run_id:
         shards = step(stages.shard, recipe.archive, recipe.shard)
         latents = step(stages.encode, shards, recipe.encode, recipe.launch)
         checkpoint = step(stages.train, latents, recipe.train, recipe.launch)
@@ -34,6 +36,7 @@ def pipeline(recipe: Recipe, settings: RunSettings = stages.HERE) -> list[Outcom
         if recipe.evaluate:
             metrics = step(stages.evaluate, samples, recipe.evaluate)
             step(stages.register, metrics, recipe.registry)
+        publish(recipe.name, [Manifest.read(outcome.manifest) for outcome in outcomes], settings.root, run_id)
     create_table_artifact([asdict(outcome) for outcome in outcomes], key="pipeline-stages", description=recipe.name)
     return outcomes
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from dit import rates as measured
 from dit.devices import device, dtype
 from dit.diffusion.config import DiffusionConfig
-from dit.evaluate import KEPT_REFERENCE
+from dit.metrics.measure import KEPT_REFERENCE
 from dit.models.choice import Given
 from dit.models.config import ModelConfig
 from dit.models.cost import Cost, activations, cost

@@ -1,18 +1,14 @@
 """Samples straight from a checkpoint, with no recipe and no server."""
 
 from collections.abc import Sequence
-from typing import Any
-
-from pydantic import ValidationError
 
 from dit.diffusion.config import EDMConfig
 from dit.export import ModelCard
 from dit.preview import open_checkpoint, preview
 from dit.sample import SampleConfig
 from flows.progress import StageProgress
-from flows.recipe import parse_override, put
+from flows.recipe import config_alone
 from flows.tracking import StageTracker
-from storage.errors import InputError
 
 COUNT = 16
 
@@ -40,14 +36,4 @@ def draw(
 
 def _config(card: ModelCard, overrides: Sequence[str]) -> SampleConfig:
     fitting = {"sampler": "heun", "steps": 18} if isinstance(card.diffusion, EDMConfig) else {}
-    values: dict[str, Any] = {"sample": {"count": COUNT, **fitting}}
-    for override in overrides:
-        put(values, *parse_override(override))
-    others = sorted(values.keys() - {"sample"})
-    if others:
-        raise InputError(f"--set {others[0]}: without a recipe there is only sample")
-    try:
-        return SampleConfig.model_validate(values["sample"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"--set sample.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return config_alone(SampleConfig, "sample", {"count": COUNT, **fitting}, overrides)

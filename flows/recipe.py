@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
@@ -24,6 +24,7 @@ from storage.errors import InputError
 from storage.manifest import Manifest, json_digest
 from storage.shards import ShardConfig
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 RECIPES = Path(str(files("flows"))) / "recipes"
 PROBLEMS = {"extra_forbidden": "no such key", "union_tag_not_found": "say which with `kind`"}
 
@@ -153,6 +154,31 @@ def recipe_of(values: dict[str, Any], where: str, overrides: Sequence[str]) -> R
         said = [text for key, text in keys.items() if f"{place}.".startswith(key) or key.startswith(f"{place}.")]
         problem = PROBLEMS.get(first["type"], first["msg"])
         raise InputError(f"{f'--set {said[-1]}' if said else where}: {place}: {problem}") from error
+
+
+def config_alone(kind: type[AnyConfig], stage: str, defaults: dict[str, Any], overrides: Sequence[str]) -> AnyConfig:
+    """A stage's config where there is no recipe.
+
+    Args:
+        kind: of the config.
+        stage: what overrides begin with.
+        defaults: values of its own, changed in place.
+        overrides: as for `load_recipe`, of this stage alone.
+
+    Raises:
+        InputError: an override is wrong; the line says where.
+    """
+    values: dict[str, Any] = {stage: defaults}
+    for override in overrides:
+        put(values, *parse_override(override))
+    others = sorted(values.keys() - {stage})
+    if others:
+        raise InputError(f"--set {others[0]}: without a recipe there is only {stage}")
+    try:
+        return kind.model_validate(values[stage])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"--set {'.'.join([stage, *map(str, first['loc'])])}: {first['msg']}") from error
 
 
 def parse_override(text: str) -> tuple[str, Any, str]:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import requires, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from uuid import UUID
 
 import mlflow
 import numpy as np
@@ -18,16 +19,22 @@ from pydantic import Field
 
 from dit.evaluate import MetricsManifest
 from dit.export import EMA_WEIGHTS, MODEL, RAW_WEIGHTS, CheckpointManifest
-from dit.sample import SampleConfig, SampleManifest
+from dit.sample import PICTURE, SampleConfig, SampleManifest
 from dit.vae import fetch
+from flows.promotion import CANDIDATE, EVALUATION_TAG, Evaluation, PromotionRule, consider
 from flows.runs import DIGEST_TAG, MANIFEST_TAG, tracking_uri
 from storage import uri
 from storage.config import Config
 from storage.errors import DitflowError
+from storage.latents import LatentManifest
 from storage.manifest import Manifest, StageOutput, code_version
-from storage.tracking import Tracker
+from storage.shards import ShardManifest
+from storage.tracking import Tracker, publish
 
-VERSION = 1
+VERSION = 2
+REGISTERED = "ditflow.model.registered"
+"""The event of a new version. What it concerns is the model, ``ditflow.model.<name>``."""
+METRICS_DIGEST_TAG = "digest.metrics"
 
 
 class RegisterConfig(Config):
@@ -35,8 +42,12 @@ class RegisterConfig(Config):
 
     model_name: str = Field("ditflow", pattern=r"^[^/:]+$")
     """Name of the registered model."""
-    alias: str = Field("candidate", pattern=r"^[A-Za-z0-9_-]+$")
+    alias: str = Field(CANDIDATE, pattern=r"^[A-Za-z0-9_-]+$")
     """Alias that the new version takes."""
+    promote: Literal["manual", "automatic"] = "manual"
+    """Whether the new version also becomes champion by itself when the rule says so."""
+    rule: PromotionRule = PromotionRule()
+    """What it must do better than the champion."""
 
 
 class ModelManifest(Manifest):
@@ -47,12 +58,15 @@ class ModelManifest(Manifest):
     model_name: str
     model_version: int
     alias: str
+    promotion: str | None = None
+    """What the rule decided, and why; None if it was not asked."""
 
 
 def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, tracker: Tracker) -> ModelManifest:
     """Register the model behind some metrics as a new version, with its numbers and lineage.
 
-    A kill between the version and the manifest leaves the version, which the next run finds again.
+    A kill between the version and the manifest leaves the version, which the next run finds again. The
+    event is emitted as the version takes its alias; one that was killed emits it once more.
 
     Raises:
         DitflowError: MLflow has no run for this stage, so it was away when the stage began.
@@ -69,19 +83,32 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
     client = MlflowClient()
     number = _registered(client, config.model_name, out.header.digest)
     if number is None:
-        model_uri = _log(checkpoint, samples, run_id)
-        tags = {DIGEST_TAG: out.header.digest, **_lineage(metrics, checkpoint)}
+        model_uri = _log(checkpoint, samples, metrics, run_id)
+        tags = {DIGEST_TAG: out.header.digest, **_numbers(metrics), **_lineage(metrics, samples, checkpoint)}
         number = int(mlflow.register_model(model_uri, config.model_name, tags=tags).version)
     client.set_registered_model_alias(config.model_name, config.alias, str(number))
+    emit(REGISTERED, config.model_name, {"version": number, "alias": config.alias, "digest": out.header.digest})
+    promotion = None
+    if config.promote == "automatic":
+        promotion = consider(client, config.model_name, number, config.rule)
     tracker.progress(1, 1, "versions")
     return out.commit(
         ModelManifest,
-        [],
+        [publish(out, tracker, PICTURE, samples.read_object(f"artifacts/{PICTURE}"))],
         metrics=metrics.metrics,
         model_name=config.model_name,
         model_version=number,
         alias=config.alias,
+        promotion=promotion,
     )
+
+
+def emit(event: str, model_name: str, payload: dict[str, Any], once: UUID | None = None) -> None:
+    """Tell Prefect, in the background, of something that happened to a model; of the same ``once`` only once."""
+    from prefect.events import emit_event  # Prefect reads its settings when it is imported, and recipes come before
+
+    resource = {"prefect.resource.id": f"ditflow.model.{model_name}", "prefect.resource.name": model_name}
+    emit_event(event, resource, payload={"model_name": model_name} | payload, id=once)
 
 
 def _registered(client: MlflowClient, name: str, digest: str) -> int | None:
@@ -89,18 +116,25 @@ def _registered(client: MlflowClient, name: str, digest: str) -> int | None:
     return int(found[0].version) if found else None
 
 
-def _lineage(metrics: MetricsManifest, checkpoint: CheckpointManifest) -> dict[str, str]:
+def _numbers(metrics: MetricsManifest) -> dict[str, str]:
+    """The metrics for people, and all of it for `promotion.evaluation`."""
     tags = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.metrics.items()}
-    tags |= {
-        "distance": metrics.distance,
-        MANIFEST_TAG: uri.redact(checkpoint.url),
-        "ditflow.code_version": code_version(),
-    }
-    return tags | {f"digest.{name}": parent.digest for name, parent in (metrics.parents | checkpoint.parents).items()}
+    whole = Evaluation(distance=metrics.distance, metrics=metrics.metrics, conditions=metrics.conditions)
+    return tags | {"distance": metrics.distance, EVALUATION_TAG: whole.model_dump_json()}
 
 
-def _log(checkpoint: CheckpointManifest, samples: SampleManifest, run_id: str) -> str:
-    """Log the model to the stage's run, with the code that it needs, and return its URI."""
+def _lineage(metrics: MetricsManifest, samples: SampleManifest, checkpoint: CheckpointManifest) -> dict[str, str]:
+    """The digests of everything between the images and the numbers, and where the checkpoint lies."""
+    latents = checkpoint.parent("latents", LatentManifest)
+    shards = latents.parent("shards", ShardManifest)
+    made = {"metrics": metrics, "samples": samples, "checkpoint": checkpoint, "latents": latents, "shards": shards}
+    digests = {f"digest.{name}": manifest.digest for name, manifest in made.items()}
+    digests |= {f"digest.archive.{split}": digest for split, digest in shards.inputs.items()}
+    return digests | {MANIFEST_TAG: uri.redact(checkpoint.url), "ditflow.code_version": code_version()}
+
+
+def _log(checkpoint: CheckpointManifest, samples: SampleManifest, metrics: MetricsManifest, run_id: str) -> str:
+    """Log the model to the stage's run, with its numbers and the code that it needs, and return its URI."""
     drawn = SampleConfig.model_validate(samples.config)
     with tempfile.TemporaryDirectory() as folder, _current(run_id):
         logged = mlflow.pyfunc.log_model(
@@ -112,6 +146,7 @@ def _log(checkpoint: CheckpointManifest, samples: SampleManifest, run_id: str) -
             pip_requirements=_requirements(),
             code_paths=[str(Path(__file__).parents[1] / package) for package in ("dit", "storage")],
         )
+        mlflow.log_metrics(metrics.metrics, model_id=logged.model_id)
     return str(logged.model_uri)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from dit.evaluate import MetricsManifest
 from flows.contract import Outcome
+from flows.page import place
+from flows.registry import ModelManifest
 from flows.runs import pipeline_run_id, tracking_uri
 from storage import uri
 from storage.manifest import Manifest
@@ -39,8 +41,15 @@ def show(recipe: str, outcomes: list[Outcome], root: str) -> None:
         for entry in manifest.files
         if entry.path.endswith(".png")
     ]
+    decisions = [
+        ["promotion", found.promotion]
+        for found in (ModelManifest.read(m.uri) for m in manifests if m.stage == ModelManifest.STAGE)
+        if found.promotion
+    ]
+    page = place(manifests, root)
+    pictures += [["report", page]] if uri.exists(page) else []
     up = f"{_installed('ditflow')} up --root {uri.redact(root)}"
-    _print_table([*distances, *pictures, ["runs, models", _tracking_hint(root)], ["flows, forms", up]])
+    _print_table([*distances, *decisions, *pictures, ["runs, models", _tracking_hint(root)], ["flows, forms", up]])
 
 
 def _tracking_hint(root: str) -> str:

@@ -88,6 +88,7 @@ def _fill_forms(recipe: "Recipe") -> None:
     for stage in recipe.stages:
         if STAGES[stage].ranked:
             values[stage]["launcher"] = recipe.launch.model_dump(mode="json")
+    values["reevaluate"] = {"model_name": recipe.registry.model_name}
     values["pipeline"] = {"recipe": recipe.model_dump(mode="json")}
     with get_client(sync_client=True) as client:
         for flow, parameters in values.items():

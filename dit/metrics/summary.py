@@ -2,8 +2,9 @@
 
 # N = images, B = batch, D = features
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
 import torch
 from torch import Tensor
@@ -59,7 +60,38 @@ class Summary:
 
     def features(self) -> Tensor:
         """The features that were kept, float32 (N, D), on the device."""
-        return torch.cat(self._kept).to(device())
+        return torch.cat([torch.empty(0, self.dims), *self._kept]).to(device())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Statistics and kept features by name, on the CPU. The score is not among them: a reference needs none."""
+        layers = {"pooled": self.statistics} | ({"spatial": self.spatial} if self.spatial else {})
+        found = {f"{name}.count": torch.tensor(layer.count) for name, layer in layers.items()}
+        found |= {f"{name}.mean": layer.mean for name, layer in layers.items()}
+        found |= {f"{name}.m2": layer.m2 for name, layer in layers.items()}
+        return {name: tensor.contiguous() for name, tensor in (found | {"features": self.features().cpu()}).items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The summary with these `tensors`.
+
+        Raises:
+            KeyError: one is missing.
+        """
+        layers = {
+            name: Statistics(int(tensors[f"{name}.count"]), tensors[f"{name}.mean"], tensors[f"{name}.m2"])
+            for name in ("pooled", "spatial")
+            if name == "pooled" or f"{name}.mean" in tensors
+        }
+        return cls.given(layers["pooled"], layers.get("spatial"), tensors["features"])
+
+    @classmethod
+    def given(cls, statistics: Statistics, spatial: Statistics | None, features: Tensor | None = None) -> Self:
+        """A summary of statistics that are known, with features (N, D) or without."""
+        summary = cls(len(statistics.mean), spatial)
+        summary.statistics = statistics
+        if features is not None:
+            summary._kept.append(features)
+        return summary
 
 
 @dataclass(frozen=True)
@@ -93,7 +125,8 @@ def compare(reference: Summary, samples: Summary, names: Names, modes: tuple[Mod
     """How far samples are from the reference, by name.
 
     The distance comes with its 95 % interval ``_low`` to ``_high`` under resampling of the samples,
-    and with ``_infinity``, its value at infinitely many of them.
+    and with ``_infinity``, its value at infinitely many of them. A reference that kept no features is
+    compared by its statistics alone.
 
     Raises:
         InputError: a set has fewer than four images, or features that were kept.
@@ -103,8 +136,9 @@ def compare(reference: Summary, samples: Summary, names: Names, modes: tuple[Mod
     margin = 1.96 * fd_spread(reference.statistics, found, SEED)
     metrics = {fd: value, f"{fd}_low": value - margin, f"{fd}_high": value + margin}
     metrics[f"{fd}_infinity"] = fd_infinity(reference.statistics, found, SEED)
-    metrics[names.kernel] = kernel_distance(near, found)
-    for mode in modes:
+    if len(near):
+        metrics[names.kernel] = kernel_distance(near, found)
+    for mode in modes if len(near) else ():
         precision, recall = precision_recall(near, found, mode)
         suffix = mode.replace("-", "_")
         metrics |= {f"precision_{suffix}": precision, f"recall_{suffix}": recall}

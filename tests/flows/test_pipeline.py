@@ -155,6 +155,18 @@ def test_mlflow_holds_params_metrics_pictures_and_lineage(report: dict[str, Any]
     pictures = {"shard": "images", "encode": "reconstructions", "train": "loss", "sample": "samples"}
     for name, picture in pictures.items():
         assert f"{picture}.png" in {entry.path for entry in client.list_artifacts(ids[name])}
+    assert "report.html" in {entry.path for entry in client.list_artifacts(ids["pipeline"])}
+
+
+@pytest.mark.slow
+def test_the_report_is_found_and_written_again(report: dict[str, Any], root: Path, digits: Path) -> None:
+    page = root / "reports" / f"{manifests(report)['register']['digest'][:16]}.html"
+    written = page.read_bytes()
+    page.unlink()
+    asked = [part for part in command("report", root, digits) if part != "--json"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{page}\n"), done.stderr
+    assert page.read_bytes() == written
 
 
 @pytest.mark.slow

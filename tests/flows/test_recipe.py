@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,8 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(InputError, match=r"bad\.yaml: (a recipe is a mapping|not YAML)"):
         load_recipe(str(tmp_path / "bad.yaml"))
+
+
+def test_recipes_are_read_before_prefect_reads_its_settings() -> None:
+    script = "import sys, flows.recipe, flows.sweep; sys.exit('prefect' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -8,19 +8,22 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import pytest
 import yaml
+from faults import wait_until
 
 from flows import services
 from flows.cli import main
 from flows.demo.digits import write_digits
 
 REPOSITORY = Path(__file__).parents[2]
-FLOWS = {"pipeline", "shard", "encode", "train", "sample", "evaluate", "register"}
+FLOWS = {"pipeline", "shard", "encode", "train", "sample", "evaluate", "register", "reevaluate"}
 
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
@@ -54,7 +57,7 @@ class Up:
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:
-                    return json.load(answer)
+                    return json.loads(answer.read() or "null")
             except urllib.error.HTTPError as error:
                 if error.code != 503:  # sqlite is busy: Prefect's own clients try again as well
                     raise
@@ -135,6 +138,23 @@ def test_stages_run_on_the_worker_and_a_cancelled_one_ends_its_ranks(up: Up) -> 
     _, alive = psutil.wait_procs(ranks, timeout=30)
     assert alive == []
     assert up.ranks() == []
+
+
+def test_a_new_version_starts_its_evaluation(up: Up) -> None:
+    event = {
+        "id": str(uuid4()),
+        "event": "ditflow.model.registered",
+        "occurred": datetime.now(UTC).isoformat(),
+        "resource": {"prefect.resource.id": "ditflow.model.mine"},
+        "payload": {"model_name": "mine", "version": 1},
+    }
+    up.call("/events", [event])
+    of_flow = {"flows": {"name": {"any_": ["reevaluate"]}}}
+    wait_until(lambda: bool(up.call("/flow_runs/filter", of_flow)), 60)
+    (run,) = up.call("/flow_runs/filter", of_flow)
+    assert run["parameters"]["model_name"] == "mine"
+    assert up.end_of(run["id"]) == "FAILED"
+    assert "Registered Model with name=mine not found" in up.call(f"/flow_runs/{run['id']}")["state"]["message"]
 
 
 def test_a_wrong_value_in_the_form_is_refused(up: Up) -> None:

@@ -1,0 +1,207 @@
+"""Sets of images to measure, wherever they lie, a batch at a time."""
+
+# B = batch, H = image side
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit.random import Stream, words
+from storage import transforms, uri
+from storage.archives.listing import MAX_BYTES
+from storage.errors import InputError
+from storage.manifest import json_digest
+from storage.parallel import threads
+from storage.rows import RowReader
+from storage.shards import ShardManifest, read_images
+
+Batches = Iterator[NDArray[np.uint8]]
+"""Images (B, H, H, 3)."""
+NOISE_SEED: Final = 0
+SUFFIXES: Final = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+
+
+class ImageSet(Protocol):
+    """Square images of one size, in a fixed order."""
+
+    @property
+    def count(self) -> int:
+        """How many."""
+
+    @property
+    def side(self) -> int:
+        """H, in pixels."""
+
+    @property
+    def digest(self) -> str:
+        """Names the images themselves, wherever they lie."""
+
+    @property
+    def crop(self) -> str:
+        """What was done to make them this size; ``none`` if they are as they lie."""
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Batches:
+        """The images from ``start`` to before ``stop``, at most ``size`` at a time.
+
+        Raises:
+            InputError: one cannot be read, or has another size.
+            StorageError: they are not what was committed.
+        """
+
+
+@dataclass(frozen=True)
+class SplitImages:
+    """The images of a split, cropped as for training."""
+
+    shards: ShardManifest
+    split: str
+    side: int
+    crop: str = transforms.CROP_ID
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return self.shards.splits[self.split].count
+
+    @property
+    def digest(self) -> str:
+        """That of the shards and the split."""
+        return json_digest([self.shards.digest, self.split])
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Batches:
+        """As `ImageSet.batches`."""
+        samples = read_images(self.shards, self.split, start, stop)
+        with threads(0) as pool:
+            while batch := list(islice(samples, size)):
+                yield np.stack(list(pool.map(lambda sample: transforms.load(sample.data, self.side), batch)))
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """The array ``image`` of a row store."""
+
+    reader: RowReader
+    side: int
+    digest: str
+    crop: str = "none"
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return len(self.reader)
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Batches:
+        """As `ImageSet.batches`."""
+        for rows in cut(size, start, self.count if stop is None else stop):
+            yield self.reader.take("image", rows)
+
+
+@dataclass(frozen=True)
+class NoiseImages:
+    """Images whose bytes are all equally likely; each depends on its number alone."""
+
+    count: int
+    side: int
+    crop: str = "none"
+
+    @property
+    def digest(self) -> str:
+        """That of the seed."""
+        return json_digest(["noise", NOISE_SEED])
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Batches:
+        """As `ImageSet.batches`."""
+        length = self.side**2 * 3
+        for rows in cut(size, start, self.count if stop is None else stop):
+            bits = words(NOISE_SEED, Stream.NOISE_IMAGE, 0, rows.tolist(), -(-length // 8)).astype("<u8")
+            yield bits.view(np.uint8)[:, :length].reshape(-1, self.side, self.side, 3)
+
+
+class FolderImages:
+    """The images in a folder and the folders in it, in the order of their paths; hidden ones are passed over.
+
+    Args:
+        url: the folder.
+        side: H to crop all images to, as for training; by default they must be squares of one size.
+
+    Raises:
+        InputError: there are no images, one is too large or cannot be read, or they are no such squares.
+    """
+
+    def __init__(self, url: str, side: int | None = None) -> None:
+        self._url, self._fs = uri.redact(url), uri.filesystem(url)[0]
+        self._root = uri.filesystem(url)[1].rstrip("/")
+        self._paths = self._listed()
+        self.crop = "none" if side is None else transforms.CROP_ID
+        self.count = len(self._paths)
+        self.side = side or len(self._decoded(self._paths[0]))
+        self._load: Callable[[str], NDArray[np.uint8]] = self._checked if side is None else self._cropped
+
+    @cached_property
+    def digest(self) -> str:
+        """The hash of all paths below the folder and of the files' hashes."""
+        with threads(0) as pool:
+            hashes = pool.map(lambda path: uri.sha256(self._bytes(path)), self._paths)
+            return json_digest(
+                [[path[len(self._root) :], found] for path, found in zip(self._paths, hashes, strict=True)]
+            )
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Batches:
+        """As `ImageSet.batches`."""
+        paths = iter(self._paths[start:stop])
+        with threads(0) as pool:
+            while batch := list(islice(paths, size)):
+                yield np.stack(list(pool.map(self._load, batch)))
+
+    def _listed(self) -> list[str]:
+        try:
+            found = self._fs.find(self._root, detail=True)
+        except OSError as error:
+            raise InputError(f"{self._url}: cannot be listed ({error})") from error
+        paths = sorted(path for path in map(str, found) if self._wanted(path))
+        if not paths:
+            raise InputError(f"{self._url}: no folder with images in it, nor the output of a stage")
+        large = next((path for path in paths if found[path]["size"] > MAX_BYTES), None)
+        if large is not None:
+            raise InputError(f"{large}: {found[large]['size']:,} bytes, more than {MAX_BYTES:,}; remove it")
+        return paths
+
+    def _wanted(self, path: str) -> bool:
+        hidden = any(part.startswith(".") for part in path[len(self._root) :].split("/"))
+        return path.rpartition(".")[2].lower() in SUFFIXES and not hidden
+
+    def _bytes(self, path: str) -> bytes:
+        try:
+            return bytes(self._fs.cat_file(path))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error})") from error
+
+    def _decoded(self, path: str) -> NDArray[np.uint8]:
+        try:
+            return np.asarray(transforms.decode(self._bytes(path)))
+        except transforms.UnreadableImage as error:
+            raise InputError(f"{path}: {error}; mend or remove it") from error
+
+    def _checked(self, path: str) -> NDArray[np.uint8]:
+        pixels = self._decoded(path)
+        if pixels.shape != (self.side, self.side, 3):
+            size = f"{pixels.shape[1]}x{pixels.shape[0]} pixels"
+            raise InputError(f"{path}: {size}, but samples are squares of one size, here {self.side}x{self.side}")
+        return pixels
+
+    def _cropped(self, path: str) -> NDArray[np.uint8]:
+        try:
+            return transforms.load(self._bytes(path), self.side)
+        except transforms.UnreadableImage as error:
+            raise InputError(f"{path}: {error}; mend or remove it") from error
+
+
+def cut(size: int, start: int, stop: int) -> Iterator[NDArray[np.int64]]:
+    """The numbers from ``start`` to before ``stop``, at most ``size`` at a time."""
+    for first in range(start, stop, size):
+        yield np.arange(first, min(first + size, stop))

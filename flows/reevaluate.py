@@ -1,0 +1,190 @@
+"""Champion and candidate evaluated again with fresh seeds: a series of numbers, and an alarm when they drift."""
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Annotated, Any, Literal, Self
+from uuid import NAMESPACE_URL, uuid5
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+from pydantic import Field
+
+from dit.evaluate import EvaluateConfig, MetricsManifest
+from dit.export import CheckpointManifest
+from dit.metrics.comparison import Gain, gain
+from dit.sample import SampleConfig, SampleManifest
+from flows import runs, stages
+from flows.perform import SKIPPED, RunSettings
+from flows.promotion import CANDIDATE, CHAMPION, Evaluation, answering, comparable, evaluation
+from flows.registry import METRICS_DIGEST_TAG, emit
+from storage import uri
+from storage.errors import InputError
+
+DRIFTED = "ditflow.metric.drifted"
+"""The event of a number outside its interval. What it concerns is the model, ``ditflow.model.<name>``."""
+SERIES_TAG = "ditflow.series"
+
+ModelName = Annotated[str, Field(description="Name of the registered model")]
+Period = Annotated[Literal["day", "week"], Field(description="How often at most; each period has a seed of its own")]
+Day = Annotated[date | None, Field(description="A day of the period to evaluate for; today by default (UTC)")]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The period that an evaluation stands for."""
+
+    label: str
+    """Such as ``2026-W47`` or ``2026-11-21``."""
+    step: int
+    """Its first day, counted from the year 1: the step in the series."""
+
+    @classmethod
+    def of(cls, period: Literal["day", "week"], day: date) -> Self:
+        """The day itself, or the ISO week that it lies in."""
+        if period == "day":
+            return cls(day.isoformat(), day.toordinal())
+        year, week, weekday = day.isocalendar()
+        return cls(f"{year}-W{week:02d}", (day - timedelta(days=weekday - 1)).toordinal())
+
+    @property
+    def seed(self) -> int:
+        """Of the samples: the same within the period, another in the next."""
+        return int(uri.sha256(self.label.encode())[:8], 16)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A version's numbers then and now."""
+
+    version: int
+    aliases: list[str]
+    then: Evaluation
+    now: Evaluation
+
+    def changes(self) -> dict[str, Gain]:
+        """By metric, for those with an interval: how much lower it is now."""
+        judged = [name for name in self.then.metrics if f"{name}_low" in self.then.metrics]
+        return {name: gain(name, "lower", self.then.metrics, self.now.metrics) for name in judged}
+
+    def drifts(self) -> dict[str, Gain]:
+        """The changes that are larger than the interval of the difference, in whichever direction."""
+        return {name: change for name, change in self.changes().items() if abs(change.value) > change.margin}
+
+
+@flow(flow_run_name="reevaluate {model_name}")
+def reevaluate(
+    model_name: ModelName, period: Period = "week", on: Day = None, settings: RunSettings = stages.HERE
+) -> State[str]:
+    """Champion and candidate, sampled with the period's seed and evaluated as they were when registered.
+
+    Every version has a series in MLflow, with one step a period; what is in it is not done again.
+    """
+    window = Window.of(period, on or datetime.now(UTC).date())
+    settings = settings.model_copy(update={"pipeline_id": f"reevaluate-{model_name}-{window.label}"})
+    with answering(settings.root):
+        client, experiment_id = runs.open_client(settings.root)
+        missing = {
+            version: aliases
+            for version, aliases in _versions(client, model_name).items()
+            if window.step not in _steps(client, _series(client, experiment_id, model_name, version))
+        }
+    if not missing:
+        return Completed(name=SKIPPED, message=f"done before for {window.label}", data=window.label)
+    with runs.pipeline_run(str(settings.pipeline_id), settings.root):
+        found = [_again(client, model_name, version, names, window, settings) for version, names in missing.items()]
+    _tell(model_name, window, found)
+    for each in found:  # last, so that a kill before it tells once more rather than never
+        _log(client, _series(client, experiment_id, model_name, each.version), window, each.now)
+    drifted = [f"{each.version} {name}" for each in found for name in each.drifts()]
+    return Completed(message=f"{window.label}: drifted: {', '.join(drifted) or 'nothing'}", data=window.label)
+
+
+def _versions(client: MlflowClient, name: str) -> dict[int, list[str]]:
+    """Champion and candidate, which may be one, with their aliases."""
+    aliases = client.get_registered_model(name).aliases
+    found: dict[int, list[str]] = {}
+    for alias in (CHAMPION, CANDIDATE):
+        if alias in aliases:
+            found.setdefault(int(aliases[alias]), []).append(alias)
+    if not found:
+        raise InputError(f"{name}: has neither {CHAMPION} nor {CANDIDATE}; register a model or promote one")
+    return found
+
+
+def _again(
+    client: MlflowClient, name: str, version: int, aliases: list[str], window: Window, settings: RunSettings
+) -> _Again:
+    then = evaluation(client, name, version)
+    digest = client.get_model_version(name, str(version)).tags[METRICS_DIGEST_TAG]
+    metrics = MetricsManifest.read(uri.join(settings.root, MetricsManifest.STAGE, digest[:16]))
+    samples = metrics.parent("samples", SampleManifest)
+    drawn = SampleConfig.model_validate(samples.config).model_copy(update={"seed": window.seed})
+    checkpoint = samples.parent("checkpoint", CheckpointManifest)
+    fresh = _done(stages.sample, checkpoint.url, drawn, settings)
+    found = MetricsManifest.read(_done(stages.evaluate, fresh, EvaluateConfig.model_validate(metrics.config), settings))
+    now = Evaluation(distance=found.distance, metrics=found.metrics, conditions=found.conditions)
+    comparable(f"{name} {version}, as registered and now", then, now)
+    return _Again(version, aliases, then, now)
+
+
+def _done(stage: Any, *arguments: Any) -> str:
+    """The URL of a stage's manifest, brought there if it is not."""
+    return str(stage(*arguments, return_state=True).result())
+
+
+def _tell(name: str, window: Window, found: list[_Again]) -> None:
+    """Show all numbers in Prefect, and emit an event for each one that drifted."""
+    for each in found:
+        for metric, change in each.drifts().items():
+            facts = {"version": each.version, "aliases": each.aliases, "metric": metric, "period": window.label}
+            numbers = {"then": each.then.metrics[metric], "now": each.now.metrics[metric], "margin": change.margin}
+            once = uuid5(NAMESPACE_URL, f"{DRIFTED}/{name}/{each.version}/{metric}/{window.label}")
+            emit(DRIFTED, name, facts | numbers, once)
+    drifted = any(each.drifts() for each in found)
+    title = f"# {name}, {window.label}: {'**drifted**' if drifted else 'within its intervals'}\n\n"
+    key = re.sub(r"[^a-z0-9]+", "-", f"reevaluation-{name}".lower()).strip("-")
+    create_markdown_artifact(title + _table(found), key=key, description=f"Seed {window.seed}")
+
+
+def _table(found: list[_Again]) -> str:
+    head = "| version | metric | registered | now | difference | |\n|---|---|---|---|---|---|\n"
+    rows = ""
+    for each in found:
+        who, changes, drifts = f"{each.version} ({', '.join(each.aliases)})", each.changes(), each.drifts()
+        for metric, now in each.now.metrics.items():
+            change = changes.get(metric)
+            told = f"{-change.value:+.4g} ± {change.margin:.2g}" if change else ""
+            alarm = "**drifted**" if metric in drifts else ""
+            then = each.then.metrics.get(metric, float("nan"))
+            rows += f"| {who} | {metric} | {then:.6g} | {now:.6g} | {told} | {alarm} |\n"
+    return head + rows
+
+
+def _series(client: MlflowClient, experiment_id: str, name: str, version: int) -> str:
+    """The run that holds a version's series, made when there is none."""
+    which = f"{name}/{version}"
+    found = client.search_runs([experiment_id], f"tags.`{SERIES_TAG}` = '{which}'", max_results=1)
+    if found:
+        return str(found[0].info.run_id)
+    run_id = str(
+        client.create_run(experiment_id, tags={MLFLOW_RUN_NAME: f"{which} again", SERIES_TAG: which}).info.run_id
+    )
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def _steps(client: MlflowClient, run_id: str) -> set[int]:
+    """The periods that a series has: all its metrics are sent at once."""
+    keys: Any = client.get_run(run_id).data.metrics
+    return {metric.step for metric in client.get_metric_history(run_id, min(keys))} if keys else set()
+
+
+def _log(client: MlflowClient, run_id: str, window: Window, now: Evaluation) -> None:
+    moment = int(datetime.now(UTC).timestamp() * 1000)
+    client.log_batch(run_id, metrics=[Metric(key, value, moment, window.step) for key, value in now.metrics.items()])

@@ -1,0 +1,71 @@
+"""A pipeline that a test can afford: digits of 16 px, a transformer of one block, every stage in this process."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dit.encode import EncodeConfig
+from dit.evaluate import EvaluateConfig, MetricsManifest
+from dit.metrics.features import ExtractorRef
+from dit.models.choice import DiTChoice, Shape
+from dit.sample import SampleConfig
+from dit.train import TrainConfig
+from flows import runs
+from flows.contract import STAGES, Source
+from flows.demo import CLASSIFIER
+from flows.demo.digits import write_digits
+from flows.registry import ModelManifest, RegisterConfig
+from flows.tracking import MlflowSink, StageTracker
+from storage.archive import ArchiveRef
+from storage.config import Config
+from storage.manifest import Manifest
+from storage.shards import ShardConfig
+
+KEPT = {"train": 6, "held_out": 2}  # of each digit
+
+SAMPLING = SampleConfig(
+    count=30, labels="balanced", sampler="ddim", steps=2, guidance_scale=2, guidance_channels="all", batch_size=30
+)
+
+
+@dataclass(frozen=True)
+class Small:
+    """A root in which stages are brought to their manifests, tracked by MLflow and without Prefect's runs."""
+
+    root: Path
+
+    def bring(self, stage: str, config: Config, source: Source) -> Manifest:
+        """What `flows.perform.perform` does."""
+        output = STAGES[stage].output(str(self.root), config, source)
+        with runs.stage_run(output, str(self.root)) as (tracked, spec):
+            tracker = StageTracker(MlflowSink(spec.uri, spec.run_id, spec.skip_to), None)
+            manifest = STAGES[stage].run(config, source, out=tracked, tracker=tracker)
+            tracker.close(tracked)
+        return manifest
+
+    def latents(self) -> Manifest:
+        digits = self.root / "digits"
+        write_digits(digits)
+        for split, kept in KEPT.items():
+            for label in (digits / split).iterdir():
+                for image in sorted(label.iterdir())[kept:]:
+                    image.unlink()
+        archive = ArchiveRef(train=str(digits / "train"), held_out=str(digits / "held_out"))
+        shards = self.bring("shard", ShardConfig(images_per_shard=50), archive)
+        return self.bring("encode", EncodeConfig(vae=None, resolution=16, flips=False), shards)
+
+    def checkpoint(self, latents: Manifest, steps: int = 2) -> Manifest:
+        model = DiTChoice(size=Shape(depth=1, width=32, heads=2), patch_size=4)
+        config = TrainConfig(model=model, steps=steps, batch_size=8, learning_rate=0.01, ema_decay=0.5)
+        return self.bring("train", config, latents)
+
+    def evaluated(self, checkpoint: Manifest, sampling: SampleConfig = SAMPLING) -> MetricsManifest:
+        samples = self.bring("sample", sampling, checkpoint)
+        config = EvaluateConfig(extractor=ExtractorRef(weights=str(CLASSIFIER)), batch_size=64)
+        metrics = self.bring("evaluate", config, samples)
+        assert isinstance(metrics, MetricsManifest)
+        return metrics
+
+    def registered(self, metrics: MetricsManifest, config: RegisterConfig) -> ModelManifest:
+        found = self.bring("register", config, metrics)
+        assert isinstance(found, ModelManifest)
+        return found

@@ -1,0 +1,160 @@
+"""Champion and candidate evaluated again, with real MLflow and Prefect servers."""
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import MlflowServer, wait_until
+from mlflow import MlflowClient
+from prefect.client.schemas.objects import State
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from small import Small
+
+from flows import services
+from flows.perform import RunSettings
+from flows.promotion import EVALUATION_TAG, Evaluation
+from flows.reevaluate import DRIFTED, Window, reevaluate
+from flows.registry import REGISTERED, RegisterConfig
+from storage.errors import InputError
+from storage.manifest import Manifest
+
+NAME = "Digits_1"
+MONDAY, SUNDAY, NEXT = date(2026, 11, 16), date(2026, 11, 22), date(2026, 11, 23)
+
+
+def test_a_window_is_a_day_or_a_week() -> None:
+    assert Window.of("week", MONDAY) == Window.of("week", SUNDAY) == Window("2026-W47", MONDAY.toordinal())
+    assert Window.of("week", NEXT).label == "2026-W48"
+    assert Window.of("week", date(2027, 1, 1)).label == "2026-W53"
+    assert Window.of("day", SUNDAY) == Window("2026-11-22", SUNDAY.toordinal())
+    seeds = {Window.of("week", day).seed for day in (MONDAY, SUNDAY, NEXT)}
+    assert len(seeds) == 2
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+class World:
+    """Both servers, and a root with a champion and a candidate."""
+
+    def __init__(self, folder: Path, template: Path, stack: ExitStack) -> None:
+        self.prefect = stack.enter_context(services.prefect_server(folder / "prefect", scheduler=True))
+        mlflow = MlflowServer(folder / "mlflow", template)
+        stack.callback(mlflow.stop)
+        mlflow.start()
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("MLFLOW_TRACKING_URI", mlflow.address)
+        patch.setenv("PREFECT_API_URL", f"{self.prefect}/api")
+        stack.enter_context(temporary_settings({PREFECT_API_URL: f"{self.prefect}/api"}))
+        self.client, self.root = MlflowClient(mlflow.address), folder / "root"
+        small = Small(self.root)
+        latents = small.latents()
+        config = RegisterConfig(model_name=NAME, promote="automatic")
+        for steps in (2, 3):
+            small.registered(small.evaluated(small.checkpoint(latents, steps)), config)
+
+    def call(self, path: str, body: Any) -> Any:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.prefect}/api{path}", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        found = self.call("/events/filter", {"filter": {"event": {"name": [name]}}, "limit": 50})
+        return list(found["events"])
+
+    def artifact(self) -> str:
+        body = {"artifacts": {"key": {"any_": ["reevaluation-digits-1"]}}, "sort": "CREATED_DESC"}
+        return str(self.call("/artifacts/filter", body)[0]["data"])
+
+    def again(self, day: date) -> State[str]:
+        settings = RunSettings(root=str(self.root))
+        state: State[str] = reevaluate(NAME, "week", day, settings, return_state=True)
+        return state
+
+    def series(self, version: int) -> list[tuple[int, float]]:
+        experiments = [each.experiment_id for each in self.client.search_experiments()]
+        runs = self.client.search_runs(experiments, f"tags.`ditflow.series` = '{NAME}/{version}'")
+        history = [metric for run in runs for metric in self.client.get_metric_history(run.info.run_id, "fd")]
+        return sorted((metric.step, metric.value) for metric in history)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> Iterator[World]:
+    with ExitStack() as stack:
+        yield World(tmp_path_factory.mktemp("world"), tracking_template, stack)
+
+
+@pytest.mark.slow
+def test_a_registered_version_is_an_event(world: World) -> None:
+    wait_until(lambda: len(world.events(REGISTERED)) == 2)
+    found = {event["payload"]["version"]: event for event in world.events(REGISTERED)}
+    assert set(found) == {1, 2}
+    assert found[2]["resource"]["prefect.resource.id"] == f"ditflow.model.{NAME}"
+    assert found[2]["payload"]["model_name"] == NAME
+    assert found[2]["payload"]["alias"] == "candidate"
+
+
+@pytest.mark.slow
+def test_both_are_evaluated_with_fresh_seeds_once_a_period(world: World) -> None:
+    before = {path: Manifest.read(str(path)) for path in (world.root / "evaluate").iterdir()}
+    assert world.again(MONDAY).name == "Completed"
+    fresh = [path for path in (world.root / "evaluate").iterdir() if path not in before]
+    numbers = sorted(Manifest.read(str(path)).metrics["fd"] for path in fresh)
+    found = [each for version in (1, 2) for each in world.series(version)]
+    assert [step for step, _ in found] == [MONDAY.toordinal()] * 2
+    assert sorted(value for _, value in found) == pytest.approx(numbers)
+    assert not set(numbers) & {manifest.metrics["fd"] for manifest in before.values()}
+    seeds = {Manifest.read(str(path)).config["seed"] for path in (world.root / "sample").iterdir()}
+    assert seeds == {0, Window.of("week", MONDAY).seed}
+    assert "2026-W47" in world.artifact()
+    assert "1 (champion)" in world.artifact()
+    assert "2 (candidate)" in world.artifact()
+    assert world.again(SUNDAY).name == "Skipped"
+    assert [each for version in (1, 2) for each in world.series(version)] == found
+
+
+@pytest.mark.slow
+def test_a_number_outside_its_interval_is_an_event_and_in_bold(world: World) -> None:
+    tags = world.client.get_model_version(NAME, "2").tags
+    told = Evaluation.model_validate_json(tags[EVALUATION_TAG])
+    low = {name: value / 10 for name, value in told.metrics.items() if name.startswith("fd")}
+    forged = told.model_copy(update={"metrics": told.metrics | low})  # as if the samples had been far better then
+    world.client.set_model_version_tag(NAME, "2", EVALUATION_TAG, forged.model_dump_json())
+    state = world.again(NEXT)
+    world.client.set_model_version_tag(NAME, "2", EVALUATION_TAG, told.model_dump_json())
+    assert "2026-W48: drifted: " in str(state.message)
+    assert "2 fd" in str(state.message)
+    wait_until(lambda: any(event["payload"]["version"] == 2 for event in world.events(DRIFTED)))
+    event = next(event for event in world.events(DRIFTED) if event["payload"]["version"] == 2)
+    payload = event["payload"]
+    assert (payload["metric"], payload["period"], payload["aliases"]) == ("fd", "2026-W48", ["candidate"])
+    assert payload["now"] - payload["then"] > payload["margin"] > 0
+    assert "**drifted**" in world.artifact()
+    assert len(world.series(2)) == 2
+
+
+@pytest.mark.slow
+def test_other_conditions_than_then_are_refused(world: World) -> None:
+    tags = world.client.get_model_version(NAME, "1").tags
+    told = Evaluation.model_validate_json(tags[EVALUATION_TAG])
+    forged = told.model_copy(update={"conditions": told.conditions | {"metrics_dtype": "float16"}})
+    world.client.set_model_version_tag(NAME, "1", EVALUATION_TAG, forged.model_dump_json())
+    state = world.again(date(2026, 12, 1))
+    world.client.set_model_version_tag(NAME, "1", EVALUATION_TAG, told.model_dump_json())
+    with pytest.raises(InputError, match="as registered and now: numbers under different conditions .* metrics_dtype"):
+        state.result()
+
+
+@pytest.mark.slow
+def test_a_model_without_champion_and_candidate(world: World) -> None:
+    world.client.create_registered_model("nobody")
+    state = reevaluate("nobody", settings=RunSettings(root=str(world.root)), return_state=True)
+    with pytest.raises(InputError, match="nobody: has neither champion nor candidate"):
+        state.result()
+    state = reevaluate("no-such-model", settings=RunSettings(root=str(world.root)), return_state=True)
+    with pytest.raises(InputError, match="Registered Model with name=no-such-model not found"):
+        state.result()
