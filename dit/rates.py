@@ -16,6 +16,7 @@ from dit.models.build import build
 from dit.models.config import ModelConfig
 from dit.models.cost import cost
 from dit.vae import VaeRef, load_vae
+from storage import uri
 from storage.archive import Archive
 from storage.config import Config
 from storage.parallel import threads
@@ -49,7 +50,7 @@ class Rates(Config):
 
 
 def shard_rate(archive: Archive, workers: int) -> tuple[float, float]:
-    """Images a second read and checked, spread over the archive, and their mean size in bytes.
+    """Images a second read, checked and hashed, spread over the archive, and their mean size in bytes.
 
     Raises:
         StorageError: one cannot be read.
@@ -60,6 +61,8 @@ def shard_rate(archive: Archive, workers: int) -> tuple[float, float]:
         data = archive.read(members[number])
         with suppress(UnreadableImage):  # which the stage will list
             inspect(data)
+        for _ in range(2):  # as an image and as a part of its tar
+            uri.sha256(data)
         return len(data)
 
     begin = time.perf_counter()

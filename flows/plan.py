@@ -29,6 +29,7 @@ from storage.errors import InputError
 from storage.latents import VaeInfo, latent_layout, pixel_layout
 from storage.manifest import StageOutput
 from storage.rows import RowLayout
+from storage.runners import here
 
 HOUR = 3600.0
 TAR_BLOCK = 512
@@ -282,7 +283,7 @@ class _Known:
     def _measured(self, given: Rates) -> tuple[Rates, float]:
         """The rates, those that are not given measured, and the mean size of an image file."""
         recipe, values = self.recipe, given.model_dump()
-        shard, mean_size = measured.shard_rate(self.train, recipe.shard.workers)
+        shard, mean_size = measured.shard_rate(self.train, here(recipe.shard.runner))
         values["shard"] = given.shard or shard
         config = recipe.encode
         if config.vae and not (given.encode and given.decode):

@@ -4,6 +4,8 @@ Every flow returns the URL of its manifest. A stage that was done before ends in
 ``Skipped``.
 """
 
+from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 from prefect import flow
@@ -18,6 +20,8 @@ from flows.contract import STAGES
 from flows.launch import LaunchSpec, LocalLaunch
 from flows.perform import RunSettings, perform
 from flows.registry import RegisterConfig
+from flows.spread import spread
+from storage import shards as tars
 from storage.archive import ArchiveRef
 from storage.shards import ShardConfig
 
@@ -29,7 +33,8 @@ HERE = RunSettings()
 @flow(flow_run_name="shard")
 def shard(archive: ArchiveRef, config: ShardConfig = ShardConfig(), settings: RunSettings = HERE) -> State[str]:
     """Images to webdataset tars."""
-    return perform(STAGES["shard"], config, archive, settings)
+    stage = replace(STAGES["shard"], run=partial(tars.run, spread=spread(config.runner)))
+    return perform(stage, config, archive, settings)
 
 
 @flow(flow_run_name="encode")

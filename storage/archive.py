@@ -35,6 +35,11 @@ class ArchiveRef(Config):
             raise ValueError("held_out_labels needs held_out")
         return self
 
+    def absolute(self) -> Self:
+        """The same for a process that works in another folder."""
+        chains = {name: url.rpartition("::") for name, url in self if url is not None}
+        return self.model_copy(update={name: f"{a}{b}{uri.absolute(url)}" for name, (a, b, url) in chains.items()})
+
 
 def open_archive(url: str, class_names: tuple[str, ...] | None = None, labels: str | None = None) -> Archive:
     """List an archive, whose kind is told by its name and by what is in it.

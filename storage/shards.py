@@ -6,33 +6,36 @@ passed through, and the same images give the same tars, byte for byte.
 """
 
 import io
-import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from threading import Lock
 from typing import ClassVar
 
 import numpy as np
-import webdataset
 from numpy.typing import NDArray
 from pydantic import Field
+from webdataset.tariterators import tar_file_iterator
 
 from storage import records, uri
-from storage.archive import Archive, ArchiveRef, Member, open_archive
+from storage.archive import Archive, ArchiveRef, open_archive
 from storage.config import Config, operational
-from storage.errors import InputError, StorageError
+from storage.errors import InputError
 from storage.manifest import Manifest, StageOutput
 from storage.order import permutation
+from storage.pack import Entry, Unreadable, pack
 from storage.parallel import threads
 from storage.pictures import image_grid
+from storage.runners import Runner, Threads, here
 from storage.tracking import Tracker, publish
-from storage.transforms import UnreadableImage, inspect
 from storage.transforms import load as load_image
 
 STAGE = "shard"
 VERSION = 1
 
 _SHEET, _THUMBNAIL, _COLUMNS = 64, 64, 8  # images, pixels, images
+_GROUP, _CALLS = 4096, 32  # images that one call builds at most, and calls that few images are dealt to
+_PLANNING = Lock()
 
 
 class ShardConfig(Config):
@@ -46,19 +49,8 @@ class ShardConfig(Config):
     """Largest share of the images, from 0 to 1, that may be unreadable and left out."""
     min_side: int = Field(8, ge=1)
     """Shortest side of a usable image, pixels."""
-    workers: int = operational(0, ge=0)
-    """Threads, each building one shard at a time in memory; 0 means one for each core."""
-
-
-class Unreadable(Config):
-    """A file that was left out."""
-
-    split: str
-    """``train`` or ``held_out``."""
-    name: str
-    """Path below the archive."""
-    reason: str
-    """Why, in a few words."""
+    runner: Runner = operational(Threads())
+    """Who builds the shards, each worker one at a time in memory."""
 
 
 class ShardFile(Config):
@@ -91,20 +83,6 @@ class ShardManifest(Manifest):
     """The files left out."""
 
 
-class Entry(Config):
-    """One image of a tar, as its record lists it."""
-
-    source_index: int
-    """Position among the archive's sorted files."""
-    name: str
-    """Path below the archive."""
-    label: int
-    extension: str
-    """The format: ``jpg``, ``png``."""
-    sha256: str
-    """Hash of the image's bytes."""
-
-
 class ShardRecord(records.Record):
     """The commit record of one tar."""
 
@@ -129,6 +107,22 @@ class Sample:
     """The image file's own bytes."""
 
 
+class Built(Config):
+    """What became of some shards."""
+
+    images: int
+    """Files gone through."""
+    unreadable: tuple[Unreadable, ...]
+    """Those that were left out."""
+
+
+Build = Callable[[range], Built]
+"""Builds the shards of these numbers; it can be pickled, and done again it does only what is missing."""
+
+Spread = Callable[[Build, Sequence[range]], Iterable[Built]]
+"""Calls the first with each of the second, anywhere and in any order, and gives what comes back."""
+
+
 @dataclass(frozen=True)
 class _Task:
     """One tar to build."""
@@ -146,6 +140,14 @@ class _Task:
         return f"{records.FOLDER}/{self.split}-{self.number:05d}.json"
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """All that is to be built, and from what."""
+
+    archives: dict[str, Archive]
+    tasks: list[_Task]
+
+
 def input_digests(archive: ArchiveRef) -> dict[str, str]:
     """The digest of each archive by split.
 
@@ -155,36 +157,44 @@ def input_digests(archive: ArchiveRef) -> dict[str, str]:
     return {split: source.digest for split, source in _opened(archive).items()}
 
 
-def run(config: ShardConfig, archive: ArchiveRef, *, out: StageOutput, tracker: Tracker) -> ShardManifest:
+def run(
+    config: ShardConfig, archive: ArchiveRef, *, out: StageOutput, tracker: Tracker, spread: Spread | None = None
+) -> ShardManifest:
     """Build the tars that are missing and commit the stage.
+
+    Args:
+        config: how.
+        archive: of what.
+        out: the stage's folder.
+        tracker: who listens.
+        spread: gives groups of shards to workers; by default to threads of this process.
 
     Raises:
         InputError: an archive is unusable, has changed since the output was named, or has more
             unreadable images than the config allows; the shards built by then stay.
         StorageError: bytes could not be read or written.
     """
-    archives = _opened(archive)
-    for split, source in archives.items():
-        if out.header.inputs.get(split, source.digest) != source.digest:
-            raise InputError(f"the {split} archive has changed since this run began; run the same command again")
-    tasks = [task for split, source in archives.items() for task in _tasks(config, split, source)]
-    _build_all(config, archives, tasks, out, tracker)
-    done = records.sealed(out, [task.record for task in tasks], ShardRecord)
-    _check_classes(archives["train"], [r for (r, _), task in zip(done, tasks, strict=True) if task.split == "train"])
-    splits = {split: _split(split, tasks, [record for record, _ in done]) for split in archives}
-    sheet = publish(out, tracker, "images.png", _contact_sheet(archives["train"], done[0][0]))
-    files = [sheet, *(entry for _, entry in done), *(file for record, _ in done for file in record.files)]
-    unreadable = tuple(item for record, _ in done for item in record.unreadable)
-    counts = {
-        "images": sum(split.count for split in splits.values()),
-        "unreadable": len(unreadable),
-        "classes": len(archives["train"].class_names),
-        "shards": len(tasks),
-    }
-    class_names = archives["train"].class_names
-    return out.commit(
-        ShardManifest, files, counts=counts, class_names=class_names, splits=splits, unreadable=unreadable
-    )
+    try:
+        plan = _plan(config, archive, out)
+        _build_all(config, archive, plan, out, tracker, spread or partial(_in_threads, config.runner))
+        return _finish(plan, out, tracker)
+    finally:
+        _planned.cache_clear()  # of a million images it is large
+
+
+def build(config: ShardConfig, archive: ArchiveRef, out: StageOutput, numbers: range) -> Built:
+    """Build those of some shards that are not committed, in any process that sees archive and output.
+
+    The archive is listed once a process.
+
+    Raises:
+        InputError: the archive is not what the output was named after.
+        StorageError: bytes could not be read or written.
+    """
+    plan = _plan(config, archive, out)
+    tasks = plan.tasks[numbers.start : numbers.stop]
+    left_out = [item for task in tasks for item in _build(config, plan.archives[task.split], out, task)]
+    return Built(images=sum(len(task.indices) for task in tasks), unreadable=tuple(left_out))
 
 
 def read_images(manifest: ShardManifest, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
@@ -215,66 +225,79 @@ def _opened(archive: ArchiveRef) -> dict[str, Archive]:
     return {"train": train, "held_out": held_out}
 
 
-def _tasks(config: ShardConfig, split: str, source: Archive) -> list[_Task]:
-    order = permutation(config.seed, 0, len(source.members))
-    starts = range(0, len(order), config.images_per_shard)
-    return [_Task(split, k, order[start : start + config.images_per_shard]) for k, start in enumerate(starts)]
+def _plan(config: ShardConfig, archive: ArchiveRef, out: StageOutput) -> _Plan:
+    with _PLANNING:
+        return _planned(config.images_per_shard, config.seed, archive, tuple(out.header.inputs.items()))
+
+
+@lru_cache(maxsize=1)
+def _planned(images_per_shard: int, seed: int, archive: ArchiveRef, inputs: tuple[tuple[str, str], ...]) -> _Plan:
+    archives = _opened(archive)
+    for split, source in archives.items():
+        if dict(inputs).get(split, source.digest) != source.digest:
+            raise InputError(f"the {split} archive has changed since this run began; run the same command again")
+    orders = {split: permutation(seed, 0, len(source.members)) for split, source in archives.items()}
+    return _Plan(
+        archives,
+        [
+            _Task(split, number, order[start : start + images_per_shard])
+            for split, order in orders.items()
+            for number, start in enumerate(range(0, len(order), images_per_shard))
+        ],
+    )
+
+
+def _groups(config: ShardConfig, count: int) -> list[range]:
+    """The numbers of the shards that one worker builds at a call: to call costs some time, and to wait for it too."""
+    size = max(1, min(_GROUP // config.images_per_shard, -(-count // _CALLS)))
+    return [range(count)[start : start + size] for start in range(0, count, size)]
+
+
+def _in_threads(runner: Runner, build: Build, groups: Sequence[range]) -> Iterator[Built]:
+    with threads(here(runner)) as pool:
+        yield from pool.map(build, groups)
 
 
 def _build_all(
-    config: ShardConfig, archives: Mapping[str, Archive], tasks: list[_Task], out: StageOutput, tracker: Tracker
+    config: ShardConfig, archive: ArchiveRef, plan: _Plan, out: StageOutput, tracker: Tracker, spread: Spread
 ) -> None:
-    total = sum(len(task.indices) for task in tasks)
+    total = sum(len(task.indices) for task in plan.tasks)
     done, unreadable = 0, list[Unreadable]()
-    with threads(config.workers) as pool:
-        found = pool.map(partial(_build, config, archives, out), tasks)
-        for task, left_out in zip(tasks, found, strict=True):
-            done += len(task.indices)
-            unreadable += left_out
-            _check_limit(unreadable, done, total, config.max_unreadable)
-            tracker.progress(done, total, "images")
+    for built in spread(partial(build, config, archive.absolute(), out), _groups(config, len(plan.tasks))):
+        done += built.images
+        unreadable += built.unreadable
+        _check_limit(unreadable, done, total, config.max_unreadable)
+        tracker.progress(done, total, "images")
 
 
-def _build(
-    config: ShardConfig, archives: Mapping[str, Archive], out: StageOutput, task: _Task
-) -> tuple[Unreadable, ...]:
+def _build(config: ShardConfig, source: Archive, out: StageOutput, task: _Task) -> tuple[Unreadable, ...]:
     """Build one tar unless it is committed, and say which files were left out of it."""
     record = records.load(out, task.record, ShardRecord)
     if record is None:
         replace = uri.exists(out.url(task.record))
-        data, entries, unreadable = _pack(archives[task.split], task, config.min_side)
+        data, entries, unreadable = pack(source, task.split, task.indices, config.min_side)
         record = ShardRecord(files=(out.put(task.tar, data),), entries=entries, unreadable=unreadable)
         records.commit(out, task.record, record, replace=replace)
     return record.unreadable
 
 
-def _pack(source: Archive, task: _Task, min_side: int) -> tuple[bytes, tuple[Entry, ...], tuple[Unreadable, ...]]:
-    buffer = io.BytesIO()
-    entries, unreadable = list[Entry](), list[Unreadable]()
-    with webdataset.TarWriter(buffer, encoder=False, mtime=0, user="ditflow", group="ditflow") as tar:
-        for index in map(int, task.indices):
-            member = source.members[index]
-            data = source.read(member)
-            try:
-                entry = _entry(index, member, data, min_side)
-            except UnreadableImage as error:
-                unreadable.append(Unreadable(split=task.split, name=member.name, reason=str(error)))
-                continue
-            tar.write({"__key__": f"{index:08d}", entry.extension: data, "cls": str(member.label).encode()})
-            entries.append(entry)
-    return buffer.getvalue(), tuple(entries), tuple(unreadable)
-
-
-def _entry(index: int, member: Member, data: bytes, min_side: int) -> Entry:
-    facts = inspect(data)
-    if min(facts.width, facts.height) < min_side:
-        raise UnreadableImage(f"{facts.width}x{facts.height} pixels, smaller than {min_side}")
-    return Entry(
-        source_index=index,
-        name=member.name,
-        label=member.label,
-        extension=facts.extension,
-        sha256=uri.sha256(data),
+def _finish(plan: _Plan, out: StageOutput, tracker: Tracker) -> ShardManifest:
+    """Check every record against its tar and commit the stage."""
+    tasks, train = plan.tasks, plan.archives["train"]
+    done = records.sealed(out, [task.record for task in tasks], ShardRecord)
+    _check_classes(train, [r for (r, _), task in zip(done, tasks, strict=True) if task.split == "train"])
+    splits = {split: _split(split, tasks, [record for record, _ in done]) for split in plan.archives}
+    sheet = publish(out, tracker, "images.png", _contact_sheet(train, done[0][0]))
+    files = [sheet, *(entry for _, entry in done), *(file for record, _ in done for file in record.files)]
+    unreadable = tuple(item for record, _ in done for item in record.unreadable)
+    counts = {
+        "images": sum(split.count for split in splits.values()),
+        "unreadable": len(unreadable),
+        "classes": len(train.class_names),
+        "shards": len(tasks),
+    }
+    return out.commit(
+        ShardManifest, files, counts=counts, class_names=train.class_names, splits=splits, unreadable=unreadable
     )
 
 
@@ -314,9 +337,7 @@ def _contact_sheet(source: Archive, record: ShardRecord) -> bytes:
 
 def _read_shard(manifest: ShardManifest, task: _Task, first: int) -> Iterator[Sample]:
     record = ShardRecord.model_validate_json(manifest.read_object(task.record))
-    with tarfile.open(fileobj=io.BytesIO(manifest.read_object(task.tar)), mode="r:") as tar:
-        for position, entry in enumerate(record.entries):
-            file = tar.extractfile(f"{entry.source_index:08d}.{entry.extension}")
-            if file is None:
-                raise StorageError(f"{task.tar}: {entry.source_index:08d} is not a file")
-            yield Sample(first + position, entry.source_index, entry.name, entry.label, file.read())
+    tar = io.BytesIO(manifest.read_object(task.tar))
+    images = tar_file_iterator(tar, select_files=lambda name: not name.endswith(".cls"))
+    for position, (entry, image) in enumerate(zip(record.entries, images, strict=True)):
+        yield Sample(first + position, entry.source_index, entry.name, entry.label, image["data"])

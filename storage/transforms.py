@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from storage.jpeg import is_whole
+
 CROP_ID = "box-bicubic-centre"
 """Names `center_crop` in conditions and caches; changes when the pixels would."""
 
@@ -62,12 +64,12 @@ def decode(data: bytes) -> Image.Image:
 
 
 def inspect(data: bytes) -> Facts:
-    """Size and format of an image, found by decoding all of it.
+    """Size and format of an image that `decode` can decode, found by doing so where its markers do not tell.
 
     Raises:
         UnreadableImage: as `decode`.
     """
-    image, name = _decoded(data)
+    image, name = _decoded(data, header=is_whole(data))
     return Facts(image.width, image.height, _EXTENSIONS.get(name, "jpg"))  # MPO: a JPEG with more behind it
 
 
@@ -162,9 +164,12 @@ def _scaled(image: Image.Image, size: int) -> tuple[int, int]:
     return round(image.width * scale), round(image.height * scale)
 
 
-def _decoded(data: bytes) -> tuple[Image.Image, str]:
+def _decoded(data: bytes, *, header: bool = False) -> tuple[Image.Image, str]:
+    """The image, or only its header, and the name of its format."""
     try:
         image = _opened(data)
+        if header:
+            return image, str(image.format)
         image.load()
         return _rgb(image), str(image.format)
     except UnreadableImage:

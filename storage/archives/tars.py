@@ -4,13 +4,15 @@ Opening reads the headers, each with a small range; an image is one range of the
 Labels are read as text and nothing is ever unpickled.
 """
 
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
-from typing import IO, NamedTuple, cast
+from functools import lru_cache, partial
+from typing import IO, NamedTuple, TypeAlias, cast
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from storage import uri
 from storage.archives.listing import Archive, Found, first_line, numbered, path_parts
@@ -22,10 +24,14 @@ _PIECE = 4 * _BLOCK  # a header, what a small label says, and the header behind 
 _LARGEST = 1 << 20  # bytes of a header: a name or a table of attributes
 _LARGEST_LABEL = 256
 _READERS = 16
+_OPEN = 64  # local files
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"})
 _SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _BRACES = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}", re.ASCII)
 _MOST_TARS = 1_000_000
+
+Read: TypeAlias = Callable[[str, int, int], bytes]
+"""The bytes of an object, by its path, the first of them and how many."""
 
 
 class Span(NamedTuple):
@@ -174,10 +180,21 @@ def _has_labels(tar: Tar) -> bool:
 
 
 def _fetch(fs: fsspec.AbstractFileSystem) -> Callable[[Span], bytes]:
-    def fetch(span: Span) -> bytes:
-        return bytes(fs.cat_file(span.path, start=span.start, end=span.start + span.size)) if span.size else b""
+    read = _reader(fs)
+    return lambda span: read(span.path, span.start, span.size) if span.size else b""
 
-    return fetch
+
+def _reader(fs: fsspec.AbstractFileSystem) -> Read:
+    """Reads so many bytes of an object from one on. Local files stay open: opening takes longer than reading."""
+    if not isinstance(fs, LocalFileSystem):
+        return lambda path, start, size: bytes(fs.cat_file(path, start=start, end=start + size))
+    opened = lru_cache(maxsize=_OPEN)(partial(open, mode="rb", buffering=0))
+
+    def read(path: str, start: int, size: int) -> bytes:
+        file = opened(path)  # held, since it is closed when nobody holds it
+        return os.pread(file.fileno(), size, start)
+
+    return read
 
 
 def _listed(fs: fsspec.AbstractFileSystem, urls: list[str]) -> tuple[tuple[Tar, ...], str]:
@@ -197,17 +214,18 @@ def _listed(fs: fsspec.AbstractFileSystem, urls: list[str]) -> tuple[tuple[Tar, 
 @lru_cache(maxsize=4)  # a million headers take minutes, and a run asks for a digest more than once
 def _indexed(fs: fsspec.AbstractFileSystem, places: tuple[tuple[str, Span], ...], stamp: str) -> tuple[Tar, ...]:
     """The tars at the places, read again when the stamp is another."""
+    read = _reader(fs)
     with threads(_READERS) as pool:
-        return tuple(pool.map(lambda place: _index(fs, *place), places))
+        return tuple(pool.map(lambda place: _index(read, *place), places))
 
 
-def _index(fs: fsspec.AbstractFileSystem, where: str, span: Span) -> Tar:
+def _index(read: Read, where: str, span: Span) -> Tar:
     """The files of a tar, in its order.
 
     Raises:
         InputError: it is damaged or holds links; the line names the byte.
     """
-    headers, end, entries = _Headers(fs, span), 0, list[Entry]()
+    headers, end, entries = _Headers(read, span), 0, list[Entry]()
     try:
         with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:") as tar:  # it reads, seeks and tells
             while (info := tar.next()) is not None:
@@ -243,8 +261,8 @@ def _entries(where: str, tar: Span, info: tarfile.TarInfo, headers: "_Headers") 
 class _Headers:
     """A tar as `tarfile` wants it, fetched in small ranges, which only its headers need."""
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, span: Span) -> None:
-        self._fs, self._span = fs, span
+    def __init__(self, read: Read, span: Span) -> None:
+        self._read, self._span = read, span
         self._at, self._first, self._piece = 0, 0, b""
 
     def tell(self) -> int:
@@ -269,7 +287,6 @@ class _Headers:
         self._first, self._piece = self._at, b""
         size = min(count, self._span.size - self._at)
         if size > 0:
-            start = self._span.start + self._at
-            self._piece = self._fs.cat_file(self._span.path, start=start, end=start + size)
+            self._piece = self._read(self._span.path, self._span.start + self._at, size)
             if len(self._piece) != size:
                 raise ValueError(f"{len(self._piece):,} bytes came for a range of {size:,}")

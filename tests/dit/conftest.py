@@ -15,6 +15,7 @@ from storage import shards as shard
 from storage.archive import ArchiveRef
 from storage.latents import LatentManifest
 from storage.manifest import stage_output
+from storage.runners import Threads
 from storage.shards import ShardConfig, ShardManifest
 from storage.tracking import NullTracker
 
@@ -50,7 +51,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(pictures: Path, root: Path) -> ShardManifest:
-    config = ShardConfig(images_per_shard=10, workers=2)
+    config = ShardConfig(images_per_shard=10, runner=Threads(count=2))
     archive = ArchiveRef(train=str(pictures / "train"), held_out=str(pictures / "held_out"))
     inputs = shard.input_digests(archive)
     out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)

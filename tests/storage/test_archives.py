@@ -12,6 +12,7 @@ from storage import shards
 from storage.archive import Archive, ArchiveRef, open_archive
 from storage.errors import InputError, StorageError
 from storage.manifest import stage_output
+from storage.runners import Threads
 from storage.shards import ShardConfig, ShardManifest
 from storage.tracking import NullTracker
 
@@ -57,7 +58,7 @@ def files(tmp_path: Path, write_archive: Callable[..., Path]) -> dict[str, bytes
 
 
 def run(root: Path, archive: ArchiveRef) -> ShardManifest:
-    config = ShardConfig(images_per_shard=4, workers=2)
+    config = ShardConfig(images_per_shard=4, runner=Threads(count=2))
     inputs = shards.input_digests(archive)
     out = stage_output(str(root), shards.STAGE, shards.VERSION, config, parents={}, inputs=inputs)
     return shards.run(config, archive, out=out, tracker=NullTracker())
@@ -120,7 +121,7 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path, files: dict[str, bytes], 
     with pytest.raises(StorageError, match=r"dog/005\.JPEG: "):
         archive.read(archive.members[-1])
     path.unlink()
-    with pytest.raises(StorageError, match=r"dog/005\.JPEG: cannot be read"):
+    with pytest.raises(StorageError, match=r"dog/005\.JPEG: "):
         archive.read(archive.members[-1])
 
 

@@ -15,6 +15,7 @@ from storage.config import Config
 from storage.errors import StorageError
 from storage.manifest import Manifest, stage_output
 from storage.rows import RowReader
+from storage.runners import Threads
 from storage.shards import ShardConfig, ShardManifest, read_images
 from storage.tracking import NullTracker
 
@@ -191,7 +192,7 @@ def test_a_long_check_says_how_far_it_is(
 @pytest.fixture(params=[False, True], ids=["local", "remote"])
 def tars(request: pytest.FixtureRequest, tmp_path: Path, memory: str, write_archive: Callable[..., Path]) -> Manifest:
     archive = ArchiveRef(train=str(write_archive(tmp_path / "images", {"cat": 7, "dog": 5})))
-    config = ShardConfig(images_per_shard=5, workers=1)
+    config = ShardConfig(images_per_shard=5, runner=Threads(count=1))
     root = memory if request.param else str(tmp_path)
     out = stage_output(root, shards.STAGE, 1, config, parents={}, inputs=shards.input_digests(archive))
     return shards.run(config, archive, out=out, tracker=NullTracker())

@@ -15,10 +15,11 @@ from storage.archive import ArchiveRef
 from storage.errors import StorageError
 from storage.manifest import Manifest, StageOutput, stage_output
 from storage.rows import ArraySpec, RowLayout, RowReader, RowWriter
+from storage.runners import Threads
 from storage.shards import ShardConfig, ShardManifest, read_images
 from storage.tracking import NullTracker
 
-CONFIG = ShardConfig(images_per_shard=7, workers=2)
+CONFIG = ShardConfig(images_per_shard=7, runner=Threads(count=2))
 
 
 @pytest.fixture(scope="module")

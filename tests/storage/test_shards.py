@@ -10,18 +10,20 @@ import fsspec
 import numpy as np
 import pytest
 import webdataset
+from numpy.typing import NDArray
 from PIL import Image
 from recorder import Recorder
 
 from storage import shards, uri
-from storage.archive import ArchiveRef, open_archive
+from storage.archive import Archive, ArchiveRef, open_archive
 from storage.errors import InputError, StorageError
 from storage.manifest import StageOutput, stage_output
 from storage.order import permutation
+from storage.runners import Threads
 from storage.shards import ShardConfig, ShardManifest, read_images
 from storage.tracking import NullTracker
 
-CONFIG = ShardConfig(images_per_shard=7, workers=2)
+CONFIG = ShardConfig(images_per_shard=7, runner=Threads(count=2))
 
 
 @pytest.fixture
@@ -85,6 +87,18 @@ def test_other_tools_read_the_tars(tmp_path: Path, archive: ArchiveRef) -> None:
     assert {(item.mtime, item.uname, item.mode) for item in members} == {(0, "ditflow", 0o444)}
 
 
+def test_the_tars_are_those_of_webdatasets_own_writer(tmp_path: Path, archive: ArchiveRef) -> None:
+    manifest = run(tmp_path / "out", archive)
+    for first, shard in zip(range(0, 28, 7), manifest.splits["train"].shards, strict=True):
+        theirs = io.BytesIO()
+        with webdataset.TarWriter(theirs, encoder=False, mtime=0, user="ditflow", group="ditflow") as tar:
+            for item in read_images(manifest, "train", first, first + shard.count):
+                ending = "png" if item.data[:4] == b"\x89PNG" else "jpg"
+                sample = {"__key__": f"{item.source_index:08d}", "cls": str(item.label).encode(), ending: item.data}
+                tar.write(sample)
+        assert manifest.read_object(shard.path) == theirs.getvalue()
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_same_images_give_the_same_bytes(tmp_path: Path, archive: ArchiveRef, workers: int) -> None:
     first = run(tmp_path / "one", archive)
@@ -92,7 +106,7 @@ def test_the_same_images_give_the_same_bytes(tmp_path: Path, archive: ArchiveRef
     second = run(
         tmp_path / "two",
         ArchiveRef(train=str(moved), held_out=archive.held_out),
-        CONFIG.model_copy(update={"workers": workers}),
+        CONFIG.model_copy(update={"runner": Threads(count=workers)}),
     )
     assert second.digest == first.digest
     assert objects(second) == objects(first)
@@ -139,15 +153,15 @@ def test_a_committed_shard_is_not_built_again(
     folder = Path(manifest.uri)
     (folder / "manifest.json").unlink()
     (folder / "train/00002.tar").unlink()
-    built, pack = [], shards._pack
+    built, pack = [], shards.pack
 
-    def counted(source: object, task: shards._Task, min_side: int) -> object:
-        built.append(task.tar)
-        return pack(source, task, min_side)  # type: ignore[arg-type]
+    def counted(source: Archive, split: str, indices: NDArray[np.int64], min_side: int) -> object:
+        built.append((split, list(indices)))
+        return pack(source, split, indices, min_side)
 
-    monkeypatch.setattr(shards, "_pack", counted)
+    monkeypatch.setattr(shards, "pack", counted)
     run(tmp_path / "out", archive)
-    assert built == ["train/00002.tar"]
+    assert built == [("train", list(permutation(CONFIG.seed, 0, 23)[14:21]))]
 
 
 def test_progress_and_contact_sheet(tmp_path: Path, archive: ArchiveRef, recorder: Recorder) -> None:
@@ -291,7 +305,7 @@ def test_a_full_disk_is_one_line_and_what_is_committed_stays(
     tmp_path: Path, tiny_disk: Path, write_archive: Callable[..., Path]
 ) -> None:
     archive = ArchiveRef(train=str(write_archive(tmp_path / "large", {"a": 40}, side=64)))
-    config = ShardConfig(images_per_shard=10, workers=1)
+    config = ShardConfig(images_per_shard=10, runner=Threads(count=1))
     with pytest.raises(
         StorageError, match=r"00\d\.tar: the disk is full .*make room and run the same command"
     ) as caught:

@@ -7,10 +7,11 @@ from storage import shards, uri, verify
 from storage.archive import ArchiveRef
 from storage.errors import InputError, StorageError
 from storage.manifest import Manifest, stage_output
+from storage.runners import Threads
 from storage.shards import ShardConfig, ShardManifest
 from storage.tracking import NullTracker
 
-CONFIG = ShardConfig(images_per_shard=7, workers=2)
+CONFIG = ShardConfig(images_per_shard=7, runner=Threads(count=2))
 TAR, RECORD = "train/00001.tar", "records/train-00001.json"
 
 
@@ -81,8 +82,8 @@ def test_a_fault_is_named_and_the_same_command_mends_it_and_nothing_else(
     with pytest.raises(InputError, match="no committed manifest"):
         ShardManifest.read(manifest.uri)
     built = []
-    pack = shards._pack
-    monkeypatch.setattr(shards, "_pack", lambda source, task, side: built.append(task.tar) or pack(source, task, side))
+    pack = shards.pack
+    monkeypatch.setattr(shards, "pack", lambda *given: built.append(TAR) or pack(*given))
     mended = shard(root, archive)
     assert built == ([] if path.startswith("artifacts") else [TAR])
     assert mended.digest == manifest.digest
