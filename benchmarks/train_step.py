@@ -235,7 +235,7 @@ def _batch(task: Task) -> Batch:
     x0, noise = (torch.randn(shape, generator=generator).to(device()) for _ in range(2))
     u = torch.rand(count, generator=generator, dtype=torch.float64).to(device())
     y = torch.randint(config.num_classes + 1, (count,), generator=generator).to(device())
-    return Batch(x0, noise, u, y, seed=0)
+    return Batch(x0, noise, u, y)
 
 
 def _process() -> GaussianDiffusion:

@@ -13,7 +13,7 @@ from dit.diffusion.config import DiffusionConfig, ProcessConfig
 from dit.export import CheckpointManifest, ModelCard, export
 from dit.models.build import build
 from dit.models.choice import DiTChoice, Given, ModelChoice
-from dit.models.config import ModelConfig
+from dit.models.config import DiffiTImageConfig, ModelConfig
 from dit.plots import curve
 from dit.training import checkpoint
 from dit.training.checkpoint import Measured
@@ -27,7 +27,7 @@ from storage.latents import LatentManifest
 from storage.manifest import StageOutput
 from storage.tracking import Tracker, publish
 
-VERSION = 1
+VERSION = 2
 LOGGER = logging.getLogger(__name__)
 
 
@@ -60,6 +60,8 @@ class TrainConfig(Config):
     """Probability of each of EDM's distortions of an image, which the model is told; diffit_image on pixels alone."""
     precision: Precision = "float32"
     """Arithmetic of the forward pass; weights are float32 in any case."""
+    micro_batch: int | None = operational(None, ge=1)
+    """Images that a rank takes through the model at once, to save memory; None takes all of its share."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides initial weights, order, noise and dropped labels."""
     log_every: int = operational(100, ge=1)
@@ -125,6 +127,7 @@ def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentMani
         ranks=ranks,
         device=device(),
         augmentation=config.augmentation,
+        dropout=isinstance(model_config, DiffiTImageConfig) and model_config.dropout > 0,
     )
 
 
@@ -157,6 +160,7 @@ def _train(
         learning_rate=lambda step: learning_rate(config, step),
         gradient_clip=config.gradient_clip,
         autocast=None if config.precision == "float32" else dtype(config.precision),
+        micro_batch=config.micro_batch,
     )
     logged, since = state.step, time.monotonic()
     for result in train(state, process, batches, numbers, stop=config.steps, ranks=ranks):
@@ -164,7 +168,7 @@ def _train(
         saves = result.step % config.checkpoint_every == 0 and result.step < config.steps
         if not logs and not saves:
             continue
-        values = _measure(result, ranks)  # before saving too: nothing that is not finite is ever resumed from
+        values = _measure(result)  # before saving too: nothing that is not finite is ever resumed from
         if logs:
             history.append(Measured(step=result.step, values=values))
             speed = (result.step - logged) * config.batch_size / (time.monotonic() - since)
@@ -175,9 +179,9 @@ def _train(
             checkpoint.save(out, state, history, keep=config.keep_checkpoints)
 
 
-def _measure(result: StepResult, ranks: Ranks) -> dict[str, float]:
-    values = {name: ranks.mean(term) for name, term in result.terms.items()}
-    values["gradient_norm"] = ranks.mean(result.gradient_norm)
+def _measure(result: StepResult) -> dict[str, float]:
+    values = {name: term.item() for name, term in result.terms.items()}
+    values["gradient_norm"] = result.gradient_norm.item()
     if not all(map(math.isfinite, values.values())):
         found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         raise DitflowError(f"training went astray at step {result.step:,}: {found}; lower train.learning_rate")

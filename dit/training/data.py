@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit.pixels import to_unit
-from dit.random import Stream, words
 from dit.training.augment import augmented
 from dit.training.noise import StepDraws
 from dit.training.ranks import Ranks
@@ -32,10 +31,25 @@ class Batch:
     """Uniform in [0, 1), (B,), for the timesteps."""
     y: Tensor | None
     """Labels (B,), the dropped ones replaced by the null label."""
-    seed: int
-    """Of whatever else is random in the step on this rank: dropout."""
     augment: Tensor | None = None
     """How the images were distorted, (B, 9); None if they never are."""
+    dropout: Tensor | None = None
+    """Random words (B,), int64, that decide what the model drops; None if it drops nothing."""
+
+    @property
+    def told(self) -> dict[str, Tensor]:
+        """What the model is given besides data, time and labels, by name."""
+        told = {"augment": self.augment, "dropout": self.dropout}
+        return {name: value for name, value in told.items() if value is not None}
+
+    def split(self, size: int | None) -> list["Batch"]:
+        """Micro-batches of at most so many rows, in order; None is one of all."""
+        size = size or len(self.x0)
+        starts, fields = range(0, len(self.x0), size), vars(self)
+        parts = [
+            {name: value if value is None else value[at : at + size] for name, value in fields.items()} for at in starts
+        ]
+        return [Batch(**part) for part in parts]
 
 
 class Data(Protocol):
@@ -112,6 +126,8 @@ class Batches:
     device: torch.device
     augmentation: float = 0.0
     """Probability of each distortion; 0 is none, and no labels of it."""
+    dropout: bool = False
+    """Whether the model drops anything."""
 
     def __call__(self, step: int) -> Batch:
         """The batch of a step for this rank. The same step gives the same bits, whenever it is asked for."""
@@ -123,8 +139,8 @@ class Batches:
         x0, augment = self.data.x0(items, mirrored, draws), None
         if self.augmentation:
             x0, augment = augmented(x0, draws.augment, self.augmentation)
-        seed = int(words(self.seed, Stream.DROPOUT, step, [self.ranks.rank], 1)[0, 0])
-        return Batch(x0, draws.noise, draws.t, self._labels(items, draws.label_drop), seed, augment)
+        dropout = draws.dropout if self.dropout else None
+        return Batch(x0, draws.noise, draws.t, self._labels(items, draws.label_drop), augment, dropout)
 
     def _items(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         count = len(self.data.labels)

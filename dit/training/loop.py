@@ -1,11 +1,12 @@
 """The training loop. It yields; its caller logs and saves."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,18 +23,19 @@ class TrainState:
     model: nn.Module
     ema: EMA
     optimizer: torch.optim.Optimizer
+    """A fused one."""
     step: int = 0
-    """Optimizer steps taken."""
+    """Steps taken."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured on this rank, as scalar tensors: reading them waits for the device."""
+    """What one step measured, as scalar tensors: reading them waits for the device."""
 
     step: int
     """Steps taken, this one included."""
     terms: dict[str, Tensor]
-    """The loss and its parts, each a mean over this rank's batch."""
+    """The loss and its parts, each a mean over the global batch."""
     gradient_norm: Tensor
 
 
@@ -47,6 +49,8 @@ class Numbers:
     """Largest norm of the gradient; None leaves it as it is."""
     autocast: torch.dtype | None = None
     """Lower precision of the forward pass; None computes in the parameters' own."""
+    micro_batch: int | None = None
+    """Images that a rank takes through the model at once; None takes all."""
 
 
 def train(
@@ -62,13 +66,7 @@ def train(
     model = DistributedDataParallel(state.model) if ranks.world_size > 1 else state.model
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     while state.step < stop:
-        batch = batches(state.step)
-        device = batch.x0.device.type
-        with _seeded(batch), torch.autocast(device, numbers.autocast, enabled=numbers.autocast is not None):
-            told = model if batch.augment is None else partial(model, augment=batch.augment)
-            terms = process.training_terms(told, batch.x0, batch.noise, process.sample_t(batch.u), batch.y)
-        means = {name: term.mean() for name, term in terms.items()}
-        means["loss"].backward()
+        terms = _accumulated(model, process, batches(state.step), numbers, ranks)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if numbers.gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, numbers.gradient_clip, norm)
@@ -78,13 +76,30 @@ def train(
         state.optimizer.zero_grad(set_to_none=True)
         state.ema.update(state.model, state.step)
         state.step += 1
-        yield StepResult(state.step, {name: mean.detach() for name, mean in means.items()}, norm)
+        yield StepResult(state.step, terms, norm)
 
 
-@contextmanager
-def _seeded(batch: Batch) -> Iterator[None]:
-    """Torch's own generators, which dropout draws from, at the batch's seed for the length of the block."""
-    device = batch.x0.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(batch.seed)
-        yield
+def _accumulated(model: nn.Module, process: Process, batch: Batch, numbers: Numbers, ranks: Ranks) -> dict[str, Tensor]:
+    """Add up a batch's gradients in the parameters; return the means of the loss and its parts over all ranks."""
+    parts = batch.split(numbers.micro_batch)
+    sums: dict[str, Tensor] = {}
+    for number, part in enumerate(parts, start=1):
+        with ExitStack() as stack:
+            if isinstance(model, DistributedDataParallel) and number < len(parts):
+                stack.enter_context(model.no_sync())  # ranks exchange gradients once a step
+            terms = _terms(model, process, part, numbers)
+            share = len(part.x0) / len(batch.x0)
+            means = {name: term.mean() * share for name, term in terms.items()}
+            means["loss"].backward()
+        for name, mean in means.items():
+            sums[name] = sums.get(name, 0) + mean.detach().double()
+    total = torch.stack(list(sums.values()))
+    if ranks.world_size > 1:
+        dist.all_reduce(total)
+    return dict(zip(sums, total / ranks.world_size, strict=True))
+
+
+def _terms(model: nn.Module, process: Process, batch: Batch, numbers: Numbers) -> dict[str, Tensor]:
+    with torch.autocast(batch.x0.device.type, numbers.autocast, enabled=numbers.autocast is not None):
+        told = partial(model, **batch.told)
+        return process.training_terms(told, batch.x0, batch.noise, process.sample_t(batch.u), batch.y)

@@ -25,7 +25,9 @@ LATENT = COMMON.model_copy(update={"model": tiny.MODEL, "ema_decay": 0.9})
 PIXEL = COMMON.model_copy(
     update={
         "model": DiffiTImageChoice(
-            size=ImageShape(stem_width=32, widths=(32, 32), depths=(1, 1), window=4, time_width=32), conditional=True
+            size=ImageShape(stem_width=32, widths=(32, 32), depths=(1, 1), window=4, time_width=32),
+            conditional=True,
+            dropout=0.2,
         ),
         "diffusion": EDMConfig(),
         "warmup_steps": 10,

@@ -182,6 +182,18 @@ def test_how_often_to_log_and_save_changes_no_weights(
     assert folders == ["step-000000003", "step-000000006", "step-000000009"]
 
 
+@pytest.mark.parametrize("micro_batch", [2, 3])
+def test_micro_batches_change_the_order_of_sums_alone(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest], micro_batch: int
+) -> None:
+    config = tiny.TRAINING.model_copy(update={"micro_batch": micro_batch})
+    recorder, manifest = through(tmp_path, config, latents)
+    assert manifest.digest == whole[1].digest
+    for step, values in recorder.values.items():
+        assert values["loss"] == pytest.approx(whole[0].values[step]["loss"], rel=1e-5)
+    assert recorder.values[1]["loss"] == pytest.approx(whole[0].values[1]["loss"], rel=1e-7)
+
+
 def test_the_seed_decides(
     tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
 ) -> None:
