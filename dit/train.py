@@ -70,6 +70,12 @@ class TrainConfig(Config):
     """Steps between two checkpoints: what a kill can cost."""
     keep_checkpoints: int = operational(2, ge=1)
     """How many of the newest checkpoints stay."""
+    max_skipped: int = operational(10, ge=1)
+    """Steps in a row that may be skipped for a loss or gradient that is not finite."""
+
+
+class AstrayError(DitflowError):
+    """Too many steps in a row were skipped."""
 
 
 def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, tracker: Tracker) -> CheckpointManifest:
@@ -78,16 +84,16 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
     Raises:
         InputError: model, latents and ranks do not fit each other.
         StorageError: the latents are not what was committed, or the disk is full.
-        DitflowError: the loss or the gradient is not finite.
+        AstrayError: the loss or the gradient stays without a finite value, from the last checkpoint on too.
     """
     with joined() as ranks:
         model_config = model_for(config, latents)
         batches = _batches(config, model_config, latents, ranks)
-        state = _initial_state(config, model_config)
-        history = checkpoint.load_newest(out, state)
-        if state.step and ranks.first:
-            LOGGER.info("resuming after step %d", state.step)
-        _train(config, state, batches, history, ranks, out, tracker)
+        try:
+            state, history = _train(config, model_config, batches, ranks, out, tracker)
+        except AstrayError as error:  # a passing fault of the machine does not come again
+            LOGGER.warning("%s; once more from the last checkpoint", error)
+            state, history = _train(config, model_config, batches, ranks, out, tracker)
         if ranks.first:
             _commit(config, model_config, latents, state, history, out, tracker)
         ranks.wait()
@@ -147,14 +153,17 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def _train(
     config: TrainConfig,
-    state: TrainState,
+    model_config: ModelConfig,
     batches: Batches,
-    history: list[Measured],
     ranks: Ranks,
     out: StageOutput,
     tracker: Tracker,
-) -> None:
-    """Train to the last step, log, save, and add what was measured to the history."""
+) -> tuple[TrainState, list[Measured]]:
+    """Train from the newest checkpoint to the last step, log and save; return also what was measured."""
+    state = _initial_state(config, model_config)
+    history = checkpoint.load_newest(out, state)
+    if state.step and ranks.first:
+        LOGGER.info("resuming after step %d", state.step)
     process = build_process(config.diffusion, batches.device)
     numbers = Numbers(
         learning_rate=lambda step: learning_rate(config, step),
@@ -166,26 +175,37 @@ def _train(
     for result in train(state, process, batches, numbers, stop=config.steps, ranks=ranks):
         logs = result.step % config.log_every == 0 or result.step == config.steps
         saves = result.step % config.checkpoint_every == 0 and result.step < config.steps
-        if not logs and not saves:
-            continue
-        values = _measure(result)  # before saving too: nothing that is not finite is ever resumed from
+        if logs or saves or result.step % config.max_skipped == 0:
+            streak = int(result.streak)
+            if streak >= config.max_skipped:
+                raise AstrayError(_astray(result.step - streak, streak, batches))
         if logs:
-            history.append(Measured(step=result.step, values=values))
+            values = _values(result)
+            if streak == 0:
+                history.append(Measured(step=result.step, values=values))
             speed = (result.step - logged) * config.batch_size / (time.monotonic() - since)
             logged, since = result.step, time.monotonic()
-            tracker.metrics(values | {"images_per_second": speed}, step=result.step)
+            measured = {name: value for name, value in values.items() if math.isfinite(value)}
+            others = {"images_per_second": speed, "skipped_steps": float(result.skipped)}
+            tracker.metrics(measured | others, step=result.step)
             tracker.progress(result.step, config.steps, "steps")
-        if saves and ranks.first:
+        if saves and streak == 0 and ranks.first:  # else a run that goes back would come to the same point
             checkpoint.save(out, state, history, keep=config.keep_checkpoints)
+    if not history:
+        raise AstrayError("training went astray: no loss on record is finite; lower train.learning_rate")
+    return state, history
 
 
-def _measure(result: StepResult) -> dict[str, float]:
+def _values(result: StepResult) -> dict[str, float]:
     values = {name: term.item() for name, term in result.terms.items()}
-    values["gradient_norm"] = result.gradient_norm.item()
-    if not all(map(math.isfinite, values.values())):
-        found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        raise DitflowError(f"training went astray at step {result.step:,}: {found}; lower train.learning_rate")
-    return values
+    return values | {"gradient_norm": result.gradient_norm.item()}
+
+
+def _astray(first: int, count: int, batches: Batches) -> str:
+    items = batches.items(first)
+    named = ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
+    steps = f"training went astray: {count:,} steps from step {first + 1:,} on had no finite loss or gradient"
+    return f"{steps}; the first trained on images {named} of the store; lower train.learning_rate or look at these"
 
 
 def _commit(

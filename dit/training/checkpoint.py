@@ -37,7 +37,9 @@ class CheckpointRecord(records.Record):
     files: tuple[FileEntry]
     """The state."""
     step: int
-    """Optimizer steps taken."""
+    """Steps taken."""
+    skipped: int
+    """Of them, those that changed nothing."""
     history: tuple[Measured, ...]
     """What had been measured by then."""
 
@@ -50,7 +52,7 @@ def save(out: StageOutput, state: TrainState, history: Sequence[Measured], *, ke
     """
     name = f"step-{state.step:09d}"
     entry = out.put(f"{FOLDER}/{name}/{STATE}", save_tensors(_tensors(state)))
-    record = CheckpointRecord(files=(entry,), step=state.step, history=tuple(history))
+    record = CheckpointRecord(files=(entry,), step=state.step, skipped=int(state.skipped), history=tuple(history))
     records.commit(out, _record(name), record, replace=True)
     older = [other for other in uri.names(out.url(FOLDER)) if other <= name]  # later ones are a kill's leftovers
     for other in older[:-keep]:
@@ -68,7 +70,7 @@ def load_newest(out: StageOutput, state: TrainState) -> list[Measured]:
         data = uri.read(out.url(record.files[0].path)) if record else b""
         if record and uri.sha256(data) == record.files[0].sha256:
             _restore(state, load_tensors(data))
-            state.step = record.step
+            state.step, state.skipped = record.step, record.skipped
             return list(record.history)
         LOGGER.warning("%s: not a whole checkpoint; trying the one before it", uri.redact(out.url(FOLDER, name)))
     return []

@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -45,9 +45,9 @@ class Batch:
     def split(self, size: int | None) -> list["Batch"]:
         """Micro-batches of at most so many rows, in order; None is one of all."""
         size = size or len(self.x0)
-        starts, fields = range(0, len(self.x0), size), vars(self)
-        parts = [
-            {name: value if value is None else value[at : at + size] for name, value in fields.items()} for at in starts
+        parts: list[dict[str, Any]] = [
+            {name: value if value is None else value[at : at + size] for name, value in vars(self).items()}
+            for at in range(0, len(self.x0), size)
         ]
         return [Batch(**part) for part in parts]
 
@@ -134,7 +134,7 @@ class Batches:
         local = self.batch_size // self.ranks.world_size
         rows = range(self.ranks.rank * local, (self.ranks.rank + 1) * local)
         draws = StepDraws(self.seed, step, rows, self.shape, self.device)
-        items = self._items(step * self.batch_size + np.asarray(rows))
+        items = self.items(step)[rows.start : rows.stop]
         mirrored = draws.flip.cpu().numpy() < 0.5 if self.flips else np.zeros(local, np.bool_)
         x0, augment = self.data.x0(items, mirrored, draws), None
         if self.augmentation:
@@ -142,9 +142,10 @@ class Batches:
         dropout = draws.dropout if self.dropout else None
         return Batch(x0, draws.noise, draws.t, self._labels(items, draws.label_drop), augment, dropout)
 
-    def _items(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    def items(self, step: int) -> NDArray[np.int64]:
+        """The images of a step, (batch_size,), of all ranks together."""
         count = len(self.data.labels)
-        epochs, places = np.divmod(positions, count)
+        epochs, places = np.divmod(step * self.batch_size + np.arange(self.batch_size), count)
         items = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch

@@ -23,9 +23,11 @@ class TrainState:
     model: nn.Module
     ema: EMA
     optimizer: torch.optim.Optimizer
-    """A fused one."""
+    """A fused one, which can leave a step out without asking the device."""
     step: int = 0
-    """Steps taken."""
+    """Steps taken, the skipped ones included."""
+    skipped: int | Tensor = 0
+    """Steps whose loss or gradient was not finite: they changed nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class StepResult:
     terms: dict[str, Tensor]
     """The loss and its parts, each a mean over the global batch."""
     gradient_norm: Tensor
+    skipped: Tensor
+    """Steps skipped up to now."""
+    streak: Tensor
+    """Of them, those in a row up to this one; 0 if this step was taken."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +68,33 @@ def train(
     stop: int,
     ranks: Ranks,
 ) -> Iterator[StepResult]:
-    """Take optimizer steps until ``stop`` have been taken; ``state`` is up to date at each yield."""
+    """Take optimizer steps until ``stop`` have been taken; ``state`` is up to date at each yield.
+
+    A step whose loss or gradient is not finite, on any rank, is skipped on all of them: weights,
+    moments and average stay as they are. Nothing here waits for the device.
+    """
     model = DistributedDataParallel(state.model) if ranks.world_size > 1 else state.model
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+    streak: int | Tensor = 0
     while state.step < stop:
         terms = _accumulated(model, process, batches(state.step), numbers, ranks)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if numbers.gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, numbers.gradient_clip, norm)
-        for group in state.optimizer.param_groups:
-            group["lr"] = numbers.learning_rate(state.step)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.ema.update(state.model, state.step)
-        state.step += 1
-        yield StepResult(state.step, terms, norm)
+        good = (terms["loss"] * norm).isfinite()
+        _step(state, numbers.learning_rate(state.step), good)
+        state.skipped, streak = state.skipped + ~good, (streak + 1) * ~good
+        yield StepResult(state.step, terms, norm, state.skipped, streak)
+
+
+def _step(state: TrainState, learning_rate: float, good: Tensor) -> None:
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # as a GradScaler tells fused optimizers
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.ema.update(state.model, state.step, good)
+    state.step += 1
 
 
 def _accumulated(model: nn.Module, process: Process, batch: Batch, numbers: Numbers, ranks: Ranks) -> dict[str, Tensor]:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import pytest
@@ -115,3 +116,42 @@ def test_a_model_is_told_its_own_rows_and_torchs_generator_is_left_alone() -> No
     assert torch.equal(torch.random.get_rng_state(), before)
     assert [set(given) for given in told] == [{"dropout"}] * 4
     assert [given["dropout"].tolist() for given in told] == [[0, 1, 2], [3], [10, 11, 12], [13]]
+
+
+def adam(model: nn.Module) -> TrainState:
+    return TrainState(model, EMA(model, 0.9), torch.optim.AdamW(model.parameters(), lr=1.0, fused=True))
+
+
+def changing(state: TrainState) -> list[Tensor]:
+    """All that a step changes."""
+    slots = [value for slots in state.optimizer.state.values() for value in slots.values()]
+    return [value.clone() for value in (*state.model.parameters(), *state.ema.state_dict().values(), *slots)]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad: float, clip: float | None) -> None:
+    """The first step too, before which the optimizer has no moments."""
+    scales = [bad, 1.0, bad, bad, 2.0]
+
+    def faulty(step: int) -> Batch:
+        ones = torch.ones(4, 1, 1, 1)
+        x0 = ones.clone()
+        x0[2] *= scales[step]
+        return Batch(x0, ones, torch.zeros(4), None)
+
+    state = adam(Line())
+    numbers = Numbers(learning_rate=lambda step: 0.1, gradient_clip=clip, micro_batch=3)
+    before, counts = state.model.w.item(), []
+    for result in train(state, Slope(), faulty, numbers, stop=5, ranks=Ranks()):
+        counts.append((int(result.skipped), int(result.streak)))
+        if result.step == 1:
+            assert state.model.w.item() == before
+        if result.step == 2:
+            once = changing(state)
+        if result.step == 4:
+            assert all(map(torch.equal, changing(state), once))
+    assert counts == [(1, 1), (1, 0), (2, 1), (3, 2), (3, 0)]
+    plain = adam(Line())
+    list(train(plain, Slope(), lambda step: faulty([1, 4][step]), numbers, stop=2, ranks=Ranks()))
+    assert all(map(torch.equal, changing(state), changing(plain)))
