@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from functools import partial
 
 import torch
 from pydantic import Field, ValidationError
@@ -16,15 +17,17 @@ from dit.models.choice import DiTChoice, Given, ModelChoice
 from dit.models.config import DiffiTImageConfig, ModelConfig
 from dit.plots import curve
 from dit.training import checkpoint
-from dit.training.checkpoint import Measured
+from dit.training.checkpoint import Measured, Saver
 from dit.training.data import Batches, open_data
 from dit.training.ema import EMA
 from dit.training.loop import Numbers, StepResult, TrainState, train
+from dit.training.preemption import notice
 from dit.training.ranks import Ranks, joined
 from storage.config import Config, operational
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, PreemptedError
 from storage.latents import LatentManifest
 from storage.manifest import StageOutput
+from storage.parallel import threads
 from storage.tracking import Tracker, publish
 
 VERSION = 2
@@ -70,6 +73,8 @@ class TrainConfig(Config):
     """Steps between two checkpoints: what a kill can cost."""
     keep_checkpoints: int = operational(2, ge=1)
     """How many of the newest checkpoints stay."""
+    keep_every: int | None = operational(None, ge=1)
+    """Checkpoints of steps that are multiples of it stay too; None keeps no others."""
     max_skipped: int = operational(10, ge=1)
     """Steps in a row that may be skipped for a loss or gradient that is not finite."""
 
@@ -85,6 +90,7 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
         InputError: model, latents and ranks do not fit each other.
         StorageError: the latents are not what was committed, or the disk is full.
         AstrayError: the loss or the gradient stays without a finite value, from the last checkpoint on too.
+        PreemptedError: SIGTERM; what was done is saved.
     """
     with joined() as ranks:
         model_config = model_for(config, latents)
@@ -161,9 +167,7 @@ def _train(
 ) -> tuple[TrainState, list[Measured]]:
     """Train from the newest checkpoint to the last step, log and save; return also what was measured."""
     state = _initial_state(config, model_config)
-    history = checkpoint.load_newest(out, state)
-    if state.step and ranks.first:
-        LOGGER.info("resuming after step %d", state.step)
+    history = _resume(state, ranks, out)
     process = build_process(config.diffusion, batches.device)
     numbers = Numbers(
         learning_rate=lambda step: learning_rate(config, step),
@@ -171,29 +175,51 @@ def _train(
         autocast=None if config.precision == "float32" else dtype(config.precision),
         micro_batch=config.micro_batch,
     )
+    save = partial(checkpoint.save, out, keep=config.keep_checkpoints, keep_every=config.keep_every)
     logged, since = state.step, time.monotonic()
-    for result in train(state, process, batches, numbers, stop=config.steps, ranks=ranks):
-        logs = result.step % config.log_every == 0 or result.step == config.steps
-        saves = result.step % config.checkpoint_every == 0 and result.step < config.steps
-        if logs or saves or result.step % config.max_skipped == 0:
-            streak = int(result.streak)
-            if streak >= config.max_skipped:
-                raise AstrayError(_astray(result.step - streak, streak, batches))
-        if logs:
-            values = _values(result)
-            if streak == 0:
-                history.append(Measured(step=result.step, values=values))
-            speed = (result.step - logged) * config.batch_size / (time.monotonic() - since)
-            logged, since = result.step, time.monotonic()
-            measured = {name: value for name, value in values.items() if math.isfinite(value)}
-            others = {"images_per_second": speed, "skipped_steps": float(result.skipped)}
-            tracker.metrics(measured | others, step=result.step)
-            tracker.progress(result.step, config.steps, "steps")
-        if saves and streak == 0 and ranks.first:  # else a run that goes back would come to the same point
-            checkpoint.save(out, state, history, keep=config.keep_checkpoints)
+    with notice(ranks) as notified, threads(1) as pool:
+        saver = Saver(pool, save)
+        for result in train(state, process, batches, numbers, stop=config.steps, ranks=ranks):
+            saver.check()
+            last = result.step == config.steps
+            stops = notified.given() and not last
+            logs = result.step % config.log_every == 0 or last
+            saves = (result.step % config.checkpoint_every == 0 and not last) or stops
+            if logs or saves or result.step % config.max_skipped == 0:
+                streak = int(result.streak)
+                if streak >= config.max_skipped:
+                    raise AstrayError(_astray(result.step - streak, streak, batches))
+            if logs:
+                values = _values(result)
+                if streak == 0:
+                    history.append(Measured(step=result.step, values=values))
+                speed = (result.step - logged) * config.batch_size / (time.monotonic() - since)
+                logged, since = result.step, time.monotonic()
+                measured = {name: value for name, value in values.items() if math.isfinite(value)}
+                others = {"images_per_second": speed, "skipped_steps": float(result.skipped)}
+                tracker.metrics(measured | others, step=result.step)
+                tracker.progress(result.step, config.steps, "steps")
+            if saves and streak == 0 and ranks.first:  # else a run that goes back would come to the same point
+                saver.save(state, history)
+            if stops:
+                saver.wait()
+                ranks.wait()  # or torchrun ends the one that saves when another is gone
+                raise PreemptedError(f"told to stop at step {result.step:,}; the same command goes on from there")
+        saver.wait()
     if not history:
         raise AstrayError("training went astray: no loss on record is finite; lower train.learning_rate")
     return state, history
+
+
+def _resume(state: TrainState, ranks: Ranks, out: StageOutput) -> list[Measured]:
+    """Bring the state to the newest checkpoint; return what had been measured by then."""
+    history = checkpoint.load_newest(out, state)
+    ranks.wait()
+    if ranks.first:
+        checkpoint.clean(out, state.step)
+        if state.step:
+            LOGGER.info("resuming after step %d", state.step)
+    return history
 
 
 def _values(result: StepResult) -> dict[str, float]:

@@ -14,13 +14,16 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from flows import runs
 from flows.process import child
 from flows.worker import LAUNCHER, MARK, WorkerSpec
 from storage.config import Config
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, PreemptedError
 
 LOG_TAIL = 200  # lines: torchrun's last word on up to 20 ranks
 SHUTDOWN_SECONDS = 15  # that torchrun gives its ranks, within what we give torchrun
+PLAIN: dict[str, type[DitflowError]] = {kind.__name__: kind for kind in (InputError, PreemptedError)}
+"""Errors of ranks that are raised as they are."""
 _ENDED = re.compile(r"^ +rank +: (\d+) .*\n +exitcode +: (-?\d+) ", re.MULTILINE)
 
 
@@ -30,10 +33,16 @@ class LocalLaunch(Config):
     kind: Literal["local"] = "local"
     nproc: int = Field(1, ge=1)
     """Ranks to start: one a GPU, or on CPU any number."""
+    max_restarts: int = Field(3, ge=0)
+    """How often all ranks start again, from their last checkpoint, when one is lost."""
 
 
 class WorkerError(DitflowError):
     """A rank failed by a fault of its own."""
+
+
+class LostRankError(WorkerError):
+    """A rank was killed, or failed as nobody foresaw: another attempt may fare better."""
 
 
 def run(
@@ -45,12 +54,31 @@ def run(
 ) -> None:
     """Run a stage on all ranks and wait for them.
 
-    Lines of all ranks go to ``log``. When the caller is cancelled or killed, the ranks end too.
+    Lines of all ranks go to ``log``. When the caller is cancelled or killed, the ranks end too. When
+    a rank is lost, all start again: a whole new torchrun, since a torchrun that restarts can hang.
 
     Raises:
         InputError: a rank found the user's input wrong.
+        PreemptedError: the ranks were told to stop, and have saved.
         WorkerError: a rank failed or was killed; if it failed, its traceback is in the log.
     """
+    for attempt in range(launch.max_restarts + 1):
+        try:
+            return _run(spec, launch, progress, log)
+        except LostRankError as error:
+            if attempt == launch.max_restarts:
+                raise
+            log.warning("%s; starting all ranks again, %d of %d times", error, attempt + 1, launch.max_restarts)
+            spec = spec.model_copy(update={"tracking": runs.caught_up(spec.tracking, spec.output)})
+    return None
+
+
+def _run(
+    spec: WorkerSpec,
+    launch: LocalLaunch,
+    progress: Callable[[int, int, str], None],
+    log: "logging.Logger | logging.LoggerAdapter[Any]",
+) -> None:
     with tempfile.TemporaryDirectory(prefix="ditflow-") as folder:
         path = Path(folder) / "spec.json"
         path.write_text(spec.model_dump_json())
@@ -74,7 +102,7 @@ def _env() -> dict[str, str]:
     return {
         LAUNCHER: str(os.getpid()),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
-        # A shared rendezvous store can hang a restart: https://github.com/pytorch/pytorch/issues/135712
+        # A shared store can hang the ranks: https://github.com/pytorch/pytorch/issues/135712
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
 
@@ -108,15 +136,20 @@ def _message(text: str) -> dict[str, Any] | None:
 
 def _failure(code: int, errors: list[dict[str, Any]], tail: str) -> DitflowError:
     """The cause among the effects: when one rank goes, the others lose their connection and fail too."""
-    for error in errors:
-        if error["input"]:
-            return InputError(error["error"])
+    for error in sorted((error for error in errors if error["foreseen"]), key=lambda error: error["kind"] not in PLAIN):
+        if error["kind"] in PLAIN:
+            return PLAIN[error["kind"]](error["error"])
+        return WorkerError(_told(error))
     ended = [(rank, int(number)) for rank, number in _ENDED.findall(tail)]
     for rank, number in ended:
         if number < 0 and -number != signal.SIGTERM:  # which torchrun sends to all when one is gone
             why = ", perhaps for want of memory" if -number == signal.SIGKILL else ""
-            return WorkerError(f"rank {rank} was killed by {signal.Signals(-number).name}{why}")
+            return LostRankError(f"rank {rank} was killed by {signal.Signals(-number).name}{why}")
     for error in errors:
-        return WorkerError(f"rank {error['rank']} failed: {error['kind']}: {error['error']}")
+        return LostRankError(_told(error))
     rank, number = ended[-1] if ended else ("0", code)
-    return WorkerError(f"rank {rank} ended with code {number} and no word; its log has the rest")
+    return LostRankError(f"rank {rank} ended with code {number} and no word; its log has the rest")
+
+
+def _told(error: dict[str, Any]) -> str:
+    return f"rank {error['rank']} failed: {error['kind']}: {error['error']}"

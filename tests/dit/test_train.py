@@ -1,6 +1,8 @@
 import json
 import logging
 import os
+import resource
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,7 +26,7 @@ from dit.train import TrainConfig, learning_rate, model_for
 from dit.training.data import Batch, Batches, Latents
 from dit.training.ranks import Ranks
 from dit.vae import VaeRef
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, PreemptedError, StorageError
 from storage.latents import LatentManifest, LatentReader
 from storage.manifest import StageOutput
 from storage.order import permutation
@@ -169,6 +171,60 @@ def test_a_broken_checkpoint_costs_time_but_no_bits(
         tiny.run_train(tmp_path, tiny.TRAINING, latents, tiny.Killer(10))
     (state,) = tmp_path.rglob("step-000000008/state.safetensors")
     state.write_bytes(state.read_bytes()[:-1])
+    recorder, manifest = through(tmp_path, tiny.TRAINING, latents)
+    assert min(recorder.values) == 5
+    assert tiny.objects(manifest) == tiny.objects(whole[1])
+
+
+class Preempter(tiny.Recorder):
+    """Wants the machine back at a step."""
+
+    def __init__(self, when: int) -> None:
+        super().__init__()
+        self.when = when
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        if done == self.when:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_and_goes(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(PreemptedError, match="told to stop at step 7; the same command goes on from there"):
+        tiny.run_train(tmp_path, tiny.TRAINING, latents, Preempter(6))
+    assert signal.getsignal(signal.SIGTERM) is before
+    recorder, manifest = through(tmp_path, tiny.TRAINING, latents)
+    assert min(recorder.values) == 8
+    assert tiny.objects(manifest) == tiny.objects(whole[1])
+
+
+def test_sigterm_at_the_last_step_comes_too_late(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    manifest = tiny.run_train(tmp_path, tiny.TRAINING, latents, Preempter(11))
+    assert tiny.objects(manifest) == tiny.objects(whole[1])
+
+
+class Filler(tiny.Recorder):
+    """Fills the disk at a step: no file may be longer than this."""
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        if done == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(StorageError, match=r"step-000000008/state.safetensors: the disk is full .* make room"):
+            tiny.run_train(tmp_path, tiny.TRAINING, latents, Filler())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.parent.name for path in tmp_path.rglob("record.json")] == ["step-000000004"]
     recorder, manifest = through(tmp_path, tiny.TRAINING, latents)
     assert min(recorder.values) == 5
     assert tiny.objects(manifest) == tiny.objects(whole[1])

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 from collections import deque
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from flows.launch import LocalLaunch, WorkerError
 from flows.tracking import UNSENT
 from flows.worker import MARK, TrackingSpec, WorkerSpec
 from storage.config import Config
-from storage.errors import InputError
+from storage.errors import InputError, PreemptedError
 from storage.latents import LatentManifest, VaeInfo, latent_layout
 from storage.manifest import StageOutput, stage_output
 from storage.rows import RowWriter
@@ -166,9 +167,57 @@ def test_a_killed_rank_fails_the_stage(latents: LatentManifest, nothing_left: No
             os.kill(killed[1], signal.SIGKILL)
 
     with pytest.raises(WorkerError, match=r"^rank 1 was killed by SIGKILL, perhaps for want of memory$"):
-        launch.run(job(latents, ENDLESS), LocalLaunch(nproc=2), progress=kill_one, log=HOUSE)
+        launch.run(job(latents, ENDLESS), LocalLaunch(nproc=2, max_restarts=0), progress=kill_one, log=HOUSE)
     assert len(killed) == 2
     assert all_gone(killed)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_stage_that_loses_a_rank_starts_again_from_its_checkpoint(
+    latents: LatentManifest, lines: pytest.LogCaptureFixture, nothing_left: None
+) -> None:
+    config = TINY.model_copy(update={"steps": 40, "checkpoint_every": 10})
+    undisturbed, spec = job(latents, config), job(latents, config)
+    STAGES["train"].run(config, latents, out=undisturbed.output, tracker=NullTracker())
+    expected = STAGES["train"].kind.read(undisturbed.output.uri).metrics
+    shutil.rmtree(undisturbed.output.uri)
+    noted = list[int]()
+
+    def kill_once(done: int, total: int, unit: str) -> None:
+        noted.append(done)
+        if noted.count(25) == 1 == noted.count(done):
+            os.kill(ranks()[1].pid, signal.SIGKILL)
+
+    launch.run(spec, LocalLaunch(nproc=2), progress=kill_once, log=HOUSE)
+    killed = "rank 1 was killed by SIGKILL, perhaps for want of memory; starting all ranks again, 1 of 3 times"
+    assert killed in lines.messages
+    resumed = next(int(line.split()[-1]) for line in lines.messages if "resuming after step" in line)
+    assert resumed in (20, 30)
+    assert noted[-1] == 40
+    found = STAGES["train"].kind.read(spec.output.uri).metrics
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("who", ["torchrun", "one rank"])
+def test_preempted_ranks_save_and_say_so(
+    who: str, latents: LatentManifest, lines: pytest.LogCaptureFixture, nothing_left: None
+) -> None:
+    def preempt(done: int, total: int, unit: str) -> None:
+        if done == 200:
+            process = ranks()[1]
+            os.kill(process.pid if who == "one rank" else process.ppid(), signal.SIGTERM)
+
+    spec = job(latents, ENDLESS, TrackingSpec(uri=dead_address(), run_id="0" * 32))
+    with pytest.raises(PreemptedError, match=r"^told to stop at step [\d,]+; the same command goes on") as told:
+        launch.run(spec, LocalLaunch(nproc=2), progress=preempt, log=HOUSE)
+    step = int(str(told.value).split()[5].rstrip(";").replace(",", ""))
+    assert Path(spec.output.uri, "checkpoints", f"step-{step:09d}", "record.json").exists()
+    assert not any("starting all ranks again" in line for line in lines.messages)
+    steps = [record["step"] for record in unsent(spec.output) if record.get("metric") == "loss"]
+    assert steps == list(range(50, step + 1, 50))
 
 
 class Cancelled(BaseException):
@@ -249,16 +298,21 @@ def test_a_torn_message_is_a_line_of_the_log(torn: str) -> None:
     assert take(torn) == ([], [torn], [])
 
 
-def error(kind: str, rank: int, *, wrong_input: bool = False) -> dict[str, Any]:
-    return {"error": "what happened", "kind": kind, "rank": rank, "input": wrong_input}
+def error(kind: str, rank: int, *, foreseen: bool = False) -> dict[str, Any]:
+    return {"error": "what happened", "kind": kind, "rank": rank, "foreseen": foreseen}
 
 
 def test_the_cause_is_told_and_not_its_effects() -> None:
     """When one rank goes, the others fail for want of it, and may be heard first."""
-    effect, cause = error("RuntimeError", 0), error("InputError", 1, wrong_input=True)
+    effect, cause = error("RuntimeError", 0), error("InputError", 1, foreseen=True)
     report = "  rank      : {} (local_rank: {})\n  exitcode  : {} (pid: 7)  (SIG)\n"
     killed = report.format(0, 0, -15) + report.format(1, 1, -7)
     assert str(launch._failure(1, [effect, cause], killed)) == "what happened"
+    full = error("StorageError", 1, foreseen=True)
+    assert str(launch._failure(1, [full, cause], killed)) == "what happened"
+    assert str(launch._failure(1, [effect, full], killed)) == "rank 1 failed: StorageError: what happened"
+    assert not isinstance(launch._failure(1, [effect, full], killed), launch.LostRankError)
+    assert isinstance(launch._failure(75, [effect, error("PreemptedError", 1, foreseen=True)], ""), PreemptedError)
     assert str(launch._failure(1, [effect], killed)) == "rank 1 was killed by SIGBUS"
     assert str(launch._failure(1, [effect], "")) == "rank 0 failed: RuntimeError: what happened"
     assert "rank 1 ended with code 3" in str(launch._failure(1, [], report.format(1, 1, 3)))
