@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from functools import partial
 
 import torch
@@ -17,12 +16,14 @@ from dit.models.choice import DiTChoice, Given, ModelChoice
 from dit.models.config import DiffiTImageConfig, ModelConfig
 from dit.plots import curve
 from dit.training import checkpoint
+from dit.training.ahead import ahead
 from dit.training.checkpoint import Measured, Saver
 from dit.training.data import Batches, open_data
 from dit.training.ema import EMA
 from dit.training.loop import Numbers, StepResult, TrainState, train
 from dit.training.preemption import notice
 from dit.training.ranks import Ranks, joined
+from dit.training.watch import Watch
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError, PreemptedError
 from storage.latents import LatentManifest
@@ -169,36 +170,29 @@ def _train(
     state = _initial_state(config, model_config)
     history = _resume(state, ranks, out)
     process = build_process(config.diffusion, batches.device)
+    arithmetic = dtype(config.precision)
     numbers = Numbers(
         learning_rate=lambda step: learning_rate(config, step),
         gradient_clip=config.gradient_clip,
-        autocast=None if config.precision == "float32" else dtype(config.precision),
+        autocast=None if config.precision == "float32" else arithmetic,
         micro_batch=config.micro_batch,
     )
     save = partial(checkpoint.save, out, keep=config.keep_checkpoints, keep_every=config.keep_every)
-    logged, since = state.step, time.monotonic()
-    with notice(ranks) as notified, threads(1) as pool:
+    watch = Watch(model_config, config.batch_size, ranks.world_size, batches.device, arithmetic)
+    steps = range(state.step, config.steps)
+    with notice(ranks) as notified, threads(1) as pool, ahead(batches, steps) as made:
         saver = Saver(pool, save)
-        for result in train(state, process, batches, numbers, stop=config.steps, ranks=ranks):
+        watch.begin(state.step)
+        for result in train(state, process, made, numbers, stop=config.steps, ranks=ranks):
             saver.check()
             last = result.step == config.steps
             stops = notified.given() and not last
             logs = result.step % config.log_every == 0 or last
             saves = (result.step % config.checkpoint_every == 0 and not last) or stops
             if logs or saves or result.step % config.max_skipped == 0:
-                streak = int(result.streak)
-                if streak >= config.max_skipped:
-                    raise AstrayError(_astray(result.step - streak, streak, batches))
+                streak = _streak(result, config, batches)
             if logs:
-                values = _values(result)
-                if streak == 0:
-                    history.append(Measured(step=result.step, values=values))
-                speed = (result.step - logged) * config.batch_size / (time.monotonic() - since)
-                logged, since = result.step, time.monotonic()
-                measured = {name: value for name, value in values.items() if math.isfinite(value)}
-                others = {"images_per_second": speed, "skipped_steps": float(result.skipped)}
-                tracker.metrics(measured | others, step=result.step)
-                tracker.progress(result.step, config.steps, "steps")
+                _log(config, result, history, watch.measure(result.step, made.waited), tracker)
             if saves and streak == 0 and ranks.first:  # else a run that goes back would come to the same point
                 saver.save(state, history)
             if stops:
@@ -211,6 +205,38 @@ def _train(
     return state, history
 
 
+def _log(
+    config: TrainConfig, result: StepResult, history: list[Measured], rates: dict[str, float], tracker: Tracker
+) -> None:
+    """Tell the tracker of a step, and add it to the history if it was not skipped."""
+    values = {name: term.item() for name, term in result.terms.items()}
+    values |= {"gradient_norm": result.gradient_norm.item()}
+    if not result.streak:
+        history.append(Measured(step=result.step, values=values))
+    values |= {f"loss_quartile_{number}": loss for number, loss in enumerate(result.quartiles.tolist(), start=1)}
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    others = {"learning_rate": learning_rate(config, result.step - 1), "skipped_steps": float(result.skipped)}
+    tracker.metrics(finite | others | rates, step=result.step)
+    tracker.progress(result.step, config.steps, "steps")
+
+
+def _streak(result: StepResult, config: TrainConfig, batches: Batches) -> int:
+    """The steps in a row that were skipped up to this one.
+
+    Raises:
+        AstrayError: they are too many.
+    """
+    streak = int(result.streak)
+    if streak < config.max_skipped:
+        return streak
+    first = result.step - streak
+    items = batches.items(first)
+    named = ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
+    steps = f"training went astray: {streak:,} steps from step {first + 1:,} on had no finite loss or gradient"
+    which = f"the first trained on images {named} of the store"
+    raise AstrayError(f"{steps}; {which}; lower train.learning_rate or look at these")
+
+
 def _resume(state: TrainState, ranks: Ranks, out: StageOutput) -> list[Measured]:
     """Bring the state to the newest checkpoint; return what had been measured by then."""
     history = checkpoint.load_newest(out, state)
@@ -220,18 +246,6 @@ def _resume(state: TrainState, ranks: Ranks, out: StageOutput) -> list[Measured]
         if state.step:
             LOGGER.info("resuming after step %d", state.step)
     return history
-
-
-def _values(result: StepResult) -> dict[str, float]:
-    values = {name: term.item() for name, term in result.terms.items()}
-    return values | {"gradient_norm": result.gradient_norm.item()}
-
-
-def _astray(first: int, count: int, batches: Batches) -> str:
-    items = batches.items(first)
-    named = ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
-    steps = f"training went astray: {count:,} steps from step {first + 1:,} on had no finite loss or gradient"
-    return f"{steps}; the first trained on images {named} of the store; lower train.learning_rate or look at these"
 
 
 def _commit(

@@ -38,6 +38,8 @@ class StepResult:
     """Steps taken, this one included."""
     terms: dict[str, Tensor]
     """The loss and its parts, each a mean over the global batch."""
+    quartiles: Tensor
+    """The loss of samples whose time is in each quarter of the process's times, (4,); not a number where none is."""
     gradient_norm: Tensor
     skipped: Tensor
     """Steps skipped up to now."""
@@ -77,14 +79,14 @@ def train(
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     streak: int | Tensor = 0
     while state.step < stop:
-        terms = _accumulated(model, process, batches(state.step), numbers, ranks)
+        terms, quartiles = _accumulated(model, process, batches(state.step), numbers, ranks)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if numbers.gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, numbers.gradient_clip, norm)
         good = (terms["loss"] * norm).isfinite()
         _step(state, numbers.learning_rate(state.step), good)
         state.skipped, streak = state.skipped + ~good, (streak + 1) * ~good
-        yield StepResult(state.step, terms, norm, state.skipped, streak)
+        yield StepResult(state.step, terms, quartiles, norm, state.skipped, streak)
 
 
 def _step(state: TrainState, learning_rate: float, good: Tensor) -> None:
@@ -97,10 +99,17 @@ def _step(state: TrainState, learning_rate: float, good: Tensor) -> None:
     state.step += 1
 
 
-def _accumulated(model: nn.Module, process: Process, batch: Batch, numbers: Numbers, ranks: Ranks) -> dict[str, Tensor]:
-    """Add up a batch's gradients in the parameters; return the means of the loss and its parts over all ranks."""
+def _accumulated(
+    model: nn.Module, process: Process, batch: Batch, numbers: Numbers, ranks: Ranks
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Add up a batch's gradients in the parameters.
+
+    Returns:
+        The means of the loss and its parts over all ranks, and the loss by quartile of the time.
+    """
     parts = batch.split(numbers.micro_batch)
     sums: dict[str, Tensor] = {}
+    losses = []
     for number, part in enumerate(parts, start=1):
         with ExitStack() as stack:
             if isinstance(model, DistributedDataParallel) and number < len(parts):
@@ -111,10 +120,22 @@ def _accumulated(model: nn.Module, process: Process, batch: Batch, numbers: Numb
             means["loss"].backward()
         for name, mean in means.items():
             sums[name] = sums.get(name, 0) + mean.detach().double()
-    total = torch.stack(list(sums.values()))
+        losses.append(terms["loss"].detach().double())
+    return _over_all(sums, _by_quartile(batch.u, torch.cat(losses)), ranks)
+
+
+def _by_quartile(u: Tensor, losses: Tensor) -> Tensor:
+    """Sums of losses (B,) and their numbers by quarter of u in [0, 1), (8,)."""
+    quarter = nn.functional.one_hot((4 * u).long(), 4).double()
+    return torch.cat([losses @ quarter, quarter.sum(0)])
+
+
+def _over_all(sums: dict[str, Tensor], by_quartile: Tensor, ranks: Ranks) -> tuple[dict[str, Tensor], Tensor]:
+    total = torch.cat([torch.stack(list(sums.values())), by_quartile])
     if ranks.world_size > 1:
         dist.all_reduce(total)
-    return dict(zip(sums, total / ranks.world_size, strict=True))
+    means, losses, counts = total.split([len(sums), 4, 4])
+    return dict(zip(sums, means / ranks.world_size, strict=True)), losses / counts
 
 
 def _terms(model: nn.Module, process: Process, batch: Batch, numbers: Numbers) -> dict[str, Tensor]:

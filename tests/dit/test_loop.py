@@ -155,3 +155,17 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad: float, cl
     plain = adam(Line())
     list(train(plain, Slope(), lambda step: faulty([1, 4][step]), numbers, stop=2, ranks=Ranks()))
     assert all(map(torch.equal, changing(state), changing(plain)))
+
+
+def test_losses_by_quartile_of_the_time() -> None:
+    def spread(step: int) -> Batch:
+        x0 = torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0]).reshape(5, 1, 1, 1)
+        return Batch(x0, x0, torch.tensor([0.0, 0.2499, 0.25, 0.75, 0.9999], dtype=torch.float64), None)
+
+    model = Line()
+    state = TrainState(model, EMA(model, 0.9), torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
+    numbers = Numbers(learning_rate=lambda _: 0.1, micro_batch=2)
+    (result,) = train(state, Slope(), spread, numbers, stop=1, ranks=Ranks())
+    found = result.quartiles.tolist()
+    assert math.isnan(found[2])
+    assert [found[0], found[1], found[3]] == pytest.approx([2 * 1.5, 2 * 3, 2 * 6])

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import os
 import resource
 import signal
@@ -124,7 +125,12 @@ def test_manifest_describes_the_model(
     }
     names = ("loss", "mse", "vlb", "gradient_norm")
     assert manifest.metrics == {f"final_{name}": recorder.values[12][name] for name in names}
-    assert set(recorder.values[12]) == {*names, "skipped_steps"}
+    quartiles = {f"loss_quartile_{number}" for number in range(1, 5)}
+    found = set.union(*map(set, recorder.values.values()))
+    assert found == {*names, *quartiles, "skipped_steps", "learning_rate"}
+    assert recorder.values[12]["learning_rate"] == tiny.TRAINING.learning_rate
+    assert recorder.rates.keys() == tiny.RATES
+    assert all(math.isfinite(rate) and rate >= 0 for rate in recorder.rates.values())
     assert manifest.card.class_names == tiny.CLASSES
     assert manifest.card.model.num_classes == 3
     assert (manifest.card.resolution, manifest.card.steps) == (tiny.SIDE, 12)
@@ -311,15 +317,14 @@ def test_a_loss_that_stays_without_a_number_ends_the_run_at_the_last_good_checkp
 
 
 class Faulty(Batches):
-    """Some batches of some readings of a run are spoilt, as by a fault of the machine."""
+    """The batches of some steps are spoilt when they are made first, as by a fault of the machine."""
 
-    spoilt: ClassVar[list[set[int]]] = []
-    """The steps, for each time that the first step to be read is read again."""
+    spoilt: ClassVar[set[int]] = set()
 
     def __call__(self, step: int) -> Batch:
         batch = super().__call__(step)
-        if step in self.spoilt[0]:
-            self.spoilt[0].discard(step)
+        if step in self.spoilt:
+            self.spoilt.discard(step)
             return replace(batch, x0=torch.full_like(batch.x0, torch.nan))
         return batch
 
@@ -332,9 +337,10 @@ def test_steps_that_are_not_finite_are_left_out(
 ) -> None:
     """The checkpoint that would be written in between is not, and a restart knows how many they were."""
     monkeypatch.setattr(train, "Batches", Faulty)
-    monkeypatch.setattr(Faulty, "spoilt", [{2, 6, 7}])
+    monkeypatch.setattr(Faulty, "spoilt", {2})
     with pytest.raises(tiny.Killed):
         tiny.run_train(tmp_path, tiny.TRAINING, latents, tiny.Killer(6))
+    Faulty.spoilt.update({6, 7})
     recorder = tiny.Recorder()
     manifest = tiny.run_train(tmp_path, tiny.TRAINING, latents, recorder)
     assert list(recorder.values) == list(range(5, 13))
@@ -354,7 +360,7 @@ def test_a_fault_that_passes_costs_the_way_back_and_no_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(train, "Batches", Faulty)
-    monkeypatch.setattr(Faulty, "spoilt", [{8, 9, 10}])
+    monkeypatch.setattr(Faulty, "spoilt", {8, 9, 10})
     config = tiny.TRAINING.model_copy(update={"max_skipped": 3})
     assert tiny.objects(tiny.run_train(tmp_path, config, latents)) == tiny.objects(whole[1])
 
