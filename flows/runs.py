@@ -138,7 +138,7 @@ def caught_up(spec: TrackingSpec, output: StageOutput) -> TrackingSpec:
     last = _last_unsent(output)
     with _Optional():
         if spec.run_id is not None:
-            last = max(last, *_last_steps(MlflowClient(spec.uri), spec.run_id).values())
+            last = max([last, *_last_steps(MlflowClient(spec.uri), spec.run_id).values()])
     return spec.model_copy(update={"skip_to": max(last, spec.skip_to)})
 
 
