@@ -78,8 +78,14 @@ def train(
     model = DistributedDataParallel(state.model) if ranks.world_size > 1 else state.model
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     streak: int | Tensor = 0
+    rehearsed = ranks.world_size == 1
     while state.step < stop:
-        terms, quartiles = _accumulated(model, process, batches(state.step), numbers, ranks)
+        batch = batches(state.step)
+        if not rehearsed:  # DDP arranges its buckets, and so its sums, anew after its first gradients
+            _accumulated(model, process, batch, numbers, ranks)
+            state.optimizer.zero_grad(set_to_none=True)
+            rehearsed = True
+        terms, quartiles = _accumulated(model, process, batch, numbers, ranks)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if numbers.gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, numbers.gradient_clip, norm)
