@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common
-from benchmarks.common import Measured, Result, fastest, main
+from benchmarks.common import Measured, Result, main
 from benchmarks.peer import diffusers_dit, set_differences
 from dit.devices import device
 from dit.diffusion.config import DiffusionConfig
@@ -26,6 +26,7 @@ from dit.ranks import Ranks
 from dit.training.data import Batch
 from dit.training.ema import EMA
 from dit.training.loop import Numbers, TrainState, train
+from dit.training.watch import matmul_speed
 
 LEARNING_RATE, EMA_DECAY = 1e-4, 0.9999
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
@@ -158,7 +159,7 @@ def contest(task: Task) -> Measured:
         for _ in range(task.rounds):
             for name, contestant in running.items():
                 seconds.setdefault(name, []).append(common.seconds(contestant.step))
-            peaks = {dtype: max(peak, matmul_speed(dtype)) for dtype, peak in peaks.items()}
+            peaks = {dtype: max(peak, matmul_speed(dtype, device())) for dtype, peak in peaks.items()}
         del running, contestant  # before the next is made
     check_losses(losses)
     results = [Result(f"matmul_{_short(dtype)}", peak / TERA, "TFLOP/s") for dtype, peak in peaks.items()]
@@ -180,13 +181,6 @@ def check_losses(losses: dict[str, float]) -> None:
         tolerance = TOLERANCE[CONTESTANTS[name][0]]
         if not abs(loss - expected) <= tolerance * abs(expected):
             raise ValueError(f"{name}: first loss {loss} is not within {tolerance:g} of {expected}")
-
-
-def matmul_speed(dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product, the fastest of three."""
-    side = 8192 if torch.cuda.is_available() else 2048
-    a, b = (torch.randn(side, side, device=device()).to(dtype) for _ in range(2))
-    return 2 * side**3 / fastest(lambda: a @ b, times=3)
 
 
 def peak_memory(contestant: Contestant) -> int:
@@ -235,7 +229,7 @@ def _batch(task: Task) -> Batch:
     x0, noise = (torch.randn(shape, generator=generator).to(device()) for _ in range(2))
     u = torch.rand(count, generator=generator, dtype=torch.float64).to(device())
     y = torch.randint(config.num_classes + 1, (count,), generator=generator).to(device())
-    return Batch(x0, noise, u, y, seed=0)
+    return Batch(x0, noise, u, y)
 
 
 def _process() -> GaussianDiffusion:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-import time
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -14,21 +14,25 @@ from dit.diffusion.config import DiffusionConfig, ProcessConfig
 from dit.export import CheckpointManifest, ModelCard, export
 from dit.models.build import build
 from dit.models.choice import DiTChoice, Given, ModelChoice
-from dit.models.config import ModelConfig
+from dit.models.config import DiffiTImageConfig, ModelConfig
 from dit.plots import curve
 from dit.ranks import Ranks, joined
 from dit.training import checkpoint
-from dit.training.checkpoint import Measured
+from dit.training.ahead import ahead
+from dit.training.checkpoint import Measured, Saver
 from dit.training.data import Batches, Order, open_data
 from dit.training.ema import EMA
 from dit.training.loop import Numbers, StepResult, TrainState, train
+from dit.training.preemption import notice
+from dit.training.watch import Watch
 from storage.config import Config, operational
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, PreemptedError
 from storage.latents import LatentManifest
 from storage.manifest import StageOutput
+from storage.parallel import threads
 from storage.tracking import Tracker, publish
 
-VERSION = 1
+VERSION = 2
 LOGGER = logging.getLogger(__name__)
 
 
@@ -61,6 +65,8 @@ class TrainConfig(Config):
     """Probability of each of EDM's distortions of an image, which the model is told; diffit_image on pixels alone."""
     precision: Precision = "float32"
     """Arithmetic of the forward pass; weights are float32 in any case."""
+    micro_batch: int | None = operational(None, ge=1)
+    """Images that a rank takes through the model at once, to save memory; None takes all of its share."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides initial weights, order, noise and dropped labels."""
     order: Order = "shuffled"
@@ -76,6 +82,10 @@ class TrainConfig(Config):
     """Steps between two checkpoints: what a kill can cost."""
     keep_checkpoints: int = operational(2, ge=1)
     """How many of the newest checkpoints stay."""
+    keep_every: int | None = operational(None, ge=1)
+    """Checkpoints of steps that are multiples of it stay too; None keeps no others."""
+    max_skipped: int = operational(10, ge=1)
+    """Steps in a row that may be skipped for a loss or gradient that is not finite."""
 
     @model_validator(mode="after")
     def _streams_in_order(self) -> Self:
@@ -84,22 +94,27 @@ class TrainConfig(Config):
         return self
 
 
+class AstrayError(DitflowError):
+    """Too many steps in a row were skipped."""
+
+
 def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, tracker: Tracker) -> CheckpointManifest:
     """Train from the newest checkpoint to the last step on all ranks, and commit the model.
 
     Raises:
         InputError: model, latents and ranks do not fit each other.
         StorageError: the latents are not what was committed, or the disk is full.
-        DitflowError: the loss or the gradient is not finite.
+        AstrayError: the loss or the gradient stays without a finite value, from the last checkpoint on too.
+        PreemptedError: SIGTERM; what was done is saved.
     """
     with joined() as ranks:
         model_config = model_for(config, latents)
         batches = _batches(config, model_config, latents, ranks)
-        state = _initial_state(config, model_config)
-        history = checkpoint.load_newest(out, state)
-        if state.step and ranks.first:
-            LOGGER.info("resuming after step %d", state.step)
-        _train(config, state, batches, history, ranks, out, tracker)
+        try:
+            state, history = _train(config, model_config, batches, ranks, out, tracker)
+        except AstrayError as error:  # a passing fault of the machine does not come again
+            LOGGER.warning("%s; once more from the last checkpoint", error)
+            state, history = _train(config, model_config, batches, ranks, out, tracker)
         if ranks.first:
             _commit(config, model_config, latents, state, history, out, tracker)
         ranks.wait()
@@ -141,6 +156,7 @@ def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentMani
         augmentation=config.augmentation,
         order=config.order,
         streamed=config.reading == "streamed",
+        dropout=isinstance(model_config, DiffiTImageConfig) and model_config.dropout > 0,
     )
 
 
@@ -160,44 +176,92 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def _train(
     config: TrainConfig,
-    state: TrainState,
+    model_config: ModelConfig,
     batches: Batches,
-    history: list[Measured],
     ranks: Ranks,
     out: StageOutput,
     tracker: Tracker,
-) -> None:
-    """Train to the last step, log, save, and add what was measured to the history."""
+) -> tuple[TrainState, list[Measured]]:
+    """Train from the newest checkpoint to the last step, log and save; return also what was measured."""
+    state = _initial_state(config, model_config)
+    history = _resume(state, ranks, out)
     process = build_process(config.diffusion, batches.device)
+    arithmetic = dtype(config.precision)
     numbers = Numbers(
         learning_rate=lambda step: learning_rate(config, step),
         gradient_clip=config.gradient_clip,
-        autocast=None if config.precision == "float32" else dtype(config.precision),
+        autocast=None if config.precision == "float32" else arithmetic,
+        micro_batch=config.micro_batch,
     )
-    logged, since = state.step, time.monotonic()
-    for result in train(state, process, batches, numbers, stop=config.steps, ranks=ranks):
-        logs = result.step % config.log_every == 0 or result.step == config.steps
-        saves = result.step % config.checkpoint_every == 0 and result.step < config.steps
-        if not logs and not saves:
-            continue
-        values = _measure(result, ranks)  # before saving too: nothing that is not finite is ever resumed from
-        if logs:
-            history.append(Measured(step=result.step, values=values))
-            speed = (result.step - logged) * config.batch_size / (time.monotonic() - since)
-            logged, since = result.step, time.monotonic()
-            tracker.metrics(values | {"images_per_second": speed}, step=result.step)
-            tracker.progress(result.step, config.steps, "steps")
-        if saves and ranks.first:
-            checkpoint.save(out, state, history, keep=config.keep_checkpoints)
+    save = partial(checkpoint.save, out, keep=config.keep_checkpoints, keep_every=config.keep_every)
+    watch = Watch(model_config, config.batch_size, ranks.world_size, batches.device, arithmetic)
+    steps = range(state.step, config.steps)
+    with notice(ranks) as notified, threads(1) as pool, ahead(batches, steps) as made:
+        saver = Saver(pool, save)
+        watch.begin(state.step)
+        for result in train(state, process, made, numbers, stop=config.steps, ranks=ranks):
+            saver.check()
+            last = result.step == config.steps
+            stops = notified.given() and not last
+            logs = result.step % config.log_every == 0 or last
+            saves = (result.step % config.checkpoint_every == 0 and not last) or stops
+            if logs or saves or result.step % config.max_skipped == 0:
+                streak = _streak(result, config, batches)
+            if logs:
+                _log(config, result, history, watch.measure(result.step, made.waited), tracker)
+            if saves and streak == 0 and ranks.first:  # else a run that goes back would come to the same point
+                saver.save(state, history)
+            if stops:
+                saver.wait()
+                ranks.wait()  # or torchrun ends the one that saves when another is gone
+                raise PreemptedError(f"told to stop at step {result.step:,}; the same command goes on from there")
+        saver.wait()
+    if not history:
+        raise AstrayError("training went astray: no loss on record is finite; lower train.learning_rate")
+    return state, history
 
 
-def _measure(result: StepResult, ranks: Ranks) -> dict[str, float]:
-    values = {name: ranks.mean(term) for name, term in result.terms.items()}
-    values["gradient_norm"] = ranks.mean(result.gradient_norm)
-    if not all(map(math.isfinite, values.values())):
-        found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        raise DitflowError(f"training went astray at step {result.step:,}: {found}; lower train.learning_rate")
-    return values
+def _log(
+    config: TrainConfig, result: StepResult, history: list[Measured], rates: dict[str, float], tracker: Tracker
+) -> None:
+    """Tell the tracker of a step, and add it to the history if it was not skipped."""
+    values = {name: term.item() for name, term in result.terms.items()}
+    values |= {"gradient_norm": result.gradient_norm.item()}
+    if not result.streak:
+        history.append(Measured(step=result.step, values=values))
+    values |= {f"loss_quartile_{number}": loss for number, loss in enumerate(result.quartiles.tolist(), start=1)}
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    others = {"learning_rate": learning_rate(config, result.step - 1), "skipped_steps": float(result.skipped)}
+    tracker.metrics(finite | others | rates, step=result.step)
+    tracker.progress(result.step, config.steps, "steps")
+
+
+def _streak(result: StepResult, config: TrainConfig, batches: Batches) -> int:
+    """The steps in a row that were skipped up to this one.
+
+    Raises:
+        AstrayError: they are too many.
+    """
+    streak = int(result.streak)
+    if streak < config.max_skipped:
+        return streak
+    first = result.step - streak
+    items = batches.items(first)
+    named = ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
+    steps = f"training went astray: {streak:,} steps from step {first + 1:,} on had no finite loss or gradient"
+    which = f"the first trained on images {named} of the store"
+    raise AstrayError(f"{steps}; {which}; lower train.learning_rate or look at these")
+
+
+def _resume(state: TrainState, ranks: Ranks, out: StageOutput) -> list[Measured]:
+    """Bring the state to the newest checkpoint; return what had been measured by then."""
+    history = checkpoint.load_newest(out, state)
+    ranks.wait()
+    if ranks.first:
+        checkpoint.clean(out, state.step)
+        if state.step:
+            LOGGER.info("resuming after step %d", state.step)
+    return history
 
 
 def _commit(

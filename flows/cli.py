@@ -1,4 +1,4 @@
-"""The command ``ditflow``. Exits with 0 when done, 2 when the user's input is wrong, 1 at a fault."""
+"""The command ``ditflow``. Exits with 0 when done, 2 if the user's input is wrong, 1 at a fault, 75 if preempted."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows import services
 from storage import uri
-from storage.errors import DitflowError, InputError, StorageError
+from storage.errors import DitflowError, InputError, PreemptedError, StorageError
 
 # Prefect reads its settings when it is imported, so whatever imports it is imported after they are set.
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except PreemptedError as error:
+        sys.stderr.write(f"preempted: {error}\n")
+        return PreemptedError.EXIT_CODE
     except DitflowError as error:
         sys.stderr.write(f"fault: {error}\n")
         return 1

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 from flows import kubernetes, slurm
 from flows.kubernetes import KubernetesLaunch
 from flows.process import child
-from flows.rank_log import Progress, RankLog, WorkerError
+from flows.rank_log import LostRankError, Progress, RankLog, WorkerError
 from flows.slurm import SlurmLaunch
 from flows.worker import LAUNCHER, WorkerSpec
 from storage.config import Config
@@ -30,6 +30,8 @@ class LocalLaunch(Config):
     """Where ranks run."""
     nproc: int = Field(1, ge=0)
     """Ranks to start: one a GPU, or on CPU any number; 0 means one for each GPU of this machine."""
+    max_restarts: int = Field(3, ge=0)
+    """How often all ranks start again, from their last checkpoint, when one is lost."""
 
     @property
     def world_size(self) -> int:
@@ -48,6 +50,8 @@ class NodesLaunch(Config):
     """Ranks on each machine."""
     address: str = Field(pattern=r"^[^\s:/]+:\d{1,5}$")
     """``host:port`` of the first machine, where the others find each other."""
+    max_restarts: int = Field(3, ge=0)
+    """How often the ranks of this machine start again, from their last checkpoint, when one is lost anywhere."""
 
     @property
     def world_size(self) -> int:
@@ -76,18 +80,26 @@ def run(
     """Run a stage on all ranks and wait for them.
 
     Lines of all ranks go to ``log``. When the caller is cancelled, the ranks end too. When it is killed,
-    those on this machine end, and a cluster's go on.
+    those on this machine end, and a cluster's go on. When a rank is lost, all start again: a whole new
+    torchrun, since a torchrun that restarts can hang.
 
     Raises:
         InputError: a rank found the user's input wrong, or the cluster cannot be used.
+        PreemptedError: the ranks were told to stop, and have saved.
         WorkerError: a rank failed or was killed; if it failed, its traceback is in the log.
     """
     if isinstance(launch, SlurmLaunch):
-        slurm.run(spec, launch, progress=progress, log=log)
-    elif isinstance(launch, KubernetesLaunch):
-        kubernetes.run(spec, launch, progress=progress, log=log)
-    else:
-        _torchrun(spec, launch, RankLog(progress, log.info))
+        return slurm.run(spec, launch, progress=progress, log=log)
+    if isinstance(launch, KubernetesLaunch):
+        return kubernetes.run(spec, launch, progress=progress, log=log)
+    for attempt in range(launch.max_restarts + 1):
+        try:
+            return _torchrun(spec, launch, RankLog(progress, log.info))
+        except LostRankError as error:
+            if attempt == launch.max_restarts:
+                raise
+            log.warning(f"{error}; starting all ranks again, {attempt + 1} of {launch.max_restarts} times")
+    return None
 
 
 def _torchrun(spec: WorkerSpec, launch: LocalLaunch | NodesLaunch, ranks: RankLog) -> None:
@@ -116,6 +128,6 @@ def _env() -> dict[str, str]:
     return {
         LAUNCHER: str(os.getpid()),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
-        # A shared rendezvous store can hang a restart: https://github.com/pytorch/pytorch/issues/135712
+        # A shared store can hang the ranks: https://github.com/pytorch/pytorch/issues/135712
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }

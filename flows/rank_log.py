@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from flows.worker import MARK
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, PreemptedError
 
 TAIL = 200  # lines: torchrun's last word on up to 20 ranks
+PLAIN: dict[str, type[DitflowError]] = {kind.__name__: kind for kind in (InputError, PreemptedError)}
+"""Errors of ranks that are raised as they are."""
 _ENDED = re.compile(r"^ +rank +: (\d+) .*\n +exitcode +: (-?\d+) ", re.MULTILINE)
 
 Progress = Callable[[int, int, str], None]
@@ -18,6 +20,10 @@ Progress = Callable[[int, int, str], None]
 
 class WorkerError(DitflowError):
     """A rank failed by a fault of its own."""
+
+
+class LostRankError(WorkerError):
+    """A rank was killed, or failed as nobody foresaw: another attempt may fare better."""
 
 
 class RankLog:
@@ -44,18 +50,18 @@ class RankLog:
         Args:
             code: that the command ended with.
         """
-        for error in self._errors:
-            if error["input"]:
-                return InputError(error["error"])
+        foreseen = [error for error in self._errors if error["foreseen"]]
+        for error in sorted(foreseen, key=lambda error: error["kind"] not in PLAIN):
+            return PLAIN[error["kind"]](error["error"]) if error["kind"] in PLAIN else WorkerError(_told(error))
         ended = [(rank, int(number)) for rank, number in _ENDED.findall("\n".join(self._tail))]
         for rank, number in ended:
             if number < 0 and -number != signal.SIGTERM:  # which torchrun sends to all when one is gone
                 why = ", perhaps for want of memory" if -number == signal.SIGKILL else ""
-                return WorkerError(f"rank {rank} was killed by {signal.Signals(-number).name}{why}")
+                return LostRankError(f"rank {rank} was killed by {signal.Signals(-number).name}{why}")
         for error in self._errors:
-            return WorkerError(f"rank {error['rank']} failed: {error['kind']}: {error['error']}")
+            return LostRankError(_told(error))
         rank, number = ended[-1] if ended else ("0", code)
-        return WorkerError(f"rank {rank} ended with code {number} and no word; its log has the rest")
+        return LostRankError(f"rank {rank} ended with code {number} and no word; its log has the rest")
 
     def _take(self, line: str) -> None:
         text, _, marked = line.partition(MARK)
@@ -67,6 +73,10 @@ class RankLog:
             self._errors.append(message)
         elif message is not None:
             self._progress(message["done"], message["total"], message["unit"])
+
+
+def _told(error: dict[str, Any]) -> str:
+    return f"rank {error['rank']} failed: {error['kind']}: {error['error']}"
 
 
 def _message(text: str) -> dict[str, Any] | None:

@@ -133,6 +133,15 @@ def stage_run(output: StageOutput, root: str) -> Iterator[tuple[StageOutput, Tra
         _finish(client, run_id, Manifest.read(output.uri))
 
 
+def caught_up(spec: TrackingSpec, output: StageOutput) -> TrackingSpec:
+    """For another attempt at a stage: skip what the one before has recorded."""
+    last = _last_unsent(output)
+    with _Optional():
+        if spec.run_id is not None:
+            last = max([last, *_last_steps(MlflowClient(spec.uri), spec.run_id).values()])
+    return spec.model_copy(update={"skip_to": max(last, spec.skip_to)})
+
+
 @contextmanager
 def pipeline_run(pipeline_id: str, root: str) -> Iterator[str | None]:
     """The MLflow run that holds the runs of a pipeline's stages; yields its id, None when MLflow is away."""

@@ -15,11 +15,11 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from flows.rank_log import Progress, RankLog, WorkerError
+from flows.rank_log import LostRankError, Progress, RankLog, WorkerError
 from flows.worker import WorkerSpec
 from storage import uri
 from storage.config import Config
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, PreemptedError
 
 LOGGER = logging.getLogger(__name__)
 WAITS = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "RESIZING", "SIGNALING"}
@@ -55,7 +55,7 @@ class SlurmLaunch(Config):
     folder: str | None = None
     """Where script and log go, a folder that all nodes see; by default the output's own, if it is a local path."""
     max_restarts: int = Field(10, ge=0)
-    """How often a job that ran out of time, was preempted, or lost a node is followed by another."""
+    """How often a job that ran out of time, was preempted, or lost a rank or a node is followed by another."""
     poll_seconds: float = Field(5.0, gt=0)
     """Time between two looks at the job."""
 
@@ -100,10 +100,11 @@ def run(
         state, ranks = _follow(job, folder / "job.log", launch.poll_seconds, progress, log)
         if state == "COMPLETED":
             return
-        if state not in AGAIN:
-            raise ranks.failure(1) if state == "FAILED" else DitflowError(f"Slurm job {job} ended as {state}")
-        log.info(f"Slurm job {job} ended as {state}; going on from the last checkpoint")
-    raise WorkerError(f"Slurm job {job} ended as {state}, as {launch.max_restarts} before it; see {folder / 'job.log'}")
+        error = ranks.failure(1) if state == "FAILED" else DitflowError(f"Slurm job {job} ended as {state}")
+        if state not in AGAIN and not isinstance(error, LostRankError | PreemptedError):
+            raise error
+        log.info(f"{error}; going on from the last checkpoint")
+    raise WorkerError(f"{error}, as {launch.max_restarts} jobs before it; see {folder / 'job.log'}")
 
 
 def _folder(spec: WorkerSpec, launch: SlurmLaunch) -> Path:

@@ -19,7 +19,7 @@ import psutil
 
 from flows.process import die_with_parent
 from storage.config import Config
-from storage.errors import InputError
+from storage.errors import DitflowError, InputError, PreemptedError
 from storage.manifest import StageOutput
 
 if TYPE_CHECKING:
@@ -52,20 +52,25 @@ class WorkerSpec(Config):
 
 
 def main(path: str) -> int:
-    """Run the stage of a spec file on this rank; return its exit code. SIGTERM ends it in order, with 143."""
+    """Run the stage of a spec file on this rank; return its exit code.
+
+    SIGTERM ends it in order: a stage that saves and goes with 75, any other with 143.
+    """
     rank = int(os.environ.get("RANK", "0"))
     signal.signal(signal.SIGTERM, _terminated)
     _tie_to_launcher()
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(line_buffering=True, write_through=False)  # whole lines: all ranks share one pipe
     logging.basicConfig(level=logging.INFO, format=f"[rank {rank}] %(message)s", stream=sys.stdout, force=True)
+    code = 0
     with ExitStack() as last:  # closing the tracker can take a while: the error is told before
         try:
             _run(WorkerSpec.model_validate_json(Path(path).read_bytes()), rank, last)
         except Exception as error:
             _tell_error(error, rank)
-            return 1
-    return 0
+            code = PreemptedError.EXIT_CODE if isinstance(error, PreemptedError) else 1
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another rank is gone first
+    return code
 
 
 def _tie_to_launcher() -> None:
@@ -81,17 +86,19 @@ def _run(spec: WorkerSpec, rank: int, last: ExitStack) -> None:
 
     stage = STAGES[spec.stage]
     config = stage.config.model_validate(spec.config)
-    tracker = _tracker(spec.tracking, rank)
+    tracker = _tracker(spec, rank)
     last.callback(tracker.close, spec.output)
     stage.run(config, stage.source(spec.source), out=spec.output, tracker=tracker)
 
 
-def _tracker(spec: TrackingSpec, rank: int) -> "StageTracker":
+def _tracker(spec: WorkerSpec, rank: int) -> "StageTracker":
+    from flows.runs import caught_up
     from flows.tracking import MlflowSink, StageTracker
 
     if rank != 0:
         return StageTracker(None, None)
-    return StageTracker(MlflowSink(spec.uri, spec.run_id, spec.skip_to), _tell_progress)
+    tracking = caught_up(spec.tracking, spec.output)  # this may be another attempt, after ranks were lost
+    return StageTracker(MlflowSink(tracking.uri, tracking.run_id, tracking.skip_to), _tell_progress)
 
 
 def _tell_progress(done: int, total: int, unit: str) -> None:
@@ -99,11 +106,11 @@ def _tell_progress(done: int, total: int, unit: str) -> None:
 
 
 def _tell_error(error: Exception, rank: int) -> None:
-    wrong_input = isinstance(error, InputError)
-    if not wrong_input:
+    if not isinstance(error, InputError | PreemptedError):
         sys.stdout.writelines(f"[rank {rank}] {line}\n" for line in traceback.format_exc().splitlines())
     first_line = str(error).strip().partition("\n")[0]
-    _tell({"error": first_line, "kind": type(error).__name__, "rank": rank, "input": wrong_input})
+    foreseen = isinstance(error, DitflowError)
+    _tell({"error": first_line, "kind": type(error).__name__, "rank": rank, "foreseen": foreseen})
 
 
 def _tell(message: dict[str, Any]) -> None:

@@ -11,3 +11,9 @@ class InputError(DitflowError):
 
 class StorageError(DitflowError):
     """Bytes at rest could not be written, or are not the bytes that were committed. Exits with 1."""
+
+
+class PreemptedError(DitflowError):
+    """The machine is wanted back: the work is saved, and the same command goes on. Exits with 75 (EX_TEMPFAIL)."""
+
+    EXIT_CODE = 75

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.models.config import HEAD_WIDTH, DiffiTImageConfig
+from dit.models.dropout import keyed_dropout
 from dit.models.layers import NORM_EPS, LabelEmbedding, check_labels, init_weights, timestep_sinusoid, zero
 from dit.models.tmsa import TMSABlock
 from storage.errors import InputError
@@ -19,8 +20,8 @@ class ImageDiffiT(nn.Module):
     """The network inside a preconditioner such as EDM's: scaled noisy images to a raw prediction.
 
     Down through the resolutions and back up, with one concatenation at each. It works at any image
-    size whose every resolution divides into windows. Randomness: dropout, in training mode, from
-    torch's generator.
+    size whose every resolution divides into windows. The model has no randomness: who trains gives
+    the keys of its dropout.
     """
 
     def __init__(self, config: DiffiTImageConfig) -> None:
@@ -39,9 +40,19 @@ class ImageDiffiT(nn.Module):
             Stage(widths[i + 1] + widths[i], widths[i], depths[i], config) for i in range(last)
         )
         self.head = nn.Sequential(group_norm(widths[0]), nn.SiLU(), conv3x3(widths[0], config.in_channels))
+        blocks = (module for module in self.modules() if isinstance(module, ResBlock))
+        for site, block in enumerate(blocks):
+            block.site = site
         self.init_weights()
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        augment: Tensor | None = None,
+        dropout: Tensor | None = None,
+    ) -> Tensor:
         """Predict from scaled noisy images, given in the dtype of the weights.
 
         Args:
@@ -49,6 +60,7 @@ class ImageDiffiT(nn.Module):
             t: what tells the noise level (B,); EDM's is ln(sigma) / 4.
             y: labels (B,) in 0 .. num_classes, the last being the null label; None if unconditional.
             augment: how the images were augmented (B, 9), all zero where they were not; None is zeros.
+            dropout: random words (B,), int64, that decide what each sample drops; None drops nothing.
 
         Returns:
             (B, C, H, W)
@@ -62,13 +74,13 @@ class ImageDiffiT(nn.Module):
         x = self.tokenizer(x)
         skips = []
         for stage, down in zip(self.down_stages, self.down, strict=False):
-            x = stage(x, c)
+            x = stage(x, c, dropout)
             skips.append(x)
             x = down(x)
-        x = self.down_stages[-1](x, c)
+        x = self.down_stages[-1](x, c, dropout)
         for i in reversed(range(len(skips))):
             x = self.up[i](nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
-            x = self.up_stages[i](torch.cat([x, skips[i]], dim=1), c)
+            x = self.up_stages[i](torch.cat([x, skips[i]], dim=1), c, dropout)
         out: Tensor = self.head(x)
         return out
 
@@ -129,11 +141,11 @@ class Stage(nn.Module):
         self.match = conv3x3(in_width, width) if in_width != width else nn.Identity()
         self.blocks = nn.ModuleList(ResBlock(width, config) for _ in range(depth))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, in_width, H, W) and time (B, E) to (B, width, H, W)."""
+    def forward(self, x: Tensor, c: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """(B, in_width, H, W), time (B, E) and keys of dropout (B,) to (B, width, H, W)."""
         x = self.match(x)
         for block in self.blocks:
-            x = block(x, c)
+            x = block(x, c, dropout)
         return x
 
 
@@ -144,13 +156,13 @@ class ResBlock(nn.Module):
         super().__init__()
         self.window = config.window
         self.norm = group_norm(width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout, self.site = config.dropout, 0
         self.conv = conv3x3(width, width)
         self.block = TMSABlock(width, width // HEAD_WIDTH, config.time_width, config.window, config.mlp_ratio)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, C, H, W) and time (B, E) to (B, C, H, W)."""
-        h = self.conv(self.dropout(nn.functional.silu(self.norm(x))))
+    def forward(self, x: Tensor, c: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), time (B, E) and keys of dropout (B,) to (B, C, H, W)."""
+        h = self.conv(keyed_dropout(nn.functional.silu(self.norm(x)), dropout, self.site, self.dropout))
         tokens = self.block(to_windows(h, self.window), c)
         return x + from_windows(tokens, self.window, x.shape[2], x.shape[3])
 

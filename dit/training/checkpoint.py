@@ -4,7 +4,10 @@ The record is written last and holds the hash, so a checkpoint that a kill cut s
 """
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,24 +40,86 @@ class CheckpointRecord(records.Record):
     files: tuple[FileEntry]
     """The state."""
     step: int
-    """Optimizer steps taken."""
+    """Steps taken."""
+    skipped: int
+    """Of them, those that changed nothing."""
     history: tuple[Measured, ...]
     """What had been measured by then."""
 
 
-def save(out: StageOutput, state: TrainState, history: Sequence[Measured], *, keep: int) -> None:
-    """Commit a checkpoint of the state, then remove those before it but the newest ``keep`` with this one.
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of the state in the host's memory, which training does not change."""
+
+    tensors: dict[str, torch.Tensor]
+    step: int
+    skipped: int
+    history: tuple[Measured, ...]
+
+
+def snapshot(state: TrainState, history: Sequence[Measured]) -> Snapshot:
+    """Copy the state, which waits for the device."""
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in _tensors(state).items()}
+    return Snapshot(tensors, state.step, int(state.skipped), tuple(history))
+
+
+def save(out: StageOutput, taken: Snapshot, *, keep: int, keep_every: int | None = None) -> None:
+    """Commit a checkpoint, then remove those before it but the newest ``keep`` with this one.
+
+    Args:
+        out: the stage's folder.
+        taken: the state.
+        keep: how many stay.
+        keep_every: those of steps that are multiples of it stay too.
 
     Raises:
         StorageError: the disk is full or the store refuses.
     """
-    name = f"step-{state.step:09d}"
-    entry = out.put(f"{FOLDER}/{name}/{STATE}", save_tensors(_tensors(state)))
-    record = CheckpointRecord(files=(entry,), step=state.step, history=tuple(history))
+    name = f"step-{taken.step:09d}"
+    entry = out.put(f"{FOLDER}/{name}/{STATE}", save_tensors(taken.tensors))
+    record = CheckpointRecord(files=(entry,), step=taken.step, skipped=taken.skipped, history=taken.history)
     records.commit(out, _record(name), record, replace=True)
-    older = [other for other in uri.names(out.url(FOLDER)) if other <= name]  # later ones are a kill's leftovers
+    older = [other for other in _names(out) if other <= name]  # later ones are a kill's leftovers
     for other in older[:-keep]:
-        uri.remove_tree(out.url(FOLDER, other))
+        if keep_every is None or _step(other) % keep_every:
+            uri.remove_tree(out.url(FOLDER, other))
+
+
+class Saver:
+    """Commits checkpoints while training goes on, one at a time.
+
+    Args:
+        pool: of one thread.
+        save: commits a snapshot.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, save: Callable[[Snapshot], None]) -> None:
+        self._pool, self._save = pool, save
+        self._running: Future[None] | None = None
+
+    def save(self, state: TrainState, history: Sequence[Measured]) -> None:
+        """Begin to save the state as it is now, when the one before is saved.
+
+        Raises:
+            StorageError: the one before could not be written.
+        """
+        self.wait()
+        self._running = self._pool.submit(self._save, snapshot(state, history))
+
+    def check(self) -> None:
+        """Raise what saving has raised, if it has ended."""
+        if self._running is not None and self._running.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until all is saved.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
 
 
 def load_newest(out: StageOutput, state: TrainState) -> list[Measured]:
@@ -63,15 +128,30 @@ def load_newest(out: StageOutput, state: TrainState) -> list[Measured]:
     Raises:
         StorageError: a checkpoint is there and cannot be read.
     """
-    for name in reversed(uri.names(out.url(FOLDER))):
+    for name in reversed(_names(out)):
         record = records.load(out, _record(name), CheckpointRecord)
         data = uri.read(out.url(record.files[0].path)) if record else b""
         if record and uri.sha256(data) == record.files[0].sha256:
             _restore(state, load_tensors(data))
-            state.step = record.step
+            state.step, state.skipped = record.step, record.skipped
             return list(record.history)
         LOGGER.warning("%s: not a whole checkpoint; trying the one before it", uri.redact(out.url(FOLDER, name)))
     return []
+
+
+def clean(out: StageOutput, step: int) -> None:
+    """Remove what kills have left: checkpoints that are not whole, where the newest whole one is of that step."""
+    for name in _names(out):
+        if _step(name) > step or records.load(out, _record(name), CheckpointRecord) is None:
+            uri.remove_tree(out.url(FOLDER, name))
+
+
+def _names(out: StageOutput) -> list[str]:
+    return [name for name in uri.names(out.url(FOLDER)) if re.fullmatch(r"step-\d{9,}", name)]
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
 
 
 def _record(name: str) -> str:
@@ -83,7 +163,7 @@ def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
     tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.state_dict().items()}
     for index, slots in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return tensors
 
 
 def _restore(state: TrainState, tensors: dict[str, torch.Tensor]) -> None:

@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit.pixels import to_unit
-from dit.random import Stream, words
 from dit.ranks import Ranks
 from dit.training.augment import augmented
 from dit.training.noise import StepDraws
@@ -34,10 +33,25 @@ class Batch:
     """Uniform in [0, 1), (B,), for the timesteps."""
     y: Tensor | None
     """Labels (B,), the dropped ones replaced by the null label."""
-    seed: int
-    """Of whatever else is random in the step on this rank: dropout."""
     augment: Tensor | None = None
     """How the images were distorted, (B, 9); None if they never are."""
+    dropout: Tensor | None = None
+    """Random words (B,), int64, that decide what the model drops; None if it drops nothing."""
+
+    @property
+    def told(self) -> dict[str, Tensor]:
+        """What the model is given besides data, time and labels, by name."""
+        told = {"augment": self.augment, "dropout": self.dropout}
+        return {name: value for name, value in told.items() if value is not None}
+
+    def split(self, size: int | None) -> list["Batch"]:
+        """Micro-batches of at most so many rows, in order; None is one of all."""
+        size = size or len(self.x0)
+        parts: list[dict[str, Any]] = [
+            {name: value if value is None else value[at : at + size] for name, value in vars(self).items()}
+            for at in range(0, len(self.x0), size)
+        ]
+        return [Batch(**part) for part in parts]
 
 
 class Data(Protocol):
@@ -149,6 +163,8 @@ class Batches:
     """Of the items in an epoch; in the pooled one the images of a chunk are all mirrored or none is."""
     streamed: bool = False
     """Tell the data which items come next; in the pooled order."""
+    dropout: bool = False
+    """Whether the model drops anything."""
 
     def __call__(self, step: int) -> Batch:
         """The batch of a step for this rank. The same step gives the same bits, whenever it is asked for."""
@@ -166,8 +182,12 @@ class Batches:
         x0, augment = self.data.x0(items, mirrored, draws), None
         if self.augmentation:
             x0, augment = augmented(x0, draws.augment, self.augmentation)
-        seed = int(words(self.seed, Stream.DROPOUT, step, [self.ranks.rank], 1)[0, 0])
-        return Batch(x0, draws.noise, draws.t, self._labels(items, draws.label_drop), seed, augment)
+        dropout = draws.dropout if self.dropout else None
+        return Batch(x0, draws.noise, draws.t, self._labels(items, draws.label_drop), augment, dropout)
+
+    def items(self, step: int) -> NDArray[np.int64]:
+        """The images of a step, (batch_size,), of all ranks together."""
+        return self._items(step * self.batch_size + np.arange(self.batch_size))
 
     def _items(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         count = len(self.data.labels)

@@ -30,10 +30,15 @@ class EMA:
         self._averages = {name: p.detach().float().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the model's parameters after a step, before which ``step`` steps had been taken."""
+    def update(self, model: nn.Module, step: int, good: Tensor | bool = True) -> None:
+        """Take in the model's parameters after a step, before which ``step`` steps had been taken.
+
+        Args:
+            good: whether to, a scalar that may still be on its way on the device.
+        """
         parameters = [p.detach().float() for p in model.parameters()]
-        torch._foreach_lerp_(list(self._averages.values()), parameters, 1 - self.decay_at(step))
+        weight = torch.full((), 1 - self.decay_at(step), device=parameters[0].device) * good
+        torch._foreach_lerp_(list(self._averages.values()), parameters, [weight] * len(parameters))
 
     def decay_at(self, step: int) -> float:
         """The decay after a step, before which ``step`` steps had been taken."""

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dit.random import Stream, normals, uniforms
+from dit.random import Stream, normals, uniforms, words
 from dit.training.augment import DRAWS
 
 
@@ -60,6 +61,12 @@ class StepDraws:
     def augment(self) -> Tensor:
         """Uniform in [0, 1), (B, DRAWS): how the image is distorted, by `augmented`."""
         return self._uniforms(Stream.AUGMENT, DRAWS)
+
+    @cached_property
+    def dropout(self) -> Tensor:
+        """Random words (B,), int64: what the model drops, by `keyed_dropout`."""
+        drawn = words(self.seed, Stream.DROPOUT, self.step, self.rows, 1)[:, 0]
+        return torch.from_numpy(drawn.view(np.int64)).to(self.device)
 
     def _uniform(self, stream: Stream) -> Tensor:
         return self._uniforms(stream, 1)[:, 0]

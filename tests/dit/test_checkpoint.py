@@ -1,4 +1,5 @@
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from torch import nn
 
 from dit.export import CheckpointManifest
 from dit.training import checkpoint
-from dit.training.checkpoint import Measured
+from dit.training.checkpoint import Measured, Saver
 from dit.training.ema import EMA
 from dit.training.loop import TrainState
 from storage.errors import StorageError
 from storage.manifest import StageOutput
+from storage.parallel import threads
 
 
 @pytest.fixture
@@ -53,13 +55,15 @@ def assert_same(state: TrainState, expected: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def saved(out: StageOutput, steps: tuple[int, ...], keep: int = 9) -> dict[int, dict[str, torch.Tensor]]:
+def saved(
+    out: StageOutput, steps: tuple[int, ...], keep: int = 9, keep_every: int | None = None
+) -> dict[int, dict[str, torch.Tensor]]:
     """Checkpoints at these steps, and what each holds."""
     state, history, held = fresh(), list[Measured](), {}
     for step in steps:
         advance(state, step - state.step)
         history.append(Measured(step=step, values={"loss": 1 / (3 * step)}))
-        checkpoint.save(out, state, history, keep=keep)
+        checkpoint.save(out, checkpoint.snapshot(state, history), keep=keep, keep_every=keep_every)
         held[step] = tensors(state)
     return held
 
@@ -134,7 +138,7 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(
     assert_same(state, held[4])
     assert "step-000000006: not a whole checkpoint" in caplog.text
     advance(state, 2)
-    checkpoint.save(out, state, history, keep=9)
+    checkpoint.save(out, checkpoint.snapshot(state, history), keep=9)
     again = fresh(seed=2)
     checkpoint.load_newest(out, again)
     assert again.step == 6
@@ -155,13 +159,77 @@ def test_the_newest_stay(out: StageOutput) -> None:
     assert kept(out) == [4, 5]
 
 
+def test_every_so_manieth_stays_too(out: StageOutput) -> None:
+    saved(out, tuple(range(1, 12)), keep=2, keep_every=4)
+    assert kept(out) == [4, 8, 10, 11]
+
+
+def test_what_kills_left_is_removed(out: StageOutput) -> None:
+    """Such as are newer than the one that was loaded, and those that never had a record."""
+    saved(out, (2, 4, 6, 8))
+    no_record(folder(out, 2))
+    flipped_bit(folder(out, 6))
+    no_state(folder(out, 8))
+    state = fresh()
+    checkpoint.load_newest(out, state)
+    checkpoint.clean(out, state.step)
+    assert kept(out) == [4]
+
+
+def test_a_snapshot_does_not_change_with_the_state(out: StageOutput) -> None:
+    state = fresh()
+    advance(state, 2)
+    expected = tensors(state)
+    taken = checkpoint.snapshot(state, [])
+    advance(state, 1)
+    checkpoint.save(out, taken, keep=1)
+    found = fresh(seed=1)
+    checkpoint.load_newest(out, found)
+    assert found.step == 2
+    assert_same(found, expected)
+
+
+def test_training_goes_on_while_a_checkpoint_is_saved_and_waits_for_no_more_than_one() -> None:
+    state, order, go = fresh(), list[str](), threading.Semaphore(0)
+
+    def slow(taken: checkpoint.Snapshot) -> None:
+        go.acquire()
+        order.append(f"saved {taken.step}")
+
+    with threads(1) as pool:
+        saver = Saver(pool, slow)
+        for step in (1, 2):
+            advance(state, 1)
+            if step == 2:
+                go.release()  # or it would wait for ever
+            saver.save(state, [])
+            order.append(f"begun {step}")
+            saver.check()
+        go.release()
+        saver.wait()
+    assert order == ["begun 1", "saved 1", "begun 2", "saved 2"]
+
+
+def test_what_saving_raises_comes_up_at_the_next_look() -> None:
+    def full(taken: checkpoint.Snapshot) -> None:
+        raise StorageError(f"step {taken.step}: the disk is full")
+
+    with threads(1) as pool:
+        saver = Saver(pool, full)
+        saver.save(fresh(), [])
+        pool.submit(int).result()  # by now it has ended
+        with pytest.raises(StorageError, match="step 0: the disk is full"):
+            saver.check()
+        saver.wait()
+
+
 def test_a_later_leftover_does_not_push_out_the_only_good_one(out: StageOutput) -> None:
     saved(out, (2, 6))
     no_record(folder(out, 6))
     state = fresh()
     history = checkpoint.load_newest(out, state)
     advance(state, 2)
-    checkpoint.save(out, state, history, keep=1)
+    checkpoint.save(out, checkpoint.snapshot(state, history), keep=1)
     assert kept(out) == [4, 6]
     found = fresh(seed=1)
     checkpoint.load_newest(out, found)

@@ -142,11 +142,21 @@ def test_labels() -> None:
         tiny()(x, t, torch.tensor([1, 2, 3]))
 
 
-def test_dropout_is_for_training_alone() -> None:
+def test_dropout_is_for_samples_with_a_key_and_differs_from_block_to_block() -> None:
     model = randomised(dropout=0.5)
-    assert torch.equal(model(*batch()), model(*batch()))
-    model.train()
-    assert not torch.allclose(model(*batch()), model(*batch()))
+    x, t = batch()
+    plain = model(x, t)
+    assert torch.equal(model.train()(x, t), plain)
+    keys = torch.tensor([1, 2, 3])
+    dropped = model(x, t, dropout=keys)
+    assert torch.equal(model(x, t, dropout=keys), dropped)
+    assert not torch.allclose(dropped, plain)
+    again = model(x, t, dropout=torch.tensor([1, 5, 3]))
+    torch.testing.assert_close(again[0::2], dropped[0::2])
+    assert not torch.allclose(again[1], dropped[1])
+    sites = [module.site for module in model.modules() if isinstance(module, ResBlock)]
+    assert sorted(sites) == list(range(len(sites)))
+    assert len(sites) >= 3
 
 
 def test_any_size_that_divides_into_windows() -> None:

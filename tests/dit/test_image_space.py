@@ -144,6 +144,15 @@ def test_training_with_dropout_goes_on_to_the_same_bits(
     assert tiny.objects(tiny.run_train(tmp_path, TRAINING, pixels)) == tiny.objects(trained)
 
 
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_drop_and_distort_the_same(
+    tmp_path: Path, pixels: LatentManifest, trained: CheckpointManifest, micro_batch: int
+) -> None:
+    again = tiny.run_train(tmp_path, TRAINING.model_copy(update={"micro_batch": micro_batch}), pixels)
+    assert again.digest == trained.digest
+    assert again.metrics == pytest.approx(trained.metrics, rel=1e-5)
+
+
 def test_dropout_matters(tmp_path: Path, pixels: LatentManifest, trained: CheckpointManifest) -> None:
     without = TRAINING.model_copy(update={"model": MODEL.model_copy(update={"dropout": 0.0})})
     assert tiny.run_train(tmp_path, without, pixels).metrics != trained.metrics

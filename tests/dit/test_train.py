@@ -1,9 +1,14 @@
 import json
+import logging
+import math
 import os
+import resource
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,17 +18,19 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import dit
+from dit import train
 from dit.diffusion.gaussian import GaussianDiffusion
 from dit.export import CheckpointManifest
 from dit.models.build import build
 from dit.models.choice import Shape
 from dit.ranks import Ranks
 from dit.train import TrainConfig, learning_rate, model_for
-from dit.training.data import Batches, Latents
+from dit.training.data import Batch, Batches, Latents
 from dit.vae import VaeRef
-from storage.errors import DitflowError, InputError, StorageError
+from storage.errors import DitflowError, InputError, PreemptedError, StorageError
 from storage.latents import LatentManifest, LatentReader
 from storage.manifest import StageOutput
+from storage.order import permutation
 from storage.shards import ShardManifest
 
 WORKER = """
@@ -116,8 +123,14 @@ def test_manifest_describes_the_model(
         "images_seen": 96,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    assert manifest.metrics == {f"final_{name}": value for name, value in recorder.values[12].items()}
-    assert set(recorder.values[12]) == {"loss", "mse", "vlb", "gradient_norm"}
+    names = ("loss", "mse", "vlb", "gradient_norm")
+    assert manifest.metrics == {f"final_{name}": recorder.values[12][name] for name in names}
+    quartiles = {f"loss_quartile_{number}" for number in range(1, 5)}
+    found = set.union(*map(set, recorder.values.values()))
+    assert found == {*names, *quartiles, "skipped_steps", "learning_rate"}
+    assert recorder.values[12]["learning_rate"] == tiny.TRAINING.learning_rate
+    assert recorder.rates.keys() == tiny.RATES
+    assert all(math.isfinite(rate) and rate >= 0 for rate in recorder.rates.values())
     assert manifest.card.class_names == tiny.CLASSES
     assert manifest.card.model.num_classes == 3
     assert (manifest.card.resolution, manifest.card.steps) == (tiny.SIDE, 12)
@@ -169,6 +182,60 @@ def test_a_broken_checkpoint_costs_time_but_no_bits(
     assert tiny.objects(manifest) == tiny.objects(whole[1])
 
 
+class Preempter(tiny.Recorder):
+    """Wants the machine back at a step."""
+
+    def __init__(self, when: int) -> None:
+        super().__init__()
+        self.when = when
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        if done == self.when:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_and_goes(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(PreemptedError, match="told to stop at step 7; the same command goes on from there"):
+        tiny.run_train(tmp_path, tiny.TRAINING, latents, Preempter(6))
+    assert signal.getsignal(signal.SIGTERM) is before
+    recorder, manifest = through(tmp_path, tiny.TRAINING, latents)
+    assert min(recorder.values) == 8
+    assert tiny.objects(manifest) == tiny.objects(whole[1])
+
+
+def test_sigterm_at_the_last_step_comes_too_late(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    manifest = tiny.run_train(tmp_path, tiny.TRAINING, latents, Preempter(11))
+    assert tiny.objects(manifest) == tiny.objects(whole[1])
+
+
+class Filler(tiny.Recorder):
+    """Fills the disk at a step: no file may be longer than this."""
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        if done == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(StorageError, match=r"step-000000008/state.safetensors: the disk is full .* make room"):
+            tiny.run_train(tmp_path, tiny.TRAINING, latents, Filler())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.parent.name for path in tmp_path.rglob("record.json")] == ["step-000000004"]
+    recorder, manifest = through(tmp_path, tiny.TRAINING, latents)
+    assert min(recorder.values) == 5
+    assert tiny.objects(manifest) == tiny.objects(whole[1])
+
+
 def test_how_often_to_log_and_save_changes_no_weights(
     tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
 ) -> None:
@@ -180,6 +247,18 @@ def test_how_often_to_log_and_save_changes_no_weights(
         assert manifest.read_object(name) == whole[1].read_object(name)
     folders = sorted(path.name for path in Path(manifest.uri, "checkpoints").iterdir())
     assert folders == ["step-000000003", "step-000000006", "step-000000009"]
+
+
+@pytest.mark.parametrize("micro_batch", [2, 3])
+def test_micro_batches_change_the_order_of_sums_alone(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest], micro_batch: int
+) -> None:
+    config = tiny.TRAINING.model_copy(update={"micro_batch": micro_batch})
+    recorder, manifest = through(tmp_path, config, latents)
+    assert manifest.digest == whole[1].digest
+    for step, values in recorder.values.items():
+        assert values["loss"] == pytest.approx(whole[0].values[step]["loss"], rel=1e-5)
+    assert recorder.values[1]["loss"] == pytest.approx(whole[0].values[1]["loss"], rel=1e-7)
 
 
 def test_the_seed_decides(
@@ -216,13 +295,74 @@ def test_without_classes(tmp_path: Path, latents: LatentManifest) -> None:
     assert not any("y_embedder" in name for name in dit.load(manifest.uri).model.state_dict())
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path: Path, latents: LatentManifest) -> None:
-    config = tiny.TRAINING.model_copy(update={"learning_rate": 1e30, "log_every": 100, "checkpoint_every": 1})
-    with pytest.raises(DitflowError, match=r"astray at step \d+: loss .*; lower train.learning_rate") as caught:
+ASTRAY = (
+    "training went astray: 3 steps from step 2 on had no finite loss or gradient; the first trained on images "
+    "{}, ... of the store; lower train.learning_rate or look at these"
+)
+
+
+def test_a_loss_that_stays_without_a_number_ends_the_run_at_the_last_good_checkpoint(
+    tmp_path: Path, latents: LatentManifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"learning_rate": 1e30, "log_every": 100, "checkpoint_every": 1, "max_skipped": 3, "batch_size": 9}
+    config = tiny.TRAINING.model_copy(update=changes)
+    with pytest.raises(DitflowError) as caught, caplog.at_level(logging.WARNING):
         tiny.run_train(tmp_path, config, latents)
-    assert "\n" not in str(caught.value)
+    line = ASTRAY.format(", ".join(map(str, permutation(config.seed, 0, tiny.COUNT)[9:17])))
+    assert str(caught.value) == line
+    assert f"{line}; once more from the last checkpoint" in caplog.messages
     (state,) = tmp_path.rglob("state.safetensors")  # of the step before
+    assert state.parent.name == "step-000000001"
     assert all(tensor.isfinite().all() for tensor in load_file(state).values())
+
+
+class Faulty(Batches):
+    """The batches of some steps are spoilt when they are made first, as by a fault of the machine."""
+
+    spoilt: ClassVar[set[int]] = set()
+
+    def __call__(self, step: int) -> Batch:
+        batch = super().__call__(step)
+        if step in self.spoilt:
+            self.spoilt.discard(step)
+            return replace(batch, x0=torch.full_like(batch.x0, torch.nan))
+        return batch
+
+
+def test_steps_that_are_not_finite_are_left_out(
+    tmp_path: Path,
+    latents: LatentManifest,
+    whole: tuple[tiny.Recorder, CheckpointManifest],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The checkpoint that would be written in between is not, and a restart knows how many they were."""
+    monkeypatch.setattr(train, "Batches", Faulty)
+    monkeypatch.setattr(Faulty, "spoilt", {2})
+    with pytest.raises(tiny.Killed):
+        tiny.run_train(tmp_path, tiny.TRAINING, latents, tiny.Killer(6))
+    Faulty.spoilt.update({6, 7})
+    recorder = tiny.Recorder()
+    manifest = tiny.run_train(tmp_path, tiny.TRAINING, latents, recorder)
+    assert list(recorder.values) == list(range(5, 13))
+    assert {step: values["skipped_steps"] for step, values in recorder.values.items()} == {
+        5: 1, 6: 1, 7: 2, 8: 3, 9: 3, 10: 3, 11: 3, 12: 3,
+    }  # fmt: skip
+    assert "loss" not in recorder.values[7]
+    assert recorder.values[9]["loss"] != whole[0].values[9]["loss"]
+    assert manifest.counts["steps"] == 12
+    assert sorted(path.name for path in Path(manifest.uri, "checkpoints").iterdir()) == ["step-000000004"]
+
+
+def test_a_fault_that_passes_costs_the_way_back_and_no_bits(
+    tmp_path: Path,
+    latents: LatentManifest,
+    whole: tuple[tiny.Recorder, CheckpointManifest],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train, "Batches", Faulty)
+    monkeypatch.setattr(Faulty, "spoilt", {8, 9, 10})
+    config = tiny.TRAINING.model_copy(update={"max_skipped": 3})
+    assert tiny.objects(tiny.run_train(tmp_path, config, latents)) == tiny.objects(whole[1])
 
 
 @pytest.mark.parametrize(

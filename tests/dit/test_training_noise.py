@@ -7,7 +7,9 @@ SHAPE = (2, 3, 3)
 
 
 def tensors(draws: StepDraws) -> dict[str, torch.Tensor]:
-    return {name: getattr(draws, name) for name in ("t", "noise", "label_drop", "posterior", "flip", "augment")}
+    return {
+        name: getattr(draws, name) for name in ("t", "noise", "label_drop", "posterior", "flip", "augment", "dropout")
+    }
 
 
 @pytest.mark.parametrize("cuts", [[8, 8], [4, 4, 4, 4], [1, 15]])

@@ -35,8 +35,12 @@ SAMPLING = SampleConfig(
 )
 
 
+RATES = {"images_per_second", "tokens_per_second", "tflops", "data_wait_share", "memory_gib"}
+"""Metrics of training that differ from run to run."""
+
+
 class Recorder(NullTracker):
-    """Remembers what it was told."""
+    """Remembers what it was told, but for rates."""
 
     def __init__(self) -> None:
         self.values: dict[int, dict[str, float]] = {}
@@ -44,7 +48,8 @@ class Recorder(NullTracker):
         self.steps: list[tuple[int, int, str]] = []
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
-        self.values[step] = {name: value for name, value in values.items() if name != "images_per_second"}
+        self.values[step] = {name: value for name, value in values.items() if name not in RATES}
+        self.rates = {name: value for name, value in values.items() if name in RATES}
 
     def artifact(self, name: str, data: bytes) -> None:
         self.artifacts[name] = data

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,11 @@ from dit.train import TrainConfig
 from flows import launch
 from flows.contract import STAGES
 from flows.launch import LocalLaunch, WorkerError
-from flows.rank_log import RankLog
+from flows.rank_log import LostRankError, RankLog
 from flows.tracking import UNSENT
 from flows.worker import MARK, TrackingSpec, WorkerSpec
 from storage.config import Config
-from storage.errors import InputError
+from storage.errors import DitflowError, InputError, PreemptedError
 from storage.latents import LatentManifest, VaeInfo, latent_layout
 from storage.manifest import StageOutput, stage_output
 from storage.rows import RowWriter
@@ -166,9 +167,57 @@ def test_a_killed_rank_fails_the_stage(latents: LatentManifest, nothing_left: No
             os.kill(killed[1], signal.SIGKILL)
 
     with pytest.raises(WorkerError, match=r"^rank 1 was killed by SIGKILL, perhaps for want of memory$"):
-        launch.run(job(latents, ENDLESS), LocalLaunch(nproc=2), progress=kill_one, log=HOUSE)
+        launch.run(job(latents, ENDLESS), LocalLaunch(nproc=2, max_restarts=0), progress=kill_one, log=HOUSE)
     assert len(killed) == 2
     assert all_gone(killed)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_stage_that_loses_a_rank_starts_again_from_its_checkpoint(
+    latents: LatentManifest, lines: pytest.LogCaptureFixture, nothing_left: None
+) -> None:
+    config = TINY.model_copy(update={"steps": 40, "checkpoint_every": 10})
+    undisturbed, spec = job(latents, config), job(latents, config)
+    STAGES["train"].run(config, latents, out=undisturbed.output, tracker=NullTracker())
+    expected = STAGES["train"].kind.read(undisturbed.output.uri).metrics
+    shutil.rmtree(undisturbed.output.uri)
+    noted = list[int]()
+
+    def kill_once(done: int, total: int, unit: str) -> None:
+        noted.append(done)
+        if noted.count(25) == 1 == noted.count(done):
+            os.kill(ranks()[1].pid, signal.SIGKILL)
+
+    launch.run(spec, LocalLaunch(nproc=2), progress=kill_once, log=HOUSE)
+    killed = "rank 1 was killed by SIGKILL, perhaps for want of memory; starting all ranks again, 1 of 3 times"
+    assert killed in lines.messages
+    resumed = next(int(line.split()[-1]) for line in lines.messages if "resuming after step" in line)
+    assert resumed in (20, 30)
+    assert noted[-1] == 40
+    found = STAGES["train"].kind.read(spec.output.uri).metrics
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("who", ["torchrun", "one rank"])
+def test_preempted_ranks_save_and_say_so(
+    who: str, latents: LatentManifest, lines: pytest.LogCaptureFixture, nothing_left: None
+) -> None:
+    def preempt(done: int, total: int, unit: str) -> None:
+        if done == 200:
+            process = ranks()[1]
+            os.kill(process.pid if who == "one rank" else process.ppid(), signal.SIGTERM)
+
+    spec = job(latents, ENDLESS, TrackingSpec(uri=dead_address(), run_id="0" * 32))
+    with pytest.raises(PreemptedError, match=r"^told to stop at step [\d,]+; the same command goes on") as told:
+        launch.run(spec, LocalLaunch(nproc=2), progress=preempt, log=HOUSE)
+    step = int(str(told.value).split()[5].rstrip(";").replace(",", ""))
+    assert Path(spec.output.uri, "checkpoints", f"step-{step:09d}", "record.json").exists()
+    assert not any("starting all ranks again" in line for line in lines.messages)
+    steps = [record["step"] for record in unsent(spec.output) if record.get("metric") == "loss"]
+    assert steps == list(range(50, step + 1, 50))
 
 
 class Cancelled(BaseException):
@@ -246,23 +295,28 @@ def test_a_torn_message_is_a_line_of_the_log(torn: str) -> None:
     assert take(torn) == ([torn], [])
 
 
-def error(kind: str, rank: int, *, wrong_input: bool = False) -> str:
-    return MARK + json.dumps({"error": "what happened", "kind": kind, "rank": rank, "input": wrong_input})
+def error(kind: str, rank: int, *, foreseen: bool = False) -> str:
+    return MARK + json.dumps({"error": "what happened", "kind": kind, "rank": rank, "foreseen": foreseen})
 
 
 def test_the_cause_is_told_and_not_its_effects() -> None:
     """When one rank goes, the others fail for want of it, and may be heard first."""
 
-    def failure(code: int, *lines: str) -> str:
+    def failure(code: int, *lines: str) -> DitflowError:
         ranks = RankLog(Noted(), lambda _: None)
         ranks.take("\n".join(lines).splitlines())
-        return str(ranks.failure(code))
+        return ranks.failure(code)
 
-    effect, cause = error("RuntimeError", 0), error("InputError", 1, wrong_input=True)
+    effect, cause = error("RuntimeError", 0), error("InputError", 1, foreseen=True)
+    full = error("StorageError", 1, foreseen=True)
     report = "  rank      : {} (local_rank: {})\n  exitcode  : {} (pid: 7)  (SIG)\n"
     killed = report.format(0, 0, -15) + report.format(1, 1, -7)
-    assert failure(1, effect, cause, killed) == "what happened"
-    assert failure(1, effect, killed) == "rank 1 was killed by SIGBUS"
-    assert failure(1, effect) == "rank 0 failed: RuntimeError: what happened"
-    assert "rank 1 ended with code 3" in failure(1, report.format(1, 1, 3))
-    assert "code -9" in failure(-9)
+    assert str(failure(1, effect, cause, killed)) == "what happened"
+    assert str(failure(1, full, cause, killed)) == "what happened"
+    assert str(failure(1, effect, full, killed)) == "rank 1 failed: StorageError: what happened"
+    assert not isinstance(failure(1, effect, full, killed), LostRankError)
+    assert isinstance(failure(75, effect, error("PreemptedError", 1, foreseen=True)), PreemptedError)
+    assert str(failure(1, effect, killed)) == "rank 1 was killed by SIGBUS"
+    assert str(failure(1, effect)) == "rank 0 failed: RuntimeError: what happened"
+    assert "rank 1 ended with code 3" in str(failure(1, report.format(1, 1, 3)))
+    assert "code -9" in str(failure(-9))

@@ -16,6 +16,7 @@ from mlflow.entities import Run
 
 from flows import runs
 from flows.tracking import UNSENT, MlflowSink, StageTracker, read_unsent
+from flows.worker import TrackingSpec
 from storage.config import Config, operational
 from storage.errors import DitflowError
 from storage.manifest import Manifest, Provenance, StageOutput, stage_output
@@ -321,3 +322,21 @@ def test_a_remote_root_leaves_no_folder_here(
 
 def test_config_becomes_flat() -> None:
     assert runs.flatten({"a": {"b": {"c": None}}, "d": [1, "x"]}) == {"a.b.c": "None", "d": "[1, 'x']"}
+
+
+def test_another_attempt_skips_what_the_run_has_or_what_waits_to_be_sent(client: MlflowClient, root: str) -> None:
+    def attempt(tracked: StageOutput, spec: TrackingSpec, *steps: int) -> TrackingSpec:
+        tracker = StageTracker(MlflowSink(spec.uri, spec.run_id, spec.skip_to), None)
+        losses(*steps)(tracker)
+        tracker.close(tracked)
+        return runs.caught_up(spec, tracked)
+
+    with pytest.raises(KeyError), runs.stage_run(named(root), root) as (tracked, spec):
+        assert runs.caught_up(spec, tracked).skip_to == -1
+        again = attempt(tracked, spec, 10, 20, 30)
+        assert again.skip_to == 30
+        assert attempt(tracked, again, 20, 30, 40).skip_to == 40
+        assert steps(client, spec.run_id) == [10, 20, 30, 40]
+        away = TrackingSpec(uri=dead_address(), run_id=None)
+        assert attempt(tracked, away, 50, 60).skip_to == 60
+        raise KeyError

@@ -1,0 +1,61 @@
+import threading
+
+import pytest
+import torch
+
+from dit.training.ahead import DEPTH, ahead
+from dit.training.data import Batch
+
+
+def batch(step: int) -> Batch:
+    x0 = torch.full((1, 1, 1, 1), float(step))
+    return Batch(x0, x0, torch.zeros(1), None)
+
+
+def test_batches_come_in_order_from_any_step_on() -> None:
+    with ahead(batch, range(5, 12)) as made:
+        assert [made(step).x0.item() for step in range(5, 12)] == list(range(5, 12))
+
+
+def test_so_many_are_made_before_they_are_asked_for_and_no_more() -> None:
+    begun, enough = list[int](), threading.Event()
+
+    def noted(step: int) -> Batch:
+        begun.append(step)
+        if len(begun) == 1 + DEPTH:
+            enough.set()
+        return batch(step)
+
+    with ahead(noted, range(100)) as made:
+        made(0)
+        assert enough.wait(10)
+        made._pool.submit(int).result()  # by now it would have begun another
+        assert begun == list(range(1 + DEPTH))
+
+
+def test_waiting_is_measured() -> None:
+    go = threading.Event()
+    timer = threading.Timer(0.05, go.set)
+
+    def slow(step: int) -> Batch:
+        go.wait()
+        return batch(step)
+
+    with ahead(slow, range(3)) as made:
+        timer.start()
+        made(0)
+    assert made.waited > 0.01
+
+
+def test_what_making_raises_comes_with_its_own_step_and_leaving_waits_for_nobody() -> None:
+    def broken(step: int) -> Batch:
+        if step == 2:
+            raise OSError("cannot be read")
+        return batch(step)
+
+    with ahead(broken, range(10)) as made:
+        made(0)
+        made(1)
+        with pytest.raises(OSError, match="cannot be read"):
+            made(2)
+    assert not [thread for thread in made._pool._threads if thread.is_alive()]

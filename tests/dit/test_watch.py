@@ -1,0 +1,48 @@
+import time
+
+import pytest
+import torch
+
+from dit.models.config import DiTConfig, diffit_image_config
+from dit.models.cost import cost
+from dit.training import watch
+from dit.training.watch import Watch, matmul_speed
+
+MODEL = DiTConfig(input_size=8, width=32, depth=1, heads=2, num_classes=4)
+CPU = torch.device("cpu")
+
+
+def test_rates_are_those_of_the_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 104.0, 106.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    watch = Watch(MODEL, 16, 2, CPU, torch.float32)
+    watch.begin(30)
+    first, second = watch.measure(40, 1.0), watch.measure(50, 1.5)
+    assert (first["images_per_second"], second["images_per_second"]) == (40, 80)
+    assert (first["data_wait_share"], second["data_wait_share"]) == (0.25, 0.25)
+    assert first["tokens_per_second"] == 40 * 16
+    assert first["tflops"] == pytest.approx(40 * cost(MODEL).training_flops / 1e12)
+    assert 0.01 < first["memory_gib"] < 1000
+    assert "mfu" not in first
+
+
+def test_mfu_is_of_what_all_devices_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "matmul_speed", lambda dtype, device: 5e9)
+    monkeypatch.setattr(watch, "memory", lambda device: 2**31)
+    found = Watch(MODEL, 16, 2, torch.device("cuda"), torch.bfloat16)
+    found.begin(0)
+    values = found.measure(10, 0.0)
+    assert values["mfu"] == pytest.approx(values["tflops"] * 1e12 / 1e10)
+    assert values["memory_gib"] == 2
+
+
+def test_pixels_are_no_tokens() -> None:
+    found = Watch(diffit_image_config("digits16"), 16, 1, CPU, torch.float32)
+    found.begin(0)
+    assert "tokens_per_second" not in found.measure(1, 0.0)
+
+
+def test_a_matrix_product_is_as_fast_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 9.0, 10.0, 12.0, 20.0, 25.0, 30.0, 33.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert matmul_speed(torch.float32, CPU) == 2 * 2048**3 / 2
