@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dit.convert import Pretrained, read
 from dit.devices import device
 from dit.export import MODEL, ModelCard, Trained, load
-from dit.sample import SampleConfig, generate, open_decoder, picture
+from dit.sample import SampleConfig, compiled, generate, open_decoder, picture
 from dit.vae import VaeRef, info
 from storage import uri
 from storage.errors import InputError
@@ -57,7 +57,7 @@ def preview(trained: Trained, config: SampleConfig, out: str, tracker: Tracker) 
         if uri.exists(url):
             raise InputError(f"--out {uri.redact(out)}: has samples already; name another folder")
     vae = open_decoder(config, trained.card)
-    parts = generate(config, trained, vae, 0, config.count)
+    parts = generate(config, compiled(config, trained), vae, 0, config.count)
     rows = gathered(parts, tracker, start=0, total=config.count, unit="images")
     for url, data in zip(urls, (picture(rows["image"], trained.card), _npz(rows)), strict=True):
         uri.write(url, data)

@@ -147,7 +147,14 @@ STAGES = {
             ranked=True,
         ),
         Stage(
-            SampleConfig, sample.VERSION, SampleManifest, CheckpointManifest, "checkpoint", _sample_inputs, sample.run
+            SampleConfig,
+            sample.VERSION,
+            SampleManifest,
+            CheckpointManifest,
+            "checkpoint",
+            _sample_inputs,
+            sample.run,
+            ranked=True,
         ),
         Stage(
             EvaluateConfig, evaluate.VERSION, MetricsManifest, SampleManifest, "samples", _evaluate_inputs, evaluate.run

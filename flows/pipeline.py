@@ -32,7 +32,7 @@ def pipeline(recipe: Recipe, settings: RunSettings = stages.HERE) -> list[Outcom
         shards = step(stages.shard, recipe.archive, recipe.shard)
         latents = step(stages.encode, shards, recipe.encode, recipe.launch)
         checkpoint = step(stages.train, latents, recipe.train, recipe.launch)
-        samples = step(stages.sample, checkpoint, recipe.sample)
+        samples = step(stages.sample, checkpoint, recipe.sample, recipe.launch)
         if recipe.evaluate:
             metrics = step(stages.evaluate, samples, recipe.evaluate)
             step(stages.register, metrics, recipe.registry)

@@ -265,7 +265,7 @@ class _Known:
         seconds = config.count * passes * 2 * self.cost.macs / _known(self.rates.sample)
         seconds += config.count / self.rates.decode if self.rates.decode else 0.0
         rows = sample_layout(config.count, config.block_rows, self.recipe.encode.resolution)
-        return _stored(config.count, rows, seconds)
+        return _stored(config.count, rows, seconds / self.ranks)
 
     def _evaluate(self) -> Work:
         count, reference = self.recipe.sample.count, self._rows

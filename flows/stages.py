@@ -57,9 +57,14 @@ def train(
 
 
 @flow(flow_run_name="sample")
-def sample(checkpoint: ManifestRef, config: SampleConfig = SampleConfig(), settings: RunSettings = HERE) -> State[str]:
-    """A checkpoint to images."""
-    return perform(STAGES["sample"], config, checkpoint, settings)
+def sample(
+    checkpoint: ManifestRef,
+    config: SampleConfig = SampleConfig(),
+    launcher: LaunchSpec = LocalLaunch(),
+    settings: RunSettings = HERE,
+) -> State[str]:
+    """A checkpoint to images, on ranks that torchrun starts if there are several."""
+    return perform(STAGES["sample"], config, checkpoint, settings, launcher)
 
 
 @flow(flow_run_name="evaluate")
