@@ -157,7 +157,14 @@ STAGES = {
             ranked=True,
         ),
         Stage(
-            EvaluateConfig, evaluate.VERSION, MetricsManifest, SampleManifest, "samples", _evaluate_inputs, evaluate.run
+            EvaluateConfig,
+            evaluate.VERSION,
+            MetricsManifest,
+            SampleManifest,
+            "samples",
+            _evaluate_inputs,
+            evaluate.run,
+            ranked=True,
         ),
         Stage(RegisterConfig, registry.VERSION, ModelManifest, MetricsManifest, "metrics", _nothing_else, registry.run),
     )

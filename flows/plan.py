@@ -270,7 +270,8 @@ class _Known:
     def _evaluate(self) -> Work:
         count, reference = self.recipe.sample.count, self._rows
         images = reference + 2 * count + min(count, len(self.held_out.members) if self.held_out else 0)
-        return Work(min(reference, KEPT_REFERENCE) + count, 2, 10_000, 1, images / _known(self.rates.evaluate))
+        seconds = images / _known(self.rates.evaluate) / self.ranks
+        return Work(min(reference, KEPT_REFERENCE) + count, 2, 10_000, 1, seconds)
 
     @property
     def _rows(self) -> int:

@@ -68,9 +68,11 @@ def sample(
 
 
 @flow(flow_run_name="evaluate")
-def evaluate(samples: ManifestRef, config: EvaluateConfig, settings: RunSettings = HERE) -> State[str]:
-    """Images to metrics."""
-    return perform(STAGES["evaluate"], config, samples, settings)
+def evaluate(
+    samples: ManifestRef, config: EvaluateConfig, launcher: LaunchSpec = LocalLaunch(), settings: RunSettings = HERE
+) -> State[str]:
+    """Images to metrics, on ranks that torchrun starts if there are several."""
+    return perform(STAGES["evaluate"], config, samples, settings, launcher)
 
 
 @flow(flow_run_name="register")

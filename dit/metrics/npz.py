@@ -9,7 +9,7 @@ shapes are looked at before anything is unpacked. Images are streamed, since 50,
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from math import prod
@@ -21,7 +21,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from dit.metrics.frechet import Statistics
-from dit.metrics.sets import Batches
+from dit.metrics.sets import Batches, cut, whole
 from storage import uri
 from storage.errors import InputError
 
@@ -141,13 +141,13 @@ class NpzImages:
         """The sha256 of the file."""
         return self._file.digest
 
-    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Batches:
-        """As `dit.metrics.sets.ImageSet.batches`; reads from the beginning on."""
-        one = self.side**2 * 3
-        stop = self.count if stop is None else min(stop, self.count)
+    def batches(self, size: int, stretches: Sequence[range] | None = None) -> Batches:
+        """As `dit.metrics.sets.ImageSet.batches`; reads what lies between the stretches too."""
+        one, at = self.side**2 * 3, 0
         with self._file.array(IMAGES) as (file, *_):
-            for _ in range(start):
-                self._file.read(file, one)
-            for first in range(start, stop, size):
-                data = self._file.read(file, min(size, stop - first) * one)
+            for rows in cut(size, whole(self, stretches)):
+                for _ in range(at, rows.start):
+                    self._file.read(file, one)
+                data = self._file.read(file, len(rows) * one)
                 yield np.frombuffer(bytearray(data), np.uint8).reshape(-1, self.side, self.side, 3)
+                at = rows.stop
