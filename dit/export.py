@@ -1,5 +1,6 @@
 """A trained model as two files that need nothing else: its weights and what it is made of."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +68,14 @@ class Trained:
 
 
 def export(
-    out: StageOutput, card: ModelCard, ema: dict[str, torch.Tensor], raw: dict[str, torch.Tensor]
+    out: StageOutput, card: ModelCard, weights: Mapping[str, dict[str, torch.Tensor]]
 ) -> tuple[ModelCard, list[FileEntry]]:
-    """Write both sets of weights, by parameter name, and the card into a stage's folder.
+    """Write sets of weights and the card into a stage's folder.
+
+    Args:
+        out: the stage's folder.
+        card: without hashes.
+        weights: by file name, then by parameter name, in the host's memory.
 
     Returns:
         The card with the hashes of the weights, and what was written.
@@ -77,7 +83,7 @@ def export(
     Raises:
         StorageError: the disk is full or the store refuses.
     """
-    written = [out.put(EMA_WEIGHTS, save_tensors(_plain(ema))), out.put(RAW_WEIGHTS, save_tensors(_plain(raw)))]
+    written = [out.put(name, save_tensors(tensors)) for name, tensors in weights.items()]
     card = card.model_copy(update={"weights": {entry.path: entry.sha256 for entry in written}})
     return card, [*written, out.put(MODEL, card.model_dump_json(indent=1).encode())]
 
@@ -113,7 +119,3 @@ def _read_card(url: str) -> ModelCard:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "JSON"
         raise InputError(f"{uri.redact(uri.join(url, MODEL))}: not a trained model: {where}: {first['msg']}") from error
-
-
-def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

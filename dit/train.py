@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from dit.devices import Precision, device, dtype
 from dit.diffusion.build import build_process
 from dit.diffusion.config import DiffusionConfig, ProcessConfig
-from dit.export import CheckpointManifest, ModelCard, export
+from dit.export import EMA_WEIGHTS, RAW_WEIGHTS, CheckpointManifest, ModelCard, export
 from dit.models.build import build
 from dit.models.choice import DiTChoice, Given, ModelChoice
 from dit.models.config import DiffiTImageConfig, ModelConfig
@@ -23,6 +23,7 @@ from dit.training.checkpoint import Measured, Saver
 from dit.training.data import Batches, Order, open_data
 from dit.training.ema import EMA
 from dit.training.loop import Numbers, StepResult, TrainState, train
+from dit.training.parallelize import Parallel, gathered, shard
 from dit.training.preemption import notice
 from dit.training.watch import Watch
 from storage.config import Config, operational
@@ -67,6 +68,9 @@ class TrainConfig(Config):
     """Arithmetic of the forward pass; weights are float32 in any case."""
     micro_batch: int | None = operational(None, ge=1)
     """Images that a rank takes through the model at once, to save memory; None takes all of its share."""
+    parallel: Parallel = operational("ddp")
+    """What each rank holds of weights, moments and averages: with ``ddp`` all, with ``fsdp`` its part, with ``hsdp``
+    its part among the ranks of its machine. It changes the order of sums alone; a run can go on with another."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides initial weights, order, noise and dropped labels."""
     order: Order = "shuffled"
@@ -115,8 +119,10 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
         except AstrayError as error:  # a passing fault of the machine does not come again
             LOGGER.warning("%s; once more from the last checkpoint", error)
             state, history = _train(config, model_config, batches, ranks, out, tracker)
+        parts = {EMA_WEIGHTS: state.ema.state_dict(), RAW_WEIGHTS: state.model.state_dict()}
+        weights = {name: gathered(tensors, ranks) for name, tensors in parts.items()}
         if ranks.first:
-            _commit(config, model_config, latents, state, history, out, tracker)
+            _commit(config, model_config, latents, weights, history, out, tracker)
         ranks.wait()
         return CheckpointManifest.read(out.uri)
 
@@ -160,10 +166,11 @@ def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentMani
     )
 
 
-def _initial_state(config: TrainConfig, model_config: ModelConfig) -> TrainState:
+def _initial_state(config: TrainConfig, model_config: ModelConfig, ranks: Ranks) -> TrainState:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build(model_config).to(device())
+    shard(model, config.parallel, ranks, device())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay, fused=True)
     return TrainState(model, EMA(model, config.ema_decay, config.ema_ramp), optimizer)
@@ -183,7 +190,7 @@ def _train(
     tracker: Tracker,
 ) -> tuple[TrainState, list[Measured]]:
     """Train from the newest checkpoint to the last step, log and save; return also what was measured."""
-    state = _initial_state(config, model_config)
+    state = _initial_state(config, model_config, ranks)
     history = _resume(state, ranks, out)
     process = build_process(config.diffusion, batches.device)
     arithmetic = dtype(config.precision)
@@ -197,7 +204,7 @@ def _train(
     watch = Watch(model_config, config.batch_size, ranks.world_size, batches.device, arithmetic)
     steps = range(state.step, config.steps)
     with notice(ranks) as notified, threads(1) as pool, ahead(batches, steps) as made:
-        saver = Saver(pool, save)
+        saver = Saver(pool, save, ranks)
         watch.begin(state.step)
         for result in train(state, process, made, numbers, stop=config.steps, ranks=ranks):
             saver.check()
@@ -209,7 +216,7 @@ def _train(
                 streak = _streak(result, config, batches)
             if logs:
                 _log(config, result, history, watch.measure(result.step, made.waited), tracker)
-            if saves and streak == 0 and ranks.first:  # else a run that goes back would come to the same point
+            if saves and streak == 0:  # else a run that goes back would come to the same point
                 saver.save(state, history)
             if stops:
                 saver.wait()
@@ -268,7 +275,7 @@ def _commit(
     config: TrainConfig,
     model_config: ModelConfig,
     latents: LatentManifest,
-    state: TrainState,
+    weights: dict[str, dict[str, torch.Tensor]],
     history: list[Measured],
     out: StageOutput,
     tracker: Tracker,
@@ -281,10 +288,10 @@ def _commit(
         vae=latents.vae,
         resolution=latents.resolution,
         class_names=latents.class_names,
-        steps=state.step,
+        steps=config.steps,
     )
-    card, files = export(out, card, state.ema.state_dict(), state.model.state_dict())
-    counts = {"steps": state.step, "images_seen": state.step * config.batch_size}
-    counts["parameters"] = sum(parameter.numel() for parameter in state.model.parameters())
+    card, files = export(out, card, weights)
+    counts = {"steps": config.steps, "images_seen": config.steps * config.batch_size}
+    counts["parameters"] = sum(tensor.numel() for tensor in weights[RAW_WEIGHTS].values())
     metrics = {f"final_{name}": value for name, value in history[-1].values.items()}
     out.commit(CheckpointManifest, [*files, picture], counts=counts, metrics=metrics, card=card)

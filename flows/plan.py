@@ -22,6 +22,7 @@ from dit.rates import Rates
 from dit.sample import layout as sample_layout
 from dit.vae import info
 from flows.contract import STAGES, Source
+from flows.launch import LocalLaunch
 from flows.recipe import Recipe
 from storage import records, uri
 from storage.archive import Archive, open_archive
@@ -205,7 +206,14 @@ class _Known:
         """Bytes that training holds on a rank."""
         lower = dtype(self.recipe.train.precision)
         kept = activations(self.model, self.local_batch, None if lower == torch.float32 else lower)
-        return sum(self.cost.memory.values()) + kept
+        return sum(self.cost.memory.values()) // self._shards + kept
+
+    @property
+    def _shards(self) -> int:
+        """Ranks among which training deals what it holds."""
+        parallel, launch = self.recipe.train.parallel, self.recipe.launch
+        machines = launch.nodes if parallel == "hsdp" and not isinstance(launch, LocalLaunch) else 1
+        return 1 if parallel == "ddp" else launch.world_size // machines
 
     def lines(self) -> list[Line]:
         """The stages in their order."""
@@ -341,7 +349,7 @@ def _problems(
     together = 1 if device().type == "cuda" else ranks
     if memory * together > memory_there:
         need = f"{memory / 2**30:,.1f} GiB on each of {ranks} ranks"
-        change = "more ranks (launch), a smaller train.batch_size or train.model.size"
+        change = "more ranks (launch), train.parallel=fsdp, a smaller train.batch_size or train.model.size"
         found.append(f"train: needs {need}, and there are {memory_there / 2**30:,.1f} GiB; {change}")
     if recipe.train.batch_size % recipe.launch.world_size:
         found.append(

@@ -1,7 +1,6 @@
 """The training loop. It yields; its caller logs and saves."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +13,7 @@ from dit.diffusion.process import Process
 from dit.ranks import Ranks
 from dit.training.data import Batch
 from dit.training.ema import EMA
+from dit.training.parallelize import exchanging, synchronised, whole
 
 
 @dataclass
@@ -75,10 +75,10 @@ def train(
     A step whose loss or gradient is not finite, on any rank, is skipped on all of them: weights,
     moments and average stay as they are. Nothing here waits for the device.
     """
-    model = DistributedDataParallel(state.model) if ranks.world_size > 1 else state.model
+    model = synchronised(state.model, ranks)
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     streak: int | Tensor = 0
-    rehearsed = ranks.world_size == 1
+    rehearsed = not isinstance(model, DistributedDataParallel)
     while state.step < stop:
         batch = batches(state.step)
         if not rehearsed:  # DDP arranges its buckets, and so its sums, anew after its first gradients
@@ -86,7 +86,7 @@ def train(
             state.optimizer.zero_grad(set_to_none=True)
             rehearsed = True
         terms, quartiles = _accumulated(model, process, batch, numbers, ranks)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if numbers.gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, numbers.gradient_clip, norm)
         good = (terms["loss"] * norm).isfinite()
@@ -117,9 +117,7 @@ def _accumulated(
     sums: dict[str, Tensor] = {}
     losses = []
     for number, part in enumerate(parts, start=1):
-        with ExitStack() as stack:
-            if isinstance(model, DistributedDataParallel) and number < len(parts):
-                stack.enter_context(model.no_sync())  # ranks exchange gradients once a step
+        with exchanging(model, number == len(parts)):  # once a step
             terms = _terms(model, process, part, numbers)
             share = len(part.x0) / len(batch.x0)
             means = {name: term.mean() * share for name, term in terms.items()}
