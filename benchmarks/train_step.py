@@ -23,6 +23,7 @@ from dit.models.config import DiTConfig, dit_config
 from dit.models.cost import cost
 from dit.models.dit import DiT
 from dit.ranks import Ranks
+from dit.training.blocks import compile_blocks
 from dit.training.data import Batch
 from dit.training.ema import EMA
 from dit.training.loop import Numbers, TrainState, train
@@ -95,8 +96,8 @@ def plain(model: DiT, batch: Batch, dtype: torch.dtype) -> Contestant:
 def ours(model: DiT, batch: Batch, dtype: torch.dtype, compiled: bool) -> Contestant:
     """The steps of `dit.training.loop`, with each block compiled or not at all."""
     model = deepcopy(model)
-    for block in model.blocks if compiled else ():
-        block.compile(dynamic=False)
+    if compiled:
+        compile_blocks(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0, fused=True)
     state = TrainState(model, EMA(model, EMA_DECAY), optimizer)

@@ -19,6 +19,7 @@ from dit.plots import curve
 from dit.ranks import Ranks, joined
 from dit.training import checkpoint
 from dit.training.ahead import ahead
+from dit.training.blocks import compile_blocks, recompute_blocks
 from dit.training.checkpoint import Measured, Saver
 from dit.training.data import Batches, Order, open_data
 from dit.training.ema import EMA
@@ -68,6 +69,11 @@ class TrainConfig(Config):
     """Arithmetic of the forward pass; weights are float32 in any case."""
     micro_batch: int | None = operational(None, ge=1)
     """Images that a rank takes through the model at once, to save memory; None takes all of its share."""
+    compile: bool = False
+    """Compile the model block by block: minutes at the start, then faster; the last bits differ."""
+    checkpoint_activations: bool = operational(False)
+    """Keep the inputs of each block alone and go through it twice: a third more work, much less memory, the same
+    numbers."""
     parallel: Parallel = operational("ddp")
     """What each rank holds of weights, moments and averages: with ``ddp`` all, with ``fsdp`` its part, with ``hsdp``
     its part among the ranks of its machine. It changes the order of sums alone; a run can go on with another."""
@@ -170,6 +176,10 @@ def _initial_state(config: TrainConfig, model_config: ModelConfig, ranks: Ranks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build(model_config).to(device())
+    if config.compile:
+        compile_blocks(model)
+    if config.checkpoint_activations:
+        recompute_blocks(model)
     shard(model, config.parallel, ranks, device())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay, fused=True)

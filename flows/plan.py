@@ -20,6 +20,7 @@ from dit.models.config import ModelConfig
 from dit.models.cost import Cost, activations, cost
 from dit.rates import Rates
 from dit.sample import layout as sample_layout
+from dit.training.blocks import recompute_blocks
 from dit.vae import info
 from flows.contract import STAGES, Source
 from flows.launch import LocalLaunch
@@ -194,8 +195,9 @@ class _Known:
 
     @property
     def local_batch(self) -> int:
-        """Images of a rank in a training step."""
-        return -(-self.recipe.train.batch_size // self.recipe.launch.world_size)
+        """Images that a rank takes through the model at once."""
+        share = -(-self.recipe.train.batch_size // self.recipe.launch.world_size)
+        return min(share, self.recipe.train.micro_batch or share)
 
     @property
     def ranks(self) -> int:
@@ -204,8 +206,9 @@ class _Known:
 
     def memory(self) -> int:
         """Bytes that training holds on a rank."""
-        lower = dtype(self.recipe.train.precision)
-        kept = activations(self.model, self.local_batch, None if lower == torch.float32 else lower)
+        train = self.recipe.train
+        lower, prepare = dtype(train.precision), recompute_blocks if train.checkpoint_activations else None
+        kept = activations(self.model, self.local_batch, None if lower == torch.float32 else lower, prepare)
         return sum(self.cost.memory.values()) // self._shards + kept
 
     @property
@@ -349,7 +352,7 @@ def _problems(
     together = 1 if device().type == "cuda" else ranks
     if memory * together > memory_there:
         need = f"{memory / 2**30:,.1f} GiB on each of {ranks} ranks"
-        change = "more ranks (launch), train.parallel=fsdp, a smaller train.batch_size or train.model.size"
+        change = "train.micro_batch, train.checkpoint_activations, train.parallel=fsdp or more ranks (launch)"
         found.append(f"train: needs {need}, and there are {memory_there / 2**30:,.1f} GiB; {change}")
     if recipe.train.batch_size % recipe.launch.world_size:
         found.append(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -259,6 +260,35 @@ def test_micro_batches_change_the_order_of_sums_alone(
     for step, values in recorder.values.items():
         assert values["loss"] == pytest.approx(whole[0].values[step]["loss"], rel=1e-5)
     assert recorder.values[1]["loss"] == pytest.approx(whole[0].values[1]["loss"], rel=1e-7)
+
+
+def test_blocks_gone_through_twice_change_no_bit(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    config = tiny.TRAINING.model_copy(update={"checkpoint_activations": True})
+    manifest = tiny.run_train(tmp_path, config, latents)
+    assert manifest.digest == whole[1].digest
+    assert tiny.objects(manifest) == tiny.objects(whole[1])
+
+
+def test_a_compiled_run_is_near_and_goes_on_in_the_same_bits(
+    tmp_path: Path,
+    latents: LatentManifest,
+    whole: tuple[tiny.Recorder, CheckpointManifest],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether its blocks are gone through once or twice. All of a compiler but its code, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    torch.compiler.reset()
+    config = tiny.TRAINING.model_copy(update={"compile": True, "steps": 4, "checkpoint_every": 2})
+    recorder, manifest = through(tmp_path / "through", config, latents)
+    losses, expected = ([run.values[step]["loss"] for step in range(1, 5)] for run in (recorder, whole[0]))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert config.identity() != config.model_copy(update={"compile": False}).identity()
+    twice = config.model_copy(update={"checkpoint_activations": True})
+    with pytest.raises(tiny.Killed):
+        tiny.run_train(tmp_path / "killed", twice, latents, tiny.Killer(3))
+    assert tiny.objects(tiny.run_train(tmp_path / "killed", config, latents)) == tiny.objects(manifest)
 
 
 def test_the_seed_decides(

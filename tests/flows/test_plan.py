@@ -111,6 +111,15 @@ def test_parts_take_their_share_of_the_memory(images: Path, root: Path, rates: P
     assert copies - memory(nodes, "train.parallel=hsdp") == held - held // 2
 
 
+def test_micro_batches_and_recomputed_blocks_keep_less(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+    def kept(*more: str) -> int:
+        recipe = recipe_of(images, root, "train.batch_size=6", *more)
+        return planned(recipe, root, rates).memory - sum(cost(recipe.train.model.config(_given())).memory.values())
+
+    assert 2.9 < kept() / kept("train.micro_batch=2") < 3.1
+    assert kept("train.checkpoint_activations=true") < kept() / 2
+
+
 def test_what_does_not_fit_is_refused_with_what_to_change(
     capsys: pytest.CaptureFixture[str],
     images: Path,  # noqa: F811
