@@ -100,10 +100,11 @@ def ours(model: DiT, batch: Batch, dtype: torch.dtype, compiled: bool) -> Contes
         compile_blocks(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0, fused=True)
-    state = TrainState(model, EMA(model, EMA_DECAY), optimizer)
+    state = TrainState(model, {"ema": EMA(model, EMA_DECAY)}, optimizer)
     numbers = Numbers(lambda _: LEARNING_RATE, autocast=None if dtype is torch.float32 else dtype)
     steps = train(state, _process(), lambda step: batch, numbers, stop=10**9, ranks=Ranks())
-    return Contestant(lambda: next(steps).terms["loss"], model, optimizer, list(state.ema.state_dict().values()))
+    averages = list(state.averages["ema"].state_dict().values())
+    return Contestant(lambda: next(steps).terms["loss"], model, optimizer, averages)
 
 
 CONTESTANTS: dict[str, tuple[torch.dtype, Callable[[DiT, Batch, torch.dtype], Contestant]]] = {

@@ -25,6 +25,11 @@ EMA_WEIGHTS = "model.safetensors"
 RAW_WEIGHTS = "model-raw.safetensors"
 
 
+def weights_file(name: str) -> str:
+    """Where weights lie that are called ``ema``, ``raw``, or as a further average is, such as ``ema-0.999``."""
+    return EMA_WEIGHTS if name == "ema" else f"model-{name}.safetensors"
+
+
 class ModelCard(Config):
     """All that is needed to rebuild a trained model and to sample from it."""
 
@@ -50,7 +55,7 @@ class ModelCard(Config):
 
 
 class CheckpointManifest(Manifest):
-    """A trained model: EMA and raw weights, and its card."""
+    """A trained model: its averaged and raw weights, and its card."""
 
     STAGE = "train"
 
@@ -93,7 +98,8 @@ def load(url: str, *, weights: str = EMA_WEIGHTS, device: torch.device | str = "
 
     Args:
         url: the folder, by path or fsspec URL; of a training stage's output, or a copy of it.
-        weights: ``model.safetensors`` for the EMA, ``model-raw.safetensors`` for the last step's.
+        weights: ``model.safetensors`` for the EMA, ``model-raw.safetensors`` for the last step's, or the file
+            of a further average.
         device: where to run it.
 
     Raises:

@@ -3,7 +3,7 @@
 import logging
 import math
 from functools import partial
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from dit.devices import Precision, device, dtype
 from dit.diffusion.build import build_process
 from dit.diffusion.config import DiffusionConfig, ProcessConfig
-from dit.export import EMA_WEIGHTS, RAW_WEIGHTS, CheckpointManifest, ModelCard, export
+from dit.export import RAW_WEIGHTS, CheckpointManifest, ModelCard, export, weights_file
 from dit.models.build import build
 from dit.models.choice import DiTChoice, Given, ModelChoice
 from dit.models.config import DiffiTImageConfig, ModelConfig
@@ -59,8 +59,10 @@ class TrainConfig(Config):
     """Largest norm of the gradient; a longer one is shortened to it. None leaves it."""
     ema_decay: float = Field(0.9999, ge=0, le=1)
     """Of the moving average of the weights, a step."""
+    ema_decays: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    """Of further averages, each exported beside that one; ``sample.weights`` names it, such as ``ema-0.999``."""
     ema_ramp: float | None = Field(None, gt=0)
-    """The average's half-life is at most this share of the steps taken (EDM: 0.05). None has no such limit."""
+    """An average's half-life is at most this share of the steps taken (EDM: 0.05). None has no such limit."""
     flips: bool = True
     """Train on images and mirror images alike; latents must hold both."""
     augmentation: float = Field(0.0, ge=0, le=1)
@@ -125,8 +127,9 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
         except AstrayError as error:  # a passing fault of the machine does not come again
             LOGGER.warning("%s; once more from the last checkpoint", error)
             state, history = _train(config, model_config, batches, ranks, out, tracker)
-        parts = {EMA_WEIGHTS: state.ema.state_dict(), RAW_WEIGHTS: state.model.state_dict()}
-        weights = {name: gathered(tensors, ranks) for name, tensors in parts.items()}
+        parts = {name: average.state_dict() for name, average in state.averages.items()}
+        parts |= {"raw": state.model.state_dict()}
+        weights = {weights_file(name): gathered(tensors, ranks) for name, tensors in parts.items()}
         if ranks.first:
             _commit(config, model_config, latents, weights, history, out, tracker)
         ranks.wait()
@@ -183,7 +186,9 @@ def _initial_state(config: TrainConfig, model_config: ModelConfig, ranks: Ranks)
     shard(model, config.parallel, ranks, device())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    return TrainState(model, EMA(model, config.ema_decay, config.ema_ramp), optimizer)
+    decays = {"ema": config.ema_decay} | {f"ema-{decay}": decay for decay in config.ema_decays}
+    averages = {name: EMA(model, decay, config.ema_ramp) for name, decay in decays.items()}
+    return TrainState(model, averages, optimizer)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

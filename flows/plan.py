@@ -209,7 +209,13 @@ class _Known:
         train = self.recipe.train
         lower, prepare = dtype(train.precision), recompute_blocks if train.checkpoint_activations else None
         kept = activations(self.model, self.local_batch, None if lower == torch.float32 else lower, prepare)
-        return sum(self.cost.memory.values()) // self._shards + kept
+        return sum(self._held.values()) // self._shards + kept
+
+    @property
+    def _held(self) -> dict[str, int]:
+        """Bytes that training holds in all, by what they are."""
+        held = self.cost.memory
+        return held | {"ema": (1 + len(self.recipe.train.ema_decays)) * held["ema"]}
 
     @property
     def _shards(self) -> int:
@@ -261,7 +267,7 @@ class _Known:
         return _stored(count, rows, count * flips / _known(self.rates.encode) / self.ranks)
 
     def _train(self) -> Work:
-        config, held = self.recipe.train, self.cost.memory
+        config, held = self.recipe.train, self._held
         checkpoint = held["weights"] + held["adamw"] + held["ema"]
         size = config.keep_checkpoints * checkpoint + held["weights"] + held["ema"]
         images = config.steps * config.batch_size

@@ -164,7 +164,8 @@ def _record(name: str) -> str:
 
 def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
     tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.state_dict().items()}
+    for which, average in state.averages.items():
+        tensors |= {f"{which}.{name}": tensor for name, tensor in average.state_dict().items()}
     for index, slots in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
     return tensors
@@ -172,7 +173,8 @@ def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
 
 def _restore(state: TrainState, tensors: dict[str, torch.Tensor]) -> None:
     state.model.load_state_dict(_parts("model.", tensors, state.model.state_dict()))
-    state.ema.load_state_dict(_parts("ema.", tensors, state.ema.state_dict()))
+    for which, average in state.averages.items():
+        average.load_state_dict(_parts(f"{which}.", tensors, average.state_dict()))
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     slots: dict[int, dict[str, Any]] = {}
     for name, tensor in _below("optimizer.", tensors).items():

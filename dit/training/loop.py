@@ -1,6 +1,6 @@
 """The training loop. It yields; its caller logs and saves."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,8 @@ class TrainState:
     """All that changes while training."""
 
     model: nn.Module
-    ema: EMA
+    averages: Mapping[str, EMA]
+    """Moving averages of its parameters by name, the one that is called ``ema`` among them."""
     optimizer: torch.optim.Optimizer
     """A fused one, which can leave a step out without asking the device."""
     step: int = 0
@@ -101,7 +102,8 @@ def _step(state: TrainState, learning_rate: float, good: Tensor) -> None:
     state.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # as a GradScaler tells fused optimizers
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update(state.model, state.step, good)
+    for average in state.averages.values():
+        average.update(state.model, state.step, good)
     state.step += 1
 
 

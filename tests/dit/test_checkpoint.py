@@ -29,7 +29,8 @@ def fresh(seed: int = 0) -> TrainState:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model.register_parameter("fixed", nn.Parameter(torch.randn(2), requires_grad=False))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return TrainState(model, EMA(model, 0.9), torch.optim.AdamW(trained, 1e-2, fused=True))
+    averages = {"ema": EMA(model, 0.9), "ema-0.5": EMA(model, 0.5)}
+    return TrainState(model, averages, torch.optim.AdamW(trained, 1e-2, fused=True))
 
 
 def advance(state: TrainState, steps: int) -> None:
@@ -38,13 +39,15 @@ def advance(state: TrainState, steps: int) -> None:
         state.model(x).square().mean().backward()
         state.optimizer.step()
         state.optimizer.zero_grad()
-        state.ema.update(state.model, state.step)
+        for average in state.averages.values():
+            average.update(state.model, state.step)
         state.step += 1
 
 
 def tensors(state: TrainState) -> dict[str, torch.Tensor]:
     found = {f"model.{name}": value for name, value in state.model.state_dict().items()}
-    found |= {f"ema.{name}": value for name, value in state.ema.state_dict().items()}
+    for which, average in state.averages.items():
+        found |= {f"{which}.{name}": value for name, value in average.state_dict().items()}
     for index, slots in state.optimizer.state_dict()["state"].items():
         found |= {f"{index}.{name}": value for name, value in slots.items()}
     return {name: value.clone() for name, value in found.items()}

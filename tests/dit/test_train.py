@@ -291,6 +291,26 @@ def test_a_compiled_run_is_near_and_goes_on_in_the_same_bits(
     assert tiny.objects(tiny.run_train(tmp_path / "killed", config, latents)) == tiny.objects(manifest)
 
 
+def test_several_averages_are_those_of_runs_with_one_each(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    config = tiny.TRAINING.model_copy(update={"ema_decays": (0.9, 0.25)})
+    with pytest.raises(tiny.Killed):
+        tiny.run_train(tmp_path, config, latents, tiny.Killer(7))
+    manifest = tiny.run_train(tmp_path, config, latents)
+    assert manifest.digest != whole[1].digest
+    for name in ("model.safetensors", "model-raw.safetensors"):
+        assert manifest.read_object(name) == whole[1].read_object(name)
+    other = tiny.run_train(tmp_path, tiny.TRAINING.model_copy(update={"ema_decay": 0.9}), latents)
+    assert manifest.read_object("model-ema-0.9.safetensors") == other.read_object("model.safetensors")
+    third = dit.load(manifest.uri, weights="model-ema-0.25.safetensors").model.state_dict()
+    assert not torch.equal(third["pos_embed"], dit.load(manifest.uri).model.state_dict()["x_embedder.proj.weight"])
+    assert manifest.card.weights.keys() == {
+        f"model{which}.safetensors" for which in ("", "-raw", "-ema-0.9", "-ema-0.25")
+    }
+    manifest.verify()
+
+
 def test_the_seed_decides(
     tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
 ) -> None:

@@ -111,6 +111,15 @@ def test_parts_take_their_share_of_the_memory(images: Path, root: Path, rates: P
     assert copies - memory(nodes, "train.parallel=hsdp") == held - held // 2
 
 
+def test_every_average_takes_its_memory_and_its_disk(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+    plain, more = (
+        planned(recipe_of(images, root, *further), root, rates) for further in ([], ["train.ema_decays=[0.9, 0.99]"])
+    )
+    ema = cost(recipe_of(images, root).train.model.config(_given())).memory["ema"]
+    assert more.memory - plain.memory == 2 * ema
+    assert more.lines[2].size - plain.lines[2].size == 2 * ema * (recipe_of(images, root).train.keep_checkpoints + 1)
+
+
 def test_micro_batches_and_recomputed_blocks_keep_less(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
     def kept(*more: str) -> int:
         recipe = recipe_of(images, root, "train.batch_size=6", *more)
