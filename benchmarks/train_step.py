@@ -1,4 +1,7 @@
-"""A whole training step of the DiT, against diffusers' DiT trained the plain way on the same data and weights."""
+"""A whole training step of the DiT, against diffusers' DiT trained the plain way on the same data and weights.
+
+And what whole runs lose beside their steps: see `benchmarks.training`.
+"""
 
 # B = batch, C = channels, H = W = side of the latent
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import common
+from benchmarks import common, training
 from benchmarks.common import Measured, Result, main
 from benchmarks.peer import diffusers_dit, set_differences
 from dit.devices import device
@@ -127,7 +130,7 @@ RATIOS = {
 
 
 def measure() -> Measured:
-    """Every size that this machine can train in minutes."""
+    """Every size that this machine can train in minutes, then whole runs of the smallest."""
     results: list[Result] = []
     ratios: dict[str, float] = {}
     for name, task in (GPU_TASKS if torch.cuda.is_available() else CPU_TASKS).items():
@@ -135,7 +138,8 @@ def measure() -> Measured:
         found, compared = contest(task)
         results += [Result(f"{label}_{result.name}", result.value, result.unit) for result in found]
         ratios |= {f"{label}_{ratio}": value for ratio, value in compared.items()}
-    return results, ratios
+    beside, scaling = training.measure()
+    return results + beside, ratios | scaling
 
 
 def contest(task: Task) -> Measured:
