@@ -107,13 +107,19 @@ def load(url: str, *, weights: str = EMA_WEIGHTS, device: torch.device | str = "
     """
     card = _read_card(url)
     data, _ = read_weights(uri.join(url, weights), card.weights.get(weights))
-    with torch.device("meta"):  # no time is spent on initial weights
-        model = build(card.model)
     try:
-        model.load_state_dict(load_tensors(data), assign=True)
+        model = rebuilt(card.model, load_tensors(data))
     except Exception as error:  # safetensors and torch promise no exception types for broken files
         raise InputError(f"{uri.redact(uri.join(url, weights))}: does not load ({one_line(error)})") from error
-    return Trained(model.to(device).eval().requires_grad_(False), card)
+    return Trained(model.to(device), card)
+
+
+def rebuilt(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A model in evaluation mode with these weights, by parameter name, which are not copied."""
+    with torch.device("meta"):  # no time is spent on initial weights
+        model = build(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def _read_card(url: str) -> ModelCard:

@@ -23,6 +23,7 @@ from dit.training.blocks import compile_blocks, recompute_blocks
 from dit.training.checkpoint import Measured, Saver
 from dit.training.data import Batches, Order, open_data
 from dit.training.ema import EMA
+from dit.training.grid import Grid
 from dit.training.loop import Numbers, StepResult, TrainState, train
 from dit.training.parallelize import Parallel, gathered, shard
 from dit.training.preemption import notice
@@ -90,6 +91,8 @@ class TrainConfig(Config):
     each chunk when its turn comes, on every rank; it needs ``order: pooled`` and no disk."""
     log_every: int = operational(100, ge=1)
     """Steps between two records of the loss."""
+    sample_every: int | None = operational(None, ge=1)
+    """Steps between two grids of samples, drawn by the average from the same noise; None draws none."""
     checkpoint_every: int = operational(5_000, ge=1)
     """Steps between two checkpoints: what a kill can cost."""
     keep_checkpoints: int = operational(2, ge=1)
@@ -120,18 +123,18 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
         PreemptedError: SIGTERM; what was done is saved.
     """
     with joined() as ranks:
-        model_config = model_for(config, latents)
-        batches = _batches(config, model_config, latents, ranks)
+        card = _card(config, latents)
+        batches = _batches(config, card.model, latents, ranks)
         try:
-            state, history = _train(config, model_config, batches, ranks, out, tracker)
+            state, history = _train(config, card, batches, ranks, out, tracker)
         except AstrayError as error:  # a passing fault of the machine does not come again
             LOGGER.warning("%s; once more from the last checkpoint", error)
-            state, history = _train(config, model_config, batches, ranks, out, tracker)
+            state, history = _train(config, card, batches, ranks, out, tracker)
         parts = {name: average.state_dict() for name, average in state.averages.items()}
         parts |= {"raw": state.model.state_dict()}
         weights = {weights_file(name): gathered(tensors, ranks) for name, tensors in parts.items()}
         if ranks.first:
-            _commit(config, model_config, latents, weights, history, out, tracker)
+            _commit(config, card, weights, history, out, tracker)
         ranks.wait()
         return CheckpointManifest.read(out.uri)
 
@@ -149,6 +152,18 @@ def model_for(config: TrainConfig, latents: LatentManifest) -> ModelConfig:
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise InputError(f"train.model: does not fit the latents: {reason}") from error
+
+
+def _card(config: TrainConfig, latents: LatentManifest) -> ModelCard:
+    """What the model is made of, without hashes of weights."""
+    return ModelCard(
+        model=model_for(config, latents),
+        diffusion=config.diffusion,
+        vae=latents.vae,
+        resolution=latents.resolution,
+        class_names=latents.class_names,
+        steps=config.steps,
+    )
 
 
 def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentManifest, ranks: Ranks) -> Batches:
@@ -198,14 +213,14 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def _train(
     config: TrainConfig,
-    model_config: ModelConfig,
+    card: ModelCard,
     batches: Batches,
     ranks: Ranks,
     out: StageOutput,
     tracker: Tracker,
 ) -> tuple[TrainState, list[Measured]]:
     """Train from the newest checkpoint to the last step, log and save; return also what was measured."""
-    state = _initial_state(config, model_config, ranks)
+    state = _initial_state(config, card.model, ranks)
     history = _resume(state, ranks, out)
     process = build_process(config.diffusion, batches.device)
     arithmetic = dtype(config.precision)
@@ -216,7 +231,8 @@ def _train(
         micro_batch=config.micro_batch,
     )
     save = partial(checkpoint.save, out, keep=config.keep_checkpoints, keep_every=config.keep_every)
-    watch = Watch(model_config, config.batch_size, ranks.world_size, batches.device, arithmetic)
+    grid = Grid(card, config.precision)
+    watch = Watch(card.model, config.batch_size, ranks.world_size, batches.device, arithmetic)
     steps = range(state.step, config.steps)
     with notice(ranks) as notified, threads(1) as pool, ahead(batches, steps) as made:
         saver = Saver(pool, save, ranks)
@@ -231,6 +247,8 @@ def _train(
                 streak = _streak(result, config, batches)
             if logs:
                 _log(config, result, history, watch.measure(result.step, made.waited), tracker)
+            if config.sample_every and result.step % config.sample_every == 0:
+                _sample(grid, state, ranks, tracker)
             if saves and streak == 0:  # else a run that goes back would come to the same point
                 saver.save(state, history)
             if stops:
@@ -256,6 +274,14 @@ def _log(
     others = {"learning_rate": learning_rate(config, result.step - 1), "skipped_steps": float(result.skipped)}
     tracker.metrics(finite | others | rates, step=result.step)
     tracker.progress(result.step, config.steps, "steps")
+
+
+def _sample(grid: Grid, state: TrainState, ranks: Ranks, tracker: Tracker) -> None:
+    """Show what the average draws by now. All ranks take part; the first draws, and the others wait at their next."""
+    weights = gathered(state.averages["ema"].state_dict(), ranks)
+    picture = grid.draw(weights) if ranks.first else None
+    if picture is not None:
+        tracker.artifact(f"samples-{state.step:09d}.png", picture)
 
 
 def _streak(result: StepResult, config: TrainConfig, batches: Batches) -> int:
@@ -288,8 +314,7 @@ def _resume(state: TrainState, ranks: Ranks, out: StageOutput) -> list[Measured]
 
 def _commit(
     config: TrainConfig,
-    model_config: ModelConfig,
-    latents: LatentManifest,
+    card: ModelCard,
     weights: dict[str, dict[str, torch.Tensor]],
     history: list[Measured],
     out: StageOutput,
@@ -297,14 +322,6 @@ def _commit(
 ) -> None:
     losses = [measured.values["loss"] for measured in history]
     picture = publish(out, tracker, "loss.png", curve([measured.step for measured in history], losses))
-    card = ModelCard(
-        model=model_config,
-        diffusion=config.diffusion,
-        vae=latents.vae,
-        resolution=latents.resolution,
-        class_names=latents.class_names,
-        steps=config.steps,
-    )
     card, files = export(out, card, weights)
     counts = {"steps": config.steps, "images_seen": config.steps * config.batch_size}
     counts["parameters"] = sum(tensor.numel() for tensor in weights[RAW_WEIGHTS].values())

@@ -22,10 +22,8 @@ from storage.config import Config
 __all__ = ["KubernetesLaunch", "LaunchSpec", "LocalLaunch", "NodesLaunch", "SlurmLaunch", "WorkerError", "run"]
 
 SHUTDOWN_SECONDS = 15  # that torchrun gives its ranks, within what we give torchrun
-SETTLING_SECONDS = (
-    SHUTDOWN_SECONDS + 5
-)  # until the torchruns of all machines have ended: a new one must not meet an old one
-MEETING_SECONDS = 600  # that a machine waits for the others to come, at first and when they come again
+SETTLING_SECONDS = SHUTDOWN_SECONDS + 5  # until all machines' torchruns have ended: a new one must not meet an old one
+MEETING_SECONDS = 600  # that a machine waits for the others, at first and when they come again
 
 
 class LocalLaunch(Config):

@@ -23,6 +23,7 @@ CONFIG = tiny.TRAINING.model_copy(
         "micro_batch": 2,
         "ema_decays": (0.9,),
         "keep_checkpoints": 9,
+        "sample_every": 20,
     }
 )
 SPOILT = [(1, 6)]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import synthetic
 import tiny
 import torch
 from pydantic import ValidationError
@@ -25,6 +26,7 @@ from dit.export import CheckpointManifest
 from dit.models.build import build
 from dit.models.choice import Shape
 from dit.ranks import Ranks
+from dit.sample import SampleConfig
 from dit.train import TrainConfig, learning_rate, model_for
 from dit.training.data import Batch, Batches, Latents
 from dit.vae import VaeRef
@@ -309,6 +311,31 @@ def test_several_averages_are_those_of_runs_with_one_each(
         f"model{which}.safetensors" for which in ("", "-raw", "-ema-0.9", "-ema-0.25")
     }
     manifest.verify()
+
+
+def test_samples_are_drawn_along_the_way_and_change_no_bit(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest], vae: VaeRef
+) -> None:
+    """From the average of that step, by the process' own sampler: the last ones are those of the finished model."""
+    config = tiny.TRAINING.model_copy(update={"sample_every": 6})
+    before = torch.random.get_rng_state()
+    recorder, manifest = through(tmp_path, config, latents)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert tiny.objects(manifest) == tiny.objects(whole[1])
+    drawn = {name: data for name, data in recorder.artifacts.items() if name.startswith("samples")}
+    assert list(drawn) == ["samples-000000006.png", "samples-000000012.png"]
+    sampling = SampleConfig(count=40, labels="balanced", sampler="ddim", steps=25, batch_size=8)
+    samples = tiny.run_sample(tmp_path, sampling, manifest)
+    assert samples.read_object("artifacts/samples.png") == drawn["samples-000000012.png"]
+    assert drawn["samples-000000006.png"] != drawn["samples-000000012.png"]
+
+
+def test_without_the_decoder_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny.TRAINING.model_copy(update={"sample_every": 2, "steps": 2})
+    recorder, manifest = through(tmp_path, config, synthetic.latents(tmp_path))
+    assert manifest.counts["steps"] == 2
+    assert list(recorder.artifacts) == ["loss.png"]
+    assert "no samples of this step: nowhere" in caplog.text
 
 
 def test_the_seed_decides(
