@@ -25,7 +25,7 @@ Object = dict[str, Any]
 class KubernetesLaunch(Config):
     """Ranks in pods of a Kubernetes cluster, which sees the root as an object store or a mounted volume."""
 
-    kind: Literal["kubernetes"] = "kubernetes"
+    kind: Literal["kubernetes"]
     """Where ranks run."""
     image: str = Field(pattern=r"^\S+$")
     """The container image, in which ditflow is installed."""

@@ -42,7 +42,7 @@ class LocalLaunch(Config):
 class NodesLaunch(Config):
     """Ranks on several machines that see the same files; the same command is given on each of them."""
 
-    kind: Literal["nodes"] = "nodes"
+    kind: Literal["nodes"]
     """Where ranks run."""
     nodes: int = Field(2, ge=1)
     """Machines. None begins before all have come; when one is lost all end, and fewer can be a new launch."""

@@ -42,7 +42,7 @@ exec srun --kill-on-bad-exit=1 {python} -m torch.distributed.run --nnodes="$SLUR
 class SlurmLaunch(Config):
     """Ranks on the nodes of a Slurm cluster, which runs this same Python and sees the same files."""
 
-    kind: Literal["slurm"] = "slurm"
+    kind: Literal["slurm"]
     """Where ranks run."""
     nodes: int = Field(1, ge=1)
     """Nodes of the job."""

@@ -21,10 +21,12 @@ SPEC = WorkerSpec(
     output=StageOutput(uri="s3://bucket/runs/train/x", header=HEADER),
     tracking=TrackingSpec(uri="http://mlflow:5000", run_id=None),
 )
-EIGHT = KubernetesLaunch(image="registry/ditflow:1", nodes=2, nproc=8, secret="s3", volumes={"data": "/data"})
+EIGHT = KubernetesLaunch(
+    kind="kubernetes", image="registry/ditflow:1", nodes=2, nproc=8, secret="s3", volumes={"data": "/data"}
+)
 
 
-@pytest.mark.parametrize("spec", [EIGHT, KubernetesLaunch(image="x", gpus=False)])
+@pytest.mark.parametrize("spec", [EIGHT, KubernetesLaunch(kind="kubernetes", image="x", gpus=False)])
 def test_objects_fit_their_schemas(spec: KubernetesLaunch) -> None:
     for found in manifest(SPEC, spec):
         kubernetes_validate.validate(found, VERSION, strict=True)

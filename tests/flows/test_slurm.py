@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(reason_not_to() is not None, reason=str(reason_not_to())),
 ]
-TWO_NODES = SlurmLaunch(nodes=2, poll_seconds=0.5)
+TWO_NODES = SlurmLaunch(kind="slurm", nodes=2, poll_seconds=0.5)
 LONG = TINY.model_copy(update={"steps": 400, "checkpoint_every": 10, "log_every": 10})
 
 
@@ -63,7 +63,7 @@ from flows.worker import WorkerSpec
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 spec = WorkerSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
 log = logging.getLogger("flow")
-launch.run(spec, SlurmLaunch(nodes=2, poll_seconds=0.5), progress=lambda *_: None, log=log)
+launch.run(spec, SlurmLaunch(kind="slurm", nodes=2, poll_seconds=0.5), progress=lambda *_: None, log=log)
 """
 
 
