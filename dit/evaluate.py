@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit.devices import device
 from dit.export import CheckpointManifest
+from dit.metrics.comparison import Estimate
 from dit.metrics.features import ExtractorRef, Images, load_extractor
 from dit.metrics.measure import KEPT_REFERENCE, Measure, conditions, modes, names, title
 from dit.metrics.reference import reference
@@ -50,6 +51,16 @@ class MetricsManifest(Manifest):
     weights of Inception make it an FID."""
     conditions: dict[str, str | int | float]
     """What the numbers must be published with."""
+
+    @property
+    def metric(self) -> str:
+        """What the distance is called among the metrics: ``fid`` or ``fd``."""
+        return self.distance.partition("[")[0].lower()
+
+    @property
+    def estimate(self) -> Estimate:
+        """The distance with its interval."""
+        return Estimate.of(self.metric, self.metrics)
 
 
 @runtime_checkable
