@@ -1,14 +1,17 @@
 """Pictures of numbers, as PNG bytes."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from dit.metrics.comparison import Estimate
+from dit.metrics.power_law import PowerLaw
 
 
 def curve(steps: Sequence[int], losses: Sequence[float]) -> bytes:
@@ -18,6 +21,39 @@ def curve(steps: Sequence[int], losses: Sequence[float]) -> bytes:
     axes.plot(steps, losses, linewidth=1, marker=".", markersize=2)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(visible=True, which="both", alpha=0.3)
+    return _png(figure)
+
+
+def scaling(
+    names: Sequence[str],
+    distances: Sequence[Estimate],
+    title: str,
+    laws: Mapping[str, tuple[Sequence[float], PowerLaw]],
+) -> bytes:
+    """Distances of models against what they cost, with fitted lines, on logarithmic axes.
+
+    Args:
+        names: of the models, of which what all begin with is left out.
+        distances: of each.
+        title: what the distance is called.
+        laws: for each cost, by name, that of each model and the line through them.
+    """
+    figure = Figure(figsize=(5.5 * len(laws), 4), dpi=120, layout="constrained")
+    short = _without_common_start(names)
+    for place, (cost, (x, law)) in enumerate(laws.items()):
+        axes = figure.add_subplot(1, len(laws), place + 1)
+        axes.set(xlabel=cost, ylabel=title, xscale="log", yscale="log")
+        axes.set_title(str(law), fontsize=8)
+        _errors(axes, x, distances, "o")
+        ends = [min(x), max(x)]
+        axes.plot(ends, [law(end) for end in ends], "--", color="grey", linewidth=1, zorder=0)
+        for rank, (name, across, distance) in enumerate(zip(short, x, distances, strict=True)):
+            beside = {"xytext": (-5, -10), "ha": "right"} if rank % 2 else {"xytext": (5, 5)}
+            axes.annotate(name, (across, distance.value), textcoords="offset points", fontsize=7, **beside)
+        axes.margins(x=0.15)
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.grid(visible=True, which="both", alpha=0.2)
     return _png(figure)
 
 
@@ -47,6 +83,13 @@ def guidance(lines: Sequence[GuidanceLine], title: str) -> bytes:
         axes.grid(visible=True, alpha=0.3)
         axes.legend(fontsize=8)
     return _png(figure)
+
+
+def _without_common_start(names: Sequence[str]) -> list[str]:
+    """What differs between names that are cut at dashes: ``sweep-S-4`` and ``sweep-B-4`` are S-4 and B-4."""
+    words = [name.split("-") for name in names]
+    same = len(list(takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))))
+    return ["-".join(each[same:]) for each in words]
 
 
 def _errors(axes: Axes, x: Sequence[float], found: Sequence[Estimate], style: str, label: str = "") -> None:

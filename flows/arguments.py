@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 STAGES = ("shard", "encode", "train", "sample", "evaluate", "register")
-DEMOS = ("demo", "demo-diffit")
+DEMOS = ("demo", "demo-diffit", "demo-scaling")
 PORTS = range(1, 65536)
 RECIPE = "name of a preset or path of a YAML file"
 
@@ -87,6 +87,11 @@ def _add_outcomes(commands: Any, shared: argparse.ArgumentParser) -> None:
     command = commands.add_parser("report", parents=[shared], help="a page to look at of a recipe that is done")
     command.add_argument("recipe", help=RECIPE)
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as the recipe was run")
+    text = "the distance against training FLOPs and GMAC over the finished runs of a sweep"
+    command = commands.add_parser("scaling", parents=[shared], help=text)
+    command.add_argument("recipe", nargs="+", help=f"{RECIPE}, of a sweep or of one run")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as the recipes were run")
+    command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     command = commands.add_parser("promote", parents=[shared], help="make a version of a registered model the champion")
     command.add_argument("model", help="name of the registered model")
     command.add_argument("version", nargs="?", type=int, help="default: the candidate")

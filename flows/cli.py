@@ -142,6 +142,15 @@ def report(options: argparse.Namespace) -> None:
     print(write_page(recipe.name, done, options.root))
 
 
+def scaling(options: argparse.Namespace) -> None:
+    """Fit how the distance falls with compute over the finished runs of a sweep."""
+    from flows.scaling import scaling
+
+    found = scaling(options.recipe, options.set, options.root)
+    for line in [found.as_json()] if options.json else found.lines():
+        print(line)
+
+
 def up(options: argparse.Namespace) -> None:
     """Serve Prefect, MLflow and a worker until Ctrl-C."""
     from flows.up import serve
@@ -306,6 +315,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "evaluate": evaluate,
     "up": up,
     "report": report,
+    "scaling": scaling,
     "promote": promote,
     "plan": plan,
     "verify": verify,
