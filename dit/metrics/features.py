@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.config import Config, operational
+from storage.errors import InputError
 
 Images = NDArray[np.uint8] | Tensor
 """uint8 (B, H, W, 3)."""
@@ -83,11 +84,24 @@ class FeatureExtractor(Protocol):
         """
 
 
+def checked(images: Images, name: str, device: torch.device) -> Tensor:
+    """The images (B, H, W, 3) on the device of the extractor of that name.
+
+    Raises:
+        InputError: they are no uint8 images.
+    """
+    tensor = torch.as_tensor(images, device=device)
+    if tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[3] != 3:
+        raise InputError(f"{name}: reads uint8 images (B, H, W, 3), not {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor
+
+
 class ExtractorRef(Config):
     """Which extractor, and where its weights lie."""
 
-    name: Literal["demo-digits", "inception-tf"] = "demo-digits"
-    """The network: ``demo-digits`` is the digits classifier that comes with the demo, ``inception-tf`` that of FID."""
+    name: Literal["demo-digits", "inception-tf", "dinov2"] = "demo-digits"
+    """The network: ``demo-digits`` is the digits classifier that comes with the demo, ``inception-tf`` that of FID,
+    ``dinov2`` that of FD-DINOv2."""
     weights: str = operational()
     """Folder or file of the weights, by path or fsspec URL."""
     sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")
@@ -104,6 +118,10 @@ def load_extractor(ref: ExtractorRef, device: torch.device | str = "cpu") -> Fea
         from dit.metrics.inception import load_inception  # only the network that is asked for
 
         return load_inception(ref.weights, ref.sha256, device)
+    if ref.name == "dinov2":
+        from dit.metrics.dinov2 import load_dinov2
+
+        return load_dinov2(ref.weights, ref.sha256, device)
     from dit.metrics.demo_digits import load_digits_classifier
 
     return load_digits_classifier(ref.weights, ref.sha256, device)
