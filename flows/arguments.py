@@ -84,6 +84,9 @@ def _add_up(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def _add_outcomes(commands: Any, shared: argparse.ArgumentParser) -> None:
     """The commands about what is done."""
+    command = commands.add_parser("npz", help="samples to one npz file, as ADM's evaluation suite reads it")
+    command.add_argument("samples", help="manifest of samples, or the folder that it lies in")
+    command.add_argument("file", help="by path or URL, ending in .npz; not yet there")
     command = commands.add_parser("report", parents=[shared], help="a page to look at of a recipe that is done")
     command.add_argument("recipe", help=RECIPE)
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as the recipe was run")

@@ -2,19 +2,16 @@
 
 import argparse
 import json
-import logging
 import os
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows import services
 from flows.arguments import STAGES, parser
+from flows.serving import serving_prefect
 from storage import uri
 from storage.errors import DitflowError, InputError, PreemptedError, StorageError
 
@@ -78,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         _report(options, recipe, _skipped(done))
     if not todo:
         return
-    with _prefect(options):
+    with serving_prefect(options.root, quiet=options.json):
         from flows.perform import RunSettings
         from flows.pipeline import pipeline
 
@@ -90,7 +87,7 @@ def stage(options: argparse.Namespace) -> None:
     """Run one stage of a recipe on an earlier output."""
     recipe = _recipe(options)
     source = recipe.source_of(options.command, options.source, options.root)
-    with _prefect(options):
+    with serving_prefect(options.root, quiet=options.json):
         from flows.perform import RunSettings
         from flows.pipeline import run_stage
 
@@ -122,6 +119,17 @@ def evaluate(options: argparse.Namespace) -> None:
     from flows.judge import judged
 
     print(judged(*alone, options.set, options.root, as_json=options.json))
+
+
+def npz(options: argparse.Namespace) -> None:
+    """Write samples to one npz."""
+    from dit.npz import write_npz
+    from flows.progress import StageProgress
+    from flows.tracking import StageTracker
+
+    with StageProgress("npz").shown() as progress:
+        write_npz(options.samples, options.file, StageTracker(None, progress.update))
+    print(uri.redact(options.file))
 
 
 def promote(options: argparse.Namespace) -> None:
@@ -236,58 +244,6 @@ def _check_root(options: argparse.Namespace) -> None:
         raise InputError(f"--root {uri.redact(root)}: {getattr(error, 'strerror', None) or error}") from error
 
 
-@contextmanager
-def _prefect(options: argparse.Namespace) -> Iterator[None]:
-    """A Prefect server for the length of the block: the user's, that of ``ditflow up``, or our own."""
-    console = "WARNING" if options.json or sys.stderr.isatty() else "INFO"
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", console)
-    if os.environ.get("PREFECT_API_URL") or services.use_running(options.root):
-        import_module("flows.pipeline")
-        _quiet_what_we_explain()
-        yield
-        return
-    home, port = services.local_home(options.root) / "prefect", services.free_port()
-    os.environ |= services.prefect_env(home) | {"PREFECT_API_URL": f"http://{services.HOST}:{port}/api"}
-    warm = threading.Thread(target=_warm, args=(options.root,))
-    warm.start()
-    try:
-        with services.prefect_server(home, port):
-            warm.join()
-            _quiet_what_we_explain()
-            try:
-                yield
-            finally:
-                _send_last_words()
-    finally:
-        warm.join()
-
-
-def _quiet_what_we_explain() -> None:
-    """Keep Prefect's tracebacks of errors that end as one line of ours off the console; its log has them."""
-
-    def wanted(record: logging.LogRecord) -> bool:
-        explained = record.exc_info is not None and isinstance(record.exc_info[1], DitflowError)
-        return not explained and not record.getMessage().startswith("Finished in state Failed")
-
-    for handler in logging.getLogger().handlers:  # Prefect puts its console on the root logger
-        handler.addFilter(wanted)
-
-
-def _send_last_words() -> None:
-    """Let Prefect send what it still holds: it would try for a minute once its server is gone."""
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-
-    for worker in (APILogWorker, EventsWorker):
-        worker.drain_all(timeout=5)
-
-
-def _warm(root: str) -> None:
-    """Import what the run needs and open the tracking store, while the server starts."""
-    import_module("flows.pipeline")
-    import_module("flows.runs").prepare(root)
-
-
 def _skipped(manifests: "list[Manifest]") -> "list[Outcome]":
     from flows.contract import Outcome
 
@@ -314,6 +270,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "sample": sample,
     "evaluate": evaluate,
     "up": up,
+    "npz": npz,
     "report": report,
     "scaling": scaling,
     "promote": promote,

@@ -2,8 +2,9 @@
 
 # B = batch, H = W = image sides, D = features
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -26,6 +27,22 @@ class Outputs:
     """Of its classes (B, C), if it has any."""
     spatial: Tensor | None = None
     """Features that still know where things are (B, S), if the network has an agreed layer for them."""
+
+    @classmethod
+    def of(cls, parts: "Sequence[Outputs]") -> Self:
+        """Those of several batches, at least one and all of one network, together."""
+        first = parts[0]
+        return cls(
+            torch.cat([part.features for part in parts]),
+            None if first.logits is None else torch.cat([part.logits for part in parts if part.logits is not None]),
+            None if first.spatial is None else torch.cat([part.spatial for part in parts if part.spatial is not None]),
+        )
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on a device."""
+        logits = None if self.logits is None else self.logits.to(device)
+        spatial = None if self.spatial is None else self.spatial.to(device)
+        return type(self)(self.features.to(device), logits, spatial)
 
 
 class FeatureExtractor(Protocol):
