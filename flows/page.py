@@ -124,9 +124,9 @@ def _papers(found: MetricsManifest) -> str:
     own = (f"this run, {steps:,} steps", *(_own(name, found) for name in METRICS), "", "")
     head = ("model", "FID", "sFID", "IS", "precision", "recall", "conditions", "source")
     note = (
-        f"{here}, taken for {rows[0].data.name} by these counts. Papers take the statistics of the reference from a "
-        "file of ADM's; here they are those of the training images. What a paper does not state is not compared, nor "
-        "are training steps, decoder and seed. Rows under other conditions do not rank this run."
+        f"{here}, taken for {rows[0].data.name} by these counts. Papers take the reference's statistics from "
+        "files of their own; here they are those of the training images. What a paper does not state is not compared, "
+        "nor are training steps, decoder and seed. Rows under other conditions do not rank this run."
     )
     return section("Beside the papers", table([own, *(_row(row, found) for row in rows)], head), paragraph(note))
 

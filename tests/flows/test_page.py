@@ -17,6 +17,7 @@ from small import SAMPLING, Small
 from dit.evaluate import MetricsManifest
 from dit.export import CheckpointManifest
 from dit.metrics.published import CIFAR10, ROWS, deviations
+from dit.models.choice import Shape
 from dit.sample import SampleManifest
 from flows import guidance
 from flows import page as pages
@@ -29,6 +30,7 @@ from storage.shards import ShardManifest
 NAME = "<script>alert('digits & co')</script>"
 ALIKE = ({"guidance_scale": 1.0}, {"guidance_scale": 3.0})
 OTHER = {"guidance_scale": 3.0, "seed": 1}
+OTHER_SHAPE = Shape(depth=1, width=64, heads=2)
 SECTIONS = (
     *("Samples by class", "Beside the papers", "Guidance", "Does it repeat what it has seen?"),
     *("From images to samples", "Metrics", "Conditions", "From the images to the numbers"),
@@ -84,7 +86,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> I
         latents = small.latents()
         checkpoint = small.checkpoint(latents)
         metrics = small.evaluated(checkpoint)
-        small.evaluated(small.checkpoint(latents, steps=3), SAMPLING.model_copy(update=ALIKE[1]))
+        small.evaluated(small.checkpoint(latents, shape=OTHER_SHAPE), SAMPLING.model_copy(update=ALIKE[1]))
         small.evaluated(checkpoint, SAMPLING.model_copy(update=OTHER))
         manifests = lineage(metrics)
         before = place(manifests, str(root))
