@@ -1,4 +1,7 @@
-"""A whole training step of the DiT, against diffusers' DiT trained the plain way on the same data and weights."""
+"""A whole training step of the DiT, against diffusers' DiT trained the plain way on the same data and weights.
+
+And what whole runs lose beside their steps: see `benchmarks.training`.
+"""
 
 # B = batch, C = channels, H = W = side of the latent
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import common
+from benchmarks import common, training
 from benchmarks.common import Measured, Result, main
 from benchmarks.peer import diffusers_dit, set_differences
 from dit.devices import device
@@ -23,6 +26,7 @@ from dit.models.config import DiTConfig, dit_config
 from dit.models.cost import cost
 from dit.models.dit import DiT
 from dit.ranks import Ranks
+from dit.training.blocks import compile_blocks
 from dit.training.data import Batch
 from dit.training.ema import EMA
 from dit.training.loop import Numbers, TrainState, train
@@ -95,14 +99,15 @@ def plain(model: DiT, batch: Batch, dtype: torch.dtype) -> Contestant:
 def ours(model: DiT, batch: Batch, dtype: torch.dtype, compiled: bool) -> Contestant:
     """The steps of `dit.training.loop`, with each block compiled or not at all."""
     model = deepcopy(model)
-    for block in model.blocks if compiled else ():
-        block.compile(dynamic=False)
+    if compiled:
+        compile_blocks(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0, fused=True)
-    state = TrainState(model, EMA(model, EMA_DECAY), optimizer)
+    state = TrainState(model, {"ema": EMA(model, EMA_DECAY)}, optimizer)
     numbers = Numbers(lambda _: LEARNING_RATE, autocast=None if dtype is torch.float32 else dtype)
     steps = train(state, _process(), lambda step: batch, numbers, stop=10**9, ranks=Ranks())
-    return Contestant(lambda: next(steps).terms["loss"], model, optimizer, list(state.ema.state_dict().values()))
+    averages = list(state.averages["ema"].state_dict().values())
+    return Contestant(lambda: next(steps).terms["loss"], model, optimizer, averages)
 
 
 CONTESTANTS: dict[str, tuple[torch.dtype, Callable[[DiT, Batch, torch.dtype], Contestant]]] = {
@@ -125,7 +130,7 @@ RATIOS = {
 
 
 def measure() -> Measured:
-    """Every size that this machine can train in minutes."""
+    """Every size that this machine can train in minutes, then whole runs of the smallest."""
     results: list[Result] = []
     ratios: dict[str, float] = {}
     for name, task in (GPU_TASKS if torch.cuda.is_available() else CPU_TASKS).items():
@@ -133,7 +138,8 @@ def measure() -> Measured:
         found, compared = contest(task)
         results += [Result(f"{label}_{result.name}", result.value, result.unit) for result in found]
         ratios |= {f"{label}_{ratio}": value for ratio, value in compared.items()}
-    return results, ratios
+    beside, scaling = training.measure()
+    return results + beside, ratios | scaling
 
 
 def contest(task: Task) -> Measured:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit.devices import device
 from dit.export import CheckpointManifest
+from dit.metrics.comparison import Estimate
 from dit.metrics.features import ExtractorRef, FeatureExtractor, Images, load_extractor
 from dit.metrics.frechet import Statistics
 from dit.metrics.measure import KEPT_REFERENCE, Measure, conditions, modes, names, title
@@ -55,6 +56,16 @@ class MetricsManifest(Manifest):
     weights of Inception make it an FID."""
     conditions: dict[str, str | int | float]
     """What the numbers must be published with."""
+
+    @property
+    def metric(self) -> str:
+        """What the distance is called among the metrics: ``fid`` or ``fd``."""
+        return self.distance.partition("[")[0].lower()
+
+    @property
+    def estimate(self) -> Estimate:
+        """The distance with its interval."""
+        return Estimate.of(self.metric, self.metrics)
 
 
 @runtime_checkable

@@ -1,5 +1,6 @@
 """A trained model as two files that need nothing else: its weights and what it is made of."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,11 @@ from storage.manifest import FileEntry, Manifest, StageOutput
 MODEL = "model.json"
 EMA_WEIGHTS = "model.safetensors"
 RAW_WEIGHTS = "model-raw.safetensors"
+
+
+def weights_file(name: str) -> str:
+    """Where weights lie that are called ``ema``, ``raw``, or as a further average is, such as ``ema-0.999``."""
+    return EMA_WEIGHTS if name == "ema" else f"model-{name}.safetensors"
 
 
 class ModelCard(Config):
@@ -49,7 +55,7 @@ class ModelCard(Config):
 
 
 class CheckpointManifest(Manifest):
-    """A trained model: EMA and raw weights, and its card."""
+    """A trained model: its averaged and raw weights, and its card."""
 
     STAGE = "train"
 
@@ -67,9 +73,14 @@ class Trained:
 
 
 def export(
-    out: StageOutput, card: ModelCard, ema: dict[str, torch.Tensor], raw: dict[str, torch.Tensor]
+    out: StageOutput, card: ModelCard, weights: Mapping[str, dict[str, torch.Tensor]]
 ) -> tuple[ModelCard, list[FileEntry]]:
-    """Write both sets of weights, by parameter name, and the card into a stage's folder.
+    """Write sets of weights and the card into a stage's folder.
+
+    Args:
+        out: the stage's folder.
+        card: without hashes.
+        weights: by file name, then by parameter name, in the host's memory.
 
     Returns:
         The card with the hashes of the weights, and what was written.
@@ -77,7 +88,7 @@ def export(
     Raises:
         StorageError: the disk is full or the store refuses.
     """
-    written = [out.put(EMA_WEIGHTS, save_tensors(_plain(ema))), out.put(RAW_WEIGHTS, save_tensors(_plain(raw)))]
+    written = [out.put(name, save_tensors(tensors)) for name, tensors in weights.items()]
     card = card.model_copy(update={"weights": {entry.path: entry.sha256 for entry in written}})
     return card, [*written, out.put(MODEL, card.model_dump_json(indent=1).encode())]
 
@@ -87,7 +98,8 @@ def load(url: str, *, weights: str = EMA_WEIGHTS, device: torch.device | str = "
 
     Args:
         url: the folder, by path or fsspec URL; of a training stage's output, or a copy of it.
-        weights: ``model.safetensors`` for the EMA, ``model-raw.safetensors`` for the last step's.
+        weights: ``model.safetensors`` for the EMA, ``model-raw.safetensors`` for the last step's, or the file
+            of a further average.
         device: where to run it.
 
     Raises:
@@ -95,13 +107,19 @@ def load(url: str, *, weights: str = EMA_WEIGHTS, device: torch.device | str = "
     """
     card = _read_card(url)
     data, _ = read_weights(uri.join(url, weights), card.weights.get(weights))
-    with torch.device("meta"):  # no time is spent on initial weights
-        model = build(card.model)
     try:
-        model.load_state_dict(load_tensors(data), assign=True)
+        model = rebuilt(card.model, load_tensors(data))
     except Exception as error:  # safetensors and torch promise no exception types for broken files
         raise InputError(f"{uri.redact(uri.join(url, weights))}: does not load ({one_line(error)})") from error
-    return Trained(model.to(device).eval().requires_grad_(False), card)
+    return Trained(model.to(device), card)
+
+
+def rebuilt(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A model in evaluation mode with these weights, by parameter name, which are not copied."""
+    with torch.device("meta"):  # no time is spent on initial weights
+        model = build(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def _read_card(url: str) -> ModelCard:
@@ -113,7 +131,3 @@ def _read_card(url: str) -> ModelCard:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "JSON"
         raise InputError(f"{uri.redact(uri.join(url, MODEL))}: not a trained model: {where}: {first['msg']}") from error
-
-
-def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

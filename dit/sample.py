@@ -18,7 +18,7 @@ from dit.diffusion.config import EDMConfig, ProcessConfig
 from dit.diffusion.edm import EDM
 from dit.diffusion.gaussian import GaussianDiffusion
 from dit.diffusion.process import Denoiser
-from dit.export import EMA_WEIGHTS, RAW_WEIGHTS, CheckpointManifest, ModelCard, Trained, load
+from dit.export import CheckpointManifest, ModelCard, Trained, load, weights_file
 from dit.pixels import to_bytes
 from dit.ranks import Ranks, Share, joined
 from dit.samplers.ddim import ddim
@@ -69,8 +69,9 @@ class SampleConfig(Config):
     """The same scale at every timestep, or DiffiT's power-cosine from 1 at pure noise to the scale at the data."""
     guidance_interval: tuple[float, float] | None = None
     """Timesteps of the full process, or EDM's noise levels, outside of which there is no guidance, nor its cost."""
-    weights: Literal["ema", "raw"] = "ema"
-    """The moving average of the weights, or those of the last step."""
+    weights: str = Field("ema", pattern=r"^(raw|ema(-[0-9.e-]+)?)$")
+    """The moving average of the weights, ``raw`` for those of the last step, or a further average that was trained
+    with it (``train.ema_decays``), such as ``ema-0.999``."""
     vae: VaeRef | None = operational(None)
     """Another decoder than the autoencoder that made the latents; not for models on pixels."""
     precision: Arithmetic = "float32"
@@ -110,13 +111,13 @@ def run(config: SampleConfig, checkpoint: CheckpointManifest, *, out: StageOutpu
     """Make the samples that are not made yet, block by block and each on one of the ranks, and commit them.
 
     Raises:
-        InputError: decoder, sampler or steps do not fit the model, or a file is missing, broken or altered.
+        InputError: decoder, sampler, steps or weights do not fit the model, or a file is missing, broken or altered.
         StorageError: the disk is full.
         DitflowError: the model's samples are not finite.
     """
     with joined(PATIENCE) as ranks:
         vae = open_decoder(config, checkpoint.card)
-        trained = load(checkpoint.uri, weights=EMA_WEIGHTS if config.weights == "ema" else RAW_WEIGHTS, device=device())
+        trained = load(checkpoint.uri, weights=_weights(config, checkpoint.card), device=device())
         work = _Work(config, compiled(config, trained), vae)
         resolution = trained.card.resolution
         writer = RowWriter(out, layout(config.count, config.block_rows, resolution), {"range": [0, 255]})
@@ -294,6 +295,15 @@ def check_process(config: SampleConfig, card: ModelCard) -> None:
         raise InputError(f"sample.sampler: {config.sampler} does not fit this model's process; use {fitting}")
     if edm and config.guidance_schedule == "power_cosine":
         raise InputError("sample.guidance_schedule: power_cosine needs timesteps, and this model's process has none")
+
+
+def _weights(config: SampleConfig, card: ModelCard) -> str:
+    """The file of the weights to draw from."""
+    file = weights_file(config.weights)
+    if file not in card.weights:
+        hint = f"this model has {', '.join(sorted(card.weights))}; further averages are trained with train.ema_decays"
+        raise InputError(f"sample.weights: no {file} for {config.weights}; {hint}")
+    return file
 
 
 def _check(vae: Vae, card: ModelCard) -> None:

@@ -3,7 +3,7 @@
 import logging
 import math
 from functools import partial
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from dit.devices import Precision, device, dtype
 from dit.diffusion.build import build_process
 from dit.diffusion.config import DiffusionConfig, ProcessConfig
-from dit.export import CheckpointManifest, ModelCard, export
+from dit.export import RAW_WEIGHTS, CheckpointManifest, ModelCard, export, weights_file
 from dit.models.build import build
 from dit.models.choice import DiTChoice, Given, ModelChoice
 from dit.models.config import DiffiTImageConfig, ModelConfig
@@ -19,10 +19,13 @@ from dit.plots import curve
 from dit.ranks import Ranks, joined
 from dit.training import checkpoint
 from dit.training.ahead import ahead
+from dit.training.blocks import compile_blocks, recompute_blocks
 from dit.training.checkpoint import Measured, Saver
 from dit.training.data import Batches, Order, open_data
 from dit.training.ema import EMA
+from dit.training.grid import Grid
 from dit.training.loop import Numbers, StepResult, TrainState, train
+from dit.training.parallelize import Parallel, gathered, shard
 from dit.training.preemption import notice
 from dit.training.watch import Watch
 from storage.config import Config, operational
@@ -57,8 +60,10 @@ class TrainConfig(Config):
     """Largest norm of the gradient; a longer one is shortened to it. None leaves it."""
     ema_decay: float = Field(0.9999, ge=0, le=1)
     """Of the moving average of the weights, a step."""
+    ema_decays: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    """Of further averages, each exported beside that one; ``sample.weights`` names it, such as ``ema-0.999``."""
     ema_ramp: float | None = Field(None, gt=0)
-    """The average's half-life is at most this share of the steps taken (EDM: 0.05). None has no such limit."""
+    """An average's half-life is at most this share of the steps taken (EDM: 0.05). None has no such limit."""
     flips: bool = True
     """Train on images and mirror images alike; latents must hold both."""
     augmentation: float = Field(0.0, ge=0, le=1)
@@ -67,6 +72,14 @@ class TrainConfig(Config):
     """Arithmetic of the forward pass; weights are float32 in any case."""
     micro_batch: int | None = operational(None, ge=1)
     """Images that a rank takes through the model at once, to save memory; None takes all of its share."""
+    compile: bool = False
+    """Compile the model block by block: minutes at the start, then faster; the last bits differ."""
+    checkpoint_activations: bool = operational(False)
+    """Keep the inputs of each block alone and go through it twice: a third more work, much less memory, the same
+    numbers."""
+    parallel: Parallel = operational("ddp")
+    """What each rank holds of weights, moments and averages: with ``ddp`` all, with ``fsdp`` its part, with ``hsdp``
+    its part among the ranks of its machine. It changes the order of sums alone; a run can go on with another."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides initial weights, order, noise and dropped labels."""
     order: Order = "shuffled"
@@ -78,6 +91,8 @@ class TrainConfig(Config):
     each chunk when its turn comes, on every rank; it needs ``order: pooled`` and no disk."""
     log_every: int = operational(100, ge=1)
     """Steps between two records of the loss."""
+    sample_every: int | None = operational(None, ge=1)
+    """Steps between two grids of samples, drawn by the average from the same noise; None draws none."""
     checkpoint_every: int = operational(5_000, ge=1)
     """Steps between two checkpoints: what a kill can cost."""
     keep_checkpoints: int = operational(2, ge=1)
@@ -108,15 +123,18 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
         PreemptedError: SIGTERM; what was done is saved.
     """
     with joined() as ranks:
-        model_config = model_for(config, latents)
-        batches = _batches(config, model_config, latents, ranks)
+        card = _card(config, latents)
+        batches = _batches(config, card.model, latents, ranks)
         try:
-            state, history = _train(config, model_config, batches, ranks, out, tracker)
+            state, history = _train(config, card, batches, ranks, out, tracker)
         except AstrayError as error:  # a passing fault of the machine does not come again
             LOGGER.warning("%s; once more from the last checkpoint", error)
-            state, history = _train(config, model_config, batches, ranks, out, tracker)
+            state, history = _train(config, card, batches, ranks, out, tracker)
+        parts = {name: average.state_dict() for name, average in state.averages.items()}
+        parts |= {"raw": state.model.state_dict()}
+        weights = {weights_file(name): gathered(tensors, ranks) for name, tensors in parts.items()}
         if ranks.first:
-            _commit(config, model_config, latents, state, history, out, tracker)
+            _commit(config, card, weights, history, out, tracker)
         ranks.wait()
         return CheckpointManifest.read(out.uri)
 
@@ -134,6 +152,18 @@ def model_for(config: TrainConfig, latents: LatentManifest) -> ModelConfig:
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise InputError(f"train.model: does not fit the latents: {reason}") from error
+
+
+def _card(config: TrainConfig, latents: LatentManifest) -> ModelCard:
+    """What the model is made of, without hashes of weights."""
+    return ModelCard(
+        model=model_for(config, latents),
+        diffusion=config.diffusion,
+        vae=latents.vae,
+        resolution=latents.resolution,
+        class_names=latents.class_names,
+        steps=config.steps,
+    )
 
 
 def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentManifest, ranks: Ranks) -> Batches:
@@ -160,13 +190,20 @@ def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentMani
     )
 
 
-def _initial_state(config: TrainConfig, model_config: ModelConfig) -> TrainState:
+def _initial_state(config: TrainConfig, model_config: ModelConfig, ranks: Ranks) -> TrainState:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build(model_config).to(device())
+    if config.compile:
+        compile_blocks(model)
+    if config.checkpoint_activations:
+        recompute_blocks(model)
+    shard(model, config.parallel, ranks, device())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    return TrainState(model, EMA(model, config.ema_decay, config.ema_ramp), optimizer)
+    decays = {"ema": config.ema_decay} | {f"ema-{decay}": decay for decay in config.ema_decays}
+    averages = {name: EMA(model, decay, config.ema_ramp) for name, decay in decays.items()}
+    return TrainState(model, averages, optimizer)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -176,14 +213,14 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def _train(
     config: TrainConfig,
-    model_config: ModelConfig,
+    card: ModelCard,
     batches: Batches,
     ranks: Ranks,
     out: StageOutput,
     tracker: Tracker,
 ) -> tuple[TrainState, list[Measured]]:
     """Train from the newest checkpoint to the last step, log and save; return also what was measured."""
-    state = _initial_state(config, model_config)
+    state = _initial_state(config, card.model, ranks)
     history = _resume(state, ranks, out)
     process = build_process(config.diffusion, batches.device)
     arithmetic = dtype(config.precision)
@@ -194,10 +231,11 @@ def _train(
         micro_batch=config.micro_batch,
     )
     save = partial(checkpoint.save, out, keep=config.keep_checkpoints, keep_every=config.keep_every)
-    watch = Watch(model_config, config.batch_size, ranks.world_size, batches.device, arithmetic)
+    grid = Grid(card, config.precision)
+    watch = Watch(card.model, config.batch_size, ranks.world_size, batches.device, arithmetic)
     steps = range(state.step, config.steps)
     with notice(ranks) as notified, threads(1) as pool, ahead(batches, steps) as made:
-        saver = Saver(pool, save)
+        saver = Saver(pool, save, ranks)
         watch.begin(state.step)
         for result in train(state, process, made, numbers, stop=config.steps, ranks=ranks):
             saver.check()
@@ -209,7 +247,9 @@ def _train(
                 streak = _streak(result, config, batches)
             if logs:
                 _log(config, result, history, watch.measure(result.step, made.waited), tracker)
-            if saves and streak == 0 and ranks.first:  # else a run that goes back would come to the same point
+            if config.sample_every and result.step % config.sample_every == 0:
+                _sample(grid, state, ranks, tracker)
+            if saves and streak == 0:  # else a run that goes back would come to the same point
                 saver.save(state, history)
             if stops:
                 saver.wait()
@@ -234,6 +274,14 @@ def _log(
     others = {"learning_rate": learning_rate(config, result.step - 1), "skipped_steps": float(result.skipped)}
     tracker.metrics(finite | others | rates, step=result.step)
     tracker.progress(result.step, config.steps, "steps")
+
+
+def _sample(grid: Grid, state: TrainState, ranks: Ranks, tracker: Tracker) -> None:
+    """Show what the average draws by now. All ranks take part; the first draws, and the others wait at their next."""
+    weights = gathered(state.averages["ema"].state_dict(), ranks)
+    picture = grid.draw(weights) if ranks.first else None
+    if picture is not None:
+        tracker.artifact(f"samples-{state.step:09d}.png", picture)
 
 
 def _streak(result: StepResult, config: TrainConfig, batches: Batches) -> int:
@@ -266,25 +314,16 @@ def _resume(state: TrainState, ranks: Ranks, out: StageOutput) -> list[Measured]
 
 def _commit(
     config: TrainConfig,
-    model_config: ModelConfig,
-    latents: LatentManifest,
-    state: TrainState,
+    card: ModelCard,
+    weights: dict[str, dict[str, torch.Tensor]],
     history: list[Measured],
     out: StageOutput,
     tracker: Tracker,
 ) -> None:
     losses = [measured.values["loss"] for measured in history]
     picture = publish(out, tracker, "loss.png", curve([measured.step for measured in history], losses))
-    card = ModelCard(
-        model=model_config,
-        diffusion=config.diffusion,
-        vae=latents.vae,
-        resolution=latents.resolution,
-        class_names=latents.class_names,
-        steps=state.step,
-    )
-    card, files = export(out, card, state.ema.state_dict(), state.model.state_dict())
-    counts = {"steps": state.step, "images_seen": state.step * config.batch_size}
-    counts["parameters"] = sum(parameter.numel() for parameter in state.model.parameters())
+    card, files = export(out, card, weights)
+    counts = {"steps": config.steps, "images_seen": config.steps * config.batch_size}
+    counts["parameters"] = sum(tensor.numel() for tensor in weights[RAW_WEIGHTS].values())
     metrics = {f"final_{name}": value for name, value in history[-1].values.items()}
     out.commit(CheckpointManifest, [*files, picture], counts=counts, metrics=metrics, card=card)

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,8 @@ from storage.config import Config
 __all__ = ["KubernetesLaunch", "LaunchSpec", "LocalLaunch", "NodesLaunch", "SlurmLaunch", "WorkerError", "run"]
 
 SHUTDOWN_SECONDS = 15  # that torchrun gives its ranks, within what we give torchrun
+SETTLING_SECONDS = SHUTDOWN_SECONDS + 5  # until all machines' torchruns have ended: a new one must not meet an old one
+MEETING_SECONDS = 600  # that a machine waits for the others, at first and when they come again
 
 
 class LocalLaunch(Config):
@@ -45,7 +48,7 @@ class NodesLaunch(Config):
     kind: Literal["nodes"]
     """Where ranks run."""
     nodes: int = Field(2, ge=1)
-    """Machines. None begins before all have come; when one is lost all end, and fewer can be a new launch."""
+    """Machines. None begins before all have come, for which they have ten minutes, at first and after a loss."""
     nproc: int = Field(1, ge=1)
     """Ranks on each machine."""
     address: str = Field(pattern=r"^[^\s:/]+:\d{1,5}$")
@@ -86,7 +89,7 @@ def run(
     Raises:
         InputError: a rank found the user's input wrong, or the cluster cannot be used.
         PreemptedError: the ranks were told to stop, and have saved.
-        WorkerError: a rank failed or was killed; if it failed, its traceback is in the log.
+        WorkerError: a rank failed or was killed; if it failed, its traceback is in the log. Or machines did not come.
     """
     if isinstance(launch, SlurmLaunch):
         return slurm.run(spec, launch, progress=progress, log=log)
@@ -99,6 +102,7 @@ def run(
             if attempt == launch.max_restarts:
                 raise
             log.warning(f"{error}; starting all ranks again, {attempt + 1} of {launch.max_restarts} times")
+            time.sleep(SETTLING_SECONDS if isinstance(launch, NodesLaunch) else 0)
     return None
 
 
@@ -119,7 +123,8 @@ def _command(launch: LocalLaunch | NodesLaunch, spec: Path, digest: str) -> list
         meeting, nproc = ["--standalone", "--nnodes=1", "--local-addr=127.0.0.1"], launch.world_size
     else:
         meeting = [f"--nnodes={launch.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={launch.address}"]
-        meeting, nproc = [*meeting, f"--rdzv-id={digest[:16]}"], launch.nproc
+        meeting += [f"--rdzv-id={digest[:16]}", f"--rdzv-conf=join_timeout={MEETING_SECONDS}"]
+        nproc = launch.nproc
     torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={nproc}"]
     return [*torchrun, "-m", "flows.worker", str(spec)]
 

@@ -20,8 +20,10 @@ from dit.models.config import ModelConfig
 from dit.models.cost import Cost, activations, cost
 from dit.rates import Rates
 from dit.sample import layout as sample_layout
+from dit.training.blocks import recompute_blocks
 from dit.vae import info
 from flows.contract import STAGES, Source
+from flows.launch import LocalLaunch
 from flows.recipe import Recipe
 from storage import records, uri
 from storage.archive import Archive, open_archive
@@ -193,8 +195,9 @@ class _Known:
 
     @property
     def local_batch(self) -> int:
-        """Images of a rank in a training step."""
-        return -(-self.recipe.train.batch_size // self.recipe.launch.world_size)
+        """Images that a rank takes through the model at once."""
+        share = -(-self.recipe.train.batch_size // self.recipe.launch.world_size)
+        return min(share, self.recipe.train.micro_batch or share)
 
     @property
     def ranks(self) -> int:
@@ -203,9 +206,23 @@ class _Known:
 
     def memory(self) -> int:
         """Bytes that training holds on a rank."""
-        lower = dtype(self.recipe.train.precision)
-        kept = activations(self.model, self.local_batch, None if lower == torch.float32 else lower)
-        return sum(self.cost.memory.values()) + kept
+        train = self.recipe.train
+        lower, prepare = dtype(train.precision), recompute_blocks if train.checkpoint_activations else None
+        kept = activations(self.model, self.local_batch, None if lower == torch.float32 else lower, prepare)
+        return sum(self._held.values()) // self._shards + kept
+
+    @property
+    def _held(self) -> dict[str, int]:
+        """Bytes that training holds in all, by what they are."""
+        held = self.cost.memory
+        return held | {"ema": (1 + len(self.recipe.train.ema_decays)) * held["ema"]}
+
+    @property
+    def _shards(self) -> int:
+        """Ranks among which training deals what it holds."""
+        parallel, launch = self.recipe.train.parallel, self.recipe.launch
+        machines = launch.nodes if parallel == "hsdp" and not isinstance(launch, LocalLaunch) else 1
+        return 1 if parallel == "ddp" else launch.world_size // machines
 
     def lines(self) -> list[Line]:
         """The stages in their order."""
@@ -250,7 +267,7 @@ class _Known:
         return _stored(count, rows, count * flips / _known(self.rates.encode) / self.ranks)
 
     def _train(self) -> Work:
-        config, held = self.recipe.train, self.cost.memory
+        config, held = self.recipe.train, self._held
         checkpoint = held["weights"] + held["adamw"] + held["ema"]
         size = config.keep_checkpoints * checkpoint + held["weights"] + held["ema"]
         images = config.steps * config.batch_size
@@ -342,7 +359,7 @@ def _problems(
     together = 1 if device().type == "cuda" else ranks
     if memory * together > memory_there:
         need = f"{memory / 2**30:,.1f} GiB on each of {ranks} ranks"
-        change = "more ranks (launch), a smaller train.batch_size or train.model.size"
+        change = "train.micro_batch, train.checkpoint_activations, train.parallel=fsdp or more ranks (launch)"
         found.append(f"train: needs {need}, and there are {memory_there / 2**30:,.1f} GiB; {change}")
     if recipe.train.batch_size % recipe.launch.world_size:
         found.append(

@@ -53,6 +53,8 @@ class RankLog:
         foreseen = [error for error in self._errors if error["foreseen"]]
         for error in sorted(foreseen, key=lambda error: error["kind"] not in PLAIN):
             return PLAIN[error["kind"]](error["error"]) if error["kind"] in PLAIN else WorkerError(_told(error))
+        if any("RendezvousTimeoutError" in line for line in self._tail):  # torchrun's
+            return WorkerError("not all machines have come; give the same command on each, or launch fewer nodes")
         ended = [(rank, int(number)) for rank, number in _ENDED.findall("\n".join(self._tail))]
         for rank, number in ended:
             if number < 0 and -number != signal.SIGTERM:  # which torchrun sends to all when one is gone

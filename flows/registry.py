@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from pydantic import Field
 
 from dit.evaluate import MetricsManifest
-from dit.export import EMA_WEIGHTS, MODEL, RAW_WEIGHTS, CheckpointManifest
+from dit.export import MODEL, CheckpointManifest, weights_file
 from dit.sample import PICTURE, SampleConfig, SampleManifest
 from dit.vae import fetch
 from flows.promotion import CANDIDATE, EVALUATION_TAG, Evaluation, PromotionRule, consider
@@ -171,7 +171,7 @@ def _artifacts(folder: Path, checkpoint: CheckpointManifest, drawn: SampleConfig
     model, vae = folder / "model", folder / "vae"
     model.mkdir()
     (model / "sample.json").write_text(drawn.model_dump_json(exclude={"vae"}))
-    for name in (MODEL, EMA_WEIGHTS if drawn.weights == "ema" else RAW_WEIGHTS):
+    for name in (MODEL, weights_file(drawn.weights)):
         (model / name).write_bytes(uri.read(uri.join(checkpoint.uri, name)))
     ref = drawn.vae or checkpoint.card.vae_ref
     if ref is None:

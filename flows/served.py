@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 import dit
 from dit.devices import device
-from dit.export import EMA_WEIGHTS, RAW_WEIGHTS
+from dit.export import weights_file
 from dit.sample import SampleConfig, check_process, draw
 from dit.vae import VaeRef, load_vae
 from storage.errors import InputError
@@ -31,9 +31,8 @@ class Generator(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the exported model and its autoencoder."""
         folder = Path(context.artifacts["model"])
-        weights = next(name for name in (EMA_WEIGHTS, RAW_WEIGHTS) if (folder / name).exists())
-        self._trained = dit.load(str(folder), weights=weights, device=device())
         self._drawn = json.loads((folder / "sample.json").read_text())
+        self._trained = dit.load(str(folder), weights=weights_file(self._drawn["weights"]), device=device())
         vae = context.artifacts.get("vae")
         self._vae = load_vae(VaeRef(source=vae), device()) if vae else None
 

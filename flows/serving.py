@@ -38,7 +38,7 @@ def serving_prefect(root: str, *, quiet: bool) -> Iterator[None]:
             try:
                 yield
             finally:
-                _send_last_words()
+                send_last_words()
     finally:
         warm.join()
 
@@ -54,7 +54,7 @@ def _quiet_what_we_explain() -> None:
         handler.addFilter(wanted)
 
 
-def _send_last_words() -> None:
+def send_last_words() -> None:
     """Let Prefect send what it still holds: it would try for a minute once its server is gone."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker

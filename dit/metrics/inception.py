@@ -14,6 +14,7 @@ from typing import Final, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from dit.devices import exact_float32
 from dit.metrics.features import Images, Outputs, checked
@@ -47,7 +48,7 @@ class Conv(nn.Module):
         rows, columns = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = (0, 0) if valid or stride > 1 else (rows // 2, columns // 2)
         self.conv = nn.Conv2d(width_in, width, (rows, columns), stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(width, eps=1e-3)
+        self.bn: nn.Module = nn.BatchNorm2d(width, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, h) to (B, width, h, h), smaller if strided or valid."""
@@ -115,6 +116,13 @@ class InceptionV3(nn.Module):
                 spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         pooled = x.mean((2, 3))
         return Outputs(pooled, F.linear(pooled, self.fc.weight), spatial)
+
+
+def fold_norms(network: nn.Module) -> None:
+    """Make every batch norm a part of its convolution: the same but for rounding, and faster. After ``eval()``."""
+    for layer in list(network.modules()):
+        if isinstance(layer, Conv) and isinstance(layer.bn, nn.BatchNorm2d):
+            layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
 
 
 def _layers() -> Iterator[tuple[str, nn.Module]]:
@@ -243,4 +251,5 @@ def load_inception(url: str, sha256: str | None = None, device: torch.device | s
         f"begins {PUBLISHED}); point evaluate.extractor.weights at it, by path or URL"
     )
     network, found = read_network(file, sha256, lambda _: InceptionV3(), title="Inception", hint=hint)
+    fold_norms(network)
     return InceptionTF(network.to(device, memory_format=torch.channels_last), found)  # type: ignore[call-overload]

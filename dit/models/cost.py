@@ -1,11 +1,11 @@
 """What a model costs, counted on the module itself, without weights or arithmetic."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,10 +62,21 @@ def cost(config: ModelConfig) -> Cost:
     return Cost(sum(p.numel() for p in parameters), trained, counter.get_total_flops() // 2)
 
 
-def activations(config: ModelConfig, batch: int, autocast: torch.dtype | None = None) -> int:
+def activations(
+    config: ModelConfig,
+    batch: int,
+    autocast: torch.dtype | None = None,
+    prepare: Callable[[nn.Module], None] | None = None,
+) -> int:
     """Bytes that a forward pass of a batch keeps for the backward pass, counted on tensors without data.
 
     What kernels use for themselves while they run comes on top.
+
+    Args:
+        config: the model.
+        batch: images in a pass.
+        autocast: lower precision of the pass; None computes in float32.
+        prepare: what is done to the model before it is trained.
     """
     kept: list[Tensor] = []
 
@@ -75,6 +86,8 @@ def activations(config: ModelConfig, batch: int, autocast: torch.dtype | None = 
 
     with FakeTensorMode():
         model = build(config)
+        if prepare is not None:
+            prepare(model)
         x = torch.empty(batch, config.in_channels, config.input_size, config.input_size)
         y = torch.empty(batch, dtype=torch.long) if config.num_classes else None
         lower = torch.autocast("cpu", autocast, enabled=autocast is not None)

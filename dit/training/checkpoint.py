@@ -5,7 +5,7 @@ The record is written last and holds the hash, so a checkpoint that a kill cut s
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from dit.ranks import Ranks
 from dit.training.loop import TrainState
+from dit.training.parallelize import dealt, gathered
 from storage import records, uri
 from storage.config import Config
 from storage.manifest import FileEntry, StageOutput
@@ -57,10 +59,9 @@ class Snapshot:
     history: tuple[Measured, ...]
 
 
-def snapshot(state: TrainState, history: Sequence[Measured]) -> Snapshot:
-    """Copy the state, which waits for the device."""
-    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in _tensors(state).items()}
-    return Snapshot(tensors, state.step, int(state.skipped), tuple(history))
+def snapshot(state: TrainState, history: Sequence[Measured], ranks: Ranks) -> Snapshot:
+    """Copy the state, which waits for the device. All ranks take part; the first has the tensors."""
+    return Snapshot(gathered(_tensors(state), ranks), state.step, int(state.skipped), tuple(history))
 
 
 def save(out: StageOutput, taken: Snapshot, *, keep: int, keep_every: int | None = None) -> None:
@@ -90,11 +91,12 @@ class Saver:
 
     Args:
         pool: of one thread.
-        save: commits a snapshot.
+        save: commits a snapshot, on the first rank.
+        ranks: those that train, which all save at the same step.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, save: Callable[[Snapshot], None]) -> None:
-        self._pool, self._save = pool, save
+    def __init__(self, pool: ThreadPoolExecutor, save: Callable[[Snapshot], None], ranks: Ranks) -> None:
+        self._pool, self._save, self._ranks = pool, save, ranks
         self._running: Future[None] | None = None
 
     def save(self, state: TrainState, history: Sequence[Measured]) -> None:
@@ -104,7 +106,9 @@ class Saver:
             StorageError: the one before could not be written.
         """
         self.wait()
-        self._running = self._pool.submit(self._save, snapshot(state, history))
+        taken = snapshot(state, history, self._ranks)
+        if self._ranks.first:
+            self._running = self._pool.submit(self._save, taken)
 
     def check(self) -> None:
         """Raise what saving has raised, if it has ended."""
@@ -160,20 +164,30 @@ def _record(name: str) -> str:
 
 def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
     tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.state_dict().items()}
+    for which, average in state.averages.items():
+        tensors |= {f"{which}.{name}": tensor for name, tensor in average.state_dict().items()}
     for index, slots in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
     return tensors
 
 
 def _restore(state: TrainState, tensors: dict[str, torch.Tensor]) -> None:
-    state.model.load_state_dict(_below("model.", tensors))
-    state.ema.load_state_dict(_below("ema.", tensors))
+    state.model.load_state_dict(_parts("model.", tensors, state.model.state_dict()))
+    for which, average in state.averages.items():
+        average.load_state_dict(_parts(f"{which}.", tensors, average.state_dict()))
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     slots: dict[int, dict[str, Any]] = {}
     for name, tensor in _below("optimizer.", tensors).items():
         index, _, slot = name.partition(".")
-        slots.setdefault(int(index), {})[slot] = tensor
+        like = parameters[int(index)]
+        slots.setdefault(int(index), {})[slot] = dealt(tensor, like) if tensor.shape == like.shape else tensor
     state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": slots})
+
+
+def _parts(prefix: str, tensors: dict[str, torch.Tensor], likes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors below a prefix as this rank holds them; who loads them refuses unknown names."""
+    found = _below(prefix, tensors)
+    return {name: dealt(tensor, likes[name]) if name in likes else tensor for name, tensor in found.items()}
 
 
 def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dit.training.parallelize import local
 from storage.errors import InputError
 
 
@@ -36,9 +37,10 @@ class EMA:
         Args:
             good: whether to, a scalar that may still be on its way on the device.
         """
-        parameters = [p.detach().float() for p in model.parameters()]
+        averages = [local(average) for average in self._averages.values()]
+        parameters = [local(p.detach()).float() for p in model.parameters()]
         weight = torch.full((), 1 - self.decay_at(step), device=parameters[0].device) * good
-        torch._foreach_lerp_(list(self._averages.values()), parameters, [weight] * len(parameters))
+        torch._foreach_lerp_(averages, parameters, [weight] * len(parameters))
 
     def decay_at(self, step: int) -> float:
         """The decay after a step, before which ``step`` steps had been taken."""

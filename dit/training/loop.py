@@ -1,7 +1,6 @@
 """The training loop. It yields; its caller logs and saves."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +13,7 @@ from dit.diffusion.process import Process
 from dit.ranks import Ranks
 from dit.training.data import Batch
 from dit.training.ema import EMA
+from dit.training.parallelize import exchanging, synchronised, whole
 
 
 @dataclass
@@ -21,7 +21,8 @@ class TrainState:
     """All that changes while training."""
 
     model: nn.Module
-    ema: EMA
+    averages: Mapping[str, EMA]
+    """Moving averages of its parameters by name, the one that is called ``ema`` among them."""
     optimizer: torch.optim.Optimizer
     """A fused one, which can leave a step out without asking the device."""
     step: int = 0
@@ -75,10 +76,10 @@ def train(
     A step whose loss or gradient is not finite, on any rank, is skipped on all of them: weights,
     moments and average stay as they are. Nothing here waits for the device.
     """
-    model = DistributedDataParallel(state.model) if ranks.world_size > 1 else state.model
+    model = synchronised(state.model, ranks)
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     streak: int | Tensor = 0
-    rehearsed = ranks.world_size == 1
+    rehearsed = not isinstance(model, DistributedDataParallel)
     while state.step < stop:
         batch = batches(state.step)
         if not rehearsed:  # DDP arranges its buckets, and so its sums, anew after its first gradients
@@ -86,7 +87,7 @@ def train(
             state.optimizer.zero_grad(set_to_none=True)
             rehearsed = True
         terms, quartiles = _accumulated(model, process, batch, numbers, ranks)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if numbers.gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, numbers.gradient_clip, norm)
         good = (terms["loss"] * norm).isfinite()
@@ -101,7 +102,8 @@ def _step(state: TrainState, learning_rate: float, good: Tensor) -> None:
     state.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # as a GradScaler tells fused optimizers
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update(state.model, state.step, good)
+    for average in state.averages.values():
+        average.update(state.model, state.step, good)
     state.step += 1
 
 
@@ -117,9 +119,7 @@ def _accumulated(
     sums: dict[str, Tensor] = {}
     losses = []
     for number, part in enumerate(parts, start=1):
-        with ExitStack() as stack:
-            if isinstance(model, DistributedDataParallel) and number < len(parts):
-                stack.enter_context(model.no_sync())  # ranks exchange gradients once a step
+        with exchanging(model, number == len(parts)):  # once a step
             terms = _terms(model, process, part, numbers)
             share = len(part.x0) / len(batch.x0)
             means = {name: term.mean() * share for name, term in terms.items()}

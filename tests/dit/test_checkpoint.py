@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dit.export import CheckpointManifest
+from dit.ranks import Ranks
 from dit.training import checkpoint
 from dit.training.checkpoint import Measured, Saver
 from dit.training.ema import EMA
@@ -28,7 +29,8 @@ def fresh(seed: int = 0) -> TrainState:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model.register_parameter("fixed", nn.Parameter(torch.randn(2), requires_grad=False))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return TrainState(model, EMA(model, 0.9), torch.optim.AdamW(trained, 1e-2, fused=True))
+    averages = {"ema": EMA(model, 0.9), "ema-0.5": EMA(model, 0.5)}
+    return TrainState(model, averages, torch.optim.AdamW(trained, 1e-2, fused=True))
 
 
 def advance(state: TrainState, steps: int) -> None:
@@ -37,13 +39,15 @@ def advance(state: TrainState, steps: int) -> None:
         state.model(x).square().mean().backward()
         state.optimizer.step()
         state.optimizer.zero_grad()
-        state.ema.update(state.model, state.step)
+        for average in state.averages.values():
+            average.update(state.model, state.step)
         state.step += 1
 
 
 def tensors(state: TrainState) -> dict[str, torch.Tensor]:
     found = {f"model.{name}": value for name, value in state.model.state_dict().items()}
-    found |= {f"ema.{name}": value for name, value in state.ema.state_dict().items()}
+    for which, average in state.averages.items():
+        found |= {f"{which}.{name}": value for name, value in average.state_dict().items()}
     for index, slots in state.optimizer.state_dict()["state"].items():
         found |= {f"{index}.{name}": value for name, value in slots.items()}
     return {name: value.clone() for name, value in found.items()}
@@ -63,7 +67,7 @@ def saved(
     for step in steps:
         advance(state, step - state.step)
         history.append(Measured(step=step, values={"loss": 1 / (3 * step)}))
-        checkpoint.save(out, checkpoint.snapshot(state, history), keep=keep, keep_every=keep_every)
+        checkpoint.save(out, checkpoint.snapshot(state, history, Ranks()), keep=keep, keep_every=keep_every)
         held[step] = tensors(state)
     return held
 
@@ -138,7 +142,7 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(
     assert_same(state, held[4])
     assert "step-000000006: not a whole checkpoint" in caplog.text
     advance(state, 2)
-    checkpoint.save(out, checkpoint.snapshot(state, history), keep=9)
+    checkpoint.save(out, checkpoint.snapshot(state, history, Ranks()), keep=9)
     again = fresh(seed=2)
     checkpoint.load_newest(out, again)
     assert again.step == 6
@@ -180,7 +184,7 @@ def test_a_snapshot_does_not_change_with_the_state(out: StageOutput) -> None:
     state = fresh()
     advance(state, 2)
     expected = tensors(state)
-    taken = checkpoint.snapshot(state, [])
+    taken = checkpoint.snapshot(state, [], Ranks())
     advance(state, 1)
     checkpoint.save(out, taken, keep=1)
     found = fresh(seed=1)
@@ -197,7 +201,7 @@ def test_training_goes_on_while_a_checkpoint_is_saved_and_waits_for_no_more_than
         order.append(f"saved {taken.step}")
 
     with threads(1) as pool:
-        saver = Saver(pool, slow)
+        saver = Saver(pool, slow, Ranks())
         for step in (1, 2):
             advance(state, 1)
             if step == 2:
@@ -215,7 +219,7 @@ def test_what_saving_raises_comes_up_at_the_next_look() -> None:
         raise StorageError(f"step {taken.step}: the disk is full")
 
     with threads(1) as pool:
-        saver = Saver(pool, full)
+        saver = Saver(pool, full, Ranks())
         saver.save(fresh(), [])
         pool.submit(int).result()  # by now it has ended
         with pytest.raises(StorageError, match="step 0: the disk is full"):
@@ -229,7 +233,7 @@ def test_a_later_leftover_does_not_push_out_the_only_good_one(out: StageOutput) 
     state = fresh()
     history = checkpoint.load_newest(out, state)
     advance(state, 2)
-    checkpoint.save(out, checkpoint.snapshot(state, history), keep=1)
+    checkpoint.save(out, checkpoint.snapshot(state, history, Ranks()), keep=1)
     assert kept(out) == [4, 6]
     found = fresh(seed=1)
     checkpoint.load_newest(out, found)

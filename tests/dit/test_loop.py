@@ -42,7 +42,7 @@ def batch(step: int, scale: float = 10.0) -> Batch:
 def run(numbers: Numbers, steps: int) -> tuple[list[float], list[float]]:
     """The weight after each step and the norms, with plain gradient descent."""
     model = Line()
-    state = TrainState(model, EMA(model, 0.9), torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
+    state = TrainState(model, {"ema": EMA(model, 0.9)}, torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
     found = [
         (model.w.item(), result.gradient_norm.item())
         for result in train(state, Slope(), batch, numbers, stop=steps, ranks=Ranks())
@@ -78,7 +78,7 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     def losses(micro_batch: int | None) -> tuple[list[float], list[float], list[int]]:
         model, sizes = Line(), []
         model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-        state = TrainState(model, EMA(model, 0.9), torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
+        state = TrainState(model, {"ema": EMA(model, 0.9)}, torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
         numbers = Numbers(learning_rate=lambda _: 0.1, micro_batch=micro_batch)
         found = [
             (result.terms["loss"].item(), model.w.item())
@@ -110,7 +110,7 @@ def test_a_model_is_told_its_own_rows_and_torchs_generator_is_left_alone() -> No
 
     before = torch.random.get_rng_state()
     model = Told()
-    state = TrainState(model, EMA(model, 0.9), torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
+    state = TrainState(model, {"ema": EMA(model, 0.9)}, torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
     numbers = Numbers(learning_rate=lambda _: 0.1, micro_batch=3)
     list(train(state, Slope(), batch, numbers, stop=2, ranks=Ranks()))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -119,13 +119,14 @@ def test_a_model_is_told_its_own_rows_and_torchs_generator_is_left_alone() -> No
 
 
 def adam(model: nn.Module) -> TrainState:
-    return TrainState(model, EMA(model, 0.9), torch.optim.AdamW(model.parameters(), lr=1.0, fused=True))
+    return TrainState(model, {"ema": EMA(model, 0.9)}, torch.optim.AdamW(model.parameters(), lr=1.0, fused=True))
 
 
 def changing(state: TrainState) -> list[Tensor]:
     """All that a step changes."""
     slots = [value for slots in state.optimizer.state.values() for value in slots.values()]
-    return [value.clone() for value in (*state.model.parameters(), *state.ema.state_dict().values(), *slots)]
+    averages = state.averages["ema"].state_dict().values()
+    return [value.clone() for value in (*state.model.parameters(), *averages, *slots)]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -163,7 +164,7 @@ def test_losses_by_quartile_of_the_time() -> None:
         return Batch(x0, x0, torch.tensor([0.0, 0.2499, 0.25, 0.75, 0.9999], dtype=torch.float64), None)
 
     model = Line()
-    state = TrainState(model, EMA(model, 0.9), torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
+    state = TrainState(model, {"ema": EMA(model, 0.9)}, torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
     numbers = Numbers(learning_rate=lambda _: 0.1, micro_batch=2)
     (result,) = train(state, Slope(), spread, numbers, stop=1, ranks=Ranks())
     found = result.quartiles.tolist()

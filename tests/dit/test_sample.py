@@ -10,6 +10,7 @@ import tiny
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from pydantic import ValidationError
 from ranked import torchrun
 
 import dit
@@ -266,6 +267,22 @@ def test_a_decoder_of_other_latents_is_refused(
     other = tiny.save_vae(tmp_path / "other", **shape)
     with pytest.raises(InputError, match=reason):
         tiny.run_sample(tmp_path, changed(vae=other), checkpoint)
+
+
+def test_a_further_average_is_drawn_from_by_its_name(tmp_path: Path, latents: LatentManifest) -> None:
+    """And refused by the name of one that was not trained."""
+    config = tiny.TRAINING.model_copy(update={"ema_decay": 0.9, "ema_decays": (0.5,)})
+    checkpoint = tiny.run_train(tmp_path, config, latents)
+    found = tiny.run_sample(tmp_path, changed(weights="ema-0.5"), checkpoint)
+    alone = tiny.run_train(tmp_path, tiny.TRAINING, latents)
+    assert np.array_equal(images(found), images(tiny.run_sample(tmp_path, tiny.SAMPLING, alone)))
+    assert found.conditions["weights"] == "ema-0.5"
+    with pytest.raises(
+        InputError, match=r"sample\.weights: no model-ema-0\.7\.safetensors for ema-0\.7; this model has"
+    ):
+        tiny.run_sample(tmp_path, changed(weights="ema-0.7"), checkpoint)
+    with pytest.raises(ValidationError, match="weights"):
+        changed(weights="../../model")
 
 
 def test_more_steps_than_the_process_has_are_refused(tmp_path: Path, checkpoint: CheckpointManifest) -> None:

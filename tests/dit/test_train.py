@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import synthetic
 import tiny
 import torch
 from pydantic import ValidationError
@@ -24,6 +26,7 @@ from dit.export import CheckpointManifest
 from dit.models.build import build
 from dit.models.choice import Shape
 from dit.ranks import Ranks
+from dit.sample import SampleConfig
 from dit.train import TrainConfig, learning_rate, model_for
 from dit.training.data import Batch, Batches, Latents
 from dit.vae import VaeRef
@@ -259,6 +262,80 @@ def test_micro_batches_change_the_order_of_sums_alone(
     for step, values in recorder.values.items():
         assert values["loss"] == pytest.approx(whole[0].values[step]["loss"], rel=1e-5)
     assert recorder.values[1]["loss"] == pytest.approx(whole[0].values[1]["loss"], rel=1e-7)
+
+
+def test_blocks_gone_through_twice_change_no_bit(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    config = tiny.TRAINING.model_copy(update={"checkpoint_activations": True})
+    manifest = tiny.run_train(tmp_path, config, latents)
+    assert manifest.digest == whole[1].digest
+    assert tiny.objects(manifest) == tiny.objects(whole[1])
+
+
+def test_a_compiled_run_is_near_and_goes_on_in_the_same_bits(
+    tmp_path: Path,
+    latents: LatentManifest,
+    whole: tuple[tiny.Recorder, CheckpointManifest],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether its blocks are gone through once or twice. All of a compiler but its code, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    torch.compiler.reset()
+    config = tiny.TRAINING.model_copy(update={"compile": True, "steps": 4, "checkpoint_every": 2})
+    recorder, manifest = through(tmp_path / "through", config, latents)
+    losses, expected = ([run.values[step]["loss"] for step in range(1, 5)] for run in (recorder, whole[0]))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert config.identity() != config.model_copy(update={"compile": False}).identity()
+    twice = config.model_copy(update={"checkpoint_activations": True})
+    with pytest.raises(tiny.Killed):
+        tiny.run_train(tmp_path / "killed", twice, latents, tiny.Killer(3))
+    assert tiny.objects(tiny.run_train(tmp_path / "killed", config, latents)) == tiny.objects(manifest)
+
+
+def test_several_averages_are_those_of_runs_with_one_each(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    config = tiny.TRAINING.model_copy(update={"ema_decays": (0.9, 0.25)})
+    with pytest.raises(tiny.Killed):
+        tiny.run_train(tmp_path, config, latents, tiny.Killer(7))
+    manifest = tiny.run_train(tmp_path, config, latents)
+    assert manifest.digest != whole[1].digest
+    for name in ("model.safetensors", "model-raw.safetensors"):
+        assert manifest.read_object(name) == whole[1].read_object(name)
+    other = tiny.run_train(tmp_path, tiny.TRAINING.model_copy(update={"ema_decay": 0.9}), latents)
+    assert manifest.read_object("model-ema-0.9.safetensors") == other.read_object("model.safetensors")
+    third = dit.load(manifest.uri, weights="model-ema-0.25.safetensors").model.state_dict()
+    assert not torch.equal(third["pos_embed"], dit.load(manifest.uri).model.state_dict()["x_embedder.proj.weight"])
+    assert manifest.card.weights.keys() == {
+        f"model{which}.safetensors" for which in ("", "-raw", "-ema-0.9", "-ema-0.25")
+    }
+    manifest.verify()
+
+
+def test_samples_are_drawn_along_the_way_and_change_no_bit(
+    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest], vae: VaeRef
+) -> None:
+    """From the average of that step, by the process' own sampler: the last ones are those of the finished model."""
+    config = tiny.TRAINING.model_copy(update={"sample_every": 6})
+    before = torch.random.get_rng_state()
+    recorder, manifest = through(tmp_path, config, latents)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert tiny.objects(manifest) == tiny.objects(whole[1])
+    drawn = {name: data for name, data in recorder.artifacts.items() if name.startswith("samples")}
+    assert list(drawn) == ["samples-000000006.png", "samples-000000012.png"]
+    sampling = SampleConfig(count=40, labels="balanced", sampler="ddim", steps=25, batch_size=8)
+    samples = tiny.run_sample(tmp_path, sampling, manifest)
+    assert samples.read_object("artifacts/samples.png") == drawn["samples-000000012.png"]
+    assert drawn["samples-000000006.png"] != drawn["samples-000000012.png"]
+
+
+def test_without_the_decoder_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny.TRAINING.model_copy(update={"sample_every": 2, "steps": 2})
+    recorder, manifest = through(tmp_path, config, synthetic.latents(tmp_path))
+    assert manifest.counts["steps"] == 2
+    assert list(recorder.artifacts) == ["loss.png"]
+    assert "no samples of this step: nowhere" in caplog.text
 
 
 def test_the_seed_decides(

@@ -100,6 +100,35 @@ def test_what_is_there_is_not_done_again(images: Path, root: Path, rates: Path) 
     assert line.missing == pytest.approx(whole.size / 3, abs=1)
 
 
+def test_parts_take_their_share_of_the_memory(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+    def memory(*more: str) -> int:
+        return planned(recipe_of(images, root, "train.batch_size=4", *more), root, rates).memory
+
+    held = sum(cost(recipe_of(images, root).train.model.config(_given())).memory.values())
+    copies = memory("launch.nproc=4")
+    assert copies - memory("launch.nproc=4", "train.parallel=fsdp") == held - held // 4
+    nodes = "launch={kind: nodes, nodes: 2, nproc: 2, address: 'a:1'}"
+    assert copies - memory(nodes, "train.parallel=hsdp") == held - held // 2
+
+
+def test_every_average_takes_its_memory_and_its_disk(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+    plain, more = (
+        planned(recipe_of(images, root, *further), root, rates) for further in ([], ["train.ema_decays=[0.9, 0.99]"])
+    )
+    ema = cost(recipe_of(images, root).train.model.config(_given())).memory["ema"]
+    assert more.memory - plain.memory == 2 * ema
+    assert more.lines[2].size - plain.lines[2].size == 2 * ema * (recipe_of(images, root).train.keep_checkpoints + 1)
+
+
+def test_micro_batches_and_recomputed_blocks_keep_less(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+    def kept(*more: str) -> int:
+        recipe = recipe_of(images, root, "train.batch_size=6", *more)
+        return planned(recipe, root, rates).memory - sum(cost(recipe.train.model.config(_given())).memory.values())
+
+    assert 2.9 < kept() / kept("train.micro_batch=2") < 3.1
+    assert kept("train.checkpoint_activations=true") < kept() / 2
+
+
 def test_what_does_not_fit_is_refused_with_what_to_change(
     capsys: pytest.CaptureFixture[str],
     images: Path,  # noqa: F811

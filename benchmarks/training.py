@@ -1,0 +1,105 @@
+"""Whole training runs: how long steps wait for data and for checkpoints, and what a second process brings."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import loader
+from benchmarks.common import Measured, Result
+from dit import train
+from dit.export import CheckpointManifest
+from dit.models.choice import DiTChoice
+from dit.train import TrainConfig
+from storage.latents import LatentManifest
+from storage.manifest import stage_output
+from storage.tracking import NullTracker
+
+STRETCH = 4
+"""Steps between two records. The first stretch warms up; a checkpoint is taken after the second, into the third."""
+ROWS = 1024
+"""Latents in the store."""
+SMALL = TrainConfig(
+    model=DiTChoice(size="S"),
+    batch_size=2,
+    steps=3 * STRETCH,
+    log_every=STRETCH,
+    checkpoint_every=2 * STRETCH,
+    flips=False,
+    precision="bfloat16" if torch.cuda.is_available() else "float32",
+)
+
+Rates = dict[int, dict[str, float]]
+"""What a run records of a stretch, by the step that ends it."""
+
+
+class Heard(NullTracker):
+    """Remembers metrics."""
+
+    def __init__(self) -> None:
+        self.rates: Rates = {}
+
+    def metrics(self, values: Mapping[str, float], *, step: int) -> None:
+        """Scalars at a step."""
+        self.rates[step] = dict(values)
+
+
+def measure(config: TrainConfig = SMALL, shape: tuple[int, int, int] = (4, 32, 32)) -> Measured:
+    """Of eager steps of DiT-S/2 with the local reader; the second process exchanges gradients over gloo, on the CPU.
+
+    The stall is what the stretch behind a checkpoint takes longer than the one before, so other work on the
+    machine adds to it or takes from it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        values = np.random.default_rng(0).standard_normal((ROWS, *shape)).astype(np.float16)
+        latents = loader.write(loader.Task(rows=ROWS, shape=shape), folder, np.abs(values))
+        alone = trained(config, latents, Path(folder, "alone"))
+        speeds = [_of_ranks(count, config, latents, Path(folder)) for count in (1, 2)]
+    step, behind = (config.batch_size / alone[at * STRETCH]["images_per_second"] for at in (2, 3))
+    stall = STRETCH * (behind - step)
+    interval = TrainConfig().checkpoint_every
+    results = [
+        Result("s2_data_wait", 100 * alone[2 * STRETCH]["data_wait_share"], "% of the step"),
+        Result("s2_checkpoint_stall", stall, "s"),
+        Result("s2_checkpoint_share", 100 * stall / (step * interval), f"% of {interval:,} steps"),
+        *(Result(f"s2_gloo_{count}", speed, "images/s") for count, speed in enumerate(speeds, start=1)),
+    ]
+    return results, {"ddp_scaling": speeds[1] / (2 * speeds[0])}
+
+
+def trained(config: TrainConfig, latents: LatentManifest, folder: Path) -> Rates:
+    """Train on all ranks; what the first recorded."""
+    heard = Heard()
+    out = stage_output(str(folder), CheckpointManifest.STAGE, 1, config, parents={}, inputs={})
+    train.run(config, latents, out=out, tracker=heard)
+    return heard.rates
+
+
+def _of_ranks(count: int, config: TrainConfig, latents: LatentManifest, folder: Path) -> float:
+    """Images a second of so many processes with a thread each, and as many images a process as the config says."""
+    changes = {"batch_size": count * config.batch_size, "steps": 2 * STRETCH, "precision": "float32"}
+    given = config.model_copy(update=changes)
+    spec = folder / f"ranks-{count}.json"
+    spec.write_text(json.dumps({"config": given.model_dump(mode="json"), "latents": latents.uri}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*torchrun, "-m", "benchmarks.training", str(spec)], env=env, check=True, stdout=sys.stderr)
+    return float(spec.with_suffix(".speed").read_text())
+
+
+def main(path: str) -> None:
+    """Train on one of the ranks, from a spec file; the first writes the images a second beside it."""
+    spec = json.loads(Path(path).read_text())
+    rates = trained(TrainConfig.model_validate(spec["config"]), LatentManifest.read(spec["latents"]), Path(path + ".d"))
+    if os.environ["RANK"] == "0":
+        Path(path).with_suffix(".speed").write_text(str(rates[2 * STRETCH]["images_per_second"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

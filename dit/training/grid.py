@@ -1,0 +1,47 @@
+"""What the averaged weights draw while they are trained, from the same noise each time."""
+
+import logging
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from dit.devices import Precision, device
+from dit.diffusion.config import EDMConfig
+from dit.export import ModelCard, Trained, rebuilt
+from dit.sample import SampleConfig, generate, open_decoder, picture
+from dit.vae import Vae
+from storage.errors import DitflowError
+
+COUNT, STEPS, AT_ONCE = 40, 25, 8
+LOGGER = logging.getLogger(__name__)
+
+
+class Grid:
+    """Draws samples with few steps of the deterministic sampler of the model's process.
+
+    Args:
+        card: what the model is made of.
+        precision: arithmetic of model and decoder.
+    """
+
+    def __init__(self, card: ModelCard, precision: Precision) -> None:
+        self._card = card
+        sampler = "heun" if isinstance(card.diffusion, EDMConfig) else "ddim"
+        drawn = {"labels": "balanced", "sampler": sampler, "steps": STEPS, "precision": precision}
+        self._config = SampleConfig.model_validate(drawn | {"count": COUNT, "batch_size": AT_ONCE})
+
+    @cached_property
+    def _decoder(self) -> Vae | None:
+        return open_decoder(self._config, self._card)
+
+    def draw(self, weights: Mapping[str, Tensor]) -> bytes | None:
+        """A PNG of samples from these weights; none, with a warning, if the decoder is gone or they are not finite."""
+        try:
+            trained = Trained(rebuilt(self._card.model, weights).to(device()), self._card)
+            parts = generate(self._config, trained, self._decoder, 0, COUNT)
+            return picture(np.concatenate([part["image"] for part in parts]), self._card)
+        except DitflowError as error:  # a picture is not worth a run
+            LOGGER.warning("no samples of this step: %s", error)
+            return None

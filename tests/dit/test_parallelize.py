@@ -1,0 +1,106 @@
+"""Parameters dealt among ranks: the same weights as copies give, through kills and from one way to another."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import elastic
+import pytest
+import synthetic
+import tiny
+import torch
+from safetensors.torch import load
+
+from dit.export import CheckpointManifest
+from dit.train import TrainConfig
+from storage.latents import LatentManifest
+
+RANKS = 2
+CONFIG = tiny.TRAINING.model_copy(
+    update={
+        "steps": 20,
+        "learning_rate": 1e-3,
+        "gradient_clip": 0.5,
+        "micro_batch": 2,
+        "ema_decays": (0.9,),
+        "keep_checkpoints": 9,
+        "sample_every": 20,
+    }
+)
+SPOILT = [(1, 6)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> LatentManifest:
+    return synthetic.latents(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory, store: LatentManifest) -> CheckpointManifest:
+    return elastic.trained(tmp_path_factory.mktemp("ddp"), store, CONFIG, RANKS, spoilt=SPOILT)
+
+
+def like(parallel: str) -> TrainConfig:
+    return CONFIG.model_copy(update={"parallel": parallel})
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory, store: LatentManifest) -> CheckpointManifest:
+    return elastic.trained(tmp_path_factory.mktemp("fsdp"), store, like("fsdp"), RANKS, spoilt=SPOILT)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run has made; the files may be written again."""
+
+    weights: dict[str, dict[str, torch.Tensor]]
+    manifest: CheckpointManifest
+
+
+def kept(manifest: CheckpointManifest) -> Kept:
+    return Kept({name: load(manifest.read_object(name)) for name in manifest.card.weights}, manifest)
+
+
+def assert_near(found: Kept, expected: Kept) -> None:
+    """All weights within 1e-5, a hundredth of a step of Adam."""
+    assert found.manifest.digest == expected.manifest.digest
+    assert found.manifest.metrics == pytest.approx(expected.manifest.metrics, rel=1e-4)
+    for name, tensors in found.weights.items():
+        assert tensors.keys() == expected.weights[name].keys()
+        for each, tensor in tensors.items():
+            if not each.endswith("qkv.bias"):  # of the keys' part Adam makes steps out of rounding
+                torch.testing.assert_close(tensor, expected.weights[name][each], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_parts_train_as_copies_do(
+    tmp_path: Path, store: LatentManifest, copies: CheckpointManifest, parts: CheckpointManifest
+) -> None:
+    """With micro-batches, clipped gradients and a step that one rank spoils; among all, and within two machines."""
+    assert_near(kept(parts), kept(copies))
+    config = like("hsdp").model_copy(update={"micro_batch": 1})
+    assert_near(kept(elastic.trained(tmp_path, store, config, 4, spoilt=SPOILT, machine=2)), kept(copies))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_parts_go_on_in_the_same_bits_after_a_kill_and_as_copies(
+    tmp_path: Path, store: LatentManifest, parts: CheckpointManifest
+) -> None:
+    killed = elastic.trained(tmp_path, store, like("fsdp"), RANKS, [(0, 18)], spoilt=SPOILT)
+    assert tiny.objects(killed) == tiny.objects(parts)
+    Path(killed.url).unlink()
+    recorder = tiny.Recorder()
+    alone = tiny.run_train(tmp_path, CONFIG, store, recorder)
+    assert list(recorder.values) == [17, 18, 19, 20]
+    assert_near(kept(alone), kept(parts))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_copies_go_on_as_parts(tmp_path: Path, store: LatentManifest) -> None:
+    """Whose blocks are gone through twice."""
+    alone = kept(tiny.run_train(tmp_path, CONFIG, store))
+    Path(alone.manifest.url).unlink()
+    config = like("fsdp").model_copy(update={"checkpoint_activations": True})
+    assert_near(kept(elastic.trained(tmp_path, store, config, RANKS)), alone)
