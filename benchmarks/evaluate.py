@@ -1,4 +1,4 @@
-"""The Fréchet distance and SciPy's root of a matrix, Inception's layouts, the memory of precision and recall.
+"""The Fréchet distance and SciPy's root, Inception's layouts, precision and recall's memory, sampling and diffusers.
 
 Without weights: neither speed nor memory depends on them.
 """
@@ -15,6 +15,7 @@ from scipy import linalg
 from torch import Tensor
 
 from benchmarks.common import Measured, Result, fastest, main, seconds
+from benchmarks.sampling import SMALL, sampling
 from dit.devices import device
 from dit.metrics.frechet import frechet_distance
 from dit.metrics.inception import DIMS, SIDE, InceptionTF, InceptionV3, fold_norms
@@ -28,8 +29,8 @@ MODE: Mode = "adm-fp16"
 
 
 def measure() -> Measured:
-    """Everything at the size of the published numbers."""
-    parts = [distances(DIMS), layouts(IMAGES), memory(REFERENCE, SAMPLES, DIMS)]
+    """Everything at the size of the published numbers, but for the sampling."""
+    parts = [distances(DIMS), layouts(IMAGES), memory(REFERENCE, SAMPLES, DIMS), sampling(SMALL)]
     return [result for results, _ in parts for result in results], {
         k: v for _, found in parts for k, v in found.items()
     }
