@@ -1,29 +1,34 @@
-"""Checkpoints: one safetensors object and a record that commits it.
+"""Checkpoints: safetensors, one object for each part of the state, and a record that commits them.
 
-The record is written last and holds the hash, so a checkpoint that a kill cut short does not count.
+The record is written last and holds the hashes, so a checkpoint that a kill cut short does not count.
 """
 
 import logging
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import Field
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from dit.ranks import Ranks
 from dit.training.loop import TrainState
-from dit.training.parallelize import dealt, gathered
+from dit.training.parallelize import Part, dealt, held, part_of, put_together
 from storage import records, uri
 from storage.config import Config
+from storage.errors import StorageError
 from storage.manifest import FileEntry, StageOutput
 
 FOLDER = "checkpoints"
-STATE = "state.safetensors"
+STATE = "state-{number}-of-{count}.safetensors"
 RECORD = "record.json"
+PATIENCE_SECONDS, LOOK_SECONDS = 3600.0, 0.2
+"""That the first rank has with the parts of the others, and between two looks for one."""
 LOGGER = logging.getLogger(__name__)
 
 
@@ -39,8 +44,8 @@ class Measured(Config):
 class CheckpointRecord(records.Record):
     """The commit of one checkpoint."""
 
-    files: tuple[FileEntry]
-    """The state."""
+    files: tuple[FileEntry, ...] = Field(min_length=1)
+    """The state, part by part."""
     step: int
     """Steps taken."""
     skipped: int
@@ -51,8 +56,9 @@ class CheckpointRecord(records.Record):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of the state in the host's memory, which training does not change."""
+    """A copy of a rank's part of the state in the host's memory, which training does not change."""
 
+    part: Part
     tensors: dict[str, torch.Tensor]
     step: int
     skipped: int
@@ -60,12 +66,16 @@ class Snapshot:
 
 
 def snapshot(state: TrainState, history: Sequence[Measured], ranks: Ranks) -> Snapshot:
-    """Copy the state, which waits for the device. All ranks take part; the first has the tensors."""
-    return Snapshot(gathered(_tensors(state), ranks), state.step, int(state.skipped), tuple(history))
+    """Copy what this rank is to save of the state, which waits for the device."""
+    tensors = _tensors(state)
+    part = part_of(tensors.values(), ranks)
+    return Snapshot(part, held(tensors, part), state.step, int(state.skipped), tuple(history))
 
 
 def save(out: StageOutput, taken: Snapshot, *, keep: int, keep_every: int | None = None) -> None:
-    """Commit a checkpoint, then remove those before it but the newest ``keep`` with this one.
+    """Write a part of a checkpoint; with the first part commit all, when the others are there too.
+
+    Then those before it are removed but the newest ``keep`` with this one.
 
     Args:
         out: the stage's folder.
@@ -74,11 +84,16 @@ def save(out: StageOutput, taken: Snapshot, *, keep: int, keep_every: int | None
         keep_every: those of steps that are multiples of it stay too.
 
     Raises:
-        StorageError: the disk is full or the store refuses.
+        StorageError: the disk is full or the store refuses, or another part does not come.
     """
-    name = f"step-{taken.step:09d}"
-    entry = out.put(f"{FOLDER}/{name}/{STATE}", save_tensors(taken.tensors))
-    record = CheckpointRecord(files=(entry,), step=taken.step, skipped=taken.skipped, history=taken.history)
+    name, part = f"step-{taken.step:09d}", taken.part
+    paths = [f"{FOLDER}/{name}/{STATE.format(number=number, count=part.count)}" for number in range(part.count)]
+    entry = out.put(paths[part.number], save_tensors(taken.tensors))
+    if part.number:
+        uri.write(out.url(_note(entry.path)), entry.model_dump_json().encode())
+        return
+    files = (entry, *(_awaited(out, path) for path in paths[1:]))
+    record = CheckpointRecord(files=files, step=taken.step, skipped=taken.skipped, history=taken.history)
     records.commit(out, _record(name), record, replace=True)
     older = [other for other in _names(out) if other <= name]  # later ones are a kill's leftovers
     for other in older[:-keep]:
@@ -91,7 +106,7 @@ class Saver:
 
     Args:
         pool: of one thread.
-        save: commits a snapshot, on the first rank.
+        save: writes a snapshot.
         ranks: those that train, which all save at the same step.
     """
 
@@ -107,7 +122,7 @@ class Saver:
         """
         self.wait()
         taken = snapshot(state, history, self._ranks)
-        if self._ranks.first:
+        if taken.part.written:
             self._running = self._pool.submit(self._save, taken)
 
     def check(self) -> None:
@@ -134,13 +149,39 @@ def load_newest(out: StageOutput, state: TrainState) -> list[Measured]:
     """
     for name in reversed(_names(out)):
         record = records.load(out, _record(name), CheckpointRecord)
-        data = uri.read(out.url(record.files[0].path)) if record else b""
-        if record and uri.sha256(data) == record.files[0].sha256:
-            _restore(state, load_tensors(data))
+        parts = _whole_parts(out, record) if record else None
+        if record and parts:
+            _restore(state, put_together(parts))
             state.step, state.skipped = record.step, record.skipped
             return list(record.history)
         LOGGER.warning("%s: not a whole checkpoint; trying the one before it", uri.redact(out.url(FOLDER, name)))
     return []
+
+
+def _whole_parts(out: StageOutput, record: CheckpointRecord) -> list[dict[str, torch.Tensor]] | None:
+    """All parts of a checkpoint, if they are what was committed."""
+    parts = []
+    for entry in record.files:
+        data = uri.read(out.url(entry.path))
+        if uri.sha256(data) != entry.sha256:
+            return None
+        parts.append(load_tensors(data))
+    return parts
+
+
+def _note(path: str) -> str:
+    """Where a rank tells the first one that its part is there."""
+    return f"{path}.json"
+
+
+def _awaited(out: StageOutput, path: str) -> FileEntry:
+    """What another rank says of its part."""
+    deadline, note = time.monotonic() + PATIENCE_SECONDS, out.url(_note(path))
+    while not uri.exists(note):
+        if time.monotonic() > deadline:
+            raise StorageError(f"{uri.redact(note)}: another rank has not saved its part of the checkpoint")
+        time.sleep(LOOK_SECONDS)
+    return FileEntry.model_validate_json(uri.read(note))
 
 
 def clean(out: StageOutput, step: int) -> None:

@@ -2,8 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -53,6 +54,40 @@ def exchanging(model: nn.Module, now: bool) -> Iterator[None]:
         model.set_requires_gradient_sync(now)
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext():
         yield
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of the state a rank writes when all is saved."""
+
+    number: int = 0
+    """From 0; that one also has what is not dealt."""
+    count: int = 1
+    written: bool = True
+    """Whether it is this rank that writes it, and not another that holds the same."""
+
+
+def part_of(tensors: Iterable[Tensor], ranks: Ranks) -> Part:
+    """The part that this rank holds of a state; of one that is not dealt the first rank writes all."""
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            *replica, number = tensor.device_mesh.get_coordinate() or [0]
+            return Part(number, tensor.device_mesh.size(-1), not any(replica))
+    return Part(written=ranks.first)
+
+
+def held(tensors: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
+    """Copies in the host's memory of what a rank writes."""
+    if not part.written:
+        return {}
+    mine = {name: each for name, each in tensors.items() if part.number == 0 or isinstance(each, DTensor)}
+    return {name: local(each.detach()).to("cpu", copy=True).contiguous() for name, each in mine.items()}
+
+
+def put_together(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The whole tensors of a state that was saved in parts, which are stretches of the first axis, in order."""
+    cut = parts[-1].keys() if len(parts) > 1 else ()
+    return {name: torch.cat([part[name] for part in parts]) if name in cut else each for name, each in parts[0].items()}
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,12 @@ from dit.training import checkpoint
 from dit.training.checkpoint import Measured, Saver
 from dit.training.ema import EMA
 from dit.training.loop import TrainState
+from dit.training.parallelize import Part
 from storage.errors import StorageError
 from storage.manifest import StageOutput
 from storage.parallel import threads
+
+STATE = "state-0-of-1.safetensors"
 
 
 @pytest.fixture
@@ -115,18 +119,18 @@ def broken_record(folder: Path) -> None:
 
 
 def no_state(folder: Path) -> None:
-    (folder / "state.safetensors").unlink()
+    (folder / STATE).unlink()
 
 
 def short_state(folder: Path) -> None:
-    data = (folder / "state.safetensors").read_bytes()
-    (folder / "state.safetensors").write_bytes(data[: len(data) // 2])
+    data = (folder / STATE).read_bytes()
+    (folder / STATE).write_bytes(data[: len(data) // 2])
 
 
 def flipped_bit(folder: Path) -> None:
-    data = bytearray((folder / "state.safetensors").read_bytes())
+    data = bytearray((folder / STATE).read_bytes())
     data[-3] ^= 1
-    (folder / "state.safetensors").write_bytes(data)
+    (folder / STATE).write_bytes(data)
 
 
 @pytest.mark.parametrize("fault", [no_record, broken_record, no_state, short_state, flipped_bit])
@@ -225,6 +229,32 @@ def test_what_saving_raises_comes_up_at_the_next_look() -> None:
         with pytest.raises(StorageError, match="step 0: the disk is full"):
             saver.check()
         saver.wait()
+
+
+def test_parts_are_a_checkpoint_when_all_are_there(out: StageOutput) -> None:
+    state = fresh()
+    advance(state, 3)
+    whole = checkpoint.snapshot(state, [], Ranks())
+    dealt = {name: tensor.chunk(2) for name, tensor in whole.tensors.items() if tensor.ndim}
+    first = replace(whole, part=Part(0, 2), tensors=whole.tensors | {name: halves[0] for name, halves in dealt.items()})
+    second = replace(whole, part=Part(1, 2), tensors={name: halves[1] for name, halves in dealt.items()})
+    with threads(1) as pool:
+        saving = pool.submit(checkpoint.save, out, first, keep=1)
+        assert checkpoint.load_newest(out, fresh(seed=1)) == []
+        assert not saving.done()
+        checkpoint.save(out, second, keep=1)
+        saving.result()
+    found = fresh(seed=1)
+    checkpoint.load_newest(out, found)
+    assert found.step == 3
+    assert_same(found, tensors(state))
+
+
+def test_a_part_that_does_not_come_is_named(out: StageOutput, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "PATIENCE_SECONDS", 0.0)
+    alone = replace(checkpoint.snapshot(fresh(), [], Ranks()), part=Part(0, 2))
+    with pytest.raises(StorageError, match=r"state-1-of-2\.safetensors\.json: another rank has not saved its part"):
+        checkpoint.save(out, alone, keep=1)
 
 
 def test_a_later_leftover_does_not_push_out_the_only_good_one(out: StageOutput) -> None:

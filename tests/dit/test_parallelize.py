@@ -89,6 +89,8 @@ def test_parts_go_on_in_the_same_bits_after_a_kill_and_as_copies(
 ) -> None:
     killed = elastic.trained(tmp_path, store, like("fsdp"), RANKS, [(0, 18)], spoilt=SPOILT)
     assert tiny.objects(killed) == tiny.objects(parts)
+    (step,) = (Path(killed.uri) / "checkpoints").glob("step-000000016")
+    assert sorted(path.name for path in step.glob("*.safetensors")) == [f"state-{n}-of-2.safetensors" for n in (0, 1)]
     Path(killed.url).unlink()
     recorder = tiny.Recorder()
     alone = tiny.run_train(tmp_path, CONFIG, store, recorder)

@@ -40,7 +40,7 @@ RATES = {"images_per_second", "tokens_per_second", "tflops", "data_wait_share", 
 
 
 class Recorder(NullTracker):
-    """Remembers what it was told, but for rates."""
+    """Remembers what it was told, but for the machine's load; rates are apart."""
 
     def __init__(self) -> None:
         self.values: dict[int, dict[str, float]] = {}
@@ -48,6 +48,7 @@ class Recorder(NullTracker):
         self.steps: list[tuple[int, int, str]] = []
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
+        values = {name: value for name, value in values.items() if not name.startswith("system/")}
         self.values[step] = {name: value for name, value in values.items() if name not in RATES}
         self.rates = {name: value for name, value in values.items() if name in RATES}
 
