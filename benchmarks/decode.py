@@ -65,7 +65,10 @@ def contest(images: list[bytes], size: int, rounds: int) -> Measured:
             times[name].append(time.thread_time() - begin)
     speeds = {name: len(images) / min(found) for name, found in times.items()}
     results = [Result(name, speed, "images/s/core") for name, speed in speeds.items()]
-    results += [Result("difference_max", apart.max(), "levels"), Result("difference_mean", apart.mean(), "levels")]
+    results += [
+        Result("difference_max", float(apart.max()), "levels"),
+        Result("difference_mean", float(apart.mean()), "levels"),
+    ]
     return results, {
         "decode_vs_reference": speeds["ours"] / speeds["reference"],
         "exact_vs_reference": speeds["ours_exact"] / speeds["reference"],

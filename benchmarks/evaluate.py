@@ -1,4 +1,4 @@
-"""The Fréchet distance and SciPy's root of a matrix, Inception's layouts, the memory of precision and recall.
+"""The Fréchet distance and SciPy's root, Inception's layouts, precision and recall's memory, sampling and diffusers.
 
 Without weights: neither speed nor memory depends on them.
 """
@@ -15,10 +15,12 @@ from scipy import linalg
 from torch import Tensor
 
 from benchmarks.common import Measured, Result, fastest, main, seconds
+from benchmarks.sampling import SMALL, sampling
 from dit.devices import device
 from dit.metrics.frechet import frechet_distance
-from dit.metrics.inception import DIMS, InceptionTF, InceptionV3
+from dit.metrics.inception import DIMS, SIDE, InceptionTF, InceptionV3, fold_norms
 from dit.metrics.precision_recall import Mode, precision_recall
+from dit.metrics.resize import resize_tf1
 
 IMAGES = 16
 REFERENCE, SAMPLES = 10_000, 50_000
@@ -27,8 +29,8 @@ MODE: Mode = "adm-fp16"
 
 
 def measure() -> Measured:
-    """Everything at the size of the published numbers."""
-    parts = [distances(DIMS), layouts(IMAGES), memory(REFERENCE, SAMPLES, DIMS)]
+    """Everything at the size of the published numbers, but for the sampling."""
+    parts = [distances(DIMS), layouts(IMAGES), memory(REFERENCE, SAMPLES, DIMS), sampling(SMALL)]
     return [result for results, _ in parts for result in results], {
         k: v for _, found in parts for k, v in found.items()
     }
@@ -60,12 +62,16 @@ def distances(dims: int) -> Measured:
 
 
 def layouts(count: int) -> Measured:
-    """Features with the channels last, as the extractor takes them, and of the plain network."""
+    """Features as the extractor takes them, norms folded and channels last, and of the plain network."""
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 256, 256, 3), np.uint8))
     network = InceptionV3().eval().to(device())
-    resized = torch.zeros(count, 3, 299, 299, device=device())
-    with torch.no_grad():
-        plain = fastest(partial(network, resized), times=3)
+
+    def plainly() -> None:
+        with torch.no_grad():
+            network((resize_tf1(images.to(device()).permute(0, 3, 1, 2).float(), SIDE) - 128) / 128)
+
+    plain = fastest(plainly, times=3)
+    fold_norms(network)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ours = fastest(partial(InceptionTF(network, "").outputs, images), times=3)
     results = [Result("features", count / ours, "images/s"), Result("features_plain", count / plain, "images/s")]

@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 Precision = Literal["float32", "bfloat16"]
 Arithmetic = Literal["float32", "tf32", "bfloat16"]
@@ -14,6 +17,14 @@ Arithmetic = Literal["float32", "tf32", "bfloat16"]
 def device() -> torch.device:
     """The GPU of this rank when there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def sent(values: NDArray[np.generic], device: torch.device | str) -> Tensor:
+    """An array as a tensor of a device; to a GPU by way of pinned memory, which does not hold up the host."""
+    tensor: Tensor = torch.from_numpy(values)
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def dtype(precision: Arithmetic) -> torch.dtype:

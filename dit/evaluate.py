@@ -5,7 +5,8 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from datetime import timedelta
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from dit.devices import device
 from dit.export import CheckpointManifest
-from dit.metrics.features import ExtractorRef, Images, load_extractor
+from dit.metrics.comparison import Estimate
+from dit.metrics.features import ExtractorRef, FeatureExtractor, Images, load_extractor
+from dit.metrics.frechet import Statistics
 from dit.metrics.measure import KEPT_REFERENCE, Measure, conditions, modes, names, title
 from dit.metrics.reference import reference
 from dit.metrics.sets import NOISE_SEED, NoiseImages, SplitImages, StoredImages
-from dit.metrics.summary import compare
+from dit.metrics.summary import Summary, compare
+from dit.ranks import joined
 from dit.sample import SampleManifest
 from storage import transforms
 from storage.config import Config, operational
@@ -27,8 +31,10 @@ from storage.rows import RowReader
 from storage.shards import ShardManifest
 from storage.tracking import Tracker, publish
 
-VERSION = 3
+VERSION = 4
 HELD_OUT = "held_out"
+PATIENCE = timedelta(days=7)
+"""That ranks have with one another: features of a million images can take a CPU days."""
 
 
 class EvaluateConfig(Config):
@@ -51,6 +57,16 @@ class MetricsManifest(Manifest):
     conditions: dict[str, str | int | float]
     """What the numbers must be published with."""
 
+    @property
+    def metric(self) -> str:
+        """What the distance is called among the metrics: ``fid`` or ``fd``."""
+        return self.distance.partition("[")[0].lower()
+
+    @property
+    def estimate(self) -> Estimate:
+        """The distance with its interval."""
+        return Estimate.of(self.metric, self.metrics)
+
 
 @runtime_checkable
 class Classifier(Protocol):
@@ -65,7 +81,7 @@ class Classifier(Protocol):
 
 
 def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tracker: Tracker) -> MetricsManifest:
-    """Compare samples with the images that the model was trained on, and commit the numbers.
+    """Compare samples with the images that the model was trained on, on all ranks, and commit the numbers.
 
     ``fd`` is the Fréchet distance to the training images, named ``fid`` in the space that papers use.
     Its ceiling is that of uniform noise, its floor that of held-out images, if there are at least two.
@@ -80,22 +96,24 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
             four samples, or the stages behind them are gone.
         StorageError: samples or images are not what was committed.
     """
-    extractor = load_extractor(config.extractor, device())
-    latents = samples.parent("checkpoint", CheckpointManifest).parent("latents", LatentManifest)
-    sets = _sets(samples, latents.parent("shards", ShardManifest), latents.split, config.batch_size)
-    counts = _counts(sets)
-    root = out.uri.rsplit("/", 2)[0]
-    metrics = _numbers(Measure(extractor, tracker, _total(counts)), sets, counts, root)
-    if isinstance(extractor, Classifier) and set(samples.class_names) <= set(extractor.class_names):
-        metrics |= _recognised(extractor, sets, samples.class_names)
-    tracker.metrics(metrics, step=0)
-    facts = {
-        "distance": title(extractor),
-        "conditions": samples.conditions | conditions(extractor) | _of_sets(sets),
-    }
-    page = json.dumps(facts | {"metrics": metrics, "counts": counts}, indent=1).encode()
-    files = [publish(out, tracker, "metrics.json", page)]
-    return out.commit(MetricsManifest, files, counts=counts, metrics=metrics, **facts)
+    with joined(PATIENCE) as ranks:
+        extractor = load_extractor(config.extractor, device())
+        latents = samples.parent("checkpoint", CheckpointManifest).parent("latents", LatentManifest)
+        sets = _sets(samples, latents.parent("shards", ShardManifest), latents.split)
+        counts = _counts(sets)
+        measure = Measure(extractor, tracker, _total(counts), config.batch_size, ranks)
+        found = _measured(measure, sets, counts, out.uri.rsplit("/", 2)[0])
+        if ranks.first:
+            metrics = _numbers(found, extractor)
+            if isinstance(extractor, Classifier) and set(samples.class_names) <= set(extractor.class_names):
+                metrics |= _recognised(extractor, sets, samples.class_names, config.batch_size)
+            facts = {
+                "distance": title(extractor),
+                "conditions": samples.conditions | conditions(extractor) | _of_sets(sets),
+            }
+            _commit(metrics, counts, facts, out, tracker)
+        ranks.wait()
+        return MetricsManifest.read(out.uri)
 
 
 @dataclass(frozen=True)
@@ -105,14 +123,13 @@ class _Sets:
     samples: StoredImages
     training: SplitImages
     held_out: SplitImages | None
-    batch_size: int
 
 
-def _sets(samples: SampleManifest, shards: ShardManifest, split: str, batch_size: int) -> _Sets:
+def _sets(samples: SampleManifest, shards: ShardManifest, split: str) -> _Sets:
     side = samples.resolution
     held_out = SplitImages(shards, HELD_OUT, side) if HELD_OUT in shards.splits else None
     stored = StoredImages(RowReader(samples), side, samples.digest)
-    return _Sets(stored, SplitImages(shards, split, side), held_out, batch_size)
+    return _Sets(stored, SplitImages(shards, split, side), held_out)
 
 
 def _counts(sets: _Sets) -> dict[str, int]:
@@ -132,30 +149,55 @@ def _total(counts: Mapping[str, int]) -> int:
     return counts["reference"] + 2 * counts["samples"] + counts["floor"]
 
 
-def _numbers(measure: Measure, sets: _Sets, counts: Mapping[str, int], root: str) -> dict[str, float]:
-    count, floor, size = counts["samples"], counts["floor"], sets.batch_size
-    extractor, distance = measure.extractor, names(measure.extractor).distance
-    kept = {"count": counts["reference"], "keep": counts["reference_kept"]}
-    training = reference(measure, sets.training, root, batch_size=size, **kept)
-    samples = measure(sets.samples.batches(size, 0, floor), keep=count)
+@dataclass(frozen=True)
+class _Found:
+    """What is known of each set, on the first rank."""
+
+    training: Summary
+    samples: Summary
+    at_floor: Statistics
+    """Of as many samples as the floor is taken from."""
+    noise: Summary
+    held_out: Summary | None
+
+
+def _measured(measure: Measure, sets: _Sets, counts: Mapping[str, int], root: str) -> _Found:
+    """Take the features of all sets, on all ranks."""
+    count, floor = counts["samples"], counts["floor"]
+    training = reference(measure, sets.training, root, count=counts["reference"], keep=counts["reference_kept"])
+    samples = measure(sets.samples, range(floor), keep=count)
     at_floor = samples.statistics
-    measure(sets.samples.batches(size, floor), samples, keep=count)
-    metrics = compare(training, samples, names(extractor), modes(extractor))
-    noise = measure(NoiseImages(count, sets.samples.side).batches(size))
-    metrics[f"{distance}_ceiling"] = training.statistics.distance(noise.statistics)
-    if sets.held_out and floor:
-        held_out = reference(measure, sets.held_out, root, count=floor, keep=0, batch_size=size)
-        metrics[f"{distance}_floor"] = training.statistics.distance(held_out.statistics)
-        metrics[f"{distance}_at_floor_n"] = training.statistics.distance(at_floor)
+    measure(sets.samples, range(floor, count), samples, keep=count)
+    noise = measure(NoiseImages(count, sets.samples.side))
+    held_out = reference(measure, sets.held_out, root, count=floor, keep=0) if sets.held_out and floor else None
+    return _Found(training, samples, at_floor, noise, held_out)
+
+
+def _numbers(found: _Found, extractor: FeatureExtractor) -> dict[str, float]:
+    training, distance = found.training.statistics, names(extractor).distance
+    metrics = compare(found.training, found.samples, names(extractor), modes(extractor))
+    metrics[f"{distance}_ceiling"] = training.distance(found.noise.statistics)
+    if found.held_out:
+        metrics[f"{distance}_floor"] = training.distance(found.held_out.statistics)
+        metrics[f"{distance}_at_floor_n"] = training.distance(found.at_floor)
     return metrics
 
 
-def _recognised(classifier: Classifier, sets: _Sets, class_names: tuple[str, ...]) -> dict[str, float]:
+def _commit(
+    metrics: dict[str, float], counts: dict[str, int], facts: dict[str, Any], out: StageOutput, tracker: Tracker
+) -> None:
+    tracker.metrics(metrics, step=0)
+    page = json.dumps(facts | {"metrics": metrics, "counts": counts}, indent=1).encode()
+    files = [publish(out, tracker, "metrics.json", page)]
+    out.commit(MetricsManifest, files, counts=counts, metrics=metrics, **facts)
+
+
+def _recognised(classifier: Classifier, sets: _Sets, class_names: tuple[str, ...], batch_size: int) -> dict[str, float]:
     """The share of samples that are seen as the class that was asked for, if one was."""
     labels = sets.samples.reader.array("label")
     if (labels < 0).any():
         return {}
-    batches = sets.samples.batches(sets.batch_size)
+    batches = sets.samples.batches(batch_size)
     seen = torch.cat([classifier.classify(torch.from_numpy(batch)).cpu() for batch in batches])
     asked = np.array(class_names)[labels]
     return {"recognised": float((np.array(classifier.class_names)[seen.numpy()] == asked).mean())}

@@ -64,9 +64,9 @@ def judge(samples: str, reference: str, config: EvaluateConfig, *, root: str, tr
     counts = {"samples": found.count, "reference": against.images.count if against.images else 0}
     counts["reference_kept"] = min(counts["reference"], KEPT_REFERENCE)
     passed = counts["reference_kept"] if against.statistics else counts["reference"]
-    measure = Measure(extractor, tracker, passed + found.count)
-    near = _near(measure, against, root, passed, config.batch_size)
-    far = measure(found.batches(config.batch_size), keep=found.count)
+    measure = Measure(extractor, tracker, passed + found.count, config.batch_size)
+    near = _near(measure, against, root, passed)
+    far = measure(found, keep=found.count)
     return Judgement(
         distance=title(extractor),
         metrics=compare(near, far, names(extractor), modes(extractor)),
@@ -124,12 +124,12 @@ def _of_output(source: str, side: int) -> ImageSet:
     raise InputError(f"{uri.redact(source)}: holds the output of {stage!r}, and no images to compare with")
 
 
-def _near(measure: Measure, against: _Reference, root: str, count: int, batch_size: int) -> Summary:
+def _near(measure: Measure, against: _Reference, root: str, count: int) -> Summary:
     """The summary of the reference."""
     features = None
     if against.images is not None:
         keep = min(count, KEPT_REFERENCE)
-        found = kept_reference(measure, against.images, root, count=count, keep=keep, batch_size=batch_size)
+        found = kept_reference(measure, against.images, root, count=count, keep=keep)
         if against.statistics is None:
             return found
         features = found.features()

@@ -60,13 +60,13 @@ def neighbours(
     training = SplitImages(latents.parent("shards", ShardManifest), latents.split, samples.resolution)
     kept = min(training.count, KEPT_REFERENCE)
     extractor = load_extractor(config.extractor, device())
-    measure = Measure(extractor, tracker, training.count)
-    summary = reference(measure, training, root, count=training.count, keep=kept, batch_size=config.batch_size)
+    measure = Measure(extractor, tracker, training.count, config.batch_size)
+    summary = reference(measure, training, root, count=training.count, keep=kept)
     features = summary.features()
     shown = RowReader(samples).take("image", np.arange(min(count, samples.counts["images"])))
     distances = torch.cdist(extractor(torch.from_numpy(shown)).to(features), features)
     found, places = (each.cpu() for each in distances.topk(min(nearest, kept), largest=False))
-    near = {place: next(training.batches(1, place, place + 1))[0] for place in places.unique().tolist()}
+    near = {place: next(training.batches(1, [range(place, place + 1)]))[0] for place in places.unique().tolist()}
     rows = [image for sample, at in zip(shown, places.tolist(), strict=True) for image in (sample, *map(near.get, at))]
     return Neighbours(image_grid(np.stack(rows), found.shape[1] + 1, gap=2), found.tolist(), _usual(features), kept)
 

@@ -1,10 +1,17 @@
 """Pictures of numbers, as PNG bytes."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from dit.metrics.comparison import Estimate
+from dit.metrics.power_law import PowerLaw
 
 
 def curve(steps: Sequence[int], losses: Sequence[float]) -> bytes:
@@ -14,6 +21,83 @@ def curve(steps: Sequence[int], losses: Sequence[float]) -> bytes:
     axes.plot(steps, losses, linewidth=1, marker=".", markersize=2)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(visible=True, which="both", alpha=0.3)
+    return _png(figure)
+
+
+def scaling(
+    names: Sequence[str],
+    distances: Sequence[Estimate],
+    title: str,
+    laws: Mapping[str, tuple[Sequence[float], PowerLaw]],
+) -> bytes:
+    """Distances of models against what they cost, with fitted lines, on logarithmic axes.
+
+    Args:
+        names: of the models, of which what all begin with is left out.
+        distances: of each.
+        title: what the distance is called.
+        laws: for each cost, by name, that of each model and the line through them.
+    """
+    figure = Figure(figsize=(5.5 * len(laws), 4), dpi=120, layout="constrained")
+    short = _without_common_start(names)
+    for place, (cost, (x, law)) in enumerate(laws.items()):
+        axes = figure.add_subplot(1, len(laws), place + 1)
+        axes.set(xlabel=cost, ylabel=title, xscale="log", yscale="log")
+        axes.set_title(str(law), fontsize=8)
+        _errors(axes, x, distances, "o")
+        ends = [min(x), max(x)]
+        axes.plot(ends, [law(end) for end in ends], "--", color="grey", linewidth=1, zorder=0)
+        for rank, (name, across, distance) in enumerate(zip(short, x, distances, strict=True)):
+            beside = {"xytext": (-5, -10), "ha": "right"} if rank % 2 else {"xytext": (5, 5)}
+            axes.annotate(name, (across, distance.value), textcoords="offset points", fontsize=7, **beside)
+        axes.margins(x=0.15)
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.grid(visible=True, which="both", alpha=0.2)
+    return _png(figure)
+
+
+@dataclass(frozen=True)
+class GuidanceLine:
+    """Samples of one model that differ in the scale of their guidance alone."""
+
+    name: str
+    """How they are guided."""
+    scales: Sequence[float]
+    distances: Sequence[Estimate]
+    precision: Sequence[float]
+    recall: Sequence[float]
+
+
+def guidance(lines: Sequence[GuidanceLine], title: str) -> bytes:
+    """The distance, and precision and recall, against the scale of guidance; ``title`` names the distance."""
+    figure = Figure(figsize=(9, 3.5), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for place, line in enumerate(lines):
+        _errors(left, line.scales, line.distances, "o-", label=line.name)
+        right.plot(line.scales, line.precision, "o-", color=f"C{place}", label=f"precision, {line.name}", markersize=4)
+        right.plot(line.scales, line.recall, "s--", color=f"C{place}", label=f"recall, {line.name}", markersize=4)
+    left.set(xlabel="guidance scale", ylabel=title)
+    right.set(xlabel="guidance scale", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend(fontsize=8)
+    return _png(figure)
+
+
+def _without_common_start(names: Sequence[str]) -> list[str]:
+    """What differs between names that are cut at dashes: ``sweep-S-4`` and ``sweep-B-4`` are S-4 and B-4."""
+    words = [name.split("-") for name in names]
+    same = len(list(takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))))
+    return ["-".join(each[same:]) for each in words]
+
+
+def _errors(axes: Axes, x: Sequence[float], found: Sequence[Estimate], style: str, label: str = "") -> None:
+    values, margins = [each.value for each in found], [each.margin for each in found]
+    axes.errorbar(x, values, margins, fmt=style, capsize=3, markersize=4, linewidth=1, label=label)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

@@ -1,16 +1,12 @@
 """Samples of any checkpoint, straight to a picture and an array."""
 
-import io
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from dit.convert import Pretrained, read
 from dit.devices import device
 from dit.export import MODEL, ModelCard, Trained, load
-from dit.sample import SampleConfig, generate, open_decoder, picture
+from dit.metrics import npz
+from dit.sample import SampleConfig, compiled, generate, open_decoder, picture
 from dit.vae import VaeRef, info
 from storage import uri
 from storage.errors import InputError
@@ -57,10 +53,10 @@ def preview(trained: Trained, config: SampleConfig, out: str, tracker: Tracker) 
         if uri.exists(url):
             raise InputError(f"--out {uri.redact(out)}: has samples already; name another folder")
     vae = open_decoder(config, trained.card)
-    parts = generate(config, trained, vae, 0, config.count)
+    parts = generate(config, compiled(config, trained), vae, 0, config.count)
     rows = gathered(parts, tracker, start=0, total=config.count, unit="images")
-    for url, data in zip(urls, (picture(rows["image"], trained.card), _npz(rows)), strict=True):
-        uri.write(url, data)
+    uri.write(urls[0], picture(rows["image"], trained.card))
+    npz.write(urls[1], iter([rows["image"]]), rows["label"].astype(np.int64), trained.card.resolution)
     return urls
 
 
@@ -74,9 +70,3 @@ def _card(found: Pretrained, vae: VaeInfo) -> ModelCard:
         class_names=tuple(map(str, range(config.num_classes))),
         steps=0,
     )
-
-
-def _npz(rows: Mapping[str, NDArray[Any]]) -> bytes:
-    with io.BytesIO() as data:
-        np.savez(data, rows["image"], rows["label"].astype(np.int64))
-        return data.getvalue()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,14 @@ class Ranks:
         if self.world_size > 1:
             dist.broadcast_object_list(held)
         return held[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all ranks in their order, on the first; none on the others."""
+        if self.world_size == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.world_size if self.first else None
+        dist.gather_object(value, found)
+        return found or []
 
     def wait(self) -> None:
         """Wait until all ranks are here."""

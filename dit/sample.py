@@ -3,7 +3,8 @@
 # B = batch, C = latent channels, h = latent side, H = image side
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from math import gcd
 from typing import Any, Literal
 
@@ -12,29 +13,33 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dit.devices import Precision, device, dtype
+from dit.devices import Arithmetic, arithmetic, device, dtype
 from dit.diffusion.config import EDMConfig, ProcessConfig
 from dit.diffusion.edm import EDM
 from dit.diffusion.gaussian import GaussianDiffusion
 from dit.diffusion.process import Denoiser
 from dit.export import CheckpointManifest, ModelCard, Trained, load, weights_file
 from dit.pixels import to_bytes
+from dit.ranks import Ranks, Share, joined
 from dit.samplers.ddim import ddim
 from dit.samplers.ddpm import ddpm
 from dit.samplers.guidance import Channels, Guided, Schedule
 from dit.samplers.heun import heun
 from dit.samplers.noise import SampleNoise
-from dit.samplers.state import State, last
+from dit.samplers.state import State, StepNoise, last
 from dit.vae import Vae, VaeRef, load_vae
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
 from storage.manifest import Manifest, StageOutput
+from storage.parallel import ahead
 from storage.pictures import image_grid
 from storage.rows import ArraySpec, RowLayout, RowWriter, gathered
 from storage.tracking import Tracker, publish
 
-VERSION = 1
+VERSION = 2
 PICTURE = "samples.png"
+PATIENCE = timedelta(days=7)
+"""That ranks have with one another: a block can take hours."""
 
 
 class SampleConfig(Config):
@@ -69,12 +74,16 @@ class SampleConfig(Config):
     with it (``train.ema_decays``), such as ``ema-0.999``."""
     vae: VaeRef | None = operational(None)
     """Another decoder than the autoencoder that made the latents; not for models on pixels."""
-    precision: Precision = "float32"
-    """Arithmetic of model and decoder."""
+    precision: Arithmetic = "float32"
+    """Arithmetic of model and decoder; tf32 is for GPUs."""
+    compile: bool = False
+    """Compile the model: minutes at the start, then faster; the last bits differ."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides noise and random labels; sample i depends on (seed, i) alone."""
     batch_size: int = Field(128, ge=1)
-    """Images in one pass of the sampler."""
+    """Images in one pass of the sampler, twice as many rows where it is guided; the last bits can depend on it."""
+    decode_batch_size: int = Field(8, ge=1)
+    """Images in one pass of the decoder, which needs far more memory for each; the last bits can depend on it."""
     block_rows: int = Field(1024, ge=1)
     """Images in one object of the store, the unit of work and resume."""
 
@@ -94,35 +103,78 @@ class SampleManifest(Manifest):
 
 SAMPLER_FIELDS = {"eta": "ddim", "sigma_min": "heun", "sigma_max": "heun", "rho": "heun"}
 """Fields that mean something with one sampler alone."""
+CUTTING = ("compile", "batch_size", "decode_batch_size", "block_rows")
+"""Fields that can move the last bits and nothing more."""
 
 
 def run(config: SampleConfig, checkpoint: CheckpointManifest, *, out: StageOutput, tracker: Tracker) -> SampleManifest:
-    """Make the samples that are not made yet, block by block, and commit them.
+    """Make the samples that are not made yet, block by block and each on one of the ranks, and commit them.
 
     Raises:
         InputError: decoder, sampler, steps or weights do not fit the model, or a file is missing, broken or altered.
         StorageError: the disk is full.
         DitflowError: the model's samples are not finite.
     """
-    vae = open_decoder(config, checkpoint.card)
-    trained = load(checkpoint.uri, weights=_weights(config, checkpoint.card), device=device())
-    card = trained.card
-    writer = RowWriter(out, layout(config.count, config.block_rows, card.resolution), {"range": [0, 255]})
-    for block in writer.missing():
-        start, stop = writer.bounds(block)
-        parts = generate(config, trained, vae, start, stop)
-        rows = gathered(parts, tracker, start=start, total=config.count, unit="images")
+    with joined(PATIENCE) as ranks:
+        vae = open_decoder(config, checkpoint.card)
+        trained = load(checkpoint.uri, weights=_weights(config, checkpoint.card), device=device())
+        work = _Work(config, compiled(config, trained), vae)
+        resolution = trained.card.resolution
+        writer = RowWriter(out, layout(config.count, config.block_rows, resolution), {"range": [0, 255]})
+        _draw(work, writer, ranks, out, tracker)
+        ranks.wait()
+        if ranks.first:
+            _commit(work, writer, out)
+        ranks.wait()
+        return SampleManifest.read(out.uri)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all blocks have in common."""
+
+    config: SampleConfig
+    trained: Trained
+    vae: Vae | None
+
+
+def _draw(work: _Work, writer: RowWriter, ranks: Ranks, out: StageOutput, tracker: Tracker) -> None:
+    """Make this rank's part of the blocks that are missing."""
+    missing = ranks.agreed(writer.missing())  # or a rank that comes late would divide what is left then
+    mine = missing[ranks.rank :: ranks.world_size]
+    todo, total = (sum(_rows(writer, block) for block in blocks) for blocks in (missing, mine))
+    share, done = Share(tracker, work.config.count - todo, todo), 0
+    for block in mine:
+        parts = generate(work.config, work.trained, work.vae, *writer.bounds(block))
+        rows = gathered(parts, share, start=done, total=total, unit="images")
         if block == 0:  # before the block is committed, so whoever resumes finds the picture there
-            publish(out, tracker, PICTURE, picture(rows["image"], card))
+            publish(out, tracker, PICTURE, picture(rows["image"], work.trained.card))
         writer.write(block, rows)
-    return out.commit(
+        done += _rows(writer, block)
+
+
+def _rows(writer: RowWriter, block: int) -> int:
+    start, stop = writer.bounds(block)
+    return stop - start
+
+
+def _commit(work: _Work, writer: RowWriter, out: StageOutput) -> None:
+    card = work.trained.card
+    out.commit(
         SampleManifest,
         [*writer.finish(), out.describe(f"artifacts/{PICTURE}")],
-        counts={"images": config.count},
+        counts={"images": work.config.count},
         resolution=card.resolution,
         class_names=card.class_names,
-        conditions=_conditions(config, card, vae),
+        conditions=_conditions(work.config, card, work.vae),
     )
+
+
+def compiled(config: SampleConfig, trained: Trained) -> Trained:
+    """The model, compiled if the config says so: when it is first used, a graph for each size of a batch."""
+    if config.compile:
+        trained.model.compile(dynamic=False)
+    return trained
 
 
 def generate(
@@ -154,16 +206,21 @@ def draw(
     card, model = trained.card, trained.card.model
     noise = SampleNoise(config.seed, indices, (model.in_channels, model.input_size, model.input_size), device())
     y = labels.to(device()) if model.num_classes else None
-    with torch.autocast(device().type, dtype(config.precision), enabled=config.precision != "float32"):
-        x0 = last(_walk(config, card.diffusion, _guided(config, trained), y, noise))
-    if not x0.isfinite().all():
-        raise DitflowError(
-            f"samples {indices[0]:,} to {indices[-1]:,} are not finite; look at the model's training loss"
-        )
+    with arithmetic(config.precision):
+        with torch.autocast(device().type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            x0 = last(_walk(config, card.diffusion, _guided(config, trained), y, noise))
+        if not x0.isfinite().all():
+            which = f"samples {indices[0]:,} to {indices[-1]:,}"
+            raise DitflowError(f"{which} are not finite; look at the model's training loss")
+        return _decoded(config, card, vae, x0).numpy()
+
+
+def _decoded(config: SampleConfig, card: ModelCard, vae: Vae | None, x0: torch.Tensor) -> torch.Tensor:
+    """The images uint8 (B, H, H, 3) of latents or pixels (B, C, h, h), on the CPU."""
     if vae is None or card.vae is None:
-        return to_bytes(x0).cpu().numpy()
+        return to_bytes(x0).cpu()
     decoder = replace(vae, scaling_factor=card.vae.scaling_factor, shift_factor=card.vae.shift_factor)
-    return decoder.decode(x0).cpu().numpy()
+    return torch.cat([decoder.decode(part).cpu() for part in x0.split(config.decode_batch_size)])
 
 
 def _walk(
@@ -175,9 +232,16 @@ def _walk(
         levels = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max, "rho": config.rho}
         return heun(EDM.from_config(diffusion), model, x, y, steps=config.steps, **levels)
     process = GaussianDiffusion.from_config(diffusion).respaced(config.steps).to(device())
+    step_noise = _ahead(noise, config.steps)
     if config.sampler == "ddim":
-        return ddim(process, model, x, y, noise, eta=config.eta)
-    return ddpm(process, model, x, y, noise)
+        return ddim(process, model, x, y, step_noise, eta=config.eta)
+    return ddpm(process, model, x, y, step_noise)
+
+
+def _ahead(noise: SampleNoise, steps: int) -> StepNoise:
+    """The noise of all steps in the samplers' order, made by a thread while the network works."""
+    made = ahead((noise(step) for step in reversed(range(1, steps))), 2)
+    return lambda _: next(made)
 
 
 def _guided(config: SampleConfig, trained: Trained) -> Guided:
@@ -261,7 +325,7 @@ def _conditions(config: SampleConfig, card: ModelCard, vae: Vae | None) -> dict[
     guided = card.model.num_classes > 0 and config.guidance_scale != 1
     if not guided:
         unused |= {name for name in SampleConfig.model_fields if name.startswith("guidance_")}
-    conditions: dict[str, Any] = config.model_dump(exclude={"vae", "batch_size", "block_rows", *unused})
+    conditions: dict[str, Any] = config.model_dump(exclude={"vae", *CUTTING, *unused})
     interval = conditions.pop("guidance_interval", None)
     if interval:
         conditions["guidance_interval"] = f"{interval[0]:g} to {interval[1]:g}"

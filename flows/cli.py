@@ -2,18 +2,16 @@
 
 import argparse
 import json
-import logging
 import os
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows import services
+from flows.arguments import STAGES, parser
+from flows.serving import serving_prefect
 from storage import uri
 from storage.errors import DitflowError, InputError, PreemptedError, StorageError
 
@@ -23,20 +21,16 @@ if TYPE_CHECKING:
     from flows.recipe import Recipe
     from storage.manifest import Manifest
 
-STAGES = ("shard", "encode", "train", "sample", "evaluate", "register")
-DEMOS = ("demo", "demo-diffit")
-PORTS = range(1, 65536)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     signal.signal(signal.SIGTERM, _terminated)
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     services.bypass_proxy()
     try:
         if "root" in options and getattr(options, "checkpoint", None) is None:
             _check_root(options)
-        options.command(options)
+        COMMANDS[options.command](options)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -81,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         _report(options, recipe, _skipped(done))
     if not todo:
         return
-    with _prefect(options):
+    with serving_prefect(options.root, quiet=options.json):
         from flows.perform import RunSettings
         from flows.pipeline import pipeline
 
@@ -92,13 +86,13 @@ def run(options: argparse.Namespace) -> None:
 def stage(options: argparse.Namespace) -> None:
     """Run one stage of a recipe on an earlier output."""
     recipe = _recipe(options)
-    source = recipe.source_of(options.stage, options.source, options.root)
-    with _prefect(options):
+    source = recipe.source_of(options.command, options.source, options.root)
+    with serving_prefect(options.root, quiet=options.json):
         from flows.perform import RunSettings
         from flows.pipeline import run_stage
 
         settings = RunSettings(root=options.root, force=options.force)
-        _report(options, recipe, [run_stage(options.stage, recipe, source, settings)])
+        _report(options, recipe, [run_stage(options.command, recipe, source, settings)])
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -127,6 +121,17 @@ def evaluate(options: argparse.Namespace) -> None:
     print(judged(*alone, options.set, options.root, as_json=options.json))
 
 
+def npz(options: argparse.Namespace) -> None:
+    """Write samples to one npz."""
+    from dit.npz import write_npz
+    from flows.progress import StageProgress
+    from flows.tracking import StageTracker
+
+    with StageProgress("npz").shown() as progress:
+        write_npz(options.samples, options.file, StageTracker(None, progress.update))
+    print(uri.redact(options.file))
+
+
 def promote(options: argparse.Namespace) -> None:
     """Make a model version the champion."""
     from flows.promotion import promote
@@ -143,6 +148,15 @@ def report(options: argparse.Namespace) -> None:
     if done is None:
         raise InputError(f"report: recipe {recipe.name} is not done; run it first")
     print(write_page(recipe.name, done, options.root))
+
+
+def scaling(options: argparse.Namespace) -> None:
+    """Fit how the distance falls with compute over the finished runs of a sweep."""
+    from flows.scaling import scaling
+
+    found = scaling(options.recipe, options.set, options.root)
+    for line in [found.as_json()] if options.json else found.lines():
+        print(line)
 
 
 def up(options: argparse.Namespace) -> None:
@@ -210,104 +224,6 @@ def convert(options: argparse.Namespace) -> None:
     print(summary(found, options.destination, options.to))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ditflow", description="From images to a registered Diffusion Transformer.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--root", default=os.environ.get("DITFLOW_ROOT", "runs"), help="fsspec URL for all outputs")
-    chosen = argparse.ArgumentParser(add_help=False)
-    chosen.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=2000")
-    chosen.add_argument("--json", action="store_true", help="print one JSON object a recipe and nothing else")
-    work = argparse.ArgumentParser(add_help=False, parents=[shared, chosen])
-    work.add_argument(
-        "--force",
-        action="store_true",
-        help="run what is done again, beside the old output; a forced pipeline that is interrupted starts over",
-    )
-    command = commands.add_parser("demo", parents=[work], help="the whole pipeline on scanned digits")
-    command.add_argument("--recipe", default="demo", choices=DEMOS, help="which model (default: demo, a latent DiT)")
-    command.set_defaults(command=demo)
-    command = commands.add_parser("run", parents=[work], help="the whole pipeline of a recipe, or all of a sweep")
-    command.add_argument("recipe", help="name of a preset or path of a YAML file")
-    command.set_defaults(command=run)
-    for name in STAGES:
-        command = commands.add_parser(name, parents=[work], help=f"the {name} stage of a recipe")
-        optional = "?" if name in ("sample", "evaluate") else None
-        command.add_argument("recipe", nargs=optional, help="name of a preset or path of a YAML file")
-        if name != "shard":
-            text = "manifest URL or MLflow run id of the stage before (default: the recipe's own)"
-            command.add_argument("--from", dest="source", metavar="MANIFEST", help=text)
-        command.set_defaults(command=stage, stage=name, source=None)
-        if name == "sample":
-            _add_checkpoint(command)
-        if name == "evaluate":
-            _add_samples(command)
-    command = commands.add_parser("up", parents=[shared], help="Prefect, MLflow and a worker, with all flows deployed")
-    command.add_argument("--recipe", default="demo", help="whose values fill the forms in the Prefect UI")
-    command.add_argument("--prefect-port", type=int, default=4200, choices=PORTS, metavar="PORT")
-    command.add_argument("--mlflow-port", type=int, default=5000, choices=PORTS, metavar="PORT")
-    command.set_defaults(command=up)
-    _add_outcomes(commands, shared)
-    command = commands.add_parser("plan", parents=[shared, chosen], help="what a recipe will cost, before it runs")
-    command.add_argument("recipe", help="name of a preset or path of a YAML file")
-    command.add_argument("--rates", metavar="FILE", help="YAML of another machine's rates (default: measured here)")
-    command.set_defaults(command=plan)
-    command = commands.add_parser("verify", help="are outputs still what was committed? Damaged ones are withdrawn")
-    command.add_argument("url", help="manifest or folder of an output, or a root of outputs")
-    text = "read everything and compare hashes; sizes and commit records alone without"
-    command.add_argument("--full", action="store_true", help=text)
-    command.set_defaults(command=verify)
-    command = commands.add_parser("models", help="every model's parameters, compute and memory")
-    command.add_argument("--latent", type=int, default=32, metavar="SIDE", help="in latent pixels (default: 32)")
-    command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    command.set_defaults(command=models)
-    _add_convert(commands)
-    return parser
-
-
-def _add_convert(commands: Any) -> None:
-    command = commands.add_parser("convert", help="a DiT checkpoint into another layout")
-    command.add_argument("source", help=".pt or .safetensors file, diffusers folder, or trained model, by path or URL")
-    command.add_argument(
-        "destination", help=".safetensors or .pt file for --to reference, else a folder; not yet there"
-    )
-    command.add_argument("--to", required=True, choices=("reference", "diffusers", "pipeline"))
-    command.add_argument("--heads", type=int, help="attention heads, where no published size has the width")
-    command.add_argument("--vae", metavar="SOURCE", help="folder, URL or hub id of the autoencoder for --to pipeline")
-    command.set_defaults(command=convert)
-
-
-def _add_outcomes(commands: Any, shared: argparse.ArgumentParser) -> None:
-    command = commands.add_parser("report", parents=[shared], help="a page to look at of a recipe that is done")
-    command.add_argument("recipe", help="name of a preset or path of a YAML file")
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as the recipe was run")
-    command.set_defaults(command=report)
-    command = commands.add_parser("promote", parents=[shared], help="make a version of a registered model the champion")
-    command.add_argument("model", help="name of the registered model")
-    command.add_argument("version", nargs="?", type=int, help="default: the candidate")
-    command.add_argument("--reason", default="", help="why, for the record in the version's tags")
-    command.set_defaults(command=promote)
-
-
-def _add_checkpoint(command: argparse.ArgumentParser) -> None:
-    """The options of sampling without a recipe."""
-    group = command.add_argument_group("straight from a checkpoint", "draw a picture and an npz, with no recipe")
-    text = "a trained model's folder, a published DiT's .pt or .safetensors file, or a diffusers folder"
-    group.add_argument("--checkpoint", metavar="SOURCE", help=text)
-    group.add_argument("--out", default="samples", help="folder for samples.png and samples.npz (default: samples)")
-    group.add_argument("--vae", metavar="SOURCE", help="the autoencoder, where the checkpoint does not name it")
-    group.add_argument("--heads", type=int, help="attention heads, where no published size has the width")
-    command.set_defaults(command=sample)
-
-
-def _add_samples(command: argparse.ArgumentParser) -> None:
-    """The options of evaluating without a recipe."""
-    group = command.add_argument_group("any samples against any reference", "print metrics, with no recipe")
-    group.add_argument("--samples", metavar="SOURCE", help="manifest of samples, folder of images, or npz with arr_0")
-    group.add_argument("--reference", metavar="SOURCE", help="npz with arr_0 or mu and sigma, manifest, or folder")
-    command.set_defaults(command=evaluate)
-
-
 def _recipe(options: argparse.Namespace) -> "Recipe":
     from flows.recipe import load_recipe
 
@@ -328,58 +244,6 @@ def _check_root(options: argparse.Namespace) -> None:
         raise InputError(f"--root {uri.redact(root)}: {getattr(error, 'strerror', None) or error}") from error
 
 
-@contextmanager
-def _prefect(options: argparse.Namespace) -> Iterator[None]:
-    """A Prefect server for the length of the block: the user's, that of ``ditflow up``, or our own."""
-    console = "WARNING" if options.json or sys.stderr.isatty() else "INFO"
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", console)
-    if os.environ.get("PREFECT_API_URL") or services.use_running(options.root):
-        import_module("flows.pipeline")
-        _quiet_what_we_explain()
-        yield
-        return
-    home, port = services.local_home(options.root) / "prefect", services.free_port()
-    os.environ |= services.prefect_env(home) | {"PREFECT_API_URL": f"http://{services.HOST}:{port}/api"}
-    warm = threading.Thread(target=_warm, args=(options.root,))
-    warm.start()
-    try:
-        with services.prefect_server(home, port):
-            warm.join()
-            _quiet_what_we_explain()
-            try:
-                yield
-            finally:
-                _send_last_words()
-    finally:
-        warm.join()
-
-
-def _quiet_what_we_explain() -> None:
-    """Keep Prefect's tracebacks of errors that end as one line of ours off the console; its log has them."""
-
-    def wanted(record: logging.LogRecord) -> bool:
-        explained = record.exc_info is not None and isinstance(record.exc_info[1], DitflowError)
-        return not explained and not record.getMessage().startswith("Finished in state Failed")
-
-    for handler in logging.getLogger().handlers:  # Prefect puts its console on the root logger
-        handler.addFilter(wanted)
-
-
-def _send_last_words() -> None:
-    """Let Prefect send what it still holds: it would try for a minute once its server is gone."""
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-
-    for worker in (APILogWorker, EventsWorker):
-        worker.drain_all(timeout=5)
-
-
-def _warm(root: str) -> None:
-    """Import what the run needs and open the tracking store, while the server starts."""
-    import_module("flows.pipeline")
-    import_module("flows.runs").prepare(root)
-
-
 def _skipped(manifests: "list[Manifest]") -> "list[Outcome]":
     from flows.contract import Outcome
 
@@ -397,6 +261,24 @@ def _report(options: argparse.Namespace, recipe: "Recipe", outcomes: "list[Outco
 
 def _terminated(*_: Any) -> NoReturn:
     raise SystemExit(143)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    **dict.fromkeys(STAGES, stage),
+    "demo": demo,
+    "run": run,
+    "sample": sample,
+    "evaluate": evaluate,
+    "up": up,
+    "npz": npz,
+    "report": report,
+    "scaling": scaling,
+    "promote": promote,
+    "plan": plan,
+    "verify": verify,
+    "models": models,
+    "convert": convert,
+}
 
 
 if __name__ == "__main__":

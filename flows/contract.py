@@ -147,10 +147,24 @@ STAGES = {
             ranked=True,
         ),
         Stage(
-            SampleConfig, sample.VERSION, SampleManifest, CheckpointManifest, "checkpoint", _sample_inputs, sample.run
+            SampleConfig,
+            sample.VERSION,
+            SampleManifest,
+            CheckpointManifest,
+            "checkpoint",
+            _sample_inputs,
+            sample.run,
+            ranked=True,
         ),
         Stage(
-            EvaluateConfig, evaluate.VERSION, MetricsManifest, SampleManifest, "samples", _evaluate_inputs, evaluate.run
+            EvaluateConfig,
+            evaluate.VERSION,
+            MetricsManifest,
+            SampleManifest,
+            "samples",
+            _evaluate_inputs,
+            evaluate.run,
+            ranked=True,
         ),
         Stage(RegisterConfig, registry.VERSION, ModelManifest, MetricsManifest, "metrics", _nothing_else, registry.run),
     )

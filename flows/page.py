@@ -1,52 +1,50 @@
 """The report of a pipeline run: one HTML file with everything in it, and nothing in it that runs."""
 
-import base64
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
 from mlflow import MlflowClient
 
+from dit import plots
+from dit.by_class import by_class
 from dit.evaluate import EvaluateConfig, MetricsManifest
-from dit.neighbours import Neighbours, neighbours
-from dit.sample import SampleManifest
-from flows import runs
+from dit.metrics.comparison import Estimate
+from dit.metrics.published import METRICS, Row, deviations, rows_for
+from dit.neighbours import neighbours
+from dit.sample import PICTURE, SampleManifest
+from flows import guidance, runs
+from flows.html import HEAD, figure, paragraph, section, strips, table
 from flows.tracking import log_file, one_line
 from storage import uri
-from storage.manifest import Manifest
+from storage.manifest import Manifest, json_digest
 from storage.tracking import NullTracker
 
 LOGGER = logging.getLogger(__name__)
 FOLDER, REPORT = "reports", "report.html"
+VERSION = 2
+"""Raised when the same manifests make another page."""
+CLASSES, EACH, WIDE = 10, 16, 1024
+"""Classes shown, and samples of each: as many as fit in so many pixels, from 4 to 16."""
 SHOWN, NEAREST = 8, 5
 CAPTIONS = {
     "images.png": "Images to train on, as they came",
     "reconstructions.png": "What the autoencoder makes of them",
     "loss.png": "Training loss",
-    "samples.png": "Samples; with few classes one in each column",
+    "samples.png": "Samples",
 }
-HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
-img { max-width: 100%; min-width: min(100%, 24rem); image-rendering: pixelated }
-figure { margin: 1rem 0 } figcaption { color: #555 } .lead { font-size: 1.3rem }
-div.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
-td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd }
-td.n { text-align: right; font-variant-numeric: tabular-nums } code { font-size: .85em; overflow-wrap: anywhere }
-@media (prefers-color-scheme: dark) {
-  body { background: #16181c; color: #e4e4e4 } figcaption { color: #aaa } td, th { border-color: #3a3d44 }
-}
-</style>
-"""
 
 
 def place(manifests: Sequence[Manifest], root: str) -> str:
-    """The URL of the report of some stages, which is named after the last."""
-    return uri.join(uri.absolute(root), FOLDER, f"{manifests[-1].digest[:16]}.html")
+    """The URL of the report of some stages: other evaluations that it would show make it another one.
+
+    Raises:
+        InputError: a stage's output is gone.
+    """
+    shown = [found.digest for found in manifests]
+    shown += [other.digest for found in _judged(manifests) for other in guidance.alike(found, root)]
+    name = json_digest({"version": VERSION, "shown": shown})[:16]
+    return uri.join(uri.absolute(root), FOLDER, f"{name}.html")
 
 
 def write_page(name: str, manifests: Sequence[Manifest], root: str) -> str:
@@ -77,45 +75,100 @@ def publish(name: str, manifests: Sequence[Manifest], root: str, run_id: str | N
 
 def page(name: str, manifests: Sequence[Manifest], root: str) -> str:
     """The report as HTML: the same bytes for the same manifests. Errors as `write_page`."""
-    judged = [MetricsManifest.read(found.uri) for found in manifests if found.stage == MetricsManifest.STAGE]
+    judged = _judged(manifests)
     parts = [HEAD, f"<title>{escape(name)}</title></head><body><h1>{escape(name)}</h1>"]
     parts += [_lead(found) for found in judged]
-    parts += ["<h2>Pictures</h2>", *(_picture(found) for found in manifests)]
+    parts += [_samples(SampleManifest.read(found.uri)) for found in manifests if found.stage == SampleManifest.STAGE]
     for found in judged:
-        parts += [_numbers(found), _nearest(found, root)]
-    return "\n".join([*parts, _lineage(manifests), "</body></html>\n"])
+        parts += [_papers(found), _guided(guidance.alike(found, root), found.distance), _nearest(found, root)]
+    parts.append(section("From images to samples", *_pictures(manifests)))
+    parts += [_numbers(found) for found in judged]
+    return "\n".join([*filter(None, parts), _lineage(manifests), "</body></html>\n"])
+
+
+def _judged(manifests: Sequence[Manifest]) -> list[MetricsManifest]:
+    return [MetricsManifest.read(found.uri) for found in manifests if found.stage == MetricsManifest.STAGE]
 
 
 def _lead(found: MetricsManifest) -> str:
-    metric = found.distance.partition("[")[0].lower()
-    value, low, high = (found.metrics[f"{metric}{end}"] for end in ("", "_low", "_high"))
-    count = found.counts["samples"]
-    text = f"{found.distance} {value:.4g} ({low:.4g} to {high:.4g}) from {count:,} samples"
-    return f'<p class="lead">{escape(text)}</p>'
+    """The distance, and between which others it lies."""
+    text = f"{found.distance} {found.estimate} from {found.counts['samples']:,} samples"
+    far = {end: found.metrics.get(f"{found.metric}_{end}") for end in ("ceiling", "floor", "at_floor_n")}
+    bounds = f"The interval is of 95 %. As many images of noise are at {far['ceiling']:.4g}."
+    if far["floor"] is not None:
+        few = f"{found.counts['floor']:,} held-out images are at {far['floor']:.4g}"
+        bounds += f" {few}, and so many of the samples at {far['at_floor_n']:.4g}."
+    return paragraph(text, "lead") + paragraph(bounds)
 
 
-def _picture(found: Manifest) -> str:
-    names = [entry.path for entry in found.files if entry.path.startswith("artifacts/") and entry.path.endswith(".png")]
-    if found.stage == "register":  # its picture is that of the samples
+def _samples(found: SampleManifest) -> str:
+    """A strip for each of some classes; the samples as they come if no class was asked for."""
+    rows = by_class(found, classes=CLASSES, each=max(4, min(EACH, WIDE // found.resolution)))
+    if not rows:
+        return section("Samples", figure(found.read_object(f"artifacts/{PICTURE}"), CAPTIONS[PICTURE]))
+    total = len(found.class_names)
+    few = f"{len(rows)} of {total:,} classes; the" if len(rows) < total else "The"
+    return section("Samples by class", paragraph(f"{few} first samples of each."), strips(rows))
+
+
+def _papers(found: MetricsManifest) -> str:
+    """The papers' rows that speak of the same thing, each with what was other there."""
+    samples = found.parent("samples", SampleManifest)
+    images, classes, side = found.counts["reference"], len(samples.class_names), samples.resolution
+    rows = rows_for(distance=found.distance, images=images, classes=classes, resolution=side)
+    here = f"{found.distance} against {images:,} images in {classes:,} classes at {side} px"
+    if not rows:
+        text = "papers report FIDs on ImageNet, CIFAR-10 and FFHQ, and numbers of other images, sizes or networks"
+        return section("Beside the papers", paragraph(f"Nothing to put beside {here}: {text} do not compare."))
+    steps = found.conditions["training_steps"]
+    own = (f"this run, {steps:,} steps", *(_own(name, found) for name in METRICS), "", "")
+    head = ("model", "FID", "sFID", "IS", "precision", "recall", "conditions", "source")
+    note = (
+        f"{here}, taken for {rows[0].data.name} by these counts. Papers take the reference's statistics from "
+        "files of their own; here they are those of the training images. What a paper does not state is not compared, "
+        "nor are training steps, decoder and seed. Rows under other conditions do not rank this run."
+    )
+    return section("Beside the papers", table([own, *(_row(row, found) for row in rows)], head), paragraph(note))
+
+
+def _own(name: str, found: MetricsManifest) -> str:
+    return str(Estimate.of(name, found.metrics)) if name in found.metrics else ""
+
+
+def _row(row: Row, found: MetricsManifest) -> tuple[str, ...]:
+    other = deviations(row, found.conditions)
+    values = [f"{value:g}" for value in row.values]
+    steps = row.conditions.get("training_steps")
+    model = f"{row.model}, {steps:,} steps" if steps else row.model
+    conditions = f"other: {', '.join(other)}" if other else "the same"
+    return (model, *values, *[""] * (len(METRICS) - len(values)), conditions, row.source)
+
+
+def _guided(evaluations: Sequence[MetricsManifest], distance: str) -> str:
+    """The guidance sweep, if the root holds one."""
+    lines = guidance.lines(evaluations)
+    if not lines:
         return ""
-    return "\n".join(_figure(found.read_object(path), _caption(path.rpartition("/")[2])) for path in names)
+    rows = [
+        (line.name, f"{scale:g}", str(far), f"{precision:.4f}", f"{recall:.4f}")
+        for line in lines
+        for scale, far, precision, recall in zip(line.scales, line.distances, line.precision, line.recall, strict=True)
+    ]
+    caption = "The same checkpoint under the same conditions but for guidance; bars are 95 % intervals"
+    head = ("guidance", "scale", f"{distance} (95 % interval)", "precision", "recall")
+    return section("Guidance", figure(plots.guidance(lines, distance), caption, "plot"), table(rows, head))
 
 
-def _caption(name: str) -> str:
-    return CAPTIONS.get(name, name)
-
-
-def _figure(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode()
-    text = escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
-
-
-def _numbers(found: MetricsManifest) -> str:
-    metrics = _table([(name, f"{value:.6g}") for name, value in found.metrics.items()], ("metric", "value"))
-    counts = _table([(name, f"{value:,}") for name, value in found.counts.items()], ("images", "count"))
-    conditions = _table([(name, str(value)) for name, value in found.conditions.items()], ("condition", "value"))
-    return f"<h2>Metrics</h2>{metrics}{counts}<h2>Conditions</h2>{conditions}"
+def _pictures(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """The pictures of the stages before the samples."""
+    for found in manifests:
+        if found.stage in (SampleManifest.STAGE, "register"):
+            continue
+        for path in (entry.path for entry in found.files if entry.path.startswith("artifacts/")):
+            if path.endswith(".png"):
+                name = path.rpartition("/")[2]
+                kind = "plot" if name == "loss.png" else ""
+                yield figure(found.read_object(path), CAPTIONS.get(name, name), kind)
 
 
 def _nearest(found: MetricsManifest, root: str) -> str:
@@ -123,14 +176,26 @@ def _nearest(found: MetricsManifest, root: str) -> str:
     config = EvaluateConfig.model_validate(found.config)
     near = neighbours(config, samples, root=root, count=SHOWN, nearest=NEAREST, tracker=NullTracker())
     caption = f"A sample in each row, then the nearest of {near.among:,} training images in feature space"
-    return f"<h2>Does it repeat what it has seen?</h2>{_figure(near.picture, caption)}{_distances(near)}"
+    rows = [(f"sample {row}", *(f"{value:.4g}" for value in far)) for row, far in enumerate(near.distances)]
+    head = ("distance to", *(f"neighbour {rank + 1}" for rank in range(len(near.distances[0]))))
+    usual = f"Half of the training images lie within {near.usual:.4g} of another one."
+    parts = figure(near.picture, caption), table(rows, head), paragraph(usual)
+    return section("Does it repeat what it has seen?", *parts)
 
 
-def _distances(near: Neighbours) -> str:
-    rows = [(f"sample {row}", *(f"{value:.4g}" for value in found)) for row, found in enumerate(near.distances)]
-    head = ("distance to", *(f"neighbour {place + 1}" for place in range(len(near.distances[0]))))
-    usual = f"<p>Half of the training images lie within {near.usual:.4g} of another one.</p>"
-    return _table(rows, head) + usual
+def _numbers(found: MetricsManifest) -> str:
+    ends = ("_low", "_high")
+    names = [name for name in found.metrics if not name.endswith(ends) or name[: name.rindex("_")] not in found.metrics]
+    values = {name: Estimate.of(name, found.metrics) for name in names}
+    rows = [(name, f"{each.value:.6g}", _interval(each)) for name, each in values.items()]
+    metrics = table(rows, ("metric", "value", "95 % interval"))
+    counts = table([(name, f"{value:,}") for name, value in found.counts.items()], ("images", "count"))
+    conditions = table([(name, str(value)) for name, value in found.conditions.items()], ("condition", "value"))
+    return "\n".join([section("Metrics", metrics, counts), section("Conditions", conditions)])
+
+
+def _interval(found: Estimate) -> str:
+    return "" if found.low is None else f"{found.low:.6g} to {found.high:.6g}"
 
 
 def _lineage(manifests: Sequence[Manifest]) -> str:
@@ -142,20 +207,10 @@ def _lineage(manifests: Sequence[Manifest]) -> str:
             ", ".join(f"{value:,} {name}" for name, value in found.counts.items()),
             found.provenance.mlflow_run_id or "",
             found.code_version,
-            uri.redact(found.url),
         )
         for found in manifests
     ]
-    head = ("stage", "digest", "made from", "counts", "MLflow run", "code", "manifest")
-    return f"<h2>From the images to the numbers</h2>{_table(rows, head)}"
-
-
-def _table(rows: Iterable[Sequence[str]], head: Sequence[str]) -> str:
-    cells = "".join(f"<th>{escape(text)}</th>" for text in head)
-    lines = [f"<tr>{cells}</tr>", *(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
-
-
-def _cell(text: str) -> str:
-    number = text.replace(",", "").replace(".", "", 1).lstrip("-").isdigit()
-    return f'<td class="n">{escape(text)}</td>' if number else f"<td>{escape(text)}</td>"
+    head = ("stage", "digest", "made from", "counts", "MLflow run", "code")
+    roots = sorted({uri.redact(uri.parent(uri.parent(found.uri))) for found in manifests})
+    where = f"Each output is the folder stage/digest below {' or '.join(roots)}."
+    return section("From the images to the numbers", table(rows, head), paragraph(where))

@@ -14,6 +14,7 @@ from pydantic import Field
 from flows import launch, runs, tracking
 from flows.contract import Source, Stage
 from flows.launch import LaunchSpec, LocalLaunch
+from flows.process import die_with_worker
 from flows.progress import StageProgress
 from flows.worker import TrackingSpec, WorkerSpec
 from storage import uri
@@ -50,6 +51,7 @@ def perform(
     Returns:
         A completed state with the manifest's URL, named ``Skipped`` when it was there before.
     """
+    die_with_worker()
     source = stage.source(runs.resolve(given, settings.root) if isinstance(given, str) else given)
     provenance = Provenance(
         pipeline_id=settings.pipeline_id,

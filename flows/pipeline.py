@@ -32,9 +32,9 @@ def pipeline(recipe: Recipe, settings: RunSettings = stages.HERE) -> list[Outcom
         shards = step(stages.shard, recipe.archive, recipe.shard)
         latents = step(stages.encode, shards, recipe.encode, recipe.launch)
         checkpoint = step(stages.train, latents, recipe.train, recipe.launch)
-        samples = step(stages.sample, checkpoint, recipe.sample)
+        samples = step(stages.sample, checkpoint, recipe.sample, recipe.launch)
         if recipe.evaluate:
-            metrics = step(stages.evaluate, samples, recipe.evaluate)
+            metrics = step(stages.evaluate, samples, recipe.evaluate, recipe.launch)
             step(stages.register, metrics, recipe.registry)
         publish(recipe.name, [Manifest.read(outcome.manifest) for outcome in outcomes], settings.root, run_id)
     create_table_artifact([asdict(outcome) for outcome in outcomes], key="pipeline-stages", description=recipe.name)

@@ -282,12 +282,13 @@ class _Known:
         seconds = config.count * passes * 2 * self.cost.macs / _known(self.rates.sample)
         seconds += config.count / self.rates.decode if self.rates.decode else 0.0
         rows = sample_layout(config.count, config.block_rows, self.recipe.encode.resolution)
-        return _stored(config.count, rows, seconds)
+        return _stored(config.count, rows, seconds / self.ranks)
 
     def _evaluate(self) -> Work:
         count, reference = self.recipe.sample.count, self._rows
         images = reference + 2 * count + min(count, len(self.held_out.members) if self.held_out else 0)
-        return Work(min(reference, KEPT_REFERENCE) + count, 2, 10_000, 1, images / _known(self.rates.evaluate))
+        seconds = images / _known(self.rates.evaluate) / self.ranks
+        return Work(min(reference, KEPT_REFERENCE) + count, 2, 10_000, 1, seconds)
 
     @property
     def _rows(self) -> int:

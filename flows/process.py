@@ -64,6 +64,12 @@ def die_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
             os.kill(os.getpid(), number)
 
 
+def die_with_worker() -> None:
+    """Have a flow run that a Prefect worker has started end in order when the worker is killed: nobody else ends it."""
+    if "PREFECT__FLOW_RUN_ID" in os.environ:
+        die_with_parent(os.getppid())
+
+
 def _stop(process: "subprocess.Popen[str]") -> None:
     if process.poll() is None:
         try:

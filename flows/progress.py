@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
+from datetime import timedelta
 from threading import Thread
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 LOGGER = logging.getLogger(__name__)
 LINE_SECONDS = 10.0
@@ -30,7 +31,7 @@ class StageProgress:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=Console(stderr=True),
             transient=True,
             disable=not sys.stderr.isatty(),
@@ -41,20 +42,29 @@ class StageProgress:
         self._artifact: UUID | None = None
         self._told = False
         self._last_line = self._last_artifact = time.monotonic()
+        self._first: tuple[float, int] | None = None
 
     def update(self, done: int, total: int, unit: str) -> None:
         """Show ``done`` of ``total`` units. Never raises for want of Prefect, and never waits for it."""
-        if self._task is None:
-            self._task = self._bar.add_task(self._stage, total=total, unit=unit)
-        self._bar.update(self._task, completed=done, total=total, unit=unit)
-        self._percent, self._unit = min(100.0, 100.0 * done / max(total, 1)), unit
         now = time.monotonic()
+        left = self._left(now, done, total)
+        if self._task is None:
+            self._task = self._bar.add_task(self._stage, total=total, unit=unit, left=left)
+        self._bar.update(self._task, completed=done, total=total, unit=unit, left=left)
+        self._percent, self._unit = min(100.0, 100.0 * done / max(total, 1)), unit
         if self._bar.disable and now - self._last_line >= LINE_SECONDS:
             self._last_line = now
-            sys.stderr.write(f"{self._stage}: {done:,} of {total:,} {unit}\n")
+            sys.stderr.write(f"{self._stage}: {done:,} of {total:,} {unit}{left and f', {left}'}\n")
         if now - self._last_artifact >= ARTIFACT_SECONDS:
             self._last_artifact = now
             self._start_sending()
+
+    def _left(self, now: float, done: int, total: int) -> str:
+        """The time left at the pace of this attempt: what an earlier one did took this one no time."""
+        began, before = self._first = self._first or (now, done)
+        if done <= before or done >= total:
+            return ""
+        return f"{timedelta(seconds=round((now - began) * (total - done) / (done - before)))} left"
 
     @contextmanager
     def shown(self) -> Iterator["StageProgress"]:

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from pydantic import Field, ValidationError
 
-from dit.metrics.comparison import Direction, Gain, differing, gain
+from dit.metrics.comparison import Direction, Estimate, Gain, differing, gain
 from flows.runs import tracking_uri
 from flows.tracking import one_line
 from storage import uri
@@ -62,7 +62,8 @@ class _Match:
     """None without a champion."""
 
     def __str__(self) -> str:
-        numbers = [f"version {number}: {_shown(self.metric, found)}" for number, found in self.values.items()]
+        values = {version: Estimate.of(self.metric, found) for version, found in self.values.items()}
+        numbers = [f"version {version}: {self.metric} {value}" for version, value in values.items()]
         return "; ".join([*numbers, str(self.gain)] if self.gain else numbers)
 
 
@@ -183,12 +184,6 @@ def _of(metric: str, found: Evaluation) -> dict[str, float]:
         raise InputError(f"{metric}: no such metric; there are {', '.join(sorted(found.metrics))}")
     names = (metric, f"{metric}_low", f"{metric}_high")
     return {name: found.metrics[name] for name in names if name in found.metrics}
-
-
-def _shown(metric: str, values: dict[str, float]) -> str:
-    if f"{metric}_low" not in values:
-        return " ".join(f"{name} {value:.4g}" for name, value in values.items())
-    return f"{metric} {values[metric]:.4g} ({values[f'{metric}_low']:.4g} to {values[f'{metric}_high']:.4g})"
 
 
 def _record(client: MlflowClient, name: str, version: int, match: _Match | None, decision: dict[str, str]) -> None:

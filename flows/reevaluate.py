@@ -126,16 +126,18 @@ def _again(
     samples = metrics.parent("samples", SampleManifest)
     drawn = SampleConfig.model_validate(samples.config).model_copy(update={"seed": window.seed})
     checkpoint = samples.parent("checkpoint", CheckpointManifest)
-    fresh = _done(stages.sample, checkpoint.url, drawn, settings)
-    found = MetricsManifest.read(_done(stages.evaluate, fresh, EvaluateConfig.model_validate(metrics.config), settings))
+    fresh = _done(stages.sample, checkpoint.url, drawn, settings=settings)
+    found = MetricsManifest.read(
+        _done(stages.evaluate, fresh, EvaluateConfig.model_validate(metrics.config), settings=settings)
+    )
     now = Evaluation(distance=found.distance, metrics=found.metrics, conditions=found.conditions)
     comparable(f"{name} {version}, as registered and now", then, now)
     return _Again(version, aliases, then, now)
 
 
-def _done(stage: Any, *arguments: Any) -> str:
+def _done(stage: Any, *arguments: Any, settings: RunSettings) -> str:
     """The URL of a stage's manifest, brought there if it is not."""
-    return str(stage(*arguments, return_state=True).result())
+    return str(stage(*arguments, settings=settings, return_state=True).result())
 
 
 def _tell(name: str, window: Window, found: list[_Again]) -> None:

@@ -57,15 +57,22 @@ def train(
 
 
 @flow(flow_run_name="sample")
-def sample(checkpoint: ManifestRef, config: SampleConfig = SampleConfig(), settings: RunSettings = HERE) -> State[str]:
-    """A checkpoint to images."""
-    return perform(STAGES["sample"], config, checkpoint, settings)
+def sample(
+    checkpoint: ManifestRef,
+    config: SampleConfig = SampleConfig(),
+    launcher: LaunchSpec = LocalLaunch(),
+    settings: RunSettings = HERE,
+) -> State[str]:
+    """A checkpoint to images, on ranks that torchrun starts if there are several."""
+    return perform(STAGES["sample"], config, checkpoint, settings, launcher)
 
 
 @flow(flow_run_name="evaluate")
-def evaluate(samples: ManifestRef, config: EvaluateConfig, settings: RunSettings = HERE) -> State[str]:
-    """Images to metrics."""
-    return perform(STAGES["evaluate"], config, samples, settings)
+def evaluate(
+    samples: ManifestRef, config: EvaluateConfig, launcher: LaunchSpec = LocalLaunch(), settings: RunSettings = HERE
+) -> State[str]:
+    """Images to metrics, on ranks that torchrun starts if there are several."""
+    return perform(STAGES["evaluate"], config, samples, settings, launcher)
 
 
 @flow(flow_run_name="register")

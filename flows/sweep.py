@@ -51,8 +51,13 @@ def load_recipes(name: str, overrides: Sequence[str] = (), root: str = "runs") -
 def _variant(
     sweep: Sweep, values: dict[str, Any], chosen: tuple[Any, ...], where: str, overrides: Sequence[str]
 ) -> Recipe:
-    name = "-".join([sweep.name, *map(str, chosen)])
+    name = "-".join([sweep.name, *map(_word, chosen)])
     changes = sweep.change | dict(zip(sweep.vary, chosen, strict=True)) | {"name": name}
     for key, value in changes.items():
         put(values, key, value, where)
     return recipe_of(values, where, overrides)
+
+
+def _word(value: Any) -> str:
+    """What a value is called in a recipe's name: a shape by its numbers, such as 4x128x4."""
+    return "x".join(map(str, value.values())) if isinstance(value, dict) else str(value)

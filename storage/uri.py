@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -186,6 +187,25 @@ def create(url: str, data: bytes) -> bool:
     return _put(url, data, exclusive=True)
 
 
+@contextmanager
+def writing(url: str, size: int) -> Iterator[IO[bytes]]:
+    """A file to write piece by piece for the length of the block; the object is there, whole, only when it ends well.
+
+    Args:
+        url: where to put it, in the place of any older object.
+        size: bytes that will be written, to name where they do not fit.
+
+    Raises:
+        StorageError: the disk is full or the store refuses.
+    """
+    local = local_path(url)
+    try:
+        with _placed(local, exclusive=False) if local else _uploaded(url) as file:
+            yield file
+    except OSError as error:
+        raise _full(url, size, error) from error
+
+
 def names(url: str) -> list[str]:
     """The sorted names of the objects and folders right below a folder; empty when it is absent.
 
@@ -249,11 +269,19 @@ def _put(url: str, data: bytes, *, exclusive: bool) -> bool:
 
 
 def _put_local(path: Path, data: bytes, *, exclusive: bool) -> bool:
+    with _placed(path, exclusive=exclusive) as file:
+        file.write(data)
+    return True
+
+
+@contextmanager
+def _placed(path: Path, *, exclusive: bool) -> Iterator[IO[bytes]]:
+    """A temporary file that takes its place when the block ends well, and is gone otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if exclusive:
@@ -262,7 +290,21 @@ def _put_local(path: Path, data: bytes, *, exclusive: bool) -> bool:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return True
+
+
+@contextmanager
+def _uploaded(url: str) -> Iterator[IO[bytes]]:
+    """An upload that is completed when the block ends well, and dropped otherwise."""
+    fs, path = filesystem(url)
+    with _explained(url, "written"):
+        file = fs.open(path, "wb", autocommit=False)
+        try:
+            with file:
+                yield file
+        except BaseException:
+            file.discard()
+            raise
+        file.commit()
 
 
 def _full(url: str, count: int, error: OSError) -> StorageError:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import hypot
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 Direction = Literal["lower", "higher"]
 OWN: Final = frozenset({"training_steps", "weights", "decoder_sha256", "samples", "seed"})
@@ -26,6 +26,32 @@ class Gain:
         return f"{verb} by {abs(self.value):.4g} ± {self.margin:.2g}"
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval, if it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, metric: str, values: Mapping[str, float]) -> Self:
+        """A metric with what lies from ``_low`` to ``_high``.
+
+        Raises:
+            KeyError: there is no such metric.
+        """
+        return cls(values[metric], values.get(f"{metric}_low"), values.get(f"{metric}_high"))
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the interval; 0 without one."""
+        return 0.0 if self.low is None or self.high is None else (self.high - self.low) / 2
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}" if self.low is None else f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+
 def differing(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
     """The conditions, by name, that numbers must share to be compared and that these do not."""
     return sorted(name for name in (one.keys() | other.keys()) - OWN if one.get(name) != other.get(name))
@@ -40,11 +66,6 @@ def gain(metric: str, direction: Direction, old: Mapping[str, float], new: Mappi
     Raises:
         KeyError: one of them lacks the metric.
     """
-    value = new[metric] - old[metric]
-    return Gain(-value if direction == "lower" else value, hypot(margin(metric, old), margin(metric, new)))
-
-
-def margin(metric: str, values: Mapping[str, float]) -> float:
-    """Half the width of a metric's interval; 0 for one without."""
-    low, high = values.get(f"{metric}_low"), values.get(f"{metric}_high")
-    return 0.0 if low is None or high is None else (high - low) / 2
+    before, after = Estimate.of(metric, old), Estimate.of(metric, new)
+    value = after.value - before.value
+    return Gain(-value if direction == "lower" else value, hypot(before.margin, after.margin))

@@ -2,8 +2,9 @@
 
 # B = batch, H = W = image sides, D = features
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.config import Config, operational
+from storage.errors import InputError
 
 Images = NDArray[np.uint8] | Tensor
 """uint8 (B, H, W, 3)."""
@@ -26,6 +28,22 @@ class Outputs:
     """Of its classes (B, C), if it has any."""
     spatial: Tensor | None = None
     """Features that still know where things are (B, S), if the network has an agreed layer for them."""
+
+    @classmethod
+    def of(cls, parts: "Sequence[Outputs]") -> Self:
+        """Those of several batches, at least one and all of one network, together."""
+        first = parts[0]
+        return cls(
+            torch.cat([part.features for part in parts]),
+            None if first.logits is None else torch.cat([part.logits for part in parts if part.logits is not None]),
+            None if first.spatial is None else torch.cat([part.spatial for part in parts if part.spatial is not None]),
+        )
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on a device."""
+        logits = None if self.logits is None else self.logits.to(device)
+        spatial = None if self.spatial is None else self.spatial.to(device)
+        return type(self)(self.features.to(device), logits, spatial)
 
 
 class FeatureExtractor(Protocol):
@@ -66,11 +84,24 @@ class FeatureExtractor(Protocol):
         """
 
 
+def checked(images: Images, name: str, device: torch.device) -> Tensor:
+    """The images (B, H, W, 3) on the device of the extractor of that name.
+
+    Raises:
+        InputError: they are no uint8 images.
+    """
+    tensor = torch.as_tensor(images, device=device)
+    if tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[3] != 3:
+        raise InputError(f"{name}: reads uint8 images (B, H, W, 3), not {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor
+
+
 class ExtractorRef(Config):
     """Which extractor, and where its weights lie."""
 
-    name: Literal["demo-digits", "inception-tf"] = "demo-digits"
-    """The network: ``demo-digits`` is the digits classifier that comes with the demo, ``inception-tf`` that of FID."""
+    name: Literal["demo-digits", "inception-tf", "dinov2"] = "demo-digits"
+    """The network: ``demo-digits`` is the digits classifier that comes with the demo, ``inception-tf`` that of FID,
+    ``dinov2`` that of FD-DINOv2."""
     weights: str = operational()
     """Folder or file of the weights, by path or fsspec URL."""
     sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")
@@ -87,6 +118,10 @@ def load_extractor(ref: ExtractorRef, device: torch.device | str = "cpu") -> Fea
         from dit.metrics.inception import load_inception  # only the network that is asked for
 
         return load_inception(ref.weights, ref.sha256, device)
+    if ref.name == "dinov2":
+        from dit.metrics.dinov2 import load_dinov2
+
+        return load_dinov2(ref.weights, ref.sha256, device)
     from dit.metrics.demo_digits import load_digits_classifier
 
     return load_digits_classifier(ref.weights, ref.sha256, device)

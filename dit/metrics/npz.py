@@ -1,15 +1,16 @@
 """Samples and reference statistics in the npz files of ADM's evaluation suite.
 
-The keys: ``arr_0`` holds images, ``mu`` and ``sigma`` the statistics of Inception's pooled features,
-``mu_s`` and ``sigma_s`` those of its spatial ones. A file comes from outside: nothing is unpickled, and
-shapes are looked at before anything is unpacked. Images are streamed, since 50,000 of 256 px are 9.8 GB.
+The keys: ``arr_0`` holds images and ``arr_1`` their labels, ``mu`` and ``sigma`` the statistics of
+Inception's pooled features, ``mu_s`` and ``sigma_s`` those of its spatial ones. A file comes from outside:
+nothing is unpickled, and shapes are looked at before anything is unpacked. Images are streamed, since
+50,000 of 256 px are 9.8 GB.
 """
 
 # B = batch, H = image side, D = features
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from math import prod
@@ -21,11 +22,12 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from dit.metrics.frechet import Statistics
-from dit.metrics.sets import Batches
+from dit.metrics.sets import Batches, cut, whole
 from storage import uri
 from storage.errors import InputError
 
 IMAGES: Final = "arr_0"
+LABELS: Final = "arr_1"
 STATISTICS: Final = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 MAX_SIDE: Final = 1024
 MAX_DIMS: Final = 8192
@@ -128,6 +130,28 @@ class Npz:
             raise InputError(f"{self.where}: not a whole npz file ({error})") from error
 
 
+def write(url: str, images: Batches, labels: NDArray[np.int64], side: int) -> None:
+    """Write images and their labels as ADM does: ``arr_0`` and ``arr_1``, neither compressed.
+
+    Args:
+        url: the file, by path or fsspec URL; it is replaced if it is there.
+        images: one of (H, H, 3) for each label, a batch in memory at a time.
+        labels: (N,).
+        side: H.
+
+    Raises:
+        StorageError: the disk is full or the store refuses.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), side, side, 3)}
+    with uri.writing(url, len(labels) * side**2 * 3) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as array:
+            npy.write_array_header_1_0(array, header)
+            for batch in images:
+                array.write(batch.tobytes())
+        with archive.open(f"{LABELS}.npy", "w") as array:
+            npy.write_array(array, labels)
+
+
 class NpzImages:
     """The images of a file, as a `dit.metrics.sets.ImageSet`."""
 
@@ -141,13 +165,13 @@ class NpzImages:
         """The sha256 of the file."""
         return self._file.digest
 
-    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Batches:
-        """As `dit.metrics.sets.ImageSet.batches`; reads from the beginning on."""
-        one = self.side**2 * 3
-        stop = self.count if stop is None else min(stop, self.count)
+    def batches(self, size: int, stretches: Sequence[range] | None = None) -> Batches:
+        """As `dit.metrics.sets.ImageSet.batches`; reads what lies between the stretches too."""
+        one, at = self.side**2 * 3, 0
         with self._file.array(IMAGES) as (file, *_):
-            for _ in range(start):
-                self._file.read(file, one)
-            for first in range(start, stop, size):
-                data = self._file.read(file, min(size, stop - first) * one)
+            for rows in cut(size, whole(self, stretches)):
+                for _ in range(at, rows.start):
+                    self._file.read(file, one)
+                data = self._file.read(file, len(rows) * one)
                 yield np.frombuffer(bytearray(data), np.uint8).reshape(-1, self.side, self.side, 3)
+                at = rows.stop

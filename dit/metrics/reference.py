@@ -43,31 +43,35 @@ class ReferenceManifest(Manifest):
     STAGE = "references"
 
 
-def reference(measure: Measure, images: ImageSet, root: str, *, count: int, keep: int, batch_size: int) -> Summary:
+def reference(measure: Measure, images: ImageSet, root: str, *, count: int, keep: int) -> Summary:
     """The summary of the first ``count`` images: kept from before, else taken now and kept.
 
     Args:
-        measure: takes the features.
+        measure: takes the features; the summary is that of its first rank.
         images: the reference.
         root: folder of all outputs.
         count: images, the first ones.
         keep: of how many the features are kept.
-        batch_size: images in one pass of the extractor.
 
     Raises:
         InputError: the extractor cannot read the images, or as `ImageSet.batches`.
         StorageError: the images are not what was committed, or the disk is full.
     """
     out = _output(measure.extractor, images, root, count, keep)
-    found = _kept(out)
-    if found is not None:
+    found = _kept(out) if measure.ranks.first else None
+    if measure.ranks.agreed(found is not None):
         measure.passed(count)
-        return found
-    summary = measure(images.batches(batch_size, 0, count), keep=keep)
+        return found or Summary(measure.extractor.dims)
+    summary = measure(images, range(count), keep=keep)
+    if measure.ranks.first:
+        _keep(out, summary, count)
+    return summary
+
+
+def _keep(out: StageOutput, summary: Summary, count: int) -> None:
     data = safetensors.torch.save(summary.tensors())
     name = f"statistics-{uri.sha256(data)[:16]}.safetensors"  # two at once may differ in the last bit
     out.commit(ReferenceManifest, [out.put(name, data)], counts={"images": count})
-    return summary
 
 
 def _output(extractor: FeatureExtractor, images: ImageSet, root: str, count: int, keep: int) -> StageOutput:

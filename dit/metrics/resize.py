@@ -1,8 +1,9 @@
-"""Resizing as TensorFlow 1 does it, which FID is defined with."""
+"""Resizing as TensorFlow 1 does it, which FID is defined with, and as Pillow does, for FD-DINOv2."""
 
 # B = batch, C = channels, H, W = image sides
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -13,6 +14,16 @@ def resize_tf1(images: Tensor, side: int) -> Tensor:
     corners, no antialiasing, no rounding.
     """
     return _along(_along(images, side, 3), side, 2)
+
+
+def resize_bicubic(images: Tensor, side: int) -> Tensor:
+    """Images float32 (B, C, H, W) in whole levels 0..255 to (B, C, side, side), as Pillow's bicubic filter.
+
+    Antialiased; across, then down, each rounded to a level.
+    """
+    for size in ((images.shape[2], side), (side, side)):
+        images = F.interpolate(images, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return images
 
 
 def _along(images: Tensor, side: int, dim: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 # B = batch, H = image side
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit.random import Stream, words
+from dit.ranks import cores
 from storage import transforms, uri
 from storage.archives.listing import MAX_BYTES
 from storage.errors import InputError
@@ -45,8 +46,12 @@ class ImageSet(Protocol):
     def crop(self) -> str:
         """What was done to make them this size; ``none`` if they are as they lie."""
 
-    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Batches:
-        """The images from ``start`` to before ``stop``, at most ``size`` at a time.
+    def batches(self, size: int, stretches: Sequence[range] | None = None) -> Batches:
+        """The images of these stretches, one pass over all, at most ``size`` at a time.
+
+        Args:
+            size: images in a batch.
+            stretches: numbers of images, rising; a batch spans no two of them. One with all by default.
 
         Raises:
             InputError: one cannot be read, or has another size.
@@ -73,12 +78,13 @@ class SplitImages:
         """That of the shards and the split."""
         return json_digest([self.shards.digest, self.split])
 
-    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Batches:
+    def batches(self, size: int, stretches: Sequence[range] | None = None) -> Batches:
         """As `ImageSet.batches`."""
-        samples = read_images(self.shards, self.split, start, stop)
-        with threads(0) as pool:
-            while batch := list(islice(samples, size)):
-                yield np.stack(list(pool.map(lambda sample: transforms.load(sample.data, self.side), batch)))
+        with threads(cores()) as pool:
+            for stretch in whole(self, stretches):
+                samples = read_images(self.shards, self.split, stretch.start, stretch.stop)
+                while batch := list(islice(samples, size)):
+                    yield np.stack(list(pool.map(lambda sample: transforms.load(sample.data, self.side), batch)))
 
 
 @dataclass(frozen=True)
@@ -95,10 +101,10 @@ class StoredImages:
         """How many."""
         return len(self.reader)
 
-    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Batches:
+    def batches(self, size: int, stretches: Sequence[range] | None = None) -> Batches:
         """As `ImageSet.batches`."""
-        for rows in cut(size, start, self.count if stop is None else stop):
-            yield self.reader.take("image", rows)
+        for rows in cut(size, whole(self, stretches)):
+            yield self.reader.take("image", np.array(rows))
 
 
 @dataclass(frozen=True)
@@ -114,11 +120,11 @@ class NoiseImages:
         """That of the seed."""
         return json_digest(["noise", NOISE_SEED])
 
-    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Batches:
+    def batches(self, size: int, stretches: Sequence[range] | None = None) -> Batches:
         """As `ImageSet.batches`."""
         length = self.side**2 * 3
-        for rows in cut(size, start, self.count if stop is None else stop):
-            bits = words(NOISE_SEED, Stream.NOISE_IMAGE, 0, rows.tolist(), -(-length // 8)).astype("<u8")
+        for rows in cut(size, whole(self, stretches)):
+            bits = words(NOISE_SEED, Stream.NOISE_IMAGE, 0, rows, -(-length // 8)).astype("<u8")
             yield bits.view(np.uint8)[:, :length].reshape(-1, self.side, self.side, 3)
 
 
@@ -151,12 +157,11 @@ class FolderImages:
                 [[path[len(self._root) :], found] for path, found in zip(self._paths, hashes, strict=True)]
             )
 
-    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Batches:
+    def batches(self, size: int, stretches: Sequence[range] | None = None) -> Batches:
         """As `ImageSet.batches`."""
-        paths = iter(self._paths[start:stop])
-        with threads(0) as pool:
-            while batch := list(islice(paths, size)):
-                yield np.stack(list(pool.map(self._load, batch)))
+        with threads(cores()) as pool:
+            for rows in cut(size, whole(self, stretches)):
+                yield np.stack(list(pool.map(self._load, self._paths[rows.start : rows.stop])))
 
     def _listed(self) -> list[str]:
         try:
@@ -201,7 +206,13 @@ class FolderImages:
             raise InputError(f"{path}: {error}; mend or remove it") from error
 
 
-def cut(size: int, start: int, stop: int) -> Iterator[NDArray[np.int64]]:
-    """The numbers from ``start`` to before ``stop``, at most ``size`` at a time."""
-    for first in range(start, stop, size):
-        yield np.arange(first, min(first + size, stop))
+def whole(images: ImageSet, stretches: Sequence[range] | None) -> Sequence[range]:
+    """The stretches, or one with all images."""
+    return [range(images.count)] if stretches is None else stretches
+
+
+def cut(size: int, stretches: Sequence[range]) -> Iterator[range]:
+    """The numbers of the stretches, at most ``size`` at a time; none together with those of another stretch."""
+    for stretch in stretches:
+        for first in range(0, len(stretch), size):
+            yield stretch[first : first + size]

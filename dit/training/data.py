@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dit.devices import sent
 from dit.pixels import to_unit
 from dit.ranks import Ranks
 from dit.training.augment import augmented
@@ -91,7 +92,7 @@ class Latents:
     def x0(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_], draws: StepDraws) -> Tensor:
         """See `Data`."""
         moments = self.reader.moments(items, mirrored.astype(np.int64))
-        mean, std = (torch.from_numpy(part).to(draws.device).float() for part in moments)
+        mean, std = (sent(part, draws.device).float() for part in moments)
         vae = self.reader.vae
         return (mean + std * draws.posterior - vae.shift_factor) * vae.scaling_factor
 
@@ -118,8 +119,8 @@ class Pixels:
 
     def x0(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_], draws: StepDraws) -> Tensor:
         """See `Data`."""
-        x0 = to_unit(torch.from_numpy(self.reader.images(items)).to(draws.device))
-        chosen = torch.from_numpy(mirrored).to(draws.device)
+        x0 = to_unit(sent(self.reader.images(items), draws.device))
+        chosen = sent(mirrored, draws.device)
         return torch.where(chosen[:, None, None, None], x0.flip(3), x0)
 
     def expect(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> None:
@@ -217,7 +218,7 @@ class Batches:
     def _labels(self, items: NDArray[np.int64], drop: Tensor) -> Tensor | None:
         if self.num_classes == 0:
             return None
-        labels = torch.from_numpy(self.data.labels[items]).to(self.device).long()
+        labels = sent(self.data.labels[items], self.device).long()
         return labels.masked_fill(drop < self.label_dropout, self.num_classes)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit.devices import sent
 from dit.random import Stream, normals, uniforms, words
 from dit.training.augment import DRAWS
 
@@ -66,15 +67,15 @@ class StepDraws:
     def dropout(self) -> Tensor:
         """Random words (B,), int64: what the model drops, by `keyed_dropout`."""
         drawn = words(self.seed, Stream.DROPOUT, self.step, self.rows, 1)[:, 0]
-        return torch.from_numpy(drawn.view(np.int64)).to(self.device)
+        return sent(drawn.view(np.int64), self.device)
 
     def _uniform(self, stream: Stream) -> Tensor:
         return self._uniforms(stream, 1)[:, 0]
 
     def _uniforms(self, stream: Stream, count: int) -> Tensor:
-        return torch.from_numpy(uniforms(self.seed, stream, self.step, self.rows, count)).to(self.device)
+        return sent(uniforms(self.seed, stream, self.step, self.rows, count), self.device)
 
     def _normal(self, stream: Stream) -> Tensor:
         count = self.shape[0] * self.shape[1] * self.shape[2]
         rows = normals(self.seed, stream, self.step, self.rows, count)
-        return torch.from_numpy(rows).to(self.device).reshape(-1, *self.shape)
+        return sent(rows, self.device).reshape(-1, *self.shape)

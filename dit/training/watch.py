@@ -9,7 +9,7 @@ import torch
 from dit.models.config import ModelConfig
 from dit.models.cost import cost
 
-TERA, GIB = 1e12, 2**30
+TERA, MEGA, GIB = 1e12, 1e6, 2**30
 PEAK_TRIES = 4
 
 
@@ -34,6 +34,7 @@ class Watch:
     def begin(self, step: int) -> None:
         """Begin after so many steps."""
         self._began = step, time.perf_counter(), 0.0
+        psutil.cpu_percent()  # since the call before
 
     def measure(self, step: int, waited: float) -> dict[str, float]:
         """Rates since the last record, and begin anew.
@@ -55,12 +56,29 @@ class Watch:
             found["tokens_per_second"] = speed * self.model.grid**2
         if self._peak is not None:
             found["mfu"] = flops / self._peak
-        return found | {"memory_gib": memory(self.device) / GIB}
+        return found | {"memory_gib": memory(self.device) / GIB} | system(self.device)
 
 
 def memory(device: torch.device) -> int:
     """Bytes: the most that was allocated on a GPU; what the process holds on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def system(device: torch.device) -> dict[str, float]:
+    """The machine's load, as MLflow names a system's metrics; that of processors is since the last call."""
+    memory, network = psutil.virtual_memory(), psutil.net_io_counters()
+    found = {
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": memory.used / MEGA,
+        "system_memory_usage_percentage": memory.percent,
+        "network_receive_megabytes": network.bytes_recv / MEGA,
+        "network_transmit_megabytes": network.bytes_sent / MEGA,
+    }
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        found[f"gpu_{device.index}_memory_usage_megabytes"] = (total - free) / MEGA
+        found[f"gpu_{device.index}_memory_usage_percentage"] = 100 * (1 - free / total)
+    return {f"system/{name}": value for name, value in found.items()}
 
 
 def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:

@@ -1,6 +1,6 @@
 import pytest
 
-from dit.metrics.comparison import differing, gain, margin
+from dit.metrics.comparison import Estimate, differing, gain
 
 OLD = {"fd": 10.0, "fd_low": 7.0, "fd_high": 13.0, "recall": 0.5}
 
@@ -29,10 +29,16 @@ def test_the_same_number_is_no_gain() -> None:
 def test_a_metric_that_is_missing() -> None:
     with pytest.raises(KeyError):
         gain("kid", "lower", OLD, OLD)
-    assert margin("kid", OLD) == 0
 
 
 def test_conditions_that_belong_to_a_model_may_differ() -> None:
     one = {"count": 50_000, "steps": 250, "seed": 0, "training_steps": 10}
     assert differing(one, one | {"seed": 1, "training_steps": 20, "weights": "raw"}) == []
     assert differing(one, {"count": 10_000, "seed": 0, "eta": 0.0, "steps": 250.0}) == ["count", "eta"]
+
+
+def test_an_estimate_says_its_interval_if_it_has_one() -> None:
+    assert str(Estimate.of("fd", OLD)) == "10 (7 to 13)"
+    assert Estimate.of("fd", OLD).margin == 3
+    assert str(Estimate.of("recall", OLD)) == "0.5"
+    assert Estimate.of("recall", OLD).margin == 0

@@ -1,8 +1,4 @@
 import io
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,35 +10,15 @@ import tiny
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from ranked import torchrun
 
 from dit import encode
 from dit.encode import fitting_batch
 from dit.vae import Vae, VaeRef
 from storage.errors import DitflowError, InputError, StorageError
 from storage.latents import LatentManifest, LatentReader
-from storage.manifest import StageOutput
 from storage.rows import RowReader, RowWriter
 from storage.shards import ShardManifest, read_images
-
-WORKER = """
-import json, os, sys
-from pathlib import Path
-import torch
-from dit import encode
-from dit.encode import EncodeConfig
-from storage.manifest import StageOutput
-from storage.shards import ShardManifest
-from storage.tracking import NullTracker
-
-class Told(NullTracker):
-    def progress(self, done, total, unit):
-        print(os.environ["RANK"], done, total, flush=True)
-
-torch.set_num_threads(1)
-spec = json.loads(Path(sys.argv[1]).read_text())
-shards, out = ShardManifest.read(spec["shards"]), StageOutput.model_validate(spec["out"])
-encode.run(EncodeConfig.model_validate(spec["config"]), shards, out=out, tracker=Told())
-"""
 
 LEFT = (tiny.WIDTH - tiny.SIDE) // 2
 
@@ -271,31 +247,13 @@ def test_a_block_that_cannot_be_written_stops_the_next_within_a_batch(
     assert len(recorder.steps) <= 5
 
 
-def torchrun(tmp_path: Path, ranks: int, config: Any, shards: ShardManifest) -> tuple[StageOutput, list[list[int]]]:
-    """The stage on so many ranks: its output, and the rank, what was done and the total of each progress."""
-    out = tiny.output(tmp_path, LatentManifest, config, shards=shards)
-    spec, worker = tmp_path / "spec.json", tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    values = {"shards": shards.uri, "out": out.model_dump(mode="json"), "config": config.model_dump(mode="json")}
-    spec.write_text(json.dumps(values))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [*command, str(worker), str(spec)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return out, [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
-
-
 @pytest.mark.distributed
 def test_two_ranks_share_the_blocks_and_make_the_same_bytes(
     tmp_path: Path, latents: LatentManifest, shards: ShardManifest, vae: VaeRef
 ) -> None:
-    out, told = torchrun(tmp_path, 2, tiny.encode_config(vae), shards)
+    config = tiny.encode_config(vae)
+    out = tiny.output(tmp_path, LatentManifest, config, shards=shards)
+    told = torchrun(tmp_path, 2, config, shards, out)
     assert tiny.objects(LatentManifest.read(out.uri)) == tiny.objects(latents)
     assert {rank: sum(r == rank for r, *_ in told) for rank in (0, 1)} == {0: 6, 1: 4}  # batches: 4 and 2; 4
     assert [done for rank, done, _ in told if rank == 0] == [8, 16, 24, 26, 34, 42]

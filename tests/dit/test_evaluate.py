@@ -8,6 +8,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from ranked import torchrun
 from safetensors.torch import save
 
 from dit import evaluate, sample
@@ -19,6 +20,7 @@ from dit.metrics.features import ExtractorRef, Images, Outputs
 from dit.metrics.frechet import Statistics
 from dit.metrics.inception_score import InceptionScore
 from dit.metrics.kernel import kernel_distance
+from dit.metrics.measure import STRETCH
 from dit.metrics.precision_recall import precision_recall
 from dit.metrics.resample import fd_infinity, fd_spread
 from dit.sample import SampleManifest
@@ -254,6 +256,26 @@ def test_batches_do_not_matter(tmp_path: Path, samples: SampleManifest, judge: E
     ]
     assert runs[0].digest == runs[1].digest
     assert runs[0].metrics == pytest.approx(runs[1].metrics, rel=1e-4)
+
+
+@pytest.mark.distributed
+def test_any_number_of_ranks_gives_the_same_bits(
+    tmp_path: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig
+) -> None:
+    """Samples and noise are two stretches, the rest is one; a kept reference is named by its bytes."""
+    count = STRETCH + 100
+    drawn = np.random.default_rng(1).integers(0, 256, (count, tiny.SIDE, tiny.SIDE, 3), np.uint8)
+    samples = as_samples(tmp_path, checkpoint, drawn, np.arange(count, dtype=np.int32) % 3)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    expected = tiny.run_evaluate(alone, judge, samples)
+    out = tiny.output(together, MetricsManifest, judge, samples=samples)
+    told = torchrun(tmp_path, 2, judge, samples, out)
+    total = tiny.COUNT + 2 * count + 18
+    assert [line for line in told if line[0] == 0][-1] == [0, total, total]
+    assert MetricsManifest.read(out.uri).metrics == expected.metrics
+    kept = [{path.name for path in root.glob("references/*/*.safetensors")} for root in (alone, together)]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 2
 
 
 def test_floor_is_taken_from_as_many_images_as_there_are_samples(

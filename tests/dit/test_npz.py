@@ -26,8 +26,6 @@ def test_images_are_streamed(tmp_path: Path, save: object) -> None:
     parts = list(found.batches(2))
     assert [len(part) for part in parts] == [2, 2, 1]
     assert np.array_equal(np.concatenate(parts), images())
-    assert np.array_equal(np.concatenate(list(found.batches(2, 1, 4))), images()[1:4])
-    assert np.array_equal(np.concatenate(list(found.batches(9, 3, 99))), images()[3:])
 
 
 def test_statistics(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from pydantic import ValidationError
+from ranked import torchrun
 
 import dit
 from dit.export import RAW_WEIGHTS, CheckpointManifest
 from dit.sample import SampleConfig, SampleManifest, draw
 from dit.samplers.noise import SampleNoise
-from dit.vae import VaeRef, load_vae
+from dit.vae import Vae, VaeRef, load_vae
 from storage.errors import DitflowError, InputError
 from storage.latents import LatentManifest
 from storage.rows import RowReader
@@ -121,7 +122,7 @@ def lose_second_record(folder: Path) -> None:
     [
         (3, spoil_nothing, 3),  # within the first block
         (10, spoil_nothing, 11),  # within the third
-        (10, lose_first_object, 3),
+        (10, lose_first_object, 7),
         (10, lose_second_record, 7),
     ],
 )
@@ -143,6 +144,18 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert tiny.objects(resumed) == tiny.objects(samples)
     picture = Image.open(io.BytesIO(resumed.read_object("artifacts/samples.png")))
     assert picture.size == (3 * tiny.SIDE + 4, 2 * tiny.SIDE + 2)
+
+
+@pytest.mark.distributed
+def test_two_ranks_share_the_blocks_and_make_the_same_bytes_through_a_kill(
+    tmp_path: Path, checkpoint: CheckpointManifest, samples: SampleManifest
+) -> None:
+    out = tiny.output(tmp_path, SampleManifest, tiny.SAMPLING, checkpoint=checkpoint)
+    told = torchrun(tmp_path, 2, tiny.SAMPLING, checkpoint, out, killed_at=8)
+    assert [line for line in told if line[0] == 0] == [[0, 5, COUNT], [0, 6, COUNT], [0, 11, COUNT]]  # 3, 4, 7 of its 7
+    assert out.committed(SampleManifest) is None
+    torchrun(tmp_path, 2, tiny.SAMPLING, checkpoint, out)
+    assert tiny.objects(SampleManifest.read(out.uri)) == tiny.objects(samples)
 
 
 def test_the_picture_shows_the_first_samples(samples: SampleManifest) -> None:
@@ -181,6 +194,39 @@ def test_half_precision_is_near(tmp_path: Path, checkpoint: CheckpointManifest, 
     half = images(tiny.run_sample(tmp_path, changed(precision="bfloat16"), checkpoint))
     gap = np.abs(half - images(samples))
     assert 0 < gap.mean() < 3
+
+
+@pytest.mark.parametrize(("size", "passes"), [(2, [2, 1, 1, 2, 1, 1, 2, 1]), (64, [3, 1, 3, 1, 3])])
+def test_the_decoder_has_batches_of_its_own(
+    tmp_path: Path,
+    checkpoint: CheckpointManifest,
+    samples: SampleManifest,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    passes: list[int],
+) -> None:
+    seen, real = list[int](), Vae.decode
+
+    def noting(self: Vae, latents: torch.Tensor) -> torch.Tensor:
+        seen.append(len(latents))
+        return real(self, latents)
+
+    monkeypatch.setattr(Vae, "decode", noting)
+    found = tiny.run_sample(tmp_path, changed(decode_batch_size=size), checkpoint)
+    assert seen == passes
+    assert_near(images(found), images(samples))
+
+
+def test_a_compiled_model_is_another_work_and_makes_the_same_samples(
+    tmp_path: Path, checkpoint: CheckpointManifest, samples: SampleManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _, **options: asked.append(options))
+    found = tiny.run_sample(tmp_path, changed(compile=True), checkpoint)
+    assert asked == [{"dynamic": False}]
+    assert found.digest != samples.digest
+    assert found.conditions == samples.conditions
+    assert np.array_equal(images(found), images(samples))
 
 
 def test_an_unconditional_model_has_no_labels_and_no_guidance(tmp_path: Path, latents: LatentManifest) -> None:

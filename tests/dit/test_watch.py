@@ -2,6 +2,9 @@ import time
 
 import pytest
 import torch
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 from dit.models.config import DiTConfig, diffit_image_config
 from dit.models.cost import cost
@@ -29,11 +32,27 @@ def test_rates_are_those_of_the_stretch(monkeypatch: pytest.MonkeyPatch) -> None
 def test_mfu_is_of_what_all_devices_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "matmul_speed", lambda dtype, device: 5e9)
     monkeypatch.setattr(watch, "memory", lambda device: 2**31)
+    monkeypatch.setattr(watch, "system", lambda device: {})
     found = Watch(MODEL, 16, 2, torch.device("cuda"), torch.bfloat16)
     found.begin(0)
     values = found.measure(10, 0.0)
     assert values["mfu"] == pytest.approx(values["tflops"] * 1e12 / 1e10)
     assert values["memory_gib"] == 2
+
+
+def test_the_machine_is_watched_under_mlflows_names() -> None:
+    found = Watch(MODEL, 16, 1, CPU, torch.float32)
+    found.begin(0)
+    values = {name: value for name, value in found.measure(1, 0.0).items() if name.startswith("system/")}
+    known = {"system/" + name for monitor in (CPUMonitor(), NetworkMonitor()) for name in _names(monitor)}
+    assert values.keys() <= known
+    assert 0 <= values["system/cpu_utilization_percentage"] <= 100
+    assert 0 < values["system/system_memory_usage_percentage"] <= 100
+
+
+def _names(monitor: BaseMetricsMonitor) -> list[str]:
+    monitor.collect_metrics()
+    return list(monitor.metrics)
 
 
 def test_pixels_are_no_tokens() -> None:

@@ -19,7 +19,9 @@ from storage.archive import ArchiveRef
 from storage.config import Config
 from storage.manifest import Manifest
 from storage.shards import ShardConfig
+from storage.tracking import NullTracker
 
+SHAPE = Shape(depth=1, width=32, heads=2)
 KEPT = {"train": 6, "held_out": 2}  # of each digit
 
 SAMPLING = SampleConfig(
@@ -29,13 +31,16 @@ SAMPLING = SampleConfig(
 
 @dataclass(frozen=True)
 class Small:
-    """A root in which stages are brought to their manifests, tracked by MLflow and without Prefect's runs."""
+    """A root in which stages are brought to their manifests, tracked by MLflow or not and without Prefect's runs."""
 
     root: Path
+    tracked: bool = True
 
     def bring(self, stage: str, config: Config, source: Source) -> Manifest:
         """What `flows.perform.perform` does."""
         output = STAGES[stage].output(str(self.root), config, source)
+        if not self.tracked:
+            return STAGES[stage].run(config, source, out=output, tracker=NullTracker())
         with runs.stage_run(output, str(self.root)) as (tracked, spec):
             tracker = StageTracker(MlflowSink(spec.uri, spec.run_id, spec.skip_to), None)
             manifest = STAGES[stage].run(config, source, out=tracked, tracker=tracker)
@@ -53,8 +58,8 @@ class Small:
         shards = self.bring("shard", ShardConfig(images_per_shard=50), archive)
         return self.bring("encode", EncodeConfig(vae=None, resolution=16, flips=False), shards)
 
-    def checkpoint(self, latents: Manifest, steps: int = 2) -> Manifest:
-        model = DiTChoice(size=Shape(depth=1, width=32, heads=2), patch_size=4)
+    def checkpoint(self, latents: Manifest, steps: int = 2, shape: Shape = SHAPE) -> Manifest:
+        model = DiTChoice(size=shape, patch_size=4)
         config = TrainConfig(model=model, steps=steps, batch_size=8, learning_rate=0.01, ema_decay=0.5)
         return self.bring("train", config, latents)
 

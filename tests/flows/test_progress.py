@@ -33,8 +33,23 @@ def test_off_a_terminal_there_are_lines_now_and_then(
         shown.update(2000, 4000, "steps")
         shown.update(4000, 4000, "steps")
     said = capsys.readouterr()
-    assert said.err.splitlines() == ["train: 2,000 of 4,000 steps", "train: 4,000 of 4,000 steps"]
+    assert said.err.splitlines() == ["train: 2,000 of 4,000 steps, 0:00:00 left", "train: 4,000 of 4,000 steps"]
     assert said.out == ""
+
+
+def test_the_time_left_is_at_the_pace_of_this_attempt(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 0.0, 60.0, 120.0, 180.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    shown = StageProgress("train")
+    for done in (3000, 3010, 3030, 4000):
+        shown.update(done, 4000, "steps")
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 3,010 of 4,000 steps, 1:39:00 left",
+        "train: 3,030 of 4,000 steps, 1:04:40 left",
+        "train: 4,000 of 4,000 steps",
+    ]
 
 
 def test_nothing_to_do_is_no_error() -> None:

@@ -16,11 +16,11 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from small import Small
 
 from flows import services
-from flows.cli import _send_last_words
 from flows.perform import RunSettings
 from flows.promotion import EVALUATION_TAG, Evaluation
 from flows.reevaluate import DRIFTED, Window, reevaluate
 from flows.registry import REGISTERED, RegisterConfig
+from flows.serving import send_last_words
 from storage.errors import InputError
 from storage.manifest import Manifest
 
@@ -42,9 +42,9 @@ class World:
     """Both servers, and a root with a champion and a candidate."""
 
     def __init__(self, folder: Path, template: Path, stack: ExitStack) -> None:
-        _send_last_words()  # or what this process says next goes to the server before
+        send_last_words()  # or what this process says next goes to the server before
         self.prefect = stack.enter_context(services.prefect_server(folder / "prefect", scheduler=True))
-        stack.callback(_send_last_words)
+        stack.callback(send_last_words)
         mlflow = MlflowServer(folder / "mlflow", template)
         stack.callback(mlflow.stop)
         mlflow.start()

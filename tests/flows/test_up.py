@@ -81,9 +81,20 @@ class Up:
         (manifest,) = (self.root / stage).glob("*/manifest.json")
         return str(manifest)
 
+    def training(self, latents: str) -> tuple[str, list[psutil.Process]]:
+        """A flow run on two ranks, and its torchrun and ranks."""
+        run = self.start("train", latents=latents, launcher={"nproc": 2})
+        while len(ranks := self.ranks()) < 3:
+            assert self.state(run) not in ENDED
+            time.sleep(0.2)
+        return run, ranks
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
     def ranks(self) -> list[psutil.Process]:
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in family if is_rank(each)]
+        """Of all flow runs, each after its torchrun."""
+        return [each for each in self.family() if is_rank(each)]
 
 
 def is_rank(process: psutil.Process) -> bool:
@@ -129,15 +140,22 @@ def test_stages_run_on_the_worker_and_a_cancelled_one_ends_its_ranks(up: Up) -> 
     artifacts = {each["key"] for each in up.call("/artifacts/filter", {})}
     assert {"shard-mlflow", "shard-manifest", "shard-images"} <= artifacts
     assert up.end_of(up.start("encode", shards=shards)) == "COMPLETED"
-    train = up.start("train", latents=up.manifest("encode"), launcher={"nproc": 2})
-    while not (ranks := up.ranks()):
-        assert up.state(train) not in ENDED
-        time.sleep(0.2)
+    train, ranks = up.training(up.manifest("encode"))
     up.call(f"/flow_runs/{train}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
     assert up.end_of(train) == "CANCELLED"
     _, alive = psutil.wait_procs(ranks, timeout=30)
     assert alive == []
     assert up.ranks() == []
+
+
+def test_a_killed_flow_crashes_and_leaves_no_rank(up: Up) -> None:
+    train, ranks = up.training(up.manifest("encode"))
+    flow = ranks[0].parent()
+    assert flow is not None
+    flow.kill()
+    assert up.end_of(train) == "CRASHED"
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert alive == []
 
 
 def test_a_new_version_starts_its_evaluation(up: Up) -> None:
@@ -196,7 +214,7 @@ def test_the_project_file_names_every_flow_by_a_dotted_module() -> None:
 
 
 def test_ctrl_c_ends_everything(up: Up) -> None:
-    family = psutil.Process(up.process.pid).children(recursive=True)
+    family = up.family()
     assert len(family) >= 3
     up.process.send_signal(signal.SIGINT)
     assert up.process.wait(90) == 130
@@ -205,3 +223,16 @@ def test_ctrl_c_ends_everything(up: Up) -> None:
     assert services.is_free(up.api)
     assert services.is_free(up.mlflow)
     assert not (up.root / services.SERVERS).exists()
+
+
+def test_a_killed_worker_ends_everything(up: Up) -> None:
+    """Also the flow that it ran, and its ranks: `up` started again begins in order."""
+    again = Up(up.root)
+    again.wait_until_up()
+    again.training(again.manifest("encode"))
+    family = again.family()
+    (worker,) = [each for each in family if "worker" in each.cmdline()]
+    worker.kill()
+    assert again.process.wait(90) == 1
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == []

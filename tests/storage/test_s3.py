@@ -58,6 +58,19 @@ def test_objects(root: str) -> None:
     assert not uri.exists(url)
 
 
+@pytest.mark.parametrize("size", [6, 6 << 20])  # one request, and several parts
+def test_uploads_piece_by_piece(root: str, size: int) -> None:
+    url = uri.join(root, "pieces")
+    with pytest.raises(KeyboardInterrupt), uri.writing(url, size) as file:
+        file.write(bytes(size))
+        raise KeyboardInterrupt
+    assert not uri.exists(url)
+    with uri.writing(url, size) as file:
+        file.write(bytes(size // 2))
+        file.write(bytes(size // 2))
+    assert uri.read(url) == bytes(size)
+
+
 def test_what_another_process_puts_is_seen_at_once(root: str) -> None:
     uri.write(uri.join(root, "1"), b"1")
     assert uri.names(root) == ["1"]

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import threading
 from pathlib import Path
@@ -45,6 +46,27 @@ def test_file_sha256(root: str) -> None:
     data = bytes(range(256)) * 20_000  # more than one piece
     uri.write(uri.join(root, "big"), data)
     assert uri.file_sha256(uri.join(root, "big")) == hashlib.sha256(data).hexdigest()
+
+
+def test_what_is_written_piece_by_piece_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    url = str(tmp_path / "folder" / "pieces")
+    with pytest.raises(KeyboardInterrupt), uri.writing(url, 9) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert uri.names(str(tmp_path / "folder")) == []
+    with uri.writing(url, 9) as file:
+        file.write(b"half")
+        assert not uri.exists(url)
+        file.write(b"other")
+    assert uri.read(url) == b"halfother"
+    assert uri.names(str(tmp_path / "folder")) == ["pieces"]
+
+
+def test_a_full_disk_is_named_with_what_was_to_be_written(tmp_path: Path) -> None:
+    said = r"big: the disk is full \(5,000 bytes to write, .* bytes are free\)"
+    with pytest.raises(StorageError, match=said), uri.writing(str(tmp_path / "big"), 5000):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_one_of_many_creators_wins(tmp_path: Path) -> None:

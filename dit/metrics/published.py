@@ -1,0 +1,104 @@
+"""What papers report, under which conditions, and where those differ from the conditions of other numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from dit.metrics.comparison import OWN
+
+Value = str | int | float
+
+DIT: Final = "Peebles & Xie, arXiv 2212.09748"
+DIFFIT: Final = "Hatamizadeh et al., arXiv 2312.02139"
+ANCESTRAL: Final[dict[str, Value]] = {"count": 50_000, "labels": "random", "sampler": "ddpm", "steps": 250}
+GUIDED: Final[dict[str, Value]] = {"guidance_channels": "first3", "guidance_schedule": "constant"}
+METRICS: Final = ("fid", "sfid", "inception_score", "precision_adm_fp16", "recall_adm_fp16")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Training images, known by how many there are in how many classes."""
+
+    name: str
+    images: int
+    classes: int | None
+    """None where their number says nothing."""
+
+
+IMAGENET: Final = DataSet("ImageNet", 1_281_167, 1000)
+CIFAR10: Final = DataSet("CIFAR-10", 50_000, 10)
+FFHQ: Final = DataSet("FFHQ", 70_000, None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a paper's table."""
+
+    model: str
+    source: str
+    data: DataSet
+    resolution: int
+    values: tuple[float, ...]
+    """As in `METRICS`; a paper that gives fewer gives the first ones."""
+    conditions: dict[str, Value] = field(default_factory=dict)
+    """Those that the paper states, named as ours."""
+
+
+def _dit(resolution: int, steps: int, scale: float, *values: float) -> Row:
+    guidance = {"guidance_scale": scale} | (GUIDED if scale > 1 else {})
+    conditions = ANCESTRAL | guidance | {"training_steps": steps}
+    return Row("DiT-XL/2", DIT, IMAGENET, resolution, values, conditions)
+
+
+def _diffit(resolution: int, scale: float, schedule: str, *values: float) -> Row:
+    guidance: dict[str, Value] = GUIDED | {"guidance_scale": scale, "guidance_schedule": schedule}
+    return Row("DiffiT", DIFFIT, IMAGENET, resolution, values, ANCESTRAL | guidance)
+
+
+def _edm(model: str, source: str, data: DataSet, resolution: int, steps: int, fid: float) -> Row:
+    conditions: dict[str, Value] = {"count": 50_000, "labels": "none", "sampler": "heun", "steps": steps}
+    return Row(model, source, data, resolution, (fid,), conditions)
+
+
+ROWS: Final = (
+    _dit(256, 7_000_000, 1.0, 9.62, 6.85, 121.50, 0.67, 0.67),
+    _dit(256, 7_000_000, 1.25, 3.22, 5.28, 201.77, 0.76, 0.62),
+    _dit(256, 7_000_000, 1.5, 2.27, 4.60, 278.24, 0.83, 0.57),
+    _dit(512, 3_000_000, 1.0, 12.03, 7.12, 105.25, 0.75, 0.64),
+    _dit(512, 3_000_000, 1.25, 4.64, 5.77, 174.77, 0.81, 0.57),
+    _dit(512, 3_000_000, 1.5, 3.04, 5.02, 240.82, 0.84, 0.54),
+    _diffit(256, 4.4, "power_cosine", 1.73, 4.54, 276.49, 0.80, 0.62),
+    _diffit(512, 1.49, "constant", 2.67, 4.99, 252.12, 0.83, 0.55),
+    _edm("DiffiT", DIFFIT, CIFAR10, 32, 18, 1.95),
+    _edm("EDM (VP)", DIFFIT, CIFAR10, 32, 18, 1.99),
+    _edm("DiffiT", DIFFIT, FFHQ, 64, 40, 2.22),
+    _edm("EDM (VP)", DIFFIT, FFHQ, 64, 40, 2.39),
+)
+"""Rows as the papers print them; what they leave open is not among the conditions."""
+
+
+def rows_for(*, distance: str, images: int, classes: int, resolution: int) -> list[Row]:
+    """The rows that speak of the same images at the same size in the same feature space.
+
+    Args:
+        distance: its name; papers' numbers compare with an FID alone.
+        images: training images that the samples were compared with.
+        classes: that they come in.
+        resolution: side of the samples, in pixels.
+    """
+    if not distance.startswith("FID["):
+        return []
+    return [
+        row
+        for row in ROWS
+        if row.resolution == resolution and row.data.images == images and row.data.classes in (None, classes)
+    ]
+
+
+def deviations(row: Row, conditions: Mapping[str, Value]) -> list[str]:
+    """What a row was taken under that other numbers were not, such as ``steps 250``.
+
+    How long a model was trained is what is judged, and no deviation.
+    """
+    names = sorted(row.conditions.keys() - OWN)
+    return [f"{name} {row.conditions[name]}" for name in names if conditions.get(name) != row.conditions[name]]
