@@ -25,6 +25,8 @@ STRETCH = 4
 """Steps between two records. The first stretch warms up; a checkpoint is taken after the second, into the third."""
 ROWS = 1024
 """Latents in the store."""
+TURNS = 2
+"""Of one process and of two, in turns; the faster counts, since other work on the machine only adds time."""
 SMALL = TrainConfig(
     model=DiTChoice(size="S"),
     batch_size=2,
@@ -60,7 +62,11 @@ def measure(config: TrainConfig = SMALL, shape: tuple[int, int, int] = (4, 32, 3
         values = np.random.default_rng(0).standard_normal((ROWS, *shape)).astype(np.float16)
         latents = loader.write(loader.Task(rows=ROWS, shape=shape), folder, np.abs(values))
         alone = trained(config, latents, Path(folder, "alone"))
-        speeds = [_of_ranks(count, config, latents, Path(folder)) for count in (1, 2)]
+        speeds = {1: 0.0, 2: 0.0}
+        for turn in range(TURNS):
+            for count in speeds:
+                spec = Path(folder, f"ranks-{count}-{turn}.json")
+                speeds[count] = max(speeds[count], _of_ranks(count, config, latents, spec))
     step, behind = (config.batch_size / alone[at * STRETCH]["images_per_second"] for at in (2, 3))
     stall = STRETCH * (behind - step)
     interval = TrainConfig().checkpoint_every
@@ -68,9 +74,9 @@ def measure(config: TrainConfig = SMALL, shape: tuple[int, int, int] = (4, 32, 3
         Result("s2_data_wait", 100 * alone[2 * STRETCH]["data_wait_share"], "% of the step"),
         Result("s2_checkpoint_stall", stall, "s"),
         Result("s2_checkpoint_share", 100 * stall / (step * interval), f"% of {interval:,} steps"),
-        *(Result(f"s2_gloo_{count}", speed, "images/s") for count, speed in enumerate(speeds, start=1)),
+        *(Result(f"s2_gloo_{count}", speed, "images/s") for count, speed in speeds.items()),
     ]
-    return results, {"ddp_scaling": speeds[1] / (2 * speeds[0])}
+    return results, {"ddp_scaling": speeds[2] / (2 * speeds[1])}
 
 
 def trained(config: TrainConfig, latents: LatentManifest, folder: Path) -> Rates:
@@ -81,11 +87,10 @@ def trained(config: TrainConfig, latents: LatentManifest, folder: Path) -> Rates
     return heard.rates
 
 
-def _of_ranks(count: int, config: TrainConfig, latents: LatentManifest, folder: Path) -> float:
+def _of_ranks(count: int, config: TrainConfig, latents: LatentManifest, spec: Path) -> float:
     """Images a second of so many processes with a thread each, and as many images a process as the config says."""
     changes = {"batch_size": count * config.batch_size, "steps": 2 * STRETCH, "precision": "float32"}
     given = config.model_copy(update=changes)
-    spec = folder / f"ranks-{count}.json"
     spec.write_text(json.dumps({"config": given.model_dump(mode="json"), "latents": latents.uri}))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -12,6 +12,7 @@ from dit.models.choice import DiTChoice, Shape
 @pytest.mark.distributed
 def test_what_is_measured_beside_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "ROWS", 64)
+    monkeypatch.setattr(training, "TURNS", 1)
     model = DiTChoice(size=Shape(depth=1, width=32, heads=2))
     results, ratios = training.measure(training.SMALL.model_copy(update={"model": model}), (4, 8, 8))
     values = {result.name: result.value for result in results}
