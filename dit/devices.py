@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Precision = Literal["float32", "bfloat16"]
 Arithmetic = Literal["float32", "tf32", "bfloat16"]
-"""With float32 and tf32 told apart: on a GPU tf32 rounds the factors of products to 10 bits and is faster."""
+"""On a GPU tf32 rounds the factors of products to 10 bits and is faster."""
 
 
 def device() -> torch.device:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from dit.devices import Arithmetic, Precision, arithmetic, device, dtype
+from dit.devices import Arithmetic, arithmetic, device, dtype
 from dit.metrics.features import ExtractorRef, load_extractor
 from dit.models.build import build
 from dit.models.config import ModelConfig
@@ -85,7 +85,7 @@ def autoencoder_rates(ref: VaeRef, resolution: int, precision: Arithmetic) -> tu
         return batch * _rate(lambda: vae.encode(images)), batch * _rate(lambda: vae.decode(latents))
 
 
-def model_rates(config: ModelConfig, batch: int, precision: Precision) -> tuple[float, float]:
+def model_rates(config: ModelConfig, batch: int, precision: Arithmetic) -> tuple[float, float]:
     """FLOP a second in training steps and in forward passes of a model, found on some of its blocks.
 
     Args:
@@ -112,9 +112,10 @@ def model_rates(config: ModelConfig, batch: int, precision: Precision) -> tuple[
         forward().float().square().mean().backward()
         model.zero_grad()
 
-    training = _rate(step)
-    with torch.no_grad():
-        return training * batch * work.training_flops, _rate(forward) * batch * 2 * work.macs
+    with arithmetic(precision):
+        training = _rate(step)
+        with torch.no_grad():
+            return training * batch * work.training_flops, _rate(forward) * batch * 2 * work.macs
 
 
 def extractor_rate(ref: ExtractorRef, resolution: int) -> float:

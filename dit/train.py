@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import Field, ValidationError, model_validator
 
-from dit.devices import Precision, device, dtype
+from dit.devices import Arithmetic, arithmetic, device, dtype
 from dit.diffusion.build import build_process
 from dit.diffusion.config import DiffusionConfig, ProcessConfig
 from dit.export import RAW_WEIGHTS, CheckpointManifest, ModelCard, export, weights_file
@@ -51,9 +51,11 @@ class TrainConfig(Config):
     batch_size: int = Field(256, ge=1)
     """Images in a step, of all ranks together."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Of AdamW, constant after the warm-up."""
+    """Of AdamW, at its highest."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate grows from 0, linearly."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How the learning rate falls after the warm-up, to 0 behind the last step."""
     weight_decay: float = Field(0.0, ge=0)
     """Of AdamW."""
     gradient_clip: float | None = Field(None, gt=0)
@@ -68,8 +70,8 @@ class TrainConfig(Config):
     """Train on images and mirror images alike; latents must hold both."""
     augmentation: float = Field(0.0, ge=0, le=1)
     """Probability of each of EDM's distortions of an image, which the model is told; diffit_image on pixels alone."""
-    precision: Precision = "float32"
-    """Arithmetic of the forward pass; weights are float32 in any case."""
+    precision: Arithmetic = "float32"
+    """Arithmetic of the forward pass; weights are float32 in any case. tf32 is for GPUs."""
     micro_batch: int | None = operational(None, ge=1)
     """Images that a rank takes through the model at once, to save memory; None takes all of its share."""
     compile: bool = False
@@ -122,7 +124,7 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
         AstrayError: the loss or the gradient stays without a finite value, from the last checkpoint on too.
         PreemptedError: SIGTERM; what was done is saved.
     """
-    with joined() as ranks:
+    with joined() as ranks, arithmetic(config.precision):
         card = _card(config, latents)
         batches = _batches(config, card.model, latents, ranks)
         try:
@@ -208,7 +210,11 @@ def _initial_state(config: TrainConfig, model_config: ModelConfig, ranks: Ranks)
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The learning rate of the step with that number."""
-    return config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    left = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return config.learning_rate * left[config.decay]
 
 
 def _train(
@@ -223,16 +229,16 @@ def _train(
     state = _initial_state(config, card.model, ranks)
     history = _resume(state, ranks, out)
     process = build_process(config.diffusion, batches.device)
-    arithmetic = dtype(config.precision)
+    lower = dtype(config.precision)
     numbers = Numbers(
         learning_rate=lambda step: learning_rate(config, step),
         gradient_clip=config.gradient_clip,
-        autocast=None if config.precision == "float32" else arithmetic,
+        autocast=None if lower == torch.float32 else lower,
         micro_batch=config.micro_batch,
     )
     save = partial(checkpoint.save, out, keep=config.keep_checkpoints, keep_every=config.keep_every)
     grid = Grid(card, config.precision)
-    watch = Watch(card.model, config.batch_size, ranks.world_size, batches.device, arithmetic)
+    watch = Watch(card.model, config.batch_size, ranks.world_size, batches.device, lower)
     steps = range(state.step, config.steps)
     with notice(ranks) as notified, threads(1) as pool, ahead(batches, steps) as made:
         saver = Saver(pool, save, ranks)

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from dit.devices import Precision, device
+from dit.devices import Arithmetic, device
 from dit.diffusion.config import EDMConfig
 from dit.export import ModelCard, Trained, rebuilt
 from dit.sample import SampleConfig, generate, open_decoder, picture
@@ -26,7 +26,7 @@ class Grid:
         precision: arithmetic of model and decoder.
     """
 
-    def __init__(self, card: ModelCard, precision: Precision) -> None:
+    def __init__(self, card: ModelCard, precision: Arithmetic) -> None:
         self._card = card
         sampler = "heun" if isinstance(card.diffusion, EDMConfig) else "ddim"
         drawn = {"labels": "balanced", "sampler": sampler, "steps": STEPS, "precision": precision}

@@ -466,6 +466,15 @@ def test_the_learning_rate_warms_up() -> None:
     assert learning_rate(tiny.TRAINING, 0) == tiny.TRAINING.learning_rate
 
 
+@pytest.mark.parametrize(
+    ("decay", "rates"), [("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.8535534, 0.5, 0.1464466])]
+)
+def test_the_learning_rate_falls_behind_the_warm_up(decay: str, rates: list[float]) -> None:
+    changes = {"learning_rate": 1.0, "warmup_steps": 2, "steps": 6, "decay": decay}
+    config = tiny.TRAINING.model_copy(update=changes)
+    assert [learning_rate(config, step) for step in range(6)] == pytest.approx([0.5, 1, *rates])
+
+
 def test_flips_need_latents_of_both(tmp_path: Path, shards: ShardManifest, vae: VaeRef) -> None:
     plain = tiny.run_encode(tmp_path, tiny.encode_config(vae, flips=False), shards)
     with pytest.raises(InputError, match="no mirror images; encode with flips, or train without"):
