@@ -15,7 +15,6 @@ from dit.export import RAW_WEIGHTS, CheckpointManifest, ModelCard, export, weigh
 from dit.models.build import build
 from dit.models.choice import DiTChoice, Given, ModelChoice
 from dit.models.config import DiffiTImageConfig, ModelConfig
-from dit.plots import curve
 from dit.ranks import Ranks, joined
 from dit.training import checkpoint
 from dit.training.ahead import ahead
@@ -326,6 +325,8 @@ def _commit(
     out: StageOutput,
     tracker: Tracker,
 ) -> None:
+    from dit.plots import curve  # Matplotlib takes a second, which other ranks need not wait
+
     losses = [measured.values["loss"] for measured in history]
     picture = publish(out, tracker, "loss.png", curve([measured.step for measured in history], losses))
     card, files = export(out, card, weights)

@@ -5,17 +5,19 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dit.ranks import Ranks
 from dit.training.blocks import blocks
+
+# Imported where parameters are dealt alone: it takes seconds.
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 
@@ -34,6 +36,9 @@ def shard(model: nn.Module, parallel: Parallel, ranks: Ranks, device: torch.devi
     """
     if ranks.world_size == 1 or parallel == "ddp":
         return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     shards = ranks.world_size if parallel == "fsdp" else int(os.environ["LOCAL_WORLD_SIZE"])
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # that nobody writes to
     grid = init_device_mesh(device.type, (ranks.world_size // shards, shards), mesh_dim_names=("replicas", "shards"))
@@ -44,13 +49,13 @@ def shard(model: nn.Module, parallel: Parallel, ranks: Ranks, device: torch.devi
 
 def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
     """The model with gradients averaged over the ranks; one whose parameters are dealt does so by itself."""
-    return model if ranks.world_size == 1 or isinstance(model, FSDPModule) else DistributedDataParallel(model)
+    return model if ranks.world_size == 1 or _is_dealt(model) else DistributedDataParallel(model)
 
 
 @contextmanager
 def exchanging(model: nn.Module, now: bool) -> Iterator[None]:
     """Within it backward passes exchange gradients between ranks, or only add them up."""
-    if isinstance(model, FSDPModule):
+    if _is_dealt(model):
         model.set_requires_gradient_sync(now)
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext():
         yield
@@ -70,7 +75,7 @@ class Part:
 def part_of(tensors: Iterable[Tensor], ranks: Ranks) -> Part:
     """The part that this rank holds of a state; of one that is not dealt the first rank writes all."""
     for tensor in tensors:
-        if isinstance(tensor, DTensor):
+        if _is_part(tensor):
             *replica, number = tensor.device_mesh.get_coordinate() or [0]
             return Part(number, tensor.device_mesh.size(-1), not any(replica))
     return Part(written=ranks.first)
@@ -80,7 +85,7 @@ def held(tensors: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
     """Copies in the host's memory of what a rank writes."""
     if not part.written:
         return {}
-    mine = {name: each for name, each in tensors.items() if part.number == 0 or isinstance(each, DTensor)}
+    mine = {name: each for name, each in tensors.items() if part.number == 0 or _is_part(each)}
     return {name: local(each.detach()).to("cpu", copy=True).contiguous() for name, each in mine.items()}
 
 
@@ -92,18 +97,20 @@ def put_together(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_part(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. Ranks that hold parts of it must all ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_part(tensor) else tensor
 
 
 def dealt(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, which every rank has, in the parts that ``like`` is in."""
-    if not isinstance(like, DTensor):
+    if not _is_part(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -115,3 +122,11 @@ def gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
         if ranks.first:
             found[name] = full.to("cpu", copy=True).contiguous()
     return found
+
+
+def _is_part(tensor: Tensor) -> "TypeGuard[DTensor]":
+    return hasattr(tensor, "device_mesh")
+
+
+def _is_dealt(model: nn.Module) -> "TypeGuard[FSDPModule]":
+    return hasattr(model, "set_requires_gradient_sync")
