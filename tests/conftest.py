@@ -1,6 +1,10 @@
+import signal
 from collections.abc import Iterator
 
 import pytest
+
+# A shell that starts us in the background has Ctrl-C ignored, which the processes that tests start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
