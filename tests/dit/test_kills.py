@@ -70,6 +70,13 @@ def contents(root: Path) -> dict[str, object]:
     return found
 
 
+def commits(folder: Path) -> tuple[float, float]:
+    """When a stage committed its first unit, and itself."""
+    records = [path.stat().st_mtime for path in folder.glob("*/records/*.json")]
+    (manifest,) = folder.glob("*/manifest.json")
+    return min(records), manifest.stat().st_mtime
+
+
 def stopped_in(root: Path) -> str:
     """The stage that has begun to commit and is not done, if there is one."""
     for stage in ("encode", "shard"):
@@ -83,14 +90,17 @@ def stopped_in(root: Path) -> str:
 @pytest.mark.slow
 def test_thirty_kills_and_the_stores_are_those_of_an_undisturbed_run(tmp_path: Path, worker: Worker) -> None:
     worker.finish(tmp_path / "calm")
+    began = time.time()
     seconds = worker.finish(tmp_path / "timed")
+    first, last = (each - began for each in commits(tmp_path / "timed" / "shard"))
     calm = contents(tmp_path / "calm")
     assert contents(tmp_path / "timed") == calm
     rng, stopped = random.Random(SEED), list[str]()
     for round_ in range(10 * KILLS):
         root, code = tmp_path / str(round_), -1
         while code != 0:
-            delay = seconds * rng.random() ** 3  # mostly soon: the first stage is the shorter one
+            fresh = not root.exists()
+            delay = rng.uniform(first, last) if fresh else rng.uniform(0, seconds)  # the first stage is short
             pid = worker.start(root)
             time.sleep(delay)
             with suppress(ProcessLookupError):  # it was done before
@@ -101,7 +111,6 @@ def test_thirty_kills_and_the_stores_are_those_of_an_undisturbed_run(tmp_path: P
                 stopped.append(stopped_in(root))
                 LOGGER.info(f"killed after {delay:.3f} of {seconds:.3f} s in {stopped[-1] or 'between units'}")
         assert contents(root) == calm
-        if len(stopped) >= KILLS:
-            break
-    assert len(stopped) >= KILLS
-    assert {"shard", "encode"} <= set(stopped)
+        if len(stopped) >= KILLS and {"shard", "encode"} <= set(stopped):
+            return
+    raise AssertionError(f"killed {len(stopped)} times, in {set(stopped)}")
