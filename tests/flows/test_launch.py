@@ -92,8 +92,15 @@ def unsent(output: StageOutput) -> list[dict[str, Any]]:
 
 def ranks() -> list[psutil.Process]:
     """The ranks that run below this process, in order."""
-    found = [process for process in psutil.Process().children(recursive=True) if "RANK" in process.environ()]
-    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+    found = {_rank(process): process for process in psutil.Process().children(recursive=True)}
+    return [found[rank] for rank in sorted(found) if rank >= 0]
+
+
+def _rank(process: psutil.Process) -> int:
+    try:
+        return int(process.environ().get("RANK", "-1"))
+    except psutil.Error:  # it ended meanwhile
+        return -1
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ def test_a_damaged_object_never_reaches_the_copy(store: Manifest, tmp_path: Path
     assert same(RowReader(store, tmp_path))
 
 
-def stage_slowly(root: str, cache_folder: str, log: str) -> bool:
+def stage_slowly(root: str, cache_folder: str, log: str, workers: int) -> bool:
     """In a process of its own: stage a store as if it were not local, and note what is fetched."""
     manifest = Manifest.read(root)
     read = Manifest.read_object
@@ -186,6 +186,7 @@ def stage_slowly(root: str, cache_folder: str, log: str) -> bool:
         return read(manifest, path)
 
     Manifest.read_object = noted  # type: ignore[method-assign]
+    staging.WORKERS = workers
     _, arrays = stored_arrays(manifest)
     rows = staging.staged(manifest, arrays, Path(cache_folder))
     index = np.arange(ROWS)
@@ -195,19 +196,16 @@ def stage_slowly(root: str, cache_folder: str, log: str) -> bool:
 def test_processes_of_a_machine_share_the_work(tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
     store = fill(new_output(tmp_path), contents())
     log = tmp_path / "log"
-    with get_context("fork").Pool(4) as pool:
-        assert all(pool.starmap(stage_slowly, [(store.uri, str(tmp_path / "cache"), str(log))] * 4))
+    with get_context("spawn").Pool(4) as pool:
+        assert all(pool.starmap(stage_slowly, [(store.uri, str(tmp_path / "cache"), str(log), 4)] * 4))
     fetched = [path for path in log.read_text().splitlines() if "/c/" in path]
     assert len(fetched) == len(set(fetched)) == OBJECTS
 
 
-def test_a_killed_staging_goes_on_where_it_was(
-    tmp_path: Path, new_output: Callable[..., StageOutput], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(staging, "WORKERS", 1)
+def test_a_killed_staging_goes_on_where_it_was(tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
     store, log = fill(new_output(tmp_path), contents()), tmp_path / "log"
-    arguments = (store.uri, str(tmp_path / "cache"), str(log))
-    process = get_context("fork").Process(target=stage_slowly, args=arguments)
+    arguments = (store.uri, str(tmp_path / "cache"), str(log), 1)
+    process = get_context("spawn").Process(target=stage_slowly, args=arguments)
     process.start()
     while not (found := list(tmp_path.rglob(staging.JOURNAL))) or found[0].read_text().count("\n") < 4:
         time.sleep(0.005)
@@ -216,7 +214,8 @@ def test_a_killed_staging_goes_on_where_it_was(
     assert not list(tmp_path.rglob(staging.DONE))
     done = found[0].read_text().count("\n")
     log.unlink()
-    assert stage_slowly(*arguments)
+    with get_context("spawn").Pool(1) as pool:
+        assert pool.apply(stage_slowly, arguments)
     assert len([path for path in log.read_text().splitlines() if "/c/" in path]) == OBJECTS - done
     assert np.array_equal(
         np.fromfile(folder(tmp_path / "cache") / "mean.rows", "<f2").reshape(2, ROWS, 3, 2, 2).swapaxes(0, 1),
