@@ -24,7 +24,7 @@ from storage.latents import VaeInfo
 SCALE = 1.5
 TOLERANCE = 1e-4
 """Relative difference of one output of the network."""
-RATIOS = {"sampling_vs_diffusers": "sampling", "sampling_compiled_vs_diffusers": "sampling_compiled"}
+RATIOS = {"sampling_vs_diffusers": "sampling_compiled", "sampling_eager_vs_diffusers": "sampling"}
 
 
 @dataclass(frozen=True)
