@@ -1,5 +1,6 @@
 """A checkpoint to a model version in the MLflow registry."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,13 +80,14 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
         )
     samples = metrics.parent("samples", SampleManifest)
     checkpoint = samples.parent("checkpoint", CheckpointManifest)
-    mlflow.set_tracking_uri(tracking_uri(out.uri.rsplit("/", 2)[0]))
-    client = MlflowClient()
+    store = tracking_uri(out.uri.rsplit("/", 2)[0])
+    client = MlflowClient(store)
     number = _registered(client, config.model_name, out.header.digest)
     if number is None:
-        model_uri = _log(checkpoint, samples, metrics, run_id)
         tags = {DIGEST_TAG: out.header.digest, **_numbers(metrics), **_lineage(metrics, samples, checkpoint)}
-        number = int(mlflow.register_model(model_uri, config.model_name, tags=tags).version)
+        with _fluent(store):
+            model_uri = _log(checkpoint, samples, metrics, run_id)
+            number = int(mlflow.register_model(model_uri, config.model_name, tags=tags).version)
     client.set_registered_model_alias(config.model_name, config.alias, str(number))
     emit(REGISTERED, config.model_name, {"version": number, "alias": config.alias, "digest": out.header.digest})
     promotion = None
@@ -154,6 +156,19 @@ def _requirements() -> list[str]:
     """The packages that dit and storage need, in the versions that are installed here."""
     needed = {Requirement(text).name for text in requires("ditflow") or () if "extra ==" not in text}
     return sorted(f"{name}=={version(name).partition('+')[0]}" for name in needed - {"prefect", "fastapi"})
+
+
+@contextmanager
+def _fluent(store: str) -> Iterator[None]:
+    """Have those of MLflow's functions that take no client use a store, within the block alone."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(store)  # sets the variable too, which every later run of this process would follow
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)  # which removes it
+        if given is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = given
 
 
 @contextmanager

@@ -244,10 +244,7 @@ print(json.dumps(list(model.predict(pandas.DataFrame({"label": [3, 7]}))["png_ba
 
 
 @pytest.mark.slow
-def test_a_sweep_of_models_on_pixels_shares_its_stages_and_is_served(
-    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # set_tracking_uri leaves it to child processes
+def test_a_sweep_of_models_on_pixels_shares_its_stages_and_is_served(tmp_path: Path, digits: Path) -> None:
     (tmp_path / "pixels.yaml").write_text(SWEEP)
     sets = [part for split in ("train", "held_out") for part in ("--set", f"archive.{split}={digits / split}")]
     run = [sys.executable, "-m", "flows.cli", "run", str(tmp_path / "pixels.yaml"), "--root", str(tmp_path / "root")]

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import sys
 import time
 import urllib.error
@@ -89,6 +90,18 @@ def test_the_rule_decides_who_is_champion(models: list[ModelManifest], client: M
     tags = client.get_model_version(NAME, "2").tags
     (record,) = (json.loads(value) for name, value in tags.items() if name.startswith(PROMOTION_TAG))
     assert (record["decision"], record["old_champion"]) == ("kept", 1)
+
+
+def test_each_root_has_its_own_registry(
+    models: list[ModelManifest], tmp_path: Path, tracking_template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    metrics = models[0].parent("metrics", MetricsManifest)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        database = Path(shutil.copy(tracking_template, tmp_path / name / "mlflow.db"))
+        Small(tmp_path / name).registered(metrics, RegisterConfig(model_name=name))
+        assert [model.name for model in MlflowClient(f"sqlite:///{database}").search_registered_models()] == [name]
 
 
 @pytest.fixture(scope="module")
