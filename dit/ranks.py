@@ -91,7 +91,9 @@ def joined(patience: timedelta | None = None) -> Iterator[Ranks]:
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if gpu else "gloo", timeout=patience)
+    ranks = Ranks(dist.get_rank(), world_size)
     try:
-        yield Ranks(dist.get_rank(), world_size)
+        ranks.wait()  # or one that fails at once would be gone before others have found it, and they fail of that
+        yield ranks
     finally:
         dist.destroy_process_group()

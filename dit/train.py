@@ -2,7 +2,7 @@
 
 import logging
 import math
-from functools import partial
+from contextlib import closing
 from typing import Annotated, Literal, Self
 
 import torch
@@ -16,22 +16,19 @@ from dit.models.build import build
 from dit.models.choice import DiTChoice, Given, ModelChoice
 from dit.models.config import DiffiTImageConfig, ModelConfig
 from dit.ranks import Ranks, joined
-from dit.training import checkpoint
 from dit.training.ahead import ahead
 from dit.training.blocks import compile_blocks, recompute_blocks
-from dit.training.checkpoint import Measured, Saver
 from dit.training.data import Batches, Order, open_data
 from dit.training.ema import EMA
 from dit.training.grid import Grid
 from dit.training.loop import Numbers, StepResult, TrainState, train
 from dit.training.parallelize import Parallel, gathered, shard
 from dit.training.preemption import notice
-from dit.training.watch import Watch
+from dit.training.watch import Measured, Watch
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError, PreemptedError
 from storage.latents import LatentManifest
 from storage.manifest import StageOutput
-from storage.parallel import threads
 from storage.tracking import Tracker, publish
 
 VERSION = 2
@@ -225,6 +222,8 @@ def _train(
     tracker: Tracker,
 ) -> tuple[TrainState, list[Measured]]:
     """Train from the newest checkpoint to the last step, log and save; return also what was measured."""
+    from dit.training import checkpoint  # torch's takes seconds to import, which only those who train need wait
+
     state = _initial_state(config, card.model, ranks)
     history = _resume(state, ranks, out)
     process = build_process(config.diffusion, batches.device)
@@ -235,12 +234,11 @@ def _train(
         autocast=None if lower == torch.float32 else lower,
         micro_batch=config.micro_batch,
     )
-    save = partial(checkpoint.save, out, keep=config.keep_checkpoints, keep_every=config.keep_every)
+    saver = checkpoint.Saver(out, state, ranks, keep=config.keep_checkpoints, keep_every=config.keep_every)
     grid = Grid(card, config.precision)
     watch = Watch(card.model, config.batch_size, ranks.world_size, batches.device, lower)
     steps = range(state.step, config.steps)
-    with notice(ranks) as notified, threads(1) as pool, ahead(batches, steps) as made:
-        saver = Saver(pool, save, ranks)
+    with notice(ranks) as notified, closing(saver), ahead(batches, steps) as made:
         watch.begin(state.step)
         for result in train(state, process, made, numbers, stop=config.steps, ranks=ranks):
             saver.check()
@@ -255,7 +253,7 @@ def _train(
             if config.sample_every and result.step % config.sample_every == 0:
                 _sample(grid, state, ranks, tracker)
             if saves and streak == 0:  # else a run that goes back would come to the same point
-                saver.save(state, history)
+                saver.save(history)
             if stops:
                 saver.wait()
                 ranks.wait()  # or torchrun ends the one that saves when another is gone
@@ -308,7 +306,9 @@ def _streak(result: StepResult, config: TrainConfig, batches: Batches) -> int:
 
 def _resume(state: TrainState, ranks: Ranks, out: StageOutput) -> list[Measured]:
     """Bring the state to the newest checkpoint; return what had been measured by then."""
-    history = checkpoint.load_newest(out, state)
+    from dit.training import checkpoint
+
+    history = checkpoint.load_newest(out, state, ranks)
     ranks.wait()
     if ranks.first:
         checkpoint.clean(out, state.step)

@@ -12,8 +12,8 @@ from dit.metrics.features import load_extractor
 from dit.sample import SampleConfig, SampleManifest
 from dit.train import TrainConfig
 from dit.vae import VaeRef, info
-from flows import registry
-from flows.registry import ModelManifest, RegisterConfig
+from flows import version
+from flows.version import ModelManifest, RegisterConfig
 from storage import shards
 from storage.archive import ArchiveRef
 from storage.config import Config
@@ -114,6 +114,12 @@ def _nothing_else(_: Config, __: Manifest) -> dict[str, str]:
     return {}
 
 
+def _register(config: RegisterConfig, metrics: MetricsManifest, **run: Any) -> ModelManifest:
+    from flows import registry  # MLflow takes seconds to import, and most processes register nothing
+
+    return registry.run(config, metrics, **run)
+
+
 STAGES = {
     stage.name: stage
     for stage in (
@@ -166,6 +172,6 @@ STAGES = {
             evaluate.run,
             ranked=True,
         ),
-        Stage(RegisterConfig, registry.VERSION, ModelManifest, MetricsManifest, "metrics", _nothing_else, registry.run),
+        Stage(RegisterConfig, version.VERSION, ModelManifest, MetricsManifest, "metrics", _nothing_else, _register),
     )
 }

@@ -12,33 +12,19 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from dit.metrics.comparison import Direction, Estimate, Gain, differing, gain
+from dit.metrics.comparison import Estimate, Gain, differing, gain
 from flows.runs import tracking_uri
 from flows.tracking import one_line
+from flows.version import CANDIDATE, CHAMPION, PromotionRule
 from storage import uri
 from storage.config import Config
 from storage.errors import DitflowError, InputError
 
-CANDIDATE, CHAMPION = "candidate", "champion"
 EVALUATION_TAG = "ditflow.evaluation"
 PROMOTION_TAG = "ditflow.promotion"
 """Followed by the time, so that the record of a decision is never written over."""
-
-
-class PromotionRule(Config):
-    """What a candidate must do better than the champion to take its place."""
-
-    metric: str | None = None
-    """Name of the metric; by default the Fréchet distance, `fid` or `fd`."""
-    direction: Direction = "lower"
-    """Which numbers are better."""
-    min_gain: float = Field(0.0, ge=0)
-    """How much better at least, in the metric's unit, once the 95 % interval of the difference is taken off."""
-
-    def __str__(self) -> str:
-        return f"rule: {self.metric or 'distance'} {self.direction} by {self.min_gain:g} beyond its interval"
 
 
 class Evaluation(Config):

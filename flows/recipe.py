@@ -16,8 +16,8 @@ from dit.train import TrainConfig
 from flows import runs
 from flows.contract import STAGES
 from flows.launch import LaunchSpec, LocalLaunch
-from flows.registry import RegisterConfig
 from flows.services import local_home
+from flows.version import RegisterConfig
 from storage.archive import ArchiveRef
 from storage.config import Config, operational
 from storage.errors import InputError

@@ -21,8 +21,9 @@ from dit.metrics.comparison import Gain, gain
 from dit.sample import SampleConfig, SampleManifest
 from flows import runs, stages
 from flows.perform import SKIPPED, RunSettings
-from flows.promotion import CANDIDATE, CHAMPION, Evaluation, answering, comparable, evaluation
+from flows.promotion import Evaluation, answering, comparable, evaluation
 from flows.registry import METRICS_DIGEST_TAG, emit
+from flows.version import CANDIDATE, CHAMPION
 from storage import uri
 from storage.errors import InputError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import requires, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
 import mlflow
@@ -16,51 +16,24 @@ from mlflow import MlflowClient
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from packaging.requirements import Requirement
-from pydantic import Field
 
 from dit.evaluate import MetricsManifest
 from dit.export import MODEL, CheckpointManifest, weights_file
 from dit.sample import PICTURE, SampleConfig, SampleManifest
 from dit.vae import fetch
-from flows.promotion import CANDIDATE, EVALUATION_TAG, Evaluation, PromotionRule, consider
+from flows.promotion import EVALUATION_TAG, Evaluation, consider
 from flows.runs import DIGEST_TAG, MANIFEST_TAG, tracking_uri
+from flows.version import ModelManifest, RegisterConfig
 from storage import uri
-from storage.config import Config
 from storage.errors import DitflowError
 from storage.latents import LatentManifest
-from storage.manifest import Manifest, StageOutput, code_version
+from storage.manifest import StageOutput, code_version
 from storage.shards import ShardManifest
 from storage.tracking import Tracker, publish
 
-VERSION = 2
 REGISTERED = "ditflow.model.registered"
 """The event of a new version. What it concerns is the model, ``ditflow.model.<name>``."""
 METRICS_DIGEST_TAG = "digest.metrics"
-
-
-class RegisterConfig(Config):
-    """How a model enters the registry."""
-
-    model_name: str = Field("ditflow", pattern=r"^[^/:]+$")
-    """Name of the registered model."""
-    alias: str = Field(CANDIDATE, pattern=r"^[A-Za-z0-9_-]+$")
-    """Alias that the new version takes."""
-    promote: Literal["manual", "automatic"] = "manual"
-    """Whether the new version also becomes champion by itself when the rule says so."""
-    rule: PromotionRule = PromotionRule()
-    """What it must do better than the champion."""
-
-
-class ModelManifest(Manifest):
-    """A version in the model registry."""
-
-    STAGE = "register"
-
-    model_name: str
-    model_version: int
-    alias: str
-    promotion: str | None = None
-    """What the rule decided, and why; None if it was not asked."""
 
 
 def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, tracker: Tracker) -> ModelManifest:

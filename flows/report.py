@@ -8,8 +8,8 @@ from typing import Any
 from dit.evaluate import MetricsManifest
 from flows.contract import Outcome
 from flows.page import place
-from flows.registry import ModelManifest
 from flows.runs import pipeline_run_id, tracking_uri
+from flows.version import ModelManifest
 from storage import uri
 from storage.manifest import Manifest
 

@@ -19,8 +19,8 @@ from dit.train import TrainConfig
 from flows.contract import STAGES
 from flows.launch import LaunchSpec, LocalLaunch
 from flows.perform import RunSettings, perform
-from flows.registry import RegisterConfig
 from flows.spread import spread
+from flows.version import RegisterConfig
 from storage import shards as tars
 from storage.archive import ArchiveRef
 from storage.shards import ShardConfig

@@ -21,6 +21,7 @@ from flows.process import die_with_parent
 from storage.config import Config
 from storage.errors import DitflowError, InputError, PreemptedError
 from storage.manifest import StageOutput
+from storage.tracking import NullTracker, Tracker
 
 if TYPE_CHECKING:
     from flows.tracking import StageTracker
@@ -86,17 +87,17 @@ def _run(spec: WorkerSpec, rank: int, last: ExitStack) -> None:
 
     stage = STAGES[spec.stage]
     config = stage.config.model_validate(spec.config)
-    tracker = _tracker(spec, rank)
-    last.callback(tracker.close, spec.output)
+    tracker: Tracker = NullTracker()
+    if rank == 0:
+        tracker = sending = _tracker(spec)
+        last.callback(sending.close, spec.output)
     stage.run(config, stage.source(spec.source), out=spec.output, tracker=tracker)
 
 
-def _tracker(spec: WorkerSpec, rank: int) -> "StageTracker":
+def _tracker(spec: WorkerSpec) -> "StageTracker":
     from flows.runs import caught_up
     from flows.tracking import MlflowSink, StageTracker
 
-    if rank != 0:
-        return StageTracker(None, None)
     tracking = caught_up(spec.tracking, spec.output)  # this may be another attempt, after ranks were lost
     return StageTracker(MlflowSink(tracking.uri, tracking.run_id, tracking.skip_to), _tell_progress)
 

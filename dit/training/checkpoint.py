@@ -1,51 +1,49 @@
-"""Checkpoints: safetensors, one object for each part of the state, and a record that commits them.
+"""Checkpoints: files of safetensors, and a record that commits them.
 
 The record is written last and holds the hashes, so a checkpoint that a kill cut short does not count.
 """
 
 import logging
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from dit.ranks import Ranks
 from dit.training.loop import TrainState
-from dit.training.parallelize import Part, dealt, held, part_of, put_together
+from dit.training.parallelize import holders
+from dit.training.parts import Index, Piece, Reader, Writer, size
+from dit.training.watch import Measured
 from storage import records, uri
-from storage.config import Config
-from storage.errors import StorageError
+from storage.errors import DitflowError
 from storage.manifest import FileEntry, StageOutput
 
 FOLDER = "checkpoints"
-STATE = "state-{number}-of-{count}.safetensors"
 RECORD = "record.json"
-PATIENCE_SECONDS, LOOK_SECONDS = 3600.0, 0.2
-"""That the first rank has with the parts of the others, and between two looks for one."""
+PATIENCE = timedelta(hours=1)
+"""That ranks have with each other while they save."""
 LOGGER = logging.getLogger(__name__)
-
-
-class Measured(Config):
-    """What was measured at one logged step."""
-
-    step: int
-    """Optimizer steps taken, that one included."""
-    values: dict[str, float]
-    """The loss, its parts and the norm of the gradient, of the whole batch."""
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, alone
 
 
 class CheckpointRecord(records.Record):
     """The commit of one checkpoint."""
 
     files: tuple[FileEntry, ...] = Field(min_length=1)
-    """The state, part by part."""
+    """The state, in parts."""
+    index: dict[str, tuple[Piece, ...]]
+    """Where each tensor lies in them."""
     step: int
     """Steps taken."""
     skipped: int
@@ -54,76 +52,47 @@ class CheckpointRecord(records.Record):
     """What had been measured by then."""
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy of a rank's part of the state in the host's memory, which training does not change."""
-
-    part: Part
-    tensors: dict[str, torch.Tensor]
-    step: int
-    skipped: int
-    history: tuple[Measured, ...]
-
-
-def snapshot(state: TrainState, history: Sequence[Measured], ranks: Ranks) -> Snapshot:
-    """Copy what this rank is to save of the state, which waits for the device."""
-    tensors = _tensors(state)
-    part = part_of(tensors.values(), ranks)
-    return Snapshot(part, held(tensors, part), state.step, int(state.skipped), tuple(history))
-
-
-def save(out: StageOutput, taken: Snapshot, *, keep: int, keep_every: int | None = None) -> None:
-    """Write a part of a checkpoint; with the first part commit all, when the others are there too.
-
-    Then those before it are removed but the newest ``keep`` with this one.
+class Saver:
+    """Saves checkpoints while training goes on, one at a time, all ranks at the same steps.
 
     Args:
         out: the stage's folder.
-        taken: the state.
-        keep: how many stay.
+        state: what it will save.
+        ranks: those that train.
+        keep: how many of the newest checkpoints stay.
         keep_every: those of steps that are multiples of it stay too.
-
-    Raises:
-        StorageError: the disk is full or the store refuses, or another part does not come.
-    """
-    name, part = f"step-{taken.step:09d}", taken.part
-    paths = [f"{FOLDER}/{name}/{STATE.format(number=number, count=part.count)}" for number in range(part.count)]
-    entry = out.put(paths[part.number], save_tensors(taken.tensors))
-    if part.number:
-        uri.write(out.url(_note(entry.path)), entry.model_dump_json().encode())
-        return
-    files = (entry, *(_awaited(out, path) for path in paths[1:]))
-    record = CheckpointRecord(files=files, step=taken.step, skipped=taken.skipped, history=taken.history)
-    records.commit(out, _record(name), record, replace=True)
-    older = [other for other in _names(out) if other <= name]  # later ones are a kill's leftovers
-    for other in older[:-keep]:
-        if keep_every is None or _step(other) % keep_every:
-            uri.remove_tree(out.url(FOLDER, other))
-
-
-class Saver:
-    """Commits checkpoints while training goes on, one at a time.
-
-    Args:
-        pool: of one thread.
-        save: writes a snapshot.
-        ranks: those that train, which all save at the same step.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, save: Callable[[Snapshot], None], ranks: Ranks) -> None:
-        self._pool, self._save, self._ranks = pool, save, ranks
-        self._running: Future[None] | None = None
+    def __init__(
+        self, out: StageOutput, state: TrainState, ranks: Ranks, *, keep: int, keep_every: int | None = None
+    ) -> None:
+        self._out, self._state, self._keep, self._keep_every = out, state, keep, keep_every
+        savers = holders(state.model.parameters())
+        self._saves = ranks.rank in savers
+        alone = ranks.world_size == 1
+        self._group = None if alone else dist.new_group(savers, timeout=PATIENCE, backend="gloo")
+        self._running: Future[Any] | None = None
 
-    def save(self, state: TrainState, history: Sequence[Measured]) -> None:
+    def save(self, history: Sequence[Measured]) -> None:
         """Begin to save the state as it is now, when the one before is saved.
 
         Raises:
             StorageError: the one before could not be written.
         """
         self.wait()
-        taken = snapshot(state, history, self._ranks)
-        if taken.part.written:
-            self._running = self._pool.submit(self._save, taken)
+        if not self._saves:
+            return
+        name = f"step-{self._state.step:09d}"
+        commit = partial(self._commit, name, self._state.step, int(self._state.skipped), tuple(history))
+        running = async_save(
+            _tensors(self._state),
+            storage_writer=Writer(lambda path, data: self._out.put(f"{FOLDER}/{name}/{path}", data), commit),
+            planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+            process_group=self._group,
+            no_dist=self._group is None,
+        )
+        assert isinstance(running, Future)
+        self._running = running
 
     def check(self) -> None:
         """Raise what saving has raised, if it has ended."""
@@ -138,50 +107,102 @@ class Saver:
         """
         running, self._running = self._running, None
         if running is not None:
-            running.result()
+            try:
+                running.result()
+            except CheckpointException as error:
+                raise _reason(error) from None
+
+    def close(self) -> None:
+        """Wait until nothing is being saved; what that raises is told by `wait` alone."""
+        if self._running is not None:
+            self._running.exception()
+
+    def _commit(
+        self,
+        name: str,
+        step: int,
+        skipped: int,
+        history: tuple[Measured, ...],
+        files: tuple[FileEntry, ...],
+        index: Index,
+    ) -> None:
+        """Make a checkpoint of files, and remove those before it that are not to stay."""
+        pieces = {tensor: tuple(found) for tensor, found in index.items()}
+        record = CheckpointRecord(files=files, index=pieces, step=step, skipped=skipped, history=history)
+        records.commit(self._out, _record(name), record, replace=True)
+        older = [other for other in _names(self._out) if other <= name]  # later ones are a kill's leftovers
+        for other in older[: -self._keep]:
+            if self._keep_every is None or _step(other) % self._keep_every:
+                uri.remove_tree(self._out.url(FOLDER, other))
 
 
-def load_newest(out: StageOutput, state: TrainState) -> list[Measured]:
+class DamagedError(DitflowError):
+    """A file is not what was committed."""
+
+
+def load_newest(out: StageOutput, state: TrainState, ranks: Ranks) -> list[Measured]:
     """Bring the state to the newest whole checkpoint, if there is one; return what had been measured by then.
 
     Raises:
         StorageError: a checkpoint is there and cannot be read.
     """
-    for name in reversed(_names(out)):
-        record = records.load(out, _record(name), CheckpointRecord)
-        parts = _whole_parts(out, record) if record else None
-        if record and parts:
-            _restore(state, put_together(parts))
+    for name in reversed(ranks.agreed(_names(out))):
+        record = ranks.agreed(records.load(out, _record(name), CheckpointRecord) if ranks.first else None)
+        if record and _restored(state, out, record, ranks):
             state.step, state.skipped = record.step, record.skipped
             return list(record.history)
         LOGGER.warning("%s: not a whole checkpoint; trying the one before it", uri.redact(out.url(FOLDER, name)))
     return []
 
 
-def _whole_parts(out: StageOutput, record: CheckpointRecord) -> list[dict[str, torch.Tensor]] | None:
-    """All parts of a checkpoint, if they are what was committed."""
-    parts = []
-    for entry in record.files:
-        data = uri.read(out.url(entry.path))
-        if uri.sha256(data) != entry.sha256:
-            return None
-        parts.append(load_tensors(data))
-    return parts
+def _restored(state: TrainState, out: StageOutput, record: CheckpointRecord, ranks: Ranks) -> bool:
+    """Bring the state to a checkpoint, unless one of its files is not what was committed."""
+    room = {
+        part: {name: torch.empty_like(each) for name, each in held.items()} for part, held in _tensors(state).items()
+    }
+    room["optimizer"] = _slots(state.optimizer, record.index)
+    try:
+        reader = Reader(lambda number: _whole(out, record.files[number]), record.index)
+        load(dict[str, Any](room), storage_reader=reader, no_dist=ranks.world_size == 1)
+    except CheckpointException as error:
+        reason = _reason(error)
+        if isinstance(reason, DamagedError):
+            return False
+        raise reason from None
+    state.model.load_state_dict(room["model"])
+    for name, average in state.averages.items():
+        average.load_state_dict(room[name])
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in room["optimizer"].items():
+        number, _, slot = name.partition(".")
+        slots.setdefault(int(number), {})[slot] = tensor
+    state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": slots})
+    return True
 
 
-def _note(path: str) -> str:
-    """Where a rank tells the first one that its part is there."""
-    return f"{path}.json"
+def _slots(optimizer: torch.optim.Optimizer, index: Index) -> dict[str, torch.Tensor]:
+    """Room for the optimizer's state, which it makes at its first step alone: dealt as the parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    room = {}
+    for name, pieces in index.items():
+        part, _, slot = name.partition(".")
+        if part == "optimizer":
+            like, shape = parameters[int(slot.partition(".")[0])], size(pieces)
+            room[slot] = torch.empty_like(like) if like.shape == shape else torch.empty(shape)
+    return room
 
 
-def _awaited(out: StageOutput, path: str) -> FileEntry:
-    """What another rank says of its part."""
-    deadline, note = time.monotonic() + PATIENCE_SECONDS, out.url(_note(path))
-    while not uri.exists(note):
-        if time.monotonic() > deadline:
-            raise StorageError(f"{uri.redact(note)}: another rank has not saved its part of the checkpoint")
-        time.sleep(LOOK_SECONDS)
-    return FileEntry.model_validate_json(uri.read(note))
+def _whole(out: StageOutput, entry: FileEntry) -> bytes:
+    data = uri.read(out.url(entry.path))
+    if uri.sha256(data) != entry.sha256:
+        raise DamagedError(f"{uri.redact(out.url(entry.path))}: not what was committed")
+    return data
+
+
+def _reason(error: CheckpointException) -> BaseException:
+    """What a rank has raised: rather an error with a line for people than one that came of it."""
+    reasons = [reason for reason, _ in error.failures.values()]
+    return next((reason for reason in reasons if isinstance(reason, DitflowError)), reasons[0])
 
 
 def clean(out: StageOutput, step: int) -> None:
@@ -203,33 +224,11 @@ def _record(name: str) -> str:
     return f"{FOLDER}/{name}/{RECORD}"
 
 
-def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
-    for which, average in state.averages.items():
-        tensors |= {f"{which}.{name}": tensor for name, tensor in average.state_dict().items()}
-    for index, slots in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
-    return tensors
-
-
-def _restore(state: TrainState, tensors: dict[str, torch.Tensor]) -> None:
-    state.model.load_state_dict(_parts("model.", tensors, state.model.state_dict()))
-    for which, average in state.averages.items():
-        average.load_state_dict(_parts(f"{which}.", tensors, average.state_dict()))
-    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    slots: dict[int, dict[str, Any]] = {}
-    for name, tensor in _below("optimizer.", tensors).items():
-        index, _, slot = name.partition(".")
-        like = parameters[int(index)]
-        slots.setdefault(int(index), {})[slot] = dealt(tensor, like) if tensor.shape == like.shape else tensor
-    state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": slots})
-
-
-def _parts(prefix: str, tensors: dict[str, torch.Tensor], likes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors below a prefix as this rank holds them; who loads them refuses unknown names."""
-    found = _below(prefix, tensors)
-    return {name: dealt(tensor, likes[name]) if name in likes else tensor for name, tensor in found.items()}
-
-
-def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _tensors(state: TrainState) -> dict[str, dict[str, torch.Tensor]]:
+    """All that changes, under the names that it has in a checkpoint."""
+    slots = state.optimizer.state_dict()["state"]
+    return {
+        "model": state.model.state_dict(),
+        **{name: average.state_dict() for name, average in state.averages.items()},
+        "optimizer": {f"{number}.{slot}": each for number, held in slots.items() for slot, each in held.items()},
+    }

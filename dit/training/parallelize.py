@@ -2,9 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import torch
@@ -61,38 +60,13 @@ def exchanging(model: nn.Module, now: bool) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Part:
-    """Which part of the state a rank writes when all is saved."""
-
-    number: int = 0
-    """From 0; that one also has what is not dealt."""
-    count: int = 1
-    written: bool = True
-    """Whether it is this rank that writes it, and not another that holds the same."""
-
-
-def part_of(tensors: Iterable[Tensor], ranks: Ranks) -> Part:
-    """The part that this rank holds of a state; of one that is not dealt the first rank writes all."""
-    for tensor in tensors:
-        if _is_part(tensor):
-            *replica, number = tensor.device_mesh.get_coordinate() or [0]
-            return Part(number, tensor.device_mesh.size(-1), not any(replica))
-    return Part(written=ranks.first)
-
-
-def held(tensors: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
-    """Copies in the host's memory of what a rank writes."""
-    if not part.written:
-        return {}
-    mine = {name: each for name, each in tensors.items() if part.number == 0 or _is_part(each)}
-    return {name: local(each.detach()).to("cpu", copy=True).contiguous() for name, each in mine.items()}
-
-
-def put_together(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The whole tensors of a state that was saved in parts, which are stretches of the first axis, in order."""
-    cut = parts[-1].keys() if len(parts) > 1 else ()
-    return {name: torch.cat([part[name] for part in parts]) if name in cut else each for name, each in parts[0].items()}
+def holders(parameters: Iterable[Tensor]) -> list[int]:
+    """The ranks that hold all of a model between them, once; the first among them."""
+    for parameter in parameters:
+        if _is_part(parameter):
+            mesh = parameter.device_mesh
+            return [int(rank) for rank in mesh.mesh.flatten()[: mesh.size(-1)]]
+    return [0]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -103,15 +77,6 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. Ranks that hold parts of it must all ask."""
     return tensor.full_tensor() if _is_part(tensor) else tensor
-
-
-def dealt(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every rank has, in the parts that ``like`` is in."""
-    if not _is_part(like):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

@@ -8,9 +8,19 @@ import torch
 
 from dit.models.config import ModelConfig
 from dit.models.cost import cost
+from storage.config import Config
 
 TERA, MEGA, GIB = 1e12, 1e6, 2**30
 PEAK_TRIES = 4
+
+
+class Measured(Config):
+    """What was measured at one logged step."""
+
+    step: int
+    """Optimizer steps taken, that one included."""
+    values: dict[str, float]
+    """The loss, its parts and the norm of the gradient, of the whole batch."""
 
 
 @dataclass

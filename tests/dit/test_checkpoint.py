@@ -1,26 +1,27 @@
 import logging
 import threading
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load
 from torch import nn
 
 from dit.export import CheckpointManifest
 from dit.ranks import Ranks
-from dit.training import checkpoint
-from dit.training.checkpoint import Measured, Saver
+from dit.training import checkpoint, parts
+from dit.training.checkpoint import Saver
 from dit.training.ema import EMA
 from dit.training.loop import TrainState
-from dit.training.parallelize import Part
+from dit.training.watch import Measured
 from storage.errors import StorageError
-from storage.manifest import StageOutput
-from storage.parallel import threads
+from storage.manifest import FileEntry, StageOutput
 
-STATE = "state-0-of-1.safetensors"
+STATE = "state-00000-000.safetensors"
 
 
 @pytest.fixture
@@ -63,6 +64,12 @@ def assert_same(state: TrainState, expected: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+def save(out: StageOutput, state: TrainState, history: Sequence[Measured] = (), **keep: Any) -> None:
+    saver = Saver(out, state, Ranks(), **{"keep": 9} | keep)
+    saver.save(history)
+    saver.wait()
+
+
 def saved(
     out: StageOutput, steps: tuple[int, ...], keep: int = 9, keep_every: int | None = None
 ) -> dict[int, dict[str, torch.Tensor]]:
@@ -71,7 +78,7 @@ def saved(
     for step in steps:
         advance(state, step - state.step)
         history.append(Measured(step=step, values={"loss": 1 / (3 * step)}))
-        checkpoint.save(out, checkpoint.snapshot(state, history, Ranks()), keep=keep, keep_every=keep_every)
+        save(out, state, history, keep=keep, keep_every=keep_every)
         held[step] = tensors(state)
     return held
 
@@ -87,7 +94,7 @@ def folder(out: StageOutput, step: int) -> Path:
 def test_all_that_changes_comes_back(out: StageOutput) -> None:
     held = saved(out, (3, 5))
     state = fresh(seed=1)
-    history = checkpoint.load_newest(out, state)
+    history = checkpoint.load_newest(out, state, Ranks())
     assert state.step == 5
     assert_same(state, held[5])
     assert [(measured.step, measured.values) for measured in history] == [(3, {"loss": 1 / 9}), (5, {"loss": 1 / 15})]
@@ -97,7 +104,7 @@ def test_training_goes_on_as_if_nothing_had_happened(out: StageOutput) -> None:
     saved(out, (4,))
     through, resumed = fresh(), fresh(seed=1)
     advance(through, 9)
-    checkpoint.load_newest(out, resumed)
+    checkpoint.load_newest(out, resumed, Ranks())
     advance(resumed, 5)
     assert_same(resumed, tensors(through))
 
@@ -105,7 +112,7 @@ def test_training_goes_on_as_if_nothing_had_happened(out: StageOutput) -> None:
 def test_without_checkpoints_nothing_changes(out: StageOutput) -> None:
     state = fresh()
     before = tensors(state)
-    assert checkpoint.load_newest(out, state) == []
+    assert checkpoint.load_newest(out, state, Ranks()) == []
     assert state.step == 0
     assert_same(state, before)
 
@@ -141,14 +148,14 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(
     fault(folder(out, 6))
     state = fresh(seed=1)
     with caplog.at_level(logging.WARNING):
-        history = checkpoint.load_newest(out, state)
+        history = checkpoint.load_newest(out, state, Ranks())
     assert (state.step, [measured.step for measured in history]) == (4, [2, 4])
     assert_same(state, held[4])
     assert "step-000000006: not a whole checkpoint" in caplog.text
     advance(state, 2)
-    checkpoint.save(out, checkpoint.snapshot(state, history, Ranks()), keep=9)
+    save(out, state, history)
     again = fresh(seed=2)
-    checkpoint.load_newest(out, again)
+    checkpoint.load_newest(out, again, Ranks())
     assert again.step == 6
     assert_same(again, held[6])
 
@@ -159,7 +166,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(out: StageOutput) -
     record.unlink()
     record.mkdir()
     with pytest.raises(StorageError, match=r"record\.json: cannot be read"):
-        checkpoint.load_newest(out, fresh())
+        checkpoint.load_newest(out, fresh(), Ranks())
 
 
 def test_the_newest_stay(out: StageOutput) -> None:
@@ -179,93 +186,93 @@ def test_what_kills_left_is_removed(out: StageOutput) -> None:
     flipped_bit(folder(out, 6))
     no_state(folder(out, 8))
     state = fresh()
-    checkpoint.load_newest(out, state)
+    checkpoint.load_newest(out, state, Ranks())
     checkpoint.clean(out, state.step)
     assert kept(out) == [4]
 
 
-def test_a_snapshot_does_not_change_with_the_state(out: StageOutput) -> None:
-    state = fresh()
+class Held:
+    """Keeps files from being written until it is let go."""
+
+    def __init__(self, out: StageOutput, monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None) -> None:
+        self.go = threading.Semaphore(0)
+        put = StageOutput.put
+
+        def held(stage: StageOutput, path: str, data: bytes) -> FileEntry:
+            assert self.go.acquire(timeout=60)
+            if fault:
+                raise fault
+            return put(stage, path, data)
+
+        monkeypatch.setattr(StageOutput, "put", held)
+
+
+def test_what_is_saved_does_not_change_with_the_state(out: StageOutput, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, held = fresh(), Held(out, monkeypatch)
     advance(state, 2)
     expected = tensors(state)
-    taken = checkpoint.snapshot(state, [], Ranks())
+    saver = Saver(out, state, Ranks(), keep=1)
+    saver.save([])
     advance(state, 1)
-    checkpoint.save(out, taken, keep=1)
+    saver.check()
+    held.go.release()
+    saver.wait()
     found = fresh(seed=1)
-    checkpoint.load_newest(out, found)
+    checkpoint.load_newest(out, found, Ranks())
     assert found.step == 2
     assert_same(found, expected)
 
 
-def test_training_goes_on_while_a_checkpoint_is_saved_and_waits_for_no_more_than_one() -> None:
-    state, order, go = fresh(), list[str](), threading.Semaphore(0)
-
-    def slow(taken: checkpoint.Snapshot) -> None:
-        go.acquire()
-        order.append(f"saved {taken.step}")
-
-    with threads(1) as pool:
-        saver = Saver(pool, slow, Ranks())
-        for step in (1, 2):
-            advance(state, 1)
-            if step == 2:
-                go.release()  # or it would wait for ever
-            saver.save(state, [])
-            order.append(f"begun {step}")
-            saver.check()
-        go.release()
-        saver.wait()
-    assert order == ["begun 1", "saved 1", "begun 2", "saved 2"]
+def test_one_checkpoint_waits_for_the_one_before(out: StageOutput, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, held = fresh(), Held(out, monkeypatch)
+    saver = Saver(out, state, Ranks(), keep=9)
+    advance(state, 1)
+    saver.save([])
+    threading.Timer(0.2, held.go.release).start()
+    advance(state, 1)
+    saver.save([])
+    assert kept(out) == [1]
+    held.go.release()
+    saver.wait()
+    assert kept(out) == [1, 2]
 
 
-def test_what_saving_raises_comes_up_at_the_next_look() -> None:
-    def full(taken: checkpoint.Snapshot) -> None:
-        raise StorageError(f"step {taken.step}: the disk is full")
-
-    with threads(1) as pool:
-        saver = Saver(pool, full, Ranks())
-        saver.save(fresh(), [])
-        pool.submit(int).result()  # by now it has ended
-        with pytest.raises(StorageError, match="step 0: the disk is full"):
+def test_what_saving_raises_comes_up_at_the_next_look(out: StageOutput, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, held = fresh(), Held(out, monkeypatch, StorageError("the disk is full"))
+    with closing(Saver(out, state, Ranks(), keep=9)) as saver:
+        advance(state, 1)
+        saver.save([])
+        saver.check()
+        held.go.release()
+        saver.close()
+        with pytest.raises(StorageError, match="the disk is full"):
             saver.check()
         saver.wait()
+    assert checkpoint.load_newest(out, fresh(), Ranks()) == []
 
 
-def test_parts_are_a_checkpoint_when_all_are_there(out: StageOutput) -> None:
-    state = fresh()
-    advance(state, 3)
-    whole = checkpoint.snapshot(state, [], Ranks())
-    dealt = {name: tensor.chunk(2) for name, tensor in whole.tensors.items() if tensor.ndim}
-    first = replace(whole, part=Part(0, 2), tensors=whole.tensors | {name: halves[0] for name, halves in dealt.items()})
-    second = replace(whole, part=Part(1, 2), tensors={name: halves[1] for name, halves in dealt.items()})
-    with threads(1) as pool:
-        saving = pool.submit(checkpoint.save, out, first, keep=1)
-        assert checkpoint.load_newest(out, fresh(seed=1)) == []
-        assert not saving.done()
-        checkpoint.save(out, second, keep=1)
-        saving.result()
+def test_large_states_take_several_files(out: StageOutput, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "FILE_BYTES", 100)
+    held = saved(out, (3,))
+    files = sorted(folder(out, 3).glob("*.safetensors"))
+    assert len(files) > 3
+    loaded = [load(path.read_bytes()) for path in files]
+    assert all(len(each) == 1 or sum(tensor.nbytes for tensor in each.values()) <= 100 for each in loaded)
+    assert sum(map(len, loaded)) == len(held[3])
     found = fresh(seed=1)
-    checkpoint.load_newest(out, found)
-    assert found.step == 3
-    assert_same(found, tensors(state))
-
-
-def test_a_part_that_does_not_come_is_named(out: StageOutput, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "PATIENCE_SECONDS", 0.0)
-    alone = replace(checkpoint.snapshot(fresh(), [], Ranks()), part=Part(0, 2))
-    with pytest.raises(StorageError, match=r"state-1-of-2\.safetensors\.json: another rank has not saved its part"):
-        checkpoint.save(out, alone, keep=1)
+    checkpoint.load_newest(out, found, Ranks())
+    assert_same(found, held[3])
 
 
 def test_a_later_leftover_does_not_push_out_the_only_good_one(out: StageOutput) -> None:
     saved(out, (2, 6))
     no_record(folder(out, 6))
     state = fresh()
-    history = checkpoint.load_newest(out, state)
+    history = checkpoint.load_newest(out, state, Ranks())
     advance(state, 2)
-    checkpoint.save(out, checkpoint.snapshot(state, history, Ranks()), keep=1)
+    save(out, state, history, keep=1)
     assert kept(out) == [4, 6]
     found = fresh(seed=1)
-    checkpoint.load_newest(out, found)
+    checkpoint.load_newest(out, found, Ranks())
     assert found.step == 4
     assert_same(found, tensors(state))

@@ -1,5 +1,6 @@
 """Parameters dealt among ranks: the same weights as copies give, through kills and from one way to another."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,12 +91,34 @@ def test_parts_go_on_in_the_same_bits_after_a_kill_and_as_copies(
     killed = elastic.trained(tmp_path, store, like("fsdp"), RANKS, [(0, 18)], spoilt=SPOILT)
     assert tiny.objects(killed) == tiny.objects(parts)
     (step,) = (Path(killed.uri) / "checkpoints").glob("step-000000016")
-    assert sorted(path.name for path in step.glob("*.safetensors")) == [f"state-{n}-of-2.safetensors" for n in (0, 1)]
+    files = {path.name: set(load(path.read_bytes())) for path in step.glob("*.safetensors")}
+    counters, first, second = (files[f"state-0000{name}.safetensors"] for name in ("0-000", "0-001", "1-000"))
+    assert first == second
+    assert len(files) == 3
+    assert {name.rpartition(".")[2] for name in counters} == {"step"}
     Path(killed.url).unlink()
     recorder = tiny.Recorder()
     alone = tiny.run_train(tmp_path, CONFIG, store, recorder)
     assert list(recorder.values) == [17, 18, 19, 20]
     assert_near(kept(alone), kept(parts))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_part_that_is_damaged_takes_all_ranks_one_checkpoint_back(
+    tmp_path: Path, store: LatentManifest, parts: CheckpointManifest
+) -> None:
+    """Whichever rank reads it; they go on as parts of two machines."""
+    shutil.copytree(Path(parts.uri), tmp_path / "train" / Path(parts.uri).name)
+    (manifest,) = tmp_path.rglob("manifest.json")
+    manifest.unlink()
+    (part,) = tmp_path.rglob("step-000000016/state-00001-000.safetensors")
+    part.write_bytes(part.read_bytes()[:-1] + b"!")
+    (record,) = tmp_path.rglob("step-000000012/record.json")
+    before = record.stat().st_mtime_ns
+    assert_near(kept(elastic.trained(tmp_path, store, like("hsdp"), 4, spoilt=SPOILT, machine=2)), kept(parts))
+    assert record.stat().st_mtime_ns == before
+    assert len(list(tmp_path.rglob("step-000000016/*.safetensors"))) == 3
 
 
 @pytest.mark.slow

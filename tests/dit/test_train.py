@@ -178,7 +178,7 @@ def test_a_broken_checkpoint_costs_time_but_no_bits(
 ) -> None:
     with pytest.raises(tiny.Killed):
         tiny.run_train(tmp_path, tiny.TRAINING, latents, tiny.Killer(10))
-    (state,) = tmp_path.rglob("step-000000008/state-0-of-1.safetensors")
+    (state,) = tmp_path.rglob("step-000000008/state-00000-000.safetensors")
     state.write_bytes(state.read_bytes()[:-1])
     recorder, manifest = through(tmp_path, tiny.TRAINING, latents)
     assert min(recorder.values) == 5
@@ -230,7 +230,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(
-            StorageError, match=r"step-000000008/state-0-of-1.safetensors: the disk is full .* make room"
+            StorageError, match=r"step-000000008/state-00000-000.safetensors: the disk is full .* make room"
         ):
             tiny.run_train(tmp_path, tiny.TRAINING, latents, Filler())
     finally:
@@ -390,7 +390,7 @@ def test_a_loss_that_stays_without_a_number_ends_the_run_at_the_last_good_checkp
     line = ASTRAY.format(", ".join(map(str, permutation(config.seed, 0, tiny.COUNT)[9:17])))
     assert str(caught.value) == line
     assert f"{line}; once more from the last checkpoint" in caplog.messages
-    (state,) = tmp_path.rglob("state-0-of-1.safetensors")  # of the step before
+    (state,) = tmp_path.rglob("state-00000-000.safetensors")  # of the step before
     assert state.parent.name == "step-000000001"
     assert all(tensor.isfinite().all() for tensor in load_file(state).values())
 

@@ -13,8 +13,8 @@ from flows import runs
 from flows.contract import STAGES, Source
 from flows.demo import CLASSIFIER
 from flows.demo.digits import write_digits
-from flows.registry import ModelManifest, RegisterConfig
 from flows.tracking import MlflowSink, StageTracker
+from flows.version import ModelManifest, RegisterConfig
 from storage.archive import ArchiveRef
 from storage.config import Config
 from storage.manifest import Manifest

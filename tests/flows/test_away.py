@@ -58,7 +58,7 @@ def test_training_goes_on_without_the_prefect_server(
         stack.enter_context(services.prefect_server(tmp_path / "prefect", port))
         server = [pid for pid in descendants() if pid not in before]
         flow = stack.enter_context(start(FLOW, latents.uri, config.model_dump_json()))
-        wait_until(lambda: steps(folder) > 0, 60)
+        wait_until(lambda: steps(folder) > 0)
         for pid in server:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: all_gone(server))

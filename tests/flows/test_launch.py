@@ -107,7 +107,7 @@ def _rank(process: psutil.Process) -> int:
 def nothing_left() -> Iterator[None]:
     before = set(descendants())
     yield
-    wait_until(lambda: all_gone(set(descendants()) - before), 10)
+    wait_until(lambda: all_gone(set(descendants()) - before))
 
 
 @pytest.mark.slow
@@ -272,7 +272,7 @@ launch.run(spec, launch.LocalLaunch(nproc=2), progress=report, log=logging.getLo
     assert len(pids) >= 3  # torchrun and two ranks
     launcher.kill()
     launcher.wait()
-    wait_until(lambda: all_gone(pids), 25)
+    wait_until(lambda: all_gone(pids))
 
 
 def test_a_rank_does_not_begin_when_its_launcher_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

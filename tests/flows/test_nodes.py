@@ -63,7 +63,7 @@ class Machines:
 
     def reached(self, step: int) -> str:
         """The machine of the first rank, when that many steps are taken."""
-        wait_until(lambda: any(f"step {step}\n" in self.said(name) for name in self.running), 120)
+        wait_until(lambda: any(f"step {step}\n" in self.said(name) for name in self.running))
         return next(name for name in self.running if f"step {step}\n" in self.said(name))
 
 

@@ -130,7 +130,7 @@ with child([sys.executable, "-c", {agent!r}]) as running:
     assert len(pids) == 2
     parent.kill()
     parent.wait()
-    wait_until(lambda: all_gone(pids), 10)
+    wait_until(lambda: all_gone(pids))
 
 
 def test_a_parent_that_died_before_the_kernel_was_told_counts() -> None:

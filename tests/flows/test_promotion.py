@@ -11,7 +11,8 @@ from faults import MlflowServer, dead_address
 from mlflow import MlflowClient
 
 from flows.cli import main
-from flows.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation, PromotionRule, consider, promote
+from flows.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation, consider, promote
+from flows.version import PromotionRule
 from storage.errors import DitflowError, InputError
 
 CONDITIONS: dict[str, str | int | float] = {"count": 500, "steps": 50, "guidance_scale": 2.0, "seed": 0}

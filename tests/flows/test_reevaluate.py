@@ -19,8 +19,9 @@ from flows import services
 from flows.perform import RunSettings
 from flows.promotion import EVALUATION_TAG, Evaluation
 from flows.reevaluate import DRIFTED, Window, reevaluate
-from flows.registry import REGISTERED, RegisterConfig
+from flows.registry import REGISTERED
 from flows.serving import send_last_words
+from flows.version import RegisterConfig
 from storage.errors import InputError
 from storage.manifest import Manifest
 

@@ -23,8 +23,8 @@ from small import SAMPLING, Small
 from dit.evaluate import MetricsManifest
 from flows import services
 from flows.process import child
-from flows.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation, PromotionRule
-from flows.registry import ModelManifest, RegisterConfig
+from flows.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation
+from flows.version import ModelManifest, PromotionRule, RegisterConfig
 from storage.manifest import Manifest
 
 pytestmark = pytest.mark.slow

@@ -50,7 +50,7 @@ def test_servers_are_up_in_the_block_and_gone_after(
         mine = set(descendants()) - before
         assert len(mine) >= 2
         _use_what_is_announced(tmp_path, prefect, mlflow, monkeypatch)
-    wait_until(lambda: all_gone(mine), 10)
+    wait_until(lambda: all_gone(mine))
     assert services.is_free(port_of(prefect))
     assert services.is_free(port_of(mlflow))
 
@@ -89,7 +89,7 @@ with services.mlflow_server(home), services.prefect_server(home / "prefect"):
     assert len(pids) >= 2
     command.send_signal(signal.SIGKILL)
     command.wait()
-    wait_until(lambda: all_gone(pids), 20)
+    wait_until(lambda: all_gone(pids))
 
 
 def test_a_server_that_cannot_start_names_its_log(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_server_that_cannot_start_names_its_log(tmp_path: Path) -> None:
     log = Path(str(failure.value).rpartition(" ")[2])
     assert log == tmp_path / "mlflow-server.log"
     assert "not a database" in log.read_text()
-    wait_until(lambda: all_gone(set(descendants()) - before), 10)
+    wait_until(lambda: all_gone(set(descendants()) - before))
 
 
 @pytest.mark.parametrize("serve", [services.prefect_server, services.mlflow_server])
@@ -119,7 +119,7 @@ def test_a_silent_server_is_not_waited_for_without_end(tmp_path: Path, monkeypat
     before = set(descendants())
     with pytest.raises(DitflowError, match=r"did not answer at http://.* its log is .*mlflow-server\.log$"):
         services.mlflow_server(tmp_path).__enter__()
-    wait_until(lambda: all_gone(set(descendants()) - before), 10)
+    wait_until(lambda: all_gone(set(descendants()) - before))
 
 
 @pytest.mark.parametrize(

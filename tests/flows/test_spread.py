@@ -227,7 +227,7 @@ def test_a_run_that_is_ended_leaves_nothing_behind(
     (tmp_path / "slow.py").write_text(BUILD.format(folder=str(tmp_path)))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     run = start(SLOW.format(folder=str(tmp_path), runner=runner))
-    wait_until(lambda: (tmp_path / "3").exists(), 60)
+    wait_until(lambda: (tmp_path / "3").exists())
     children = descendants(run.pid)
     run.send_signal(number)
     wait_until(lambda: gone(run.pid) and all_gone(children))

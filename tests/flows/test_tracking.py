@@ -107,7 +107,7 @@ def test_a_server_that_is_killed_and_comes_back_has_everything(
     sink.file("grid.png", PICTURE)
     wait_until(lambda: "records wait" in caplog.text)
     server.start()
-    wait_until(lambda: steps(client, run_id, "loss") == list(range(50)), 90)
+    wait_until(lambda: steps(client, run_id, "loss") == list(range(50)))
     sink.metrics({"loss": 50.0}, 50)
     assert sink.close() == []
     assert steps(client, run_id, "loss") == list(range(51))

@@ -1,0 +1,208 @@
+"""Where torch's distributed checkpoints are written to and read from: files of safetensors, and an index.
+
+`torch.distributed.checkpoint` decides which rank writes and reads which piece of which tensor. Its own storage keeps
+pickles, which run the code of whoever wrote them, and nothing that says whether a checkpoint is whole.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from storage.config import Config
+from storage.manifest import FileEntry
+
+FILE_BYTES = 2**30
+"""A file holds no more, unless of a single tensor: it is in memory as a whole while it is written or read."""
+
+
+class Piece(Config):
+    """Where a part of a tensor lies, or all of it."""
+
+    file: int
+    """Number of the file, in which it has the tensor's name."""
+    offset: tuple[int, ...]
+    """Of its first element in the tensor."""
+    shape: tuple[int, ...]
+
+
+Index = Mapping[str, Sequence[Piece]]
+"""The pieces of each tensor."""
+
+
+def size(pieces: Sequence[Piece]) -> torch.Size:
+    """The shape of the tensor that has these pieces."""
+    ends = [[begin + length for begin, length in zip(each.offset, each.shape, strict=True)] for each in pieces]
+    return torch.Size(max(axis) for axis in zip(*ends, strict=True))
+
+
+class Writer(StorageWriter):
+    """Writes one checkpoint.
+
+    Args:
+        put: writes a file of that name, on each rank.
+        commit: what makes it a checkpoint, with all files and the index, on the first rank.
+    """
+
+    def __init__(
+        self, put: Callable[[str, bytes], FileEntry], commit: Callable[[tuple[FileEntry, ...], Index], None]
+    ) -> None:
+        self._put, self._commit = put, commit
+        self._rank = 0
+
+    def reset(self, checkpoint_id: object = None) -> None:
+        """Nothing: it writes one checkpoint."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Learn the rank."""
+        self._rank = kwargs["rank"]
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """The plans as they are."""
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's files, one after another."""
+        written: list[WriteResult] = []
+        for number, items in enumerate(_files(plan.items)):
+            tensors = {item.index.fqn: _tensor(planner, item) for item in items}
+            entry = self._put(f"state-{self._rank:05d}-{number:03d}.safetensors", save_tensors(tensors))
+            for item in items:
+                shape = tensors[item.index.fqn].shape
+                written.append(WriteResult(item.index, entry.size, (entry, tuple(shape))))
+        return _done(written)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit what all ranks have written."""
+        numbers: dict[FileEntry, int] = {}
+        index: dict[str, list[Piece]] = {}
+        for result in (result for part in results for result in part):
+            entry, shape = result.storage_data
+            piece = Piece(file=numbers.setdefault(entry, len(numbers)), offset=_offset(result.index), shape=shape)
+            index.setdefault(result.index.fqn, []).append(piece)
+        self._commit(tuple(numbers), index)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
+        """There are none: who makes a writer knows where it writes."""
+        return False
+
+
+class Reader(StorageReader):
+    """Reads one checkpoint: of each file that has something for this rank, all.
+
+    Args:
+        read: the bytes of the file with that number.
+        index: what they hold.
+    """
+
+    def __init__(self, read: Callable[[int], bytes], index: Index) -> None:
+        self._read, self._index = read, index
+        self._files = {(name, piece.offset): piece.file for name, pieces in index.items() for piece in pieces}
+
+    def reset(self, checkpoint_id: object = None) -> None:
+        """Nothing: it reads one checkpoint."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index, as the planner knows it."""
+        return Metadata({name: _metadata(pieces) for name, pieces in self._index.items()})
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing is left to do."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill this rank's tensors, file by file."""
+        wanted: dict[int, list[ReadItem]] = {}
+        for item in plan.items:
+            file = self._files[item.storage_index.fqn, _offset(item.storage_index)]
+            wanted.setdefault(file, []).append(item)
+        for file, items in sorted(wanted.items()):
+            tensors = load_tensors(self._read(file))
+            for item in items:
+                begins = zip(item.storage_offsets, item.lengths, strict=True)
+                found = tensors[item.storage_index.fqn][tuple(slice(begin, begin + n) for begin, n in begins)]
+                target = planner.resolve_tensor(item)
+                target.detach().copy_(found)
+                planner.commit_tensor(item, target)
+        return _done(None)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
+        """There are none: who makes a reader knows what it reads."""
+        return False
+
+
+def _files(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
+    """What goes to a file together. What every rank reads again is apart from the parts that one alone does."""
+    for kind in WriteItemType:
+        file: list[WriteItem] = []
+        filled = 0
+        for item in (item for item in items if item.type == kind):
+            if file and filled + _bytes(item) > FILE_BYTES:
+                yield file
+                file, filled = [], 0
+            file.append(item)
+            filled += _bytes(item)
+        if file:
+            yield file
+
+
+def _bytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None, "a state is made of tensors alone"
+    return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _offset(index: MetadataIndex) -> tuple[int, ...]:
+    assert index.offset is not None, "a state is made of tensors alone"
+    return tuple(index.offset)
+
+
+def _tensor(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
+    found = planner.resolve_data(item)
+    assert isinstance(found, torch.Tensor)
+    return found.detach().cpu().contiguous()
+
+
+def _metadata(pieces: Sequence[Piece]) -> TensorStorageMetadata:
+    """Its type is that of the file, and not told here."""
+    chunks = [ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape)) for piece in pieces]
+    return TensorStorageMetadata(TensorProperties(), size(pieces), chunks)
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
