@@ -123,11 +123,13 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
     with joined() as ranks, arithmetic(config.precision):
         card = _card(config, latents)
         batches = _batches(config, card.model, latents, ranks)
+        trained = None
         try:
-            state, history = _train(config, card, batches, ranks, out, tracker)
-        except AstrayError as error:  # a passing fault of the machine does not come again
+            trained = _train(config, card, batches, ranks, out, tracker)
+        except AstrayError as error:
             LOGGER.warning("%s; once more from the last checkpoint", error)
-            state, history = _train(config, card, batches, ranks, out, tracker)
+        # A passing fault of the machine does not come again. The error is gone by now, and with it the state it held.
+        state, history = trained or _train(config, card, batches, ranks, out, tracker)
         parts = {name: average.state_dict() for name, average in state.averages.items()}
         parts |= {"raw": state.model.state_dict()}
         weights = {weights_file(name): gathered(tensors, ranks) for name, tensors in parts.items()}

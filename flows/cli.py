@@ -69,9 +69,10 @@ def run(options: argparse.Namespace) -> None:
         if done is None:
             todo.append(recipe)
             continue
-        from flows.runs import settle_unsent
+        from flows import page, runs
 
-        settle_unsent(done, options.root)
+        runs.settle_unsent(done, options.root)
+        page.settle(recipe.name, done, options.root)
         _report(options, recipe, _skipped(done))
     if not todo:
         return

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import time
@@ -18,6 +19,7 @@ from storage.errors import InputError
 LOGGER = logging.getLogger(__name__)
 PORT = 29500
 MOUNT = "/ditflow"
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:]{8}(\.\d+)?Z")
 
 Object = dict[str, Any]
 
@@ -109,8 +111,9 @@ def run(
     name, ranks = job_name(spec), RankLog(progress, log.info)
     log.info(f"Kubernetes job {name} in {launch.namespace}")
     try:
+        heard = ""
         while (end := _end(name, launch)) is None:
-            _listen(name, launch, ranks)
+            heard = _listen(name, launch, ranks, heard)
             time.sleep(launch.poll_seconds)
     finally:  # also when it ended well: nothing of it is needed any more
         _kubectl(launch, "delete", "job,service,configmap", name, "--wait=false")
@@ -158,13 +161,34 @@ def _end(name: str, launch: KubernetesLaunch) -> str | None:
     return next((end for end in ("Complete", "Failed") if end in ended), None)
 
 
-def _listen(name: str, launch: KubernetesLaunch, ranks: RankLog) -> None:
-    """Read the log of the first pod, which has all that ranks on its node say, until it ends."""
+def _listen(name: str, launch: KubernetesLaunch, ranks: RankLog, heard: str) -> str:
+    """Read the log of the first pod, which has all that ranks on its node say, until it ends.
+
+    Args:
+        heard: the time of the last line that was read before; empty for none.
+
+    Returns:
+        That of the last one by now.
+    """
     first = f"job-name={name},batch.kubernetes.io/job-completion-index=0"
-    command = ["kubectl", "--namespace", launch.namespace, "logs", "--follow", "--tail=-1", f"--selector={first}"]
-    with child(command) as process:
+    command = ["kubectl", "--namespace", launch.namespace, "logs", f"--selector={first}", "--tail=-1", "--follow"]
+    since = [f"--since-time={heard}"] if heard else []  # of whole seconds
+    with child([*command, "--timestamps", *since]) as process:
         assert process.stdout is not None
-        ranks.take(process.stdout)
+        for line in process.stdout:
+            time_of_line, _, text = line.partition(" ")
+            if not _TIME.fullmatch(time_of_line):  # it is kubectl that speaks
+                ranks.take([line])
+            elif _digits(time_of_line) > _digits(heard):
+                ranks.take([text])
+                heard = time_of_line
+    return heard
+
+
+def _digits(moment: str) -> str:
+    """A time as text that sorts: fractions of seconds have as many digits as they need."""
+    seconds, _, fraction = moment.rstrip("Z").partition(".")
+    return f"{seconds}.{fraction:0<9}"
 
 
 def _kubectl(launch: KubernetesLaunch, *command: str, given: str = "") -> "subprocess.CompletedProcess[str]":

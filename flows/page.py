@@ -73,6 +73,16 @@ def publish(name: str, manifests: Sequence[Manifest], root: str, run_id: str | N
         LOGGER.warning("no report: %s", one_line(error))
 
 
+def settle(name: str, manifests: Sequence[Manifest], root: str) -> None:
+    """Publish the report of a pipeline that is done if it is not there.
+
+    The command was killed before it, or other guidance scales belong on it by now.
+    """
+    if not uri.exists(place(manifests, root)):
+        pipeline = manifests[-1].provenance.pipeline_id
+        publish(name, manifests, root, runs.pipeline_run_id(pipeline, root) if pipeline else None)
+
+
 def page(name: str, manifests: Sequence[Manifest], root: str) -> str:
     """The report as HTML: the same bytes for the same manifests. Errors as `write_page`."""
     judged = _judged(manifests)

@@ -60,7 +60,10 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
         tags = {DIGEST_TAG: out.header.digest, **_numbers(metrics), **_lineage(metrics, samples, checkpoint)}
         with _fluent(store):
             model_uri = _log(checkpoint, samples, metrics, run_id)
-            number = int(mlflow.register_model(model_uri, config.model_name, tags=tags).version)
+            made = mlflow.register_model(model_uri, config.model_name, tags=tags).version
+        number = _registered(client, config.model_name, out.header.digest) or int(made)
+        if number != int(made):  # another machine that runs the same pipeline was first
+            client.delete_model_version(config.model_name, made)
     client.set_registered_model_alias(config.model_name, config.alias, str(number))
     emit(REGISTERED, config.model_name, {"version": number, "alias": config.alias, "digest": out.header.digest})
     promotion = None
@@ -88,7 +91,7 @@ def emit(event: str, model_name: str, payload: dict[str, Any], once: UUID | None
 
 def _registered(client: MlflowClient, name: str, digest: str) -> int | None:
     found = client.search_model_versions(f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'")
-    return int(found[0].version) if found else None
+    return min((int(version.version) for version in found), default=None)
 
 
 def _numbers(metrics: MetricsManifest) -> dict[str, str]:

@@ -53,8 +53,9 @@ class MlflowSink:
             self._thread.start()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Queue scalars at a step."""
+        """Queue scalars at a step, unless it had some: training can go back to a checkpoint."""
         if step > self._skip_to:
+            self._skip_to = step
             now = int(time.time() * 1000)
             self._keep([Metric(key, float(value), now, step) for key, value in values.items()])
 

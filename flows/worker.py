@@ -115,8 +115,11 @@ def _tell_error(error: Exception, rank: int) -> None:
 
 
 def _tell(message: dict[str, Any]) -> None:
-    sys.stdout.write(MARK + json.dumps(message) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(MARK + json.dumps(message) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the launcher was killed: SIGTERM comes at once, and there is a step to save
+        pass
 
 
 def _terminated(*_: Any) -> NoReturn:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from storage import uri
 from storage.archive import Archive, Member
 from storage.config import Config
 from storage.transforms import UnreadableImage, inspect
@@ -37,8 +36,6 @@ class Entry(Config):
     label: int
     extension: str
     """The format: ``jpg``, ``png``."""
-    sha256: str
-    """Hash of the image's bytes."""
 
 
 class Packed(NamedTuple):
@@ -101,13 +98,7 @@ def _entry(index: int, member: Member, data: bytes, min_side: int) -> Entry:
     facts = inspect(data)
     if min(facts.width, facts.height) < min_side:
         raise UnreadableImage(f"{facts.width}x{facts.height} pixels, smaller than {min_side}")
-    return Entry(
-        source_index=index,
-        name=member.name,
-        label=member.label,
-        extension=facts.extension,
-        sha256=uri.sha256(data),
-    )
+    return Entry(source_index=index, name=member.name, label=member.label, extension=facts.extension)
 
 
 _HEADER = _blank()

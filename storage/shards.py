@@ -31,7 +31,7 @@ from storage.tracking import Tracker, publish
 from storage.transforms import load as load_image
 
 STAGE = "shard"
-VERSION = 1
+VERSION = 2
 
 _SHEET, _THUMBNAIL, _COLUMNS = 64, 64, 8  # images, pixels, images
 _GROUP, _CALLS = 4096, 32  # images that one call builds at most, and calls that few images are dealt to

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -26,7 +26,7 @@ from dit.training.parallelize import holders
 from dit.training.parts import Index, Piece, Reader, Writer, size
 from dit.training.watch import Measured
 from storage import records, uri
-from storage.errors import DitflowError
+from storage.errors import DitflowError, StorageError
 from storage.manifest import FileEntry, StageOutput
 
 FOLDER = "checkpoints"
@@ -130,7 +130,7 @@ class Saver:
         pieces = {tensor: tuple(found) for tensor, found in index.items()}
         record = CheckpointRecord(files=files, index=pieces, step=step, skipped=skipped, history=history)
         records.commit(self._out, _record(name), record, replace=True)
-        older = [other for other in _names(self._out) if other <= name]  # later ones are a kill's leftovers
+        older = [other for other in _names(self._out) if _step(other) <= step]  # later ones are a kill's leftovers
         for other in older[: -self._keep]:
             if self._keep_every is None or _step(other) % self._keep_every:
                 uri.remove_tree(self._out.url(FOLDER, other))
@@ -147,12 +147,29 @@ def load_newest(out: StageOutput, state: TrainState, ranks: Ranks) -> list[Measu
         StorageError: a checkpoint is there and cannot be read.
     """
     for name in reversed(ranks.agreed(_names(out))):
-        record = ranks.agreed(records.load(out, _record(name), CheckpointRecord) if ranks.first else None)
+        record = ranks.agreed(_read(out, name) if ranks.first else None)
         if record and _restored(state, out, record, ranks):
             state.step, state.skipped = record.step, record.skipped
             return list(record.history)
         LOGGER.warning("%s: not a whole checkpoint; trying the one before it", uri.redact(out.url(FOLDER, name)))
     return []
+
+
+def _read(out: StageOutput, name: str) -> CheckpointRecord | None:
+    """The record of a checkpoint whose files are there in their sizes.
+
+    Raises:
+        StorageError: it has other fields, so these are somebody's weeks of work and no leftover of a kill.
+    """
+    url = out.url(_record(name))
+    try:
+        if uri.exists(url) and CheckpointRecord.model_validate_json(uri.read(url)).step != _step(name):
+            return None
+    except ValidationError as error:
+        if error.errors()[0]["type"] != "json_invalid":  # that is a record cut short
+            text = "written by another version of ditflow; go on with that one, or begin anew with --force"
+            raise StorageError(f"{uri.redact(url)}: {text}") from None
+    return records.load(out, _record(name), CheckpointRecord)
 
 
 def _restored(state: TrainState, out: StageOutput, record: CheckpointRecord, ranks: Ranks) -> bool:
@@ -213,7 +230,7 @@ def clean(out: StageOutput, step: int) -> None:
 
 
 def _names(out: StageOutput) -> list[str]:
-    return [name for name in uri.names(out.url(FOLDER)) if re.fullmatch(r"step-\d{9,}", name)]
+    return sorted((name for name in uri.names(out.url(FOLDER)) if re.fullmatch(r"step-\d{9,}", name)), key=_step)
 
 
 def _step(name: str) -> int:

@@ -91,6 +91,7 @@ class Writer(StorageWriter):
         written: list[WriteResult] = []
         for number, items in enumerate(_files(plan.items)):
             tensors = {item.index.fqn: _tensor(planner, item) for item in items}
+            assert len(tensors) == len(items), "a rank holds one piece of a tensor"
             entry = self._put(f"state-{self._rank:05d}-{number:03d}.safetensors", save_tensors(tensors))
             for item in items:
                 shape = tensors[item.index.fqn].shape

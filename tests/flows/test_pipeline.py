@@ -106,9 +106,12 @@ def test_lineage_leads_from_the_metrics_to_the_images(report: dict[str, Any]) ->
 
 @pytest.mark.slow
 def test_a_second_run_skips_every_stage(report: dict[str, Any], root: Path, digits: Path) -> None:
+    (page,) = (root / "reports").glob("*.html")
+    page.unlink()  # as if the first had been killed before it
     again = ditflow("run", root, digits)
     assert states(again) == dict.fromkeys(STAGES, "skipped")
     assert [stage["manifest"] for stage in again["stages"]] == [stage["manifest"] for stage in report["stages"]]
+    assert page.exists()
     assert again["metrics"] == report["metrics"]
     assert again["mlflow_run_ids"] == report["mlflow_run_ids"]
 
