@@ -18,6 +18,7 @@ from flows.rank_log import LostRankError, Progress, RankLog, WorkerError
 from flows.slurm import SlurmLaunch
 from flows.worker import LAUNCHER, WorkerSpec
 from storage.config import Config
+from storage.errors import PreemptedError
 
 __all__ = ["KubernetesLaunch", "LaunchSpec", "LocalLaunch", "NodesLaunch", "SlurmLaunch", "WorkerError", "run"]
 
@@ -34,7 +35,7 @@ class LocalLaunch(Config):
     nproc: int = Field(1, ge=0)
     """Ranks to start: one a GPU, or on CPU any number; 0 means one for each GPU of this machine."""
     max_restarts: int = Field(3, ge=0)
-    """How often all ranks start again, from their last checkpoint, when one is lost."""
+    """How often all ranks start again, from their last checkpoint, when one is lost or told to stop."""
 
     @property
     def world_size(self) -> int:
@@ -54,7 +55,8 @@ class NodesLaunch(Config):
     address: str = Field(pattern=r"^[^\s:/]+:\d{1,5}$")
     """``host:port`` of the first machine, where the others find each other."""
     max_restarts: int = Field(3, ge=0)
-    """How often the ranks of this machine start again, from their last checkpoint, when one is lost anywhere."""
+    """How often the ranks of this machine start again, from their last checkpoint, when one is lost or told to stop
+    anywhere."""
 
     @property
     def world_size(self) -> int:
@@ -83,12 +85,12 @@ def run(
     """Run a stage on all ranks and wait for them.
 
     Lines of all ranks go to ``log``. When the caller is cancelled, the ranks end too. When it is killed,
-    those on this machine end, and a cluster's go on. When a rank is lost, all start again: a whole new
-    torchrun, since a torchrun that restarts can hang.
+    those on this machine end, and a cluster's go on. When a rank is lost, or told to stop, all start again: a
+    whole new torchrun, since a torchrun that restarts can hang.
 
     Raises:
         InputError: a rank found the user's input wrong, or the cluster cannot be used.
-        PreemptedError: the ranks were told to stop, and have saved.
+        PreemptedError: the ranks were told to stop too often; they have saved.
         WorkerError: a rank failed or was killed; if it failed, its traceback is in the log. Or machines did not come.
     """
     if isinstance(launch, SlurmLaunch):
@@ -98,7 +100,7 @@ def run(
     for attempt in range(launch.max_restarts + 1):
         try:
             return _torchrun(spec, launch, RankLog(progress, log.info))
-        except LostRankError as error:
+        except (LostRankError, PreemptedError) as error:
             if attempt == launch.max_restarts:
                 raise
             log.warning(f"{error}; starting all ranks again, {attempt + 1} of {launch.max_restarts} times")

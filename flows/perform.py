@@ -3,6 +3,8 @@
 import base64
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
 
 from prefect import get_run_logger
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
@@ -62,11 +64,13 @@ def perform(
     done = output.committed(stage.kind)
     if done is not None:
         runs.settle(done, settings.root)
-        _show(stage, done, settings)
+        _show(stage, partial(_link, stage, done.provenance.mlflow_run_id, settings.root))
+        _show(stage, partial(_create_artifacts, stage, done))
         return Completed(name=SKIPPED, message=f"done before: {done.url}", data=done.url)
     with runs.stage_run(output, settings.root) as (tracked, spec):
+        _show(stage, partial(_link, stage, spec.run_id, settings.root))
         manifest = _run(stage, config, source, tracked, spec, launcher)
-    _show(stage, manifest, settings)
+    _show(stage, partial(_create_artifacts, stage, manifest))
     return Completed(message=manifest.url, data=manifest.url)
 
 
@@ -97,19 +101,24 @@ def _is_enough(stage: Stage, launcher: LaunchSpec) -> bool:
     return stage.name != "train" and isinstance(launcher, LocalLaunch) and launcher.world_size == 1
 
 
-def _show(stage: Stage, manifest: Manifest, settings: RunSettings) -> None:
-    """Link the flow run to its MLflow run and manifest, and show the stage's picture."""
+def _show(stage: Stage, create: Callable[[], None]) -> None:
+    """Show something in Prefect, or say that it cannot be: that must not fail the stage."""
     try:
-        _create_artifacts(stage, manifest, settings)
-    except Exception as error:  # the stage is committed: a missing link must not fail it
+        create()
+    except Exception as error:
         LOGGER.warning("%s: no artifacts in Prefect: %s", stage.name, error)
 
 
-def _create_artifacts(stage: Stage, manifest: Manifest, settings: RunSettings) -> None:
-    run_id = manifest.provenance.mlflow_run_id
-    address = runs.run_url(run_id, settings.root) if run_id else None
+def _link(stage: Stage, run_id: str | None, root: str) -> None:
+    """Link the flow run to its MLflow run, from its beginning on."""
+    address = runs.run_url(run_id, root) if run_id else None
     if address:
         create_link_artifact(address, link_text=f"MLflow run {run_id}", key=f"{stage.name}-mlflow")
+
+
+def _create_artifacts(stage: Stage, manifest: Manifest) -> None:
+    """The manifest with its numbers, and the stage's pictures."""
+    run_id = manifest.provenance.mlflow_run_id
     facts = manifest.metrics | manifest.counts
     rows = "".join(f"| {name} | {value:,.6g} |\n" for name, value in facts.items())
     text = f"`{manifest.url}`\n\nMLflow run `{run_id}`\n\n| | |\n|---|---|\n{rows}"

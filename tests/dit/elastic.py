@@ -14,7 +14,7 @@ from dit.train import TrainConfig
 from storage.latents import LatentManifest
 
 WORKER = """
-import json, os, signal, sys
+import json, os, resource, signal, sys
 from pathlib import Path
 from dataclasses import replace
 import torch
@@ -33,6 +33,8 @@ class Killer(NullTracker):
         attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
         if attempt < len(spec["kills"]) and spec["kills"][attempt] == [int(os.environ["RANK"]), done]:
             os.kill(os.getpid(), signal.SIGKILL)
+        if spec["full"] == [int(os.environ["RANK"]), done]:  # no file may be longer than this
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 torch.set_num_threads(1)
 spec = json.loads(Path(sys.argv[1]).read_text())
@@ -53,6 +55,7 @@ def trained(
     *,
     spoilt: Sequence[tuple[int, int]] = (),
     machine: int | None = None,
+    full: tuple[int, int] | None = None,
 ) -> CheckpointManifest:
     """Train, or go on, in a folder.
 
@@ -60,11 +63,12 @@ def trained(
         kills: the rank that is killed, and after which step, one for each attempt.
         spoilt: ranks and steps, from 0, whose batch is not finite.
         machine: how many ranks believe to share a machine; None is all.
+        full: the rank whose disk is full, and from which step on.
     """
     folder.mkdir(exist_ok=True)
     out = tiny.output(folder, CheckpointManifest, config, latents=store)
     values = {"config": config.model_dump(mode="json"), "out": out.model_dump(mode="json"), "latents": store.uri}
-    values |= {"kills": list(kills), "spoilt": list(spoilt), "machine": machine and str(machine)}
+    values |= {"kills": list(kills), "spoilt": list(spoilt), "machine": machine and str(machine), "full": full}
     (folder / "spec.json").write_text(json.dumps(values))
     (folder / "worker.py").write_text(WORKER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

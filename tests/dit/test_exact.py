@@ -34,19 +34,19 @@ def losses(manifest: CheckpointManifest) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("ranks", "cut"), [(1, False), (2, True), (4, False)])
 def test_ranks_micro_batches_and_kills(
-    tmp_path: Path, store: LatentManifest, alone: CheckpointManifest, ranks: int
+    tmp_path: Path, store: LatentManifest, alone: CheckpointManifest, ranks: int, cut: bool
 ) -> None:
-    """Bit-identical on so many ranks, near what one rank does, and near with micro-batches."""
+    """Bit-identical on so many ranks, in micro-batches or not, and near what one rank does without."""
     chance = random.Random(ranks)
     kills = [(chance.randrange(ranks), step) for step in sorted(chance.sample(range(3, 13), 2))]
-    undisturbed = elastic.trained(tmp_path / "undisturbed", store, CONFIG, ranks, [])
-    killed = elastic.trained(tmp_path / "killed", store, CONFIG, ranks, kills)
-    assert tiny.objects(killed) == tiny.objects(undisturbed)
     halves = CONFIG.model_copy(update={"micro_batch": 8 // ranks // 2})
-    cut = elastic.trained(tmp_path / "cut", store, halves, ranks, [])
+    config, other = (halves, CONFIG) if cut else (CONFIG, halves)
+    killed = elastic.trained(tmp_path / "killed", store, config, ranks, kills)
+    undisturbed = alone if ranks == 1 else elastic.trained(tmp_path / "undisturbed", store, config, ranks, [])
+    assert tiny.objects(killed) == tiny.objects(undisturbed)
     expected = losses(alone)
     assert len(expected) == 11
-    for found in (undisturbed, cut):
+    for found in (killed, elastic.trained(tmp_path / "other", store, other, ranks, [])):
         np.testing.assert_allclose(losses(found), expected, rtol=1e-5)

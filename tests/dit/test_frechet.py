@@ -59,14 +59,18 @@ def test_streaming_is_numpy_for_any_batching(cuts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
-def test_merging_is_numpy_for_any_rank_split(ranks: int) -> None:
-    x = torch.from_numpy(np.random.default_rng(3).normal(size=(300, 6)) + 1e3)
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_merging_is_numpy_for_any_rank_split(ranks: int, offset: float) -> None:
+    x = torch.from_numpy(np.random.default_rng(3).normal(size=(300, 6)) + offset)
     parts = [Statistics.of(x[rank::ranks][:20]).update(x[rank::ranks][20:]) for rank in range(ranks)]
     found = Statistics.empty(6)
     for part in parts:
         found = found.merge(part)
+    np.testing.assert_allclose(found.mean.numpy(), x.numpy().mean(0), rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(found.covariance.diag().numpy(), x.numpy().var(0, ddof=1), rtol=1e-9)
-    np.testing.assert_allclose(found.mean.numpy(), x.numpy().mean(0), rtol=1e-12)
+    if not offset:
+        expected = np.cov(x.numpy(), rowvar=False)
+        np.testing.assert_allclose(found.covariance.numpy(), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_float32_features_are_summed_in_float64() -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -181,8 +182,15 @@ def test_a_killed_rank_fails_the_stage(latents: LatentManifest, nothing_left: No
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (signal.SIGKILL, r"rank 1 was killed by SIGKILL, perhaps for want of memory"),
+        (signal.SIGTERM, r"told to stop at step \d+; the same command goes on from there"),
+    ],
+)
 def test_a_stage_that_loses_a_rank_starts_again_from_its_checkpoint(
-    latents: LatentManifest, lines: pytest.LogCaptureFixture, nothing_left: None
+    number: signal.Signals, why: str, latents: LatentManifest, lines: pytest.LogCaptureFixture, nothing_left: None
 ) -> None:
     config = TINY.model_copy(update={"steps": 40, "checkpoint_every": 10})
     undisturbed, spec = job(latents, config), job(latents, config)
@@ -194,13 +202,12 @@ def test_a_stage_that_loses_a_rank_starts_again_from_its_checkpoint(
     def kill_once(done: int, total: int, unit: str) -> None:
         noted.append(done)
         if noted.count(25) == 1 == noted.count(done):
-            os.kill(ranks()[1].pid, signal.SIGKILL)
+            os.kill(ranks()[1].pid, number)
 
     launch.run(spec, LocalLaunch(nproc=2), progress=kill_once, log=HOUSE)
-    killed = "rank 1 was killed by SIGKILL, perhaps for want of memory; starting all ranks again, 1 of 3 times"
-    assert killed in lines.messages
+    assert any(re.fullmatch(f"{why}; starting all ranks again, 1 of 3 times", line) for line in lines.messages)
     resumed = next(int(line.split()[-1]) for line in lines.messages if "resuming after step" in line)
-    assert resumed in (20, 30)
+    assert resumed in (20, 30) if number == signal.SIGKILL else resumed >= 25
     assert noted[-1] == 40
     found = STAGES["train"].kind.read(spec.output.uri).metrics
     assert found == pytest.approx(expected, rel=1e-4)
@@ -219,10 +226,9 @@ def test_preempted_ranks_save_and_say_so(
 
     spec = job(latents, ENDLESS, TrackingSpec(uri=dead_address(), run_id="0" * 32))
     with pytest.raises(PreemptedError, match=r"^told to stop at step [\d,]+; the same command goes on") as told:
-        launch.run(spec, LocalLaunch(nproc=2), progress=preempt, log=HOUSE)
+        launch.run(spec, LocalLaunch(nproc=2, max_restarts=0), progress=preempt, log=HOUSE)
     step = int(str(told.value).split()[5].rstrip(";").replace(",", ""))
     assert Path(spec.output.uri, "checkpoints", f"step-{step:09d}", "record.json").exists()
-    assert not any("starting all ranks again" in line for line in lines.messages)
     steps = [record["step"] for record in unsent(spec.output) if record.get("metric") == "loss"]
     assert steps == list(range(50, step + 1, 50))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -25,6 +26,8 @@ from flows.demo.digits import write_digits
 REPOSITORY = Path(__file__).parents[2]
 FLOWS = {"pipeline", "shard", "encode", "train", "sample", "evaluate", "register", "reevaluate"}
 
+TRAINING = {"steps": 1_000_000, "checkpoint_every": 1_000_000, "log_every": 5}
+"""What is saved is so because the ranks were told to stop."""
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 pytestmark = pytest.mark.slow
@@ -82,12 +85,21 @@ class Up:
         return str(manifest)
 
     def training(self, latents: str) -> tuple[str, list[psutil.Process]]:
-        """A flow run on two ranks, and its torchrun and ranks."""
-        run = self.start("train", latents=latents, launcher={"nproc": 2})
-        while len(ranks := self.ranks()) < 3:
+        """A flow run on two ranks that is some steps far, and its torchrun and ranks."""
+        config = self.call("/deployments/name/train/train")["parameters"]["config"] | TRAINING
+        run = self.start("train", latents=latents, launcher={"nproc": 2}, config=config)
+        of_run = {"artifacts": {"flow_run_id": {"any_": [run]}, "type": {"any_": ["progress"]}}}
+        while not any(found["data"] for found in self.call("/artifacts/filter", of_run)):
             assert self.state(run) not in ENDED
             time.sleep(0.2)
+        ranks = self.ranks()
+        assert len(ranks) == 3
         return run, ranks
+
+    def saved(self) -> list[int]:
+        """Steps of the checkpoints that there are."""
+        records = self.root.glob("train/*/checkpoints/*/record.json")
+        return sorted(json.loads(record.read_text())["step"] for record in records)
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -128,6 +140,10 @@ def test_every_flow_is_deployed_with_a_typed_form(up: Up) -> None:
     assert config["properties"]["steps"]["description"] == "Optimizer steps."
     assert config["properties"]["steps"]["minimum"] == 1
     assert config["additionalProperties"] is False
+    kinds = {"LocalLaunch", "NodesLaunch", "SlurmLaunch", "KubernetesLaunch"}
+    assert kinds <= deployments["train"]["parameter_openapi_schema"]["definitions"].keys()
+    (weekly,) = deployments["reevaluate"]["schedules"]
+    assert (weekly["schedule"]["cron"], weekly["active"]) == ("0 3 * * 1", False)
     assert deployments["train"]["parameters"]["config"]["steps"] == 1200
 
 
@@ -146,6 +162,8 @@ def test_stages_run_on_the_worker_and_a_cancelled_one_ends_its_ranks(up: Up) -> 
     _, alive = psutil.wait_procs(ranks, timeout=180)
     assert alive == []
     assert up.ranks() == []
+    (step,) = up.saved()
+    assert step > 0
 
 
 def test_a_killed_flow_crashes_and_leaves_no_rank(up: Up) -> None:
@@ -156,6 +174,8 @@ def test_a_killed_flow_crashes_and_leaves_no_rank(up: Up) -> None:
     assert up.end_of(train) == "CRASHED"
     _, alive = psutil.wait_procs(ranks, timeout=180)
     assert alive == []
+    before, after = up.saved()  # it went on from there
+    assert after > before
 
 
 def test_a_new_version_starts_its_evaluation(up: Up) -> None:
@@ -229,10 +249,15 @@ def test_a_killed_worker_ends_everything(up: Up) -> None:
     """Also the flow that it ran, and its ranks: `up` started again begins in order."""
     again = Up(up.root)
     again.wait_until_up()
-    again.training(again.manifest("encode"))
+    run, _ = again.training(again.manifest("encode"))
+    before = max(again.saved())
     family = again.family()
     (worker,) = [each for each in family if "worker" in each.cmdline()]
     worker.kill()
     assert again.process.wait(90) == 1
     _, alive = psutil.wait_procs(family, timeout=180)
     assert alive == []
+    assert max(again.saved()) > before
+    with sqlite3.connect(f"file:{next(up.root.rglob('prefect.db'))}?mode=ro", uri=True) as database:
+        (state,) = database.execute("SELECT state_type FROM flow_run WHERE id = ?", (run,)).fetchone()
+    assert state == "CRASHED"
