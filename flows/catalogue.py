@@ -4,14 +4,18 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from dit.models.config import ModelConfig
 from dit.models.cost import Cost, catalogue, cost
 
 HEADER = ("model", "params M", "GMAC", "GFLOP/image", "weights", "gradients", "AdamW", "EMA GiB")
 WIDTHS = (24, 9, 8, 12, 8, 10, 7, 8)
+NOTE = "params M: with DiT's fixed position table and without DiffiT's, as the papers count them"
 
 
 def table(latent: int) -> Iterator[str]:
-    """One line a model, each as soon as it is counted; GFLOP are those of training, memory is in GiB of float32.
+    """One line a model, each as soon as it is counted, and what its parameters are.
+
+    Parameters are counted as in `as_json`; GFLOP are those of training, memory is in GiB of float32.
 
     Raises:
         InputError: the latent does not divide into the largest patches.
@@ -19,31 +23,44 @@ def table(latent: int) -> Iterator[str]:
     models = list(catalogue(latent))
     yield _line(HEADER)
     for name, config in models:
-        yield _line((name, *_cells(cost(config))))
+        yield _line((name, *_cells(config, cost(config))))
+    yield NOTE
 
 
 def as_json(latent: int) -> str:
     """One object: the side of the latent, and the models in the table's order.
 
+    ``params_m`` are the million parameters that the model's paper counts, and ``params_counted`` says which:
+    "all" for DiT, with the fixed position table; "trained" for DiffiT, without it.
+
     Raises:
         InputError: the latent does not divide into the largest patches.
     """
-    rows = [{"model": name, "config": config.model_dump()} | _row(cost(config)) for name, config in catalogue(latent)]
+    rows = [{"model": name} | _row(config, cost(config)) for name, config in catalogue(latent)]
     return json.dumps({"latent": latent, "models": rows})
 
 
-def _row(found: Cost) -> dict[str, Any]:
+def _row(config: ModelConfig, found: Cost) -> dict[str, Any]:
+    counted, parameters = _published(config, found)
     return {
-        "params_m": found.parameters / 1e6,
+        "config": config.model_dump(),
+        "params_m": parameters / 1e6,
+        "params_counted": counted,
         "gmac": found.macs / 1e9,
         "training_flops": found.training_flops,
         "memory_bytes": found.memory,
     }
 
 
-def _cells(found: Cost) -> list[str]:
-    counts = (f"{found.parameters / 1e6:.2f}", f"{found.macs / 1e9:.2f}", f"{found.training_flops / 1e9:.1f}")
+def _cells(config: ModelConfig, found: Cost) -> list[str]:
+    _, parameters = _published(config, found)
+    counts = (f"{parameters / 1e6:.2f}", f"{found.macs / 1e9:.2f}", f"{found.training_flops / 1e9:.1f}")
     return [*counts, *(f"{size / 2**30:.2f}" for size in found.memory.values())]
+
+
+def _published(config: ModelConfig, found: Cost) -> tuple[str, int]:
+    """Which parameters the model's paper counts, and how many they are."""
+    return ("all", found.parameters) if config.kind == "dit" else ("trained", found.trained)
 
 
 def _line(cells: tuple[str, ...]) -> str:

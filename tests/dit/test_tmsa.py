@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import published_costs
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -18,14 +19,6 @@ from dit.models.tmsa import TMSA, RelativeBias, TMSABlock
 from storage.errors import InputError
 from storage.latents import VaeInfo
 
-# Million trainable parameters; billion multiply-accumulates. Of the XL/2 the exact count is known.
-SIZES = {
-    ("S/2", 32): (27.3, 6.05),
-    ("B/2", 32): (108.0, 22.98),
-    ("L/2", 32): (380.5, 80.6),
-    ("XL/2", 32): (561.0, 118.5),
-    ("XL/2", 64): (562.4, 524.4),
-}
 TINY = {"input_size": 8, "width": 48, "depth": 2, "heads": 3, "num_classes": 10}
 
 
@@ -116,9 +109,9 @@ def test_initial_weights() -> None:
     assert not weights["final_layer.linear.weight"].any()
 
 
-@pytest.mark.parametrize(("name", "side"), SIZES)
+@pytest.mark.parametrize(("name", "side"), published_costs.DIFFIT)
 def test_size_and_cost(name: str, side: int) -> None:
-    params, gmac = SIZES[name, side]
+    params, gmac = published_costs.DIFFIT[name, side]
     found = cost(diffit_config(name, input_size=side))
     assert round(found.trained / 1e6, 1) == params
     assert (name, side) != ("XL/2", 32) or found.trained == 561_035_232

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 
+import published_costs
 import pytest
 
 from dit.models import cost as costs
-from dit.models.config import SIZES, dit_config
+from dit.models.config import SIZES, ModelConfig, dit_config
 from flows import catalogue
 from flows.cli import main
 
@@ -19,12 +21,45 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "IMAGE_SIZES", {"digits16": {}})
 
 
+def published(latent: int) -> dict[str, tuple[float | None, float, float]]:
+    """By name: million parameters, GMAC and what may lie between them and ours; DiT's at 512 pixels have GMAC alone."""
+    found: dict[str, tuple[float | None, float, float]] = {}
+    for name, (params, gmac, gmac_512) in published_costs.DIT.items():
+        found[f"DiT-{name} adaln_zero"] = (params, gmac, 5e-3) if latent == 32 else (None, gmac_512, 5e-3)
+    if latent == 32:
+        found |= {f"DiT-XL/2 {block}": (*row, 1e-3) for block, row in published_costs.BLOCKS.items()}
+        found |= {f"DiffiT {name}": (*row, 5e-3) for name, row in published_costs.DIFFIT_IMAGE.items()}
+    return found | {
+        f"DiffiT-{name}": (*row, 1e-3) for (name, side), row in published_costs.DIFFIT.items() if side == latent
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("latent", [32, 64])
+def test_every_published_size(latent: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    expected, every = published(latent), costs.catalogue
+
+    def those(side: int) -> Iterator[tuple[str, ModelConfig]]:
+        return (model for model in every(side) if model[0] in expected)
+
+    monkeypatch.setattr(catalogue, "catalogue", those)
+    assert main(["models", "--latent", str(latent), "--json"]) == 0
+    rows = {row["model"]: row for row in json.loads(capsys.readouterr().out)["models"]}
+    assert rows.keys() == expected.keys()
+    for name, (params, gmac, apart) in expected.items():
+        assert rows[name]["gmac"] == pytest.approx(gmac, rel=apart, abs=published_costs.rounding(gmac)), name
+        assert params is None or rows[name]["params_m"] == pytest.approx(params, rel=1e-3), name
+        assert rows[name]["params_counted"] == ("all" if name.startswith("DiT-") else "trained")
+
+
 def test_table(few: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
-    header, *lines = capsys.readouterr().out.splitlines()
+    header, *lines, note = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["model", "params", "M"]
     assert len(lines) == 4 * 3 + 3 + 1
     assert len({len(line) for line in (header, *lines)}) == 1
+    assert note.startswith("params M: with DiT's fixed position table and without DiffiT's")
+    assert next(line.split() for line in lines if line.startswith("DiffiT-S/2"))[1] == "27.32"
     row = next(line.split() for line in lines if line.startswith("DiT-S/2 adaln_zero"))
     assert row[2:] == ["32.96", "6.06", "36.3", "0.12", "0.12", "0.24", "0.12"]  # 32.86 M trained: 0.2448 GiB of AdamW
 
