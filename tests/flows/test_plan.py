@@ -14,7 +14,8 @@ from test_cli import SIDE, images, refused, root, tiny  # noqa: F401  fixtures
 from dit.models.cost import cost
 from flows.cli import main
 from flows.contract import STAGES
-from flows.plan import Plan, plan, read_rates
+from flows.plan import plan, read_rates
+from flows.planned import Plan
 from flows.recipe import Recipe, load_recipe
 from storage.errors import InputError
 from storage.latents import LatentReader
