@@ -81,9 +81,9 @@ class TrainConfig(Config):
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides initial weights, order, noise and dropped labels."""
     order: Order = "shuffled"
-    """``shuffled`` permutes all images in every epoch. ``pooled`` permutes chunks of the store (256 images), then the
-    images of 16 chunks with each other, and mirrors whole chunks: batches are a little less independent, and each
-    chunk is fetched once an epoch, so the store need not be on this machine."""
+    """``shuffled`` permutes all images in every epoch. ``pooled`` permutes chunks of the store (``encode.chunk_rows``),
+    then the images of 16 chunks with each other, and mirrors whole chunks: batches are a little less independent, and
+    each chunk is fetched once an epoch, so the store need not be on this machine."""
     reading: Literal["auto", "streamed"] = operational("auto")
     """``auto`` reads a local store where it lies and copies a remote one to this machine first. ``streamed`` fetches
     each chunk when its turn comes, on every rank; it needs ``order: pooled`` and no disk."""

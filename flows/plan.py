@@ -1,10 +1,9 @@
 """What a recipe will cost, before anything runs: images, bytes, objects, hours, memory, and what is there already."""
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -24,14 +23,17 @@ from dit.training.blocks import recompute_blocks
 from dit.vae import info
 from flows.contract import STAGES, Source
 from flows.launch import LocalLaunch
+from flows.planned import Copy, Line, Plan
 from flows.recipe import Recipe
-from storage import records, uri
+from storage import cache, records, uri
 from storage.archive import Archive, open_archive
 from storage.errors import InputError
 from storage.latents import VaeInfo, latent_layout, pixel_layout
-from storage.manifest import StageOutput
+from storage.manifest import Manifest, StageOutput
 from storage.rows import RowLayout
 from storage.runners import here
+from storage.staging import to_copy
+from storage.stored import stored_arrays
 
 HOUR = 3600.0
 TAR_BLOCK = 512
@@ -53,68 +55,6 @@ class Work:
     """For all of it, on the machine of the rates."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """A stage in the plan."""
-
-    stage: str
-    state: str
-    """``done``, ``to do``, or how many of its units are there."""
-    images: int
-    objects: int
-    size: int
-    """Bytes that it leaves behind."""
-    missing: int
-    """Bytes of them that are still to be written."""
-    hours: float
-    """For the work that is left."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A recipe's stages and what they need of the machine."""
-
-    recipe: str
-    lines: tuple[Line, ...]
-    rates: Rates
-    """By which the hours are reckoned."""
-    memory: int
-    """Bytes that training holds on each rank: weights, gradients, optimizer, average, activations."""
-    memory_there: int
-    """Bytes that a GPU has, or without one this machine, for all its ranks."""
-    disk: int
-    """Bytes to be written yet."""
-    disk_there: int | None
-    """Bytes that are free where the root lies; None where nobody tells."""
-    problems: tuple[str, ...]
-    """Why it cannot run as it is, and what to change."""
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it, in JSON's types."""
-        return asdict(self) | {"rates": self.rates.model_dump()}
-
-    def table(self) -> list[str]:
-        """Lines for people."""
-        rows = [("stage", "state", "images", "objects", "GB", "hours")]
-        for line in self.lines:
-            numbers = (f"{line.images:,}", f"{line.objects:,}", f"{line.size / 1e9:,.2f}", f"{line.hours:,.2f}")
-            rows.append((line.stage, line.state, *numbers))
-        rows.append(("all", "", "", "", "", f"{sum(line.hours for line in self.lines):,.2f}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        cells = [
-            [cell.ljust(width) if place < 2 else cell.rjust(width) for place, (cell, width) in enumerate(zipped)]
-            for zipped in (list(zip(row, widths, strict=True)) for row in rows)
-        ]
-        there = "nobody tells how much is free" if self.disk_there is None else f"{self.disk_there / 1e9:,.1f} GB free"
-        memory = f"{self.memory / 2**30:,.1f} GiB a rank, {self.memory_there / 2**30:,.1f} GiB there"
-        return [
-            self.recipe,
-            *("  ".join(row).rstrip() for row in cells),
-            f"disk    {self.disk / 1e9:,.2f} GB to write, {there}",
-            f"memory  {memory}, for training",
-        ]
-
-
 def plan(recipe: Recipe, root: str, rates: Rates) -> Plan:
     """Reckon what a recipe costs, listing its archive and measuring the rates that are not given.
 
@@ -125,7 +65,7 @@ def plan(recipe: Recipe, root: str, rates: Rates) -> Plan:
     known = _Known(recipe, root, rates)
     lines = tuple(known.lines())
     missing, there = sum(line.missing for line in lines), _free(root)
-    memory, memory_there = known.memory(), _memory()
+    memory, memory_there, copy = known.memory(), _memory(), known.copy()
     return Plan(
         recipe=recipe.name,
         lines=lines,
@@ -134,7 +74,8 @@ def plan(recipe: Recipe, root: str, rates: Rates) -> Plan:
         memory_there=memory_there,
         disk=missing,
         disk_there=there,
-        problems=tuple(_problems(recipe, root, missing, there, memory, memory_there)),
+        copy=copy,
+        problems=(*_problems(recipe, root, missing, there, memory, memory_there), *_no_room(copy)),
     )
 
 
@@ -226,19 +167,37 @@ class _Known:
 
     def lines(self) -> list[Line]:
         """The stages in their order."""
-        source: Source | None = self.recipe.archive
         found = []
         for name in self.recipe.stages:
             if name == "register":
                 break
             work: Work = getattr(self, f"_{name}")()
-            done = 0
-            if source is not None:
-                stage = STAGES[name]
-                output = stage.output(self.root, self.recipe.config_of(name), source)
-                source = output.committed(stage.kind)
-                done = work.units if source else self._done(name, output)
+            output, made = self._outputs.get(name, (None, None))
+            done = work.units if made else self._done(name, output) if output else 0
             found.append(_line(name, work, min(done, work.units)))
+        return found
+
+    def copy(self) -> Copy | None:
+        """What training copies to the cache of this machine."""
+        _, trained = self._outputs.get("train", (None, None))
+        if trained or self.recipe.train.reading == "streamed" or uri.local_path(self.root) is not None:
+            return None
+        _, latents = self._outputs.get("encode", (None, None))
+        size = to_copy(latents, stored_arrays(latents)[1]) if latents else self._layout.data_bytes
+        return Copy(str(cache.root()), size, _room(cache.root()))
+
+    @cached_property
+    def _outputs(self) -> dict[str, tuple[StageOutput, Manifest | None]]:
+        """Of each stage whose source is there: its output, and the manifest if it is committed."""
+        source: Source | None = self.recipe.archive
+        found = dict[str, tuple[StageOutput, Manifest | None]]()
+        for name in self.recipe.stages:
+            if source is None or name == "register":
+                break
+            stage = STAGES[name]
+            output = stage.output(self.root, self.recipe.config_of(name), source)
+            source = output.committed(stage.kind)
+            found[name] = output, source
         return found
 
     def _done(self, name: str, output: StageOutput) -> int:
@@ -258,13 +217,19 @@ class _Known:
         return Work(sum(counts), 2 * shards + 2, size, shards, sum(counts) / _known(self.rates.shard))
 
     def _encode(self) -> Work:
-        config, count = self.recipe.encode, self._rows
-        flips = 2 if config.flips else 1
+        count, flips = self._rows, 2 if self.recipe.encode.flips else 1
         if self.vae is None:
-            rows = pixel_layout(count, config.resolution, config.block_rows, config.chunk_rows)
-            return _stored(count, rows, count / _known(self.rates.shard))
-        rows = latent_layout(count, flips, self.shape, config.block_rows, config.chunk_rows)
-        return _stored(count, rows, count * flips / _known(self.rates.encode) / self.ranks)
+            return _stored(count, self._layout, count / _known(self.rates.shard))
+        return _stored(count, self._layout, count * flips / _known(self.rates.encode) / self.ranks)
+
+    @property
+    def _layout(self) -> RowLayout:
+        """Of the latents, or of the pixels."""
+        config = self.recipe.encode
+        if self.vae is None:
+            return pixel_layout(self._rows, config.resolution, config.block_rows, config.chunk_rows)
+        flips = 2 if config.flips else 1
+        return latent_layout(self._rows, flips, self.shape, config.block_rows, config.chunk_rows)
 
     def _train(self) -> Work:
         config, held = self.recipe.train, self._held
@@ -335,8 +300,11 @@ def _line(name: str, work: Work, done: int) -> Line:
 
 def _free(root: str) -> int | None:
     path = uri.local_path(root)
-    if path is None:
-        return None
+    return None if path is None else _room(path)
+
+
+def _room(path: Path) -> int:
+    """Bytes that are free where a folder lies or will lie."""
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(there).free
 
@@ -366,3 +334,12 @@ def _problems(
             f"train.batch_size: {recipe.train.batch_size} does not divide among {recipe.launch.world_size} ranks"
         )
     return found
+
+
+def _no_room(copy: Copy | None) -> list[str]:
+    """Why the cache cannot hold the latents, and what to change."""
+    if copy is None or copy.size <= copy.there:
+        return []
+    need = f"{copy.size / 1e9:,.1f} GB of latents to copy here for training, {copy.there / 1e9:,.1f} GB are free"
+    change = "set XDG_CACHE_HOME to a folder on a larger disk, or train.order=pooled with train.reading=streamed"
+    return [f"{copy.folder}: {need}; {change}"]

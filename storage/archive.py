@@ -6,9 +6,10 @@ from pydantic import AfterValidator, model_validator
 
 from storage import uri
 from storage.archives.folder import entries, entry_name, open_folder
+from storage.archives.held_out import open_flat
 from storage.archives.listing import Archive, Member
 from storage.archives.parquets import open_parquet
-from storage.archives.tars import expanded, open_flat, open_tar, open_tars
+from storage.archives.tars import expanded, open_tar, open_tars
 from storage.archives.zips import open_zip
 from storage.config import Config, operational
 from storage.errors import InputError
@@ -26,8 +27,8 @@ class ArchiveRef(Config):
     held_out: Annotated[str, AfterValidator(uri.without_credentials)] | None = operational(None)
     """URL of images of the same classes that training never sees; none without."""
     held_out_labels: Annotated[str, AfterValidator(uri.without_credentials)] | None = operational(None)
-    """URL of a text with one class name a line, in the order of the sorted file names, when ``held_out`` is
-    a tar of images alone."""
+    """URL of the classes when ``held_out`` is a tar of images alone: a text with one class name a line, in the order
+    of the sorted file names, or ImageNet's ``ILSVRC2012_devkit_t12.tar.gz`` as it is published."""
 
     @model_validator(mode="after")
     def _labels_of_something(self) -> Self:
@@ -49,7 +50,7 @@ def open_archive(url: str, class_names: tuple[str, ...] | None = None, labels: s
             ``name-{000..123}.tar``; a zip; a Parquet file.
         class_names: the classes to label by, for held-out images; some may be missing. By
             default the archive's own, sorted.
-        labels: URL of the class names of a tar of images alone, one a line.
+        labels: URL of the class names of a tar of images alone, one a line, or of ImageNet's devkit.
 
     Raises:
         InputError: there is nothing of these kinds, it is damaged, or as `Archive`.

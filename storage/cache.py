@@ -19,16 +19,20 @@ SECONDS_BETWEEN = 5.0
 """Between two words of progress."""
 
 
+def root() -> Path:
+    """The folder of all that this machine keeps: ``$XDG_CACHE_HOME/ditflow`` or ``~/.cache/ditflow``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditflow"
+
+
 def place(cache: Path | None, kind: str, key: object) -> Path:
     """Where something of that kind is kept, named by the hash of a JSON value.
 
     Args:
-        cache: folder; ``$XDG_CACHE_HOME/ditflow`` or ``~/.cache/ditflow`` by default.
+        cache: folder; `root` by default.
         kind: such as ``staged``.
         key: what it depends on.
     """
-    root = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditflow"
-    return root / kind / json_digest(key)[:16]
+    return (cache or root()) / kind / json_digest(key)[:16]
 
 
 def content(files: Sequence[FileEntry]) -> list[list[str]]:

@@ -94,6 +94,11 @@ class RowLayout:
         """Bytes of all those objects."""
         return sum(self._size(spec) for spec in self.arrays)
 
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all rows, without checksums and indexes."""
+        return self.rows * sum(prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in self.arrays)
+
     def _size(self, spec: ArraySpec) -> int:
         whole, rest = divmod(self.rows, self.block_rows)
         chunks = whole * (self.block_rows // spec.chunk_rows) + -(-rest // spec.chunk_rows)

@@ -46,6 +46,19 @@ def staged(manifest: Manifest, arrays: Arrays, folder: Path | None = None) -> di
     return {name: FlatRows(stored, mapped(_flat(copy, name))) for name, stored in arrays.items()}
 
 
+def to_copy(manifest: Manifest, arrays: Arrays, folder: Path | None = None) -> int:
+    """Bytes that `staged` has still to copy.
+
+    Args:
+        manifest: as of `staged`.
+        arrays: as of `staged`.
+        folder: as of `staged`.
+    """
+    files = data_files(manifest)
+    copy = cache.place(folder, "staged", cache.content(files))
+    return sum(_length(*item) for item in _Staging(manifest, arrays, files, copy).missing())
+
+
 def _flat(copy: Path, name: str) -> Path:
     return copy / f"{name}.rows"
 
@@ -76,15 +89,19 @@ class _Staging:
 
     def run(self) -> None:
         """Copy what is missing, and commit."""
-        objects = [(stored, number) for stored in self._arrays.values() for number in range(stored.objects)]
-        there = self._there()
-        missing = [(stored, number) for stored, number in objects if stored.path(number) not in there]
+        missing = self.missing()
         self._check_room(missing)
         self._prepare()
         self._progress = cache.Progress("copying", self._manifest, sum(_length(*item) for item in missing))
         with threads(WORKERS) as pool:
             list(pool.map(lambda item: self._fetch(*item), missing))
         uri.write(str(self._copy / DONE), json.dumps(_versions(self._copy, self._arrays)).encode())
+
+    def missing(self) -> list[tuple[StoredArray, int]]:
+        """The objects that are not copied yet."""
+        objects = [(stored, number) for stored in self._arrays.values() for number in range(stored.objects)]
+        there = self._there()
+        return [(stored, number) for stored, number in objects if stored.path(number) not in there]
 
     def _there(self) -> set[str]:
         """The objects that are copied already."""

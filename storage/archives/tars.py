@@ -1,4 +1,4 @@
-"""Tars, read by byte ranges: class tars, webdataset samples, class folders, and held-out images with a list.
+"""Tars, read by byte ranges: class tars, webdataset samples and class folders.
 
 Opening reads the headers, each with a small range; an image is one range of the outermost file.
 Labels are read as text and nothing is ever unpickled.
@@ -69,7 +69,7 @@ def open_tar(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
     """
     fs, _ = uri.filesystem(url)
     where = uri.redact(url)
-    (outer,), stamp = _listed(fs, [url])
+    (outer,), stamp = listed(fs, [url])
     inner = [(f"{where}/{entry.name}", entry.span) for entry in outer.entries if entry.name.endswith(".tar")]
     if inner:
         found = _class_tars(_indexed(fs, tuple(inner), stamp))
@@ -77,7 +77,7 @@ def open_tar(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
         found = _samples([outer], class_names)
     else:
         found = _class_folders(outer)
-    return Archive(where, found, _fetch(fs), class_names)
+    return Archive(where, found, fetch(fs), class_names)
 
 
 def open_tars(urls: list[str], where: str, class_names: tuple[str, ...] | None = None) -> Archive:
@@ -87,33 +87,9 @@ def open_tars(urls: list[str], where: str, class_names: tuple[str, ...] | None =
         InputError: as `open_tar`.
     """
     fs, _ = uri.filesystem(urls[0])
-    tars, _ = _listed(fs, urls)
+    tars, _ = listed(fs, urls)
     found = _samples(tars, class_names) if any(map(_has_labels, tars)) else _class_tars(tars)
-    return Archive(where, found, _fetch(fs), class_names)
-
-
-def open_flat(url: str, labels: str, class_names: tuple[str, ...] | None = None) -> Archive:
-    """A tar of images whose classes lie beside it.
-
-    Args:
-        url: of the tar.
-        labels: URL of a text with one class name a line, in the order of the sorted file names.
-        class_names: the classes to label by.
-
-    Raises:
-        InputError: there are more lines than images or fewer, or as `open_tar`.
-        StorageError: there is no such text.
-    """
-    fs, _ = uri.filesystem(url)
-    where = uri.redact(url)
-    (tar,), _ = _listed(fs, [url])
-    entries = sorted(tar.entries)
-    lines = [line.strip() for line in uri.read(labels).decode(errors="replace").splitlines() if line.strip()]
-    if len(lines) != len(entries):
-        text = f"{len(lines):,} class names for the {len(entries):,} files of {where}"
-        raise InputError(f"{uri.redact(labels)}: {text}; it needs one a line, in the order of the sorted names")
-    found = [Found(line, entry.name, entry.span.size, entry.span) for line, entry in zip(lines, entries, strict=True)]
-    return Archive(where, found, _fetch(fs), class_names)
+    return Archive(where, found, fetch(fs), class_names)
 
 
 def expanded(url: str) -> list[str]:
@@ -179,7 +155,8 @@ def _has_labels(tar: Tar) -> bool:
     return any(entry.name.endswith(".cls") for entry in tar.entries)
 
 
-def _fetch(fs: fsspec.AbstractFileSystem) -> Callable[[Span], bytes]:
+def fetch(fs: fsspec.AbstractFileSystem) -> Callable[[Span], bytes]:
+    """What reads the bytes of a span."""
     read = _reader(fs)
     return lambda span: read(span.path, span.start, span.size) if span.size else b""
 
@@ -197,8 +174,12 @@ def _reader(fs: fsspec.AbstractFileSystem) -> Read:
     return read
 
 
-def _listed(fs: fsspec.AbstractFileSystem, urls: list[str]) -> tuple[tuple[Tar, ...], str]:
-    """The tars at the URLs, and what their store says of them, which changes when they do."""
+def listed(fs: fsspec.AbstractFileSystem, urls: list[str]) -> tuple[tuple[Tar, ...], str]:
+    """The tars at the URLs, and what their store says of them, which changes when they do.
+
+    Raises:
+        InputError: one is not there, or as `index`.
+    """
     places, stamps = [], []
     for where, path in [(uri.redact(url), uri.filesystem(url)[1]) for url in urls]:
         try:
@@ -216,11 +197,16 @@ def _indexed(fs: fsspec.AbstractFileSystem, places: tuple[tuple[str, Span], ...]
     """The tars at the places, read again when the stamp is another."""
     read = _reader(fs)
     with threads(_READERS) as pool:
-        return tuple(pool.map(lambda place: _index(read, *place), places))
+        return tuple(pool.map(lambda place: index(read, *place), places))
 
 
-def _index(read: Read, where: str, span: Span) -> Tar:
+def index(read: Read, where: str, span: Span) -> Tar:
     """The files of a tar, in its order.
+
+    Args:
+        read: what reads the object that it lies in.
+        where: the tar in errors.
+        span: of the object.
 
     Raises:
         InputError: it is damaged or holds links; the line names the byte.

@@ -3,8 +3,10 @@
 import json
 import shutil
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import psutil
 import pytest
 from test_cli import SIDE, images, refused, root, tiny  # noqa: F401  fixtures
@@ -12,9 +14,11 @@ from test_cli import SIDE, images, refused, root, tiny  # noqa: F401  fixtures
 from dit.models.cost import cost
 from flows.cli import main
 from flows.contract import STAGES
-from flows.plan import Plan, plan, read_rates
+from flows.plan import plan, read_rates
+from flows.planned import Plan
 from flows.recipe import Recipe, load_recipe
 from storage.errors import InputError
+from storage.latents import LatentReader
 from storage.manifest import Manifest
 from storage.tracking import NullTracker
 
@@ -150,6 +154,51 @@ def test_what_does_not_fit_is_refused_with_what_to_change(
     assert "does not divide among 3 ranks" in refused(capsys, [*arguments, "--set", "launch.nproc=3"])
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[str]:
+    """The URL of an empty root that is not on this machine's disks."""
+    yield "memory://planned"
+    fs = fsspec.filesystem("memory")
+    fs.rm("/planned", recursive=True) if fs.exists("/planned") else None
+
+
+def test_latents_of_a_root_elsewhere_need_room_in_the_cache(
+    capsys: pytest.CaptureFixture[str],
+    images: Path,  # noqa: F811
+    root: Path,  # noqa: F811
+    elsewhere: str,
+    rates: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe = recipe_of(images, elsewhere)
+    assert planned(recipe, root, rates).copy is None
+    copy = planned(recipe, elsewhere, rates).copy
+    assert copy is not None
+    assert copy.folder == str(tmp_path / "cache/ditflow")
+    usage = namedtuple("usage", "total used free")
+    arguments = ["plan", "demo", "--rates", str(rates), *tiny(images, elsewhere)]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 10))
+        said = refused(capsys, arguments)
+        assert f"error: {copy.folder}: 0.0 GB of latents to copy here for training, 0.0 GB are free; set XDG_" in said
+        streamed = ["--set", "train.order=pooled", "--set", "train.reading=streamed"]
+        assert main([*arguments, *streamed]) == 0
+        assert "to copy" not in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert f"GB of latents to copy to {copy.folder}, " in capsys.readouterr().out
+
+    _, latents = perform(recipe, elsewhere, "shard", "encode")
+    assert planned(recipe, elsewhere, rates).copy.size == copy.size
+    LatentReader(latents)
+    files = list((tmp_path / "cache/ditflow/staged").rglob("*.rows"))
+    assert sum(path.stat().st_size for path in files) == copy.size
+    assert planned(recipe, elsewhere, rates).copy.size == 0
+    perform(recipe, elsewhere, "shard", "encode", "train")
+    assert planned(recipe, elsewhere, rates).copy is None
 
 
 def test_faults_of_late_stages_show_before_the_first(

@@ -9,6 +9,11 @@ from flows.recipe import RECIPES, Recipe, load_recipe
 from storage.errors import InputError
 
 
+def chunk_bytes(recipe: Recipe) -> int:
+    """Bytes of a chunk of 4-channel latents, an eighth of the image's side, in float16."""
+    return recipe.encode.chunk_rows * 4 * (recipe.encode.resolution // 8) ** 2 * 2
+
+
 @pytest.mark.parametrize(
     ("name", "model", "batch", "rate", "images", "sampler", "steps", "scale"),
     [
@@ -29,6 +34,8 @@ def test_presets_have_the_papers_settings(
     assert train.steps * train.batch_size == images
     assert (sample.sampler, sample.steps, sample.count) == (sampler, steps, 50_000)
     assert scale is None or sample.guidance_scale == scale
+    if name.startswith("imagenet"):
+        assert (chunk_bytes(recipe), recipe.encode.block_rows) == (2 << 20, 16 * recipe.encode.chunk_rows)
     if train.diffusion.kind == "edm":
         assert train.ema_decay == pytest.approx(0.5 ** (batch / 0.5e6), abs=1e-8)
         assert train.warmup_steps == int(10e6 / batch)

@@ -48,6 +48,7 @@ def test_the_twelve_sizes() -> None:
     ]
     assert {recipe.train.steps for recipe in recipes} == {400_000}
     assert {recipe.sample.guidance_scale for recipe in recipes} == {1.0}
+    assert {recipe.encode for recipe in recipes} == {load_recipe("imagenet256-dit").encode}  # and its chunks of 2 MiB
 
 
 def test_a_sweep_is_no_recipe(sweep: Path) -> None:

@@ -1,5 +1,5 @@
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -8,10 +8,9 @@ import packing
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from storage.archive import ArchiveRef, open_archive
+from storage.archive import open_archive
 from storage.archives.tars import expanded
-from storage.errors import InputError, StorageError
-from storage.shards import input_digests
+from storage.errors import InputError
 
 Ranges = list[tuple[int, int]]
 
@@ -173,52 +172,3 @@ def test_numbered_tars() -> None:
     for wrong in ("x-{3..1}.tar", "x-{0..999999999}.tar"):
         with pytest.raises(InputError, match="names no tars, or more than"):
             expanded(wrong)
-
-
-@pytest.fixture
-def split(tmp_path: Path, write_archive: Callable[..., Path]) -> ArchiveRef:
-    """A folder to train on; three images alone, whose names do not tell the class, and their list."""
-    train = write_archive(tmp_path / "train", {"cat": 2, "dog": 2})
-    put(tmp_path, packing.tar({"val/3.png": b"33", "val/1.png": b"1", "val/2.png": b"2"}), "val.tar")
-    put(tmp_path, b"dog\ncat\ndog\n", "val.txt")
-    return ArchiveRef(train=str(train), held_out=f"{tmp_path}/val.tar", held_out_labels=f"{tmp_path}/val.txt")
-
-
-def test_a_list_labels_images_in_the_order_of_their_names(split: ArchiveRef, tmp_path: Path) -> None:
-    archive = open_archive(str(split.held_out), ("cat", "dog"), split.held_out_labels)
-    read = {archive.read(member): (member.name, member.label) for member in archive.members}
-    assert read == {b"1": ("dog/val/1.png", 1), b"2": ("cat/val/2.png", 0), b"33": ("dog/val/3.png", 1)}
-    folders = {"dog/val/1.png": b"1", "cat/val/2.png": b"2", "dog/val/3.png": b"33"}
-    assert open_archive(put(tmp_path, packing.tar(folders)), ("cat", "dog")).digest == archive.digest
-
-
-def test_another_list_is_another_input(split: ArchiveRef) -> None:
-    first = input_digests(split)
-    Path(str(split.held_out_labels)).write_text("dog\ndog\ndog\n")
-    second = input_digests(split)
-    assert second["train"] == first["train"]
-    assert second["held_out"] != first["held_out"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (b"dog\ncat\n", r"val\.txt: 2 class names for the 3 files of .*val\.tar"),
-        (b"dog\ncat\ndog\ncat\n", "4 class names for the 3 files"),
-        (b"dog\nant\ndog\n", "class 'ant' is none of the 2 classes to train on"),
-        (b"2\n1\n2\n", "class '1' is none of the 2 classes to train on"),
-    ],
-)
-def test_lists_that_do_not_fit(split: ArchiveRef, text: bytes, message: str) -> None:
-    Path(str(split.held_out_labels)).write_bytes(text)
-    with pytest.raises(InputError, match=message) as caught:
-        input_digests(split)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_list_needs_to_be_there_and_a_tar_beside_it(split: ArchiveRef) -> None:
-    with pytest.raises(InputError, match="class names beside it are for a tar"):
-        open_archive(split.train, None, split.held_out_labels)
-    Path(str(split.held_out_labels)).unlink()
-    with pytest.raises(StorageError, match=r"val\.txt: no such object"):
-        input_digests(split)
