@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -73,12 +74,26 @@ def die_with_worker() -> None:
 def _stop(process: "subprocess.Popen[str]") -> None:
     if process.poll() is None:
         try:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=GRACE_SECONDS)  # reads on: a full pipe would hold the child up
+            with _deaf_to_sigterm():
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=GRACE_SECONDS)  # reads on: a full pipe would hold the child up
         finally:  # also when a second Ctrl-C cuts the wait short
             with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a dead group
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if process.stdout is not None:
         process.stdout.close()
+
+
+@contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """Once is enough: a flow run whose worker is gone gets it from the kernel and from Prefect."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

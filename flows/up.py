@@ -5,12 +5,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from flows import services
-from flows.process import child
+from flows.process import GRACE_SECONDS, child
 from storage import uri
 from storage.errors import DitflowError, InputError
 
@@ -97,9 +99,38 @@ def _fill_forms(recipe: "Recipe") -> None:
 
 
 def _watch(worker: "subprocess.Popen[str]", log: str, ports: Sequence[int]) -> None:
+    flows: list[psutil.Process] = []
     while worker.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            flows = psutil.Process(worker.pid).children()
         for port in ports:
             if services.is_free(port):
                 raise DitflowError(f"the server on port {port} has ended; its log is below the root")
         time.sleep(1)
+    psutil.wait_procs(flows, timeout=GRACE_SECONDS + 5)
+    _tell_of_crashes()
     raise DitflowError(f"the worker ended with code {worker.returncode}; its log is {log}")
+
+
+def _tell_of_crashes() -> None:
+    """Say in Prefect that the worker's flow runs have crashed, which nobody else does when it is killed."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterParentFlowRunId,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        WorkPoolFilter,
+        WorkPoolFilterName,
+    )
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING]))
+    with get_client(sync_client=True) as client:
+        pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=running), work_pool_filter=pool)
+        of_these = FlowRunFilterParentFlowRunId(any_=[run.id for run in found])
+        found += client.read_flow_runs(flow_run_filter=FlowRunFilter(state=running, parent_flow_run_id=of_these))
+        for run in found:
+            client.set_flow_run_state(run.id, Crashed(message="the worker was killed"), force=True)
