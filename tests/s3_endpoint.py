@@ -37,7 +37,7 @@ def s3_server() -> Iterator[dict[str, str]]:
 
 
 def _wait_for(address: str, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while True:
         try:
             urllib.request.urlopen(address)

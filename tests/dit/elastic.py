@@ -14,7 +14,7 @@ from dit.train import TrainConfig
 from storage.latents import LatentManifest
 
 WORKER = """
-import json, os, resource, signal, sys
+import json, os, resource, signal, sys, time
 from pathlib import Path
 from dataclasses import replace
 import torch
@@ -33,7 +33,10 @@ class Killer(NullTracker):
         attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
         if attempt < len(spec["kills"]) and spec["kills"][attempt] == [int(os.environ["RANK"]), done]:
             os.kill(os.getpid(), signal.SIGKILL)
-        if spec["full"] == [int(os.environ["RANK"]), done]:  # no file may be longer than this
+        if spec["full"] == [int(os.environ["RANK"]), done]:
+            while not list(Path(out.uri).glob("checkpoints/*/record.json")):  # the one before is being saved
+                time.sleep(0.01)
+            # no file may be longer than this
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 torch.set_num_threads(1)
@@ -63,7 +66,7 @@ def trained(
         kills: the rank that is killed, and after which step, one for each attempt.
         spoilt: ranks and steps, from 0, whose batch is not finite.
         machine: how many ranks believe to share a machine; None is all.
-        full: the rank whose disk is full, and from which step on.
+        full: the rank whose disk is full, and from which step on, when a checkpoint has been saved.
     """
     folder.mkdir(exist_ok=True)
     out = tiny.output(folder, CheckpointManifest, config, latents=store)

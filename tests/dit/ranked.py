@@ -56,7 +56,7 @@ def torchrun(
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=500,
     )
     assert (done.returncode == 0) == (killed_at is None), done.stderr
     return [[int(word) for word in line.split()] for line in done.stdout.splitlines()]

@@ -28,7 +28,7 @@ def test_so_many_are_made_before_they_are_asked_for_and_no_more() -> None:
 
     with ahead(noted, range(100)) as made:
         made(0)
-        assert enough.wait(10)
+        assert enough.wait(180)
         made._pool.submit(int).result()  # by now it would have begun another
         assert begun == list(range(1 + DEPTH))
 

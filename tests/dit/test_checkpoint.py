@@ -199,7 +199,7 @@ class Held:
         put = StageOutput.put
 
         def held(stage: StageOutput, path: str, data: bytes) -> FileEntry:
-            assert self.go.acquire(timeout=60)
+            assert self.go.acquire(timeout=180)
             if fault:
                 raise fault
             return put(stage, path, data)

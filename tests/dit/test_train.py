@@ -534,7 +534,7 @@ def torchrun(tmp_path: Path, ranks: int, out: StageOutput, config: TrainConfig, 
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=500,
     )
 
 

@@ -3,18 +3,19 @@
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
+from prefect.context import refresh_global_settings_context
 
 from flows import services
-from flows.runs import EXPERIMENT
+from flows.serving import send_last_words
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -47,6 +48,17 @@ def start(script: str, *arguments: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+@contextmanager
+def prefect_at(address: str) -> Iterator[None]:
+    """Flows of this process, in any of its threads, and of its children run against this Prefect server."""
+    with ExitStack() as stack:
+        stack.callback(refresh_global_settings_context)
+        stack.enter_context(pytest.MonkeyPatch.context()).setenv("PREFECT_API_URL", f"{address}/api")
+        stack.callback(send_last_words)
+        refresh_global_settings_context()
+        yield
+
+
 def dead_address() -> str:
     """The address of a server that is not there."""
     return f"http://{services.HOST}:{services.free_port()}"
@@ -58,9 +70,6 @@ class MlflowServer:
     def __init__(self, folder: Path, template: Path) -> None:
         folder.mkdir(parents=True)
         shutil.copy(template, folder / "mlflow.db")
-        with sqlite3.connect(folder / "mlflow.db") as database:  # its experiment keeps artifacts elsewhere
-            database.execute("UPDATE experiments SET name = 'template' WHERE name = ?", [EXPERIMENT])
-        database.close()
         self.folder, self.port = folder, services.free_port()
         self.address = f"http://{services.HOST}:{self.port}"
         self._stack = ExitStack()

@@ -89,7 +89,7 @@ def _idle(env: dict[str, str]) -> bool:
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < deadline, "the cluster does not come up"
         time.sleep(0.2)

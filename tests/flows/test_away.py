@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import urllib.request
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def steps(folder: Path) -> int:
 
 def state_of_the_run(address: str) -> str:
     request = urllib.request.Request(f"{address}/api/flow_runs/filter", b"{}", {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=180) as answer:
         (run,) = json.load(answer)
     return str(run["state"]["type"])
 
@@ -44,6 +45,7 @@ def state_of_the_run(address: str) -> str:
 def test_training_goes_on_without_the_prefect_server(
     tmp_path: Path,
     latents: LatentManifest,  # noqa: F811
+    migrated: Callable[[Path], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = TINY.model_copy(update={"steps": 600, "checkpoint_every": 10})
@@ -53,6 +55,7 @@ def test_training_goes_on_without_the_prefect_server(
     )
     monkeypatch.setenv("PREFECT_API_URL", f"http://{services.HOST}:{port}/api")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    migrated(tmp_path)
     with ExitStack() as stack:
         before = set(descendants())
         stack.enter_context(services.prefect_server(tmp_path / "prefect", port))

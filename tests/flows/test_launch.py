@@ -207,7 +207,8 @@ def test_a_stage_that_loses_a_rank_starts_again_from_its_checkpoint(
     launch.run(spec, LocalLaunch(nproc=2), progress=kill_once, log=HOUSE)
     assert any(re.fullmatch(f"{why}; starting all ranks again, 1 of 3 times", line) for line in lines.messages)
     resumed = next(int(line.split()[-1]) for line in lines.messages if "resuming after step" in line)
-    assert resumed in (20, 30) if number == signal.SIGKILL else resumed >= 25
+    # When one is being saved, the one before it has been.
+    assert resumed in (10, 20, 30) if number == signal.SIGKILL else resumed >= 25
     assert noted[-1] == 40
     found = STAGES["train"].kind.read(spec.output.uri).metrics
     assert found == pytest.approx(expected, rel=1e-4)

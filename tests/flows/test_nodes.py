@@ -102,7 +102,7 @@ def test_a_killed_machine_comes_back_or_is_gone_for_good(
     machines.start("three")
     machines.reached(200)
     machines.kill("three")
-    assert machines.running[other].wait(60) == 1
+    assert machines.running[other].wait(180) == 1
     launch.run(spec, LocalLaunch(nproc=1), progress=Noted(), log=HOUSE)
     logs = [machines.said(other) + machines.said("three"), *lines.messages]
     begun = [int(step) for log in logs for step in re.findall(r"resuming after step (\d+)", log)]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,10 @@ def leftovers(root: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_sigkill_in_every_stage_ends_in_the_same_bits(report: dict[str, Any], digits: Path, tmp_path: Path) -> None:
+def test_sigkill_in_every_stage_ends_in_the_same_bits(
+    report: dict[str, Any], digits: Path, tmp_path: Path, migrated: Callable[[Path], None]
+) -> None:
+    migrated(tmp_path)
     for stage in STAGES:
         before = set((tmp_path / stage).rglob("*"))
         with subprocess.Popen(
@@ -247,7 +251,10 @@ print(json.dumps(list(model.predict(pandas.DataFrame({"label": [3, 7]}))["png_ba
 
 
 @pytest.mark.slow
-def test_a_sweep_of_models_on_pixels_shares_its_stages_and_is_served(tmp_path: Path, digits: Path) -> None:
+def test_a_sweep_of_models_on_pixels_shares_its_stages_and_is_served(
+    tmp_path: Path, digits: Path, migrated: Callable[[Path], None]
+) -> None:
+    migrated(tmp_path / "root")
     (tmp_path / "pixels.yaml").write_text(SWEEP)
     sets = [part for split in ("train", "held_out") for part in ("--set", f"archive.{split}={digits / split}")]
     run = [sys.executable, "-m", "flows.cli", "run", str(tmp_path / "pixels.yaml"), "--root", str(tmp_path / "root")]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import boto3
@@ -13,7 +14,8 @@ from test_pipeline import KEPT, STAGES, command, digits  # noqa: F401  digits is
 
 
 @pytest.mark.slow
-def test_the_pipeline_on_s3(tmp_path: Path, digits: Path) -> None:  # noqa: F811
+def test_the_pipeline_on_s3(tmp_path: Path, digits: Path, migrated: Callable[[Path], None]) -> None:  # noqa: F811
+    migrated(tmp_path / "runs")
     with s3_server() as given:
         env = os.environ | given | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
         env.pop("MLFLOW_TRACKING_URI", None)

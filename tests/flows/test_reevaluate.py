@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import MlflowServer, wait_until
+from faults import MlflowServer, prefect_at, wait_until
 from mlflow import MlflowClient
 from prefect.client.schemas.objects import State
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from small import Small
 
 from flows import services
@@ -20,7 +19,6 @@ from flows.perform import RunSettings
 from flows.promotion import EVALUATION_TAG, Evaluation
 from flows.reevaluate import DRIFTED, Window, reevaluate
 from flows.registry import REGISTERED
-from flows.serving import send_last_words
 from flows.version import RegisterConfig
 from storage.errors import InputError
 from storage.manifest import Manifest
@@ -43,16 +41,13 @@ class World:
     """Both servers, and a root with a champion and a candidate."""
 
     def __init__(self, folder: Path, template: Path, stack: ExitStack) -> None:
-        send_last_words()  # or what this process says next goes to the server before
         self.prefect = stack.enter_context(services.prefect_server(folder / "prefect", scheduler=True))
-        stack.callback(send_last_words)
         mlflow = MlflowServer(folder / "mlflow", template)
         stack.callback(mlflow.stop)
         mlflow.start()
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("MLFLOW_TRACKING_URI", mlflow.address)
-        patch.setenv("PREFECT_API_URL", f"{self.prefect}/api")
-        stack.enter_context(temporary_settings({PREFECT_API_URL: f"{self.prefect}/api"}))
+        stack.enter_context(prefect_at(self.prefect))
         self.client, self.root = MlflowClient(mlflow.address), folder / "root"
         small = Small(self.root)
         latents = small.latents()
@@ -63,7 +58,7 @@ class World:
     def call(self, path: str, body: Any) -> Any:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.prefect}/api{path}", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=180) as answer:
             return json.load(answer)
 
     def events(self, name: str) -> list[dict[str, Any]]:

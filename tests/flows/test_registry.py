@@ -113,7 +113,7 @@ def endpoint(models: list[ModelManifest], tmp_path_factory: pytest.TempPathFacto
     address = f"http://{services.HOST}:{port}"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # mlflow looks for uvicorn there
     with log.open("wb") as output, child(command, env={"PATH": path}, output=output) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 180
         while not _answers(address):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
@@ -132,7 +132,7 @@ def ask(address: str, labels: list[int], **params: Any) -> list[bytes]:
     body = {"dataframe_split": {"columns": ["label"], "data": [[label] for label in labels]}, "params": params}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{address}/invocations", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=180) as answer:
         return [base64.b64decode(row["png_base64"]) for row in json.load(answer)["predictions"]]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import urllib.request
@@ -27,7 +26,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def get(address: str) -> bytes:
-    with urllib.request.urlopen(address, timeout=10) as answer:
+    with urllib.request.urlopen(address, timeout=180) as answer:
         return bytes(answer.read())
 
 
@@ -37,9 +36,9 @@ def port_of(address: str) -> int:
 
 @pytest.mark.slow
 def test_servers_are_up_in_the_block_and_gone_after(
-    tmp_path: Path, tracking_template: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, migrated: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copy(tracking_template, tmp_path / "mlflow.db")
+    migrated(tmp_path)
     before = set(descendants())
     with ExitStack() as stack:
         prefect = stack.enter_context(services.prefect_server(tmp_path / "prefect"))
@@ -71,8 +70,8 @@ def _use_what_is_announced(root: Path, prefect: str, mlflow: str, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_servers_do_not_outlive_a_killed_command(tmp_path: Path, tracking_template: Path) -> None:
-    shutil.copy(tracking_template, tmp_path / "mlflow.db")
+def test_servers_do_not_outlive_a_killed_command(tmp_path: Path, migrated: Callable[[Path], None]) -> None:
+    migrated(tmp_path)
     script = """
 import sys, time
 from pathlib import Path
@@ -144,11 +143,11 @@ def test_a_stale_or_broken_note_is_ignored(text: str | None, tmp_path: Path) -> 
     assert "PREFECT_API_URL" not in os.environ
 
 
-def test_another_servers_answer_does_not_make_a_stale_note_good(tmp_path: Path, prefect_api: str) -> None:
+def test_another_servers_answer_does_not_make_a_stale_note_good(tmp_path: Path, prefect: str) -> None:
     """The command that wrote it is gone, and a Prefect server of someone else's took the port."""
     departed = start("")
     departed.wait()
-    note = {"pid": departed.pid, "prefect": prefect_api, "mlflow": prefect_api}
+    note = {"pid": departed.pid, "prefect": prefect, "mlflow": prefect}
     (tmp_path / services.SERVERS).write_text(json.dumps(note))
     assert services.use_running(str(tmp_path)) is False
     (tmp_path / services.SERVERS).write_text(json.dumps(note | {"pid": os.getpid()}))

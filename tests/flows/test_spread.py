@@ -67,7 +67,7 @@ def dask_cluster() -> Iterator[str]:
     yield address
     for process in reversed(processes):
         process.terminate()
-        process.wait(30)
+        process.wait(180)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         yield running
     finally:
         running.process.send_signal(signal.SIGINT)
-        running.process.wait(90)
+        running.process.wait(180)
 
 
 def test_every_flow_is_deployed_with_a_typed_form(up: Up) -> None:
@@ -237,7 +237,7 @@ def test_ctrl_c_ends_everything(up: Up) -> None:
     family = up.family()
     assert len(family) >= 3
     up.process.send_signal(signal.SIGINT)
-    assert up.process.wait(90) == 130
+    assert up.process.wait(180) == 130
     _, alive = psutil.wait_procs(family, timeout=180)
     assert alive == []
     assert services.is_free(up.api)
@@ -254,7 +254,7 @@ def test_a_killed_worker_ends_everything(up: Up) -> None:
     family = again.family()
     (worker,) = [each for each in family if "worker" in each.cmdline()]
     worker.kill()
-    assert again.process.wait(90) == 1
+    assert again.process.wait(180) == 1
     _, alive = psutil.wait_procs(family, timeout=180)
     assert alive == []
     assert max(again.saved()) > before

@@ -237,7 +237,7 @@ def test_who_waits_is_told_for_what(tmp_path: Path, caplog: pytest.LogCaptureFix
             while not caplog.messages:
                 pass
             order.append("first")
-        waiting.result(timeout=60)
+        waiting.result(timeout=180)
     assert order == ["first", "second"]
     assert caplog.messages == [f"waiting for another process that prepares {tmp_path / 'copy'}"]
 

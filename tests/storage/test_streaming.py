@@ -33,7 +33,7 @@ class Requests:
         def counted(
             fs: MemoryFileSystem, path: str, start: int | None = None, end: int | None = None, **kwargs: object
         ) -> bytes:
-            self.gate.wait(10)
+            self.gate.wait(180)
             self.ranges.append((path.partition("/data/")[2], start or 0, end or 0))
             return bytes(cat_file(fs, path, start, end, **kwargs))
 
