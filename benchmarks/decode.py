@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks.common import Measured, Result, main
 from benchmarks.photos import jpeg
-from storage import transforms
+from storage.images import transforms
 
 IMAGES, SIZE, ROUNDS = 64, 256, 9
 

@@ -25,12 +25,13 @@ from dit.devices import Arithmetic, arithmetic, device, dtype
 from dit.encode import EncodeConfig
 from dit.pixels import to_unit
 from dit.vae import VaeRef, load_vae
-from storage import shards, transforms
-from storage.archive import ArchiveRef
+from storage.archives.open import ArchiveRef
+from storage.images import transforms
 from storage.latents import LatentManifest
 from storage.manifest import stage_output
-from storage.shards import ShardConfig, ShardManifest, read_images
-from storage.tracking import NullTracker
+from storage.shards import shard
+from storage.shards.shard import ShardConfig, ShardManifest, read_images
+from storage.tracker import NullTracker
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,9 @@ def _tars(task: Task, folder: Path) -> ShardManifest:
     for number in range(task.images):
         (images / f"{number:06d}.jpg").write_bytes(pictures[number % len(pictures)])
     config, archive = ShardConfig(), ArchiveRef(train=str(images.parent))
-    inputs = shards.input_digests(archive)
-    out = stage_output(str(folder), shards.STAGE, shards.VERSION, config, parents={}, inputs=inputs)
-    return shards.run(config, archive, out=out, tracker=NullTracker())
+    inputs = shard.input_digests(archive)
+    out = stage_output(str(folder), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
+    return shard.run(config, archive, out=out, tracker=NullTracker())
 
 
 def _autoencoder(task: Task, folder: Path) -> VaeRef:

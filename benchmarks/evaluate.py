@@ -17,10 +17,10 @@ from torch import Tensor
 from benchmarks.common import Measured, Result, fastest, main, seconds
 from benchmarks.sampling import SMALL, sampling
 from dit.devices import device
+from dit.metrics.extractors.inception import DIMS, SIDE, InceptionTF, InceptionV3, fold_norms
+from dit.metrics.extractors.resize import resize_tf1
 from dit.metrics.frechet import frechet_distance
-from dit.metrics.inception import DIMS, SIDE, InceptionTF, InceptionV3, fold_norms
 from dit.metrics.precision_recall import Mode, precision_recall
-from dit.metrics.resize import resize_tf1
 
 IMAGES = 16
 REFERENCE, SAMPLES = 10_000, 50_000

@@ -25,7 +25,7 @@ from storage.config import Config
 from storage.latents import LatentManifest, LatentReader, VaeInfo, latent_layout
 from storage.manifest import stage_output
 from storage.order import POOL, permutation, pooled
-from storage.rows import RowReader, RowWriter
+from storage.rows.store import RowReader, RowWriter
 
 RATIOS = {
     "raw_vs_memmap": ("raw", "memmap"),

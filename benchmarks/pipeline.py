@@ -12,7 +12,7 @@ from benchmarks.common import Measured, Result, main
 from flows.contract import STAGES, Source
 from flows.demo.digits import write_digits
 from flows.recipe import load_recipe
-from storage.tracking import NullTracker
+from storage.tracker import NullTracker
 
 
 def measure() -> Measured:
@@ -31,7 +31,7 @@ def measure() -> Measured:
 
 def _demo(root: Path) -> tuple[dict[str, float], float]:
     begin = time.monotonic()
-    command = [sys.executable, "-m", "flows.cli", "demo", "--json", "--root", str(root)]
+    command = [sys.executable, "-m", "flows.command.main", "demo", "--json", "--root", str(root)]
     report: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return {stage["name"]: stage["seconds"] for stage in report["stages"]}, time.monotonic() - begin
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from benchmarks.common import Measured, Result, main, seconds
 from benchmarks.imagenet_like import CLASSES, SIZE, write_archive
 from benchmarks.memory import peak_mib
-from storage import shards
-from storage.archive import ArchiveRef
+from storage.archives.open import ArchiveRef
 from storage.manifest import stage_output
-from storage.shards import ShardConfig, ShardManifest
-from storage.tracking import NullTracker
+from storage.shards import shard
+from storage.shards.shard import ShardConfig, ShardManifest
+from storage.tracker import NullTracker
 
 IMAGES = 4096
 """Of ImageNet's usual size."""
@@ -71,9 +71,9 @@ def _measured(archive: Path, out: Path) -> tuple[float, float]:
 
 def _shard(archive: Path, root: Path, images_per_shard: int = 1024) -> ShardManifest:
     config, ref = ShardConfig(images_per_shard=images_per_shard), ArchiveRef(train=str(archive))
-    inputs = shards.input_digests(ref)
-    out = stage_output(str(root), shards.STAGE, shards.VERSION, config, parents={}, inputs=inputs)
-    return shards.run(config, ref, out=out, tracker=NullTracker())
+    inputs = shard.input_digests(ref)
+    out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
+    return shard.run(config, ref, out=out, tracker=NullTracker())
 
 
 def _with_tarfile(archive: Path, root: Path, images_per_shard: int = 1024) -> None:

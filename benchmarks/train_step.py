@@ -26,9 +26,9 @@ from dit.models.config import DiTConfig, dit_config
 from dit.models.cost import cost
 from dit.models.dit import DiT
 from dit.ranks import Ranks
-from dit.training.blocks import compile_blocks
 from dit.training.data import Batch
 from dit.training.ema import EMA
+from dit.training.layers import compile_blocks
 from dit.training.loop import Numbers, TrainState, train
 from dit.training.watch import matmul_speed
 

@@ -19,7 +19,7 @@ from dit.models.choice import DiTChoice
 from dit.train import TrainConfig
 from storage.latents import LatentManifest
 from storage.manifest import stage_output
-from storage.tracking import NullTracker
+from storage.tracker import NullTracker
 
 STRETCH = 4
 """Steps between two records. The first stretch warms up; a checkpoint is taken after the second, into the third."""

@@ -21,16 +21,17 @@ from pydantic import Field
 from dit.devices import Arithmetic, arithmetic, device, dtype
 from dit.ranks import Ranks, Share, cores, joined
 from dit.vae import Vae, VaeRef, load_vae
-from storage import transforms, uri
+from storage import uri
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
+from storage.images import transforms
+from storage.images.grid import image_grid
 from storage.latents import LatentManifest, VaeInfo, latent_layout, pixel_layout
 from storage.manifest import FileEntry, StageOutput
 from storage.parallel import ahead, threads
-from storage.pictures import image_grid
-from storage.rows import RowLayout, RowWriter, gathered
-from storage.shards import Sample, ShardManifest, read_images
-from storage.tracking import Tracker, publish
+from storage.rows.store import RowLayout, RowWriter, gathered
+from storage.shards.shard import Sample, ShardManifest, read_images
+from storage.tracker import Tracker, publish
 
 VERSION = 2
 PICTURES = 32

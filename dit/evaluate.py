@@ -15,7 +15,8 @@ from torch import Tensor
 from dit.devices import device
 from dit.export import CheckpointManifest
 from dit.metrics.comparison import Estimate
-from dit.metrics.features import ExtractorRef, FeatureExtractor, Images, load_extractor
+from dit.metrics.extractors.base import FeatureExtractor, Images
+from dit.metrics.extractors.load import ExtractorRef, load_extractor
 from dit.metrics.frechet import Statistics
 from dit.metrics.measure import KEPT_REFERENCE, Measure, conditions, modes, names, title
 from dit.metrics.reference import reference
@@ -23,13 +24,13 @@ from dit.metrics.sets import NOISE_SEED, NoiseImages, SplitImages, StoredImages
 from dit.metrics.summary import Summary, compare
 from dit.ranks import joined
 from dit.sample import SampleManifest
-from storage import transforms
 from storage.config import Config, operational
+from storage.images import transforms
 from storage.latents import LatentManifest
 from storage.manifest import Manifest, StageOutput
-from storage.rows import RowReader
-from storage.shards import ShardManifest
-from storage.tracking import Tracker, publish
+from storage.rows.store import RowReader
+from storage.shards.shard import ShardManifest
+from storage.tracker import Tracker, publish
 
 VERSION = 4
 HELD_OUT = "held_out"

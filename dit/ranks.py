@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from storage.tracking import NullTracker, Tracker
+from storage.tracker import NullTracker, Tracker
 
 T = TypeVar("T")
 

@@ -11,16 +11,16 @@ import torch
 from pydantic import Field
 
 from dit.devices import Arithmetic, arithmetic, device, dtype
-from dit.metrics.features import ExtractorRef, load_extractor
+from dit.metrics.extractors.load import ExtractorRef, load_extractor
 from dit.models.build import build
 from dit.models.config import ModelConfig
 from dit.models.cost import cost
 from dit.vae import VaeRef, load_vae
 from storage import uri
-from storage.archive import Archive
+from storage.archives.open import Archive
 from storage.config import Config
+from storage.images.transforms import UnreadableImage, inspect
 from storage.parallel import threads
-from storage.transforms import UnreadableImage, inspect
 
 SECONDS = 1.0
 """How long a piece of work is repeated for, after the first time."""

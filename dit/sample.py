@@ -30,11 +30,11 @@ from dit.samplers.state import State, StepNoise, last
 from dit.vae import Vae, VaeRef, load_vae
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
+from storage.images.grid import image_grid
 from storage.manifest import Manifest, StageOutput
 from storage.parallel import ahead
-from storage.pictures import image_grid
-from storage.rows import ArraySpec, RowLayout, RowWriter, gathered
-from storage.tracking import Tracker, publish
+from storage.rows.store import ArraySpec, RowLayout, RowWriter, gathered
+from storage.tracker import Tracker, publish
 
 VERSION = 2
 PICTURE = "samples.png"

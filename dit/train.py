@@ -17,19 +17,19 @@ from dit.models.choice import DiTChoice, Given, ModelChoice
 from dit.models.config import DiffiTImageConfig, ModelConfig
 from dit.ranks import Ranks, joined
 from dit.training.ahead import ahead
-from dit.training.blocks import compile_blocks, recompute_blocks
 from dit.training.data import Batches, Order, open_data
 from dit.training.ema import EMA
-from dit.training.grid import Grid
+from dit.training.layers import compile_blocks, recompute_blocks
 from dit.training.loop import Numbers, StepResult, TrainState, train
 from dit.training.parallelize import Parallel, gathered, shard
 from dit.training.preemption import notice
+from dit.training.sample_grid import Grid
 from dit.training.watch import Measured, Watch
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError, PreemptedError
 from storage.latents import LatentManifest
 from storage.manifest import StageOutput
-from storage.tracking import Tracker, publish
+from storage.tracker import Tracker, publish
 
 VERSION = 2
 LOGGER = logging.getLogger(__name__)
@@ -327,7 +327,7 @@ def _commit(
     out: StageOutput,
     tracker: Tracker,
 ) -> None:
-    from dit.plots import curve  # Matplotlib takes a second, which other ranks need not wait
+    from dit.report.plots import curve  # Matplotlib takes a second, which other ranks need not wait
 
     losses = [measured.values["loss"] for measured in history]
     picture = publish(out, tracker, "loss.png", curve([measured.step for measured in history], losses))

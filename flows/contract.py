@@ -8,18 +8,18 @@ from dit import encode, evaluate, sample, train
 from dit.encode import EncodeConfig
 from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.export import CheckpointManifest
-from dit.metrics.features import load_extractor
+from dit.metrics.extractors.load import load_extractor
 from dit.sample import SampleConfig, SampleManifest
 from dit.train import TrainConfig
 from dit.vae import VaeRef, info
-from flows import version
-from flows.version import ModelManifest, RegisterConfig
-from storage import shards
-from storage.archive import ArchiveRef
+from flows.registry import config
+from flows.registry.config import ModelManifest, RegisterConfig
+from storage.archives.open import ArchiveRef
 from storage.config import Config
 from storage.latents import LatentManifest
 from storage.manifest import Manifest, Provenance, StageOutput, json_digest, stage_output
-from storage.shards import ShardConfig, ShardManifest
+from storage.shards import shard
+from storage.shards.shard import ShardConfig, ShardManifest
 
 Source = ArchiveRef | Manifest
 
@@ -115,9 +115,9 @@ def _nothing_else(_: Config, __: Manifest) -> dict[str, str]:
 
 
 def _register(config: RegisterConfig, metrics: MetricsManifest, **run: Any) -> ModelManifest:
-    from flows import registry  # MLflow takes seconds to import, and most processes register nothing
+    from flows.registry import register  # MLflow takes seconds to import, and most processes register nothing
 
-    return registry.run(config, metrics, **run)
+    return register.run(config, metrics, **run)
 
 
 STAGES = {
@@ -125,12 +125,12 @@ STAGES = {
     for stage in (
         Stage(
             ShardConfig,
-            shards.VERSION,
+            shard.VERSION,
             ShardManifest,
             None,
             "archive",
-            lambda _, archive: shards.input_digests(archive),
-            shards.run,
+            lambda _, archive: shard.input_digests(archive),
+            shard.run,
         ),
         Stage(
             EncodeConfig,
@@ -172,6 +172,6 @@ STAGES = {
             evaluate.run,
             ranked=True,
         ),
-        Stage(RegisterConfig, version.VERSION, ModelManifest, MetricsManifest, "metrics", _nothing_else, _register),
+        Stage(RegisterConfig, config.VERSION, ModelManifest, MetricsManifest, "metrics", _nothing_else, _register),
     )
 }

@@ -13,14 +13,15 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import launch, runs, tracking
+from flows.children import die_with_worker
 from flows.contract import Source, Stage
-from flows.launch import LaunchSpec, LocalLaunch
-from flows.process import die_with_worker
-from flows.progress import StageProgress
-from flows.worker import TrackingSpec, WorkerSpec
+from flows.launch import start
+from flows.launch.spec import LaunchSpec, LocalLaunch, WorkerSpec
+from flows.tracking import runs, sink
+from flows.tracking.progress import StageProgress
+from flows.tracking.spec import TrackingSpec
 from storage import uri
-from storage.archive import ArchiveRef
+from storage.archives.open import ArchiveRef
 from storage.config import Config
 from storage.manifest import Manifest, Provenance, StageOutput
 
@@ -87,9 +88,9 @@ def _run(
             assert isinstance(source, Manifest)
             values = config.model_dump(mode="json")
             job = WorkerSpec(stage=stage.name, config=values, source=source.uri, output=output, tracking=spec)
-            launch.run(job, launcher, progress=progress.update, log=get_run_logger())
+            start.run(job, launcher, progress=progress.update, log=get_run_logger())
             return stage.kind.read(output.uri)
-        tracker = tracking.StageTracker(tracking.MlflowSink(spec.uri, spec.run_id, spec.skip_to), progress.update)
+        tracker = sink.StageTracker(sink.MlflowSink(spec.uri, spec.run_id, spec.skip_to), progress.update)
         try:
             return stage.run(config, source, out=output, tracker=tracker)
         finally:

@@ -9,12 +9,13 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 
-from flows import runs, stages
+from flows import stages
 from flows.contract import STAGES, Outcome
-from flows.page import publish
 from flows.perform import SKIPPED, RunSettings
 from flows.recipe import Recipe
-from storage.archive import ArchiveRef
+from flows.report.page import publish
+from flows.tracking import runs
+from storage.archives.open import ArchiveRef
 from storage.manifest import Manifest
 
 

@@ -13,16 +13,16 @@ from dit.encode import EncodeConfig
 from dit.evaluate import EvaluateConfig
 from dit.sample import SampleConfig
 from dit.train import TrainConfig
-from flows import runs
 from flows.contract import STAGES
-from flows.launch import LaunchSpec, LocalLaunch
-from flows.services import local_home
-from flows.version import RegisterConfig
-from storage.archive import ArchiveRef
+from flows.launch.spec import LaunchSpec, LocalLaunch
+from flows.registry.config import RegisterConfig
+from flows.servers import local_home
+from flows.tracking import runs
+from storage.archives.open import ArchiveRef
 from storage.config import Config, operational
 from storage.errors import InputError
 from storage.manifest import Manifest, json_digest
-from storage.shards import ShardConfig
+from storage.shards.shard import ShardConfig
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 RECIPES = Path(str(files("flows"))) / "recipes"

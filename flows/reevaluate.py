@@ -19,11 +19,12 @@ from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.export import CheckpointManifest
 from dit.metrics.comparison import Gain, gain
 from dit.sample import SampleConfig, SampleManifest
-from flows import runs, stages
+from flows import stages
 from flows.perform import SKIPPED, RunSettings
-from flows.promotion import Evaluation, answering, comparable, evaluation
-from flows.registry import METRICS_DIGEST_TAG, emit
-from flows.version import CANDIDATE, CHAMPION
+from flows.registry.config import CANDIDATE, CHAMPION
+from flows.registry.promotion import Evaluation, answering, comparable, evaluation
+from flows.registry.register import METRICS_DIGEST_TAG, emit
+from flows.tracking import runs
 from storage import uri
 from storage.errors import InputError
 

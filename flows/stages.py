@@ -17,13 +17,13 @@ from dit.evaluate import EvaluateConfig
 from dit.sample import SampleConfig
 from dit.train import TrainConfig
 from flows.contract import STAGES
-from flows.launch import LaunchSpec, LocalLaunch
+from flows.launch.spec import LaunchSpec, LocalLaunch
 from flows.perform import RunSettings, perform
-from flows.spread import spread
-from flows.version import RegisterConfig
-from storage import shards as tars
-from storage.archive import ArchiveRef
-from storage.shards import ShardConfig
+from flows.registry.config import RegisterConfig
+from flows.shard_tasks import spread
+from storage.archives.open import ArchiveRef
+from storage.shards import shard as tars
+from storage.shards.shard import ShardConfig
 
 ManifestRef = Annotated[str, Field(description="Manifest URL of the stage before, its folder, or its MLflow run id")]
 

@@ -17,7 +17,7 @@ from storage import uri
 from storage.config import Config, operational
 from storage.errors import InputError
 from storage.manifest import Manifest
-from storage.rows import ArraySpec, RowLayout, RowReader
+from storage.rows.store import ArraySpec, RowLayout, RowReader
 
 
 class VaeInfo(Config):

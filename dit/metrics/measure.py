@@ -7,12 +7,12 @@ from itertools import islice
 import torch
 
 from dit.devices import device
-from dit.metrics.features import FeatureExtractor, Outputs
+from dit.metrics.extractors.base import FeatureExtractor, Outputs
 from dit.metrics.precision_recall import Mode
 from dit.metrics.sets import ImageSet
 from dit.metrics.summary import CONDITIONS, Names, Summary
 from dit.ranks import Ranks
-from storage.tracking import Tracker
+from storage.tracker import Tracker
 
 STRETCH = 1024
 """Images that one rank takes the features of at a time. No number depends on which rank that is."""

@@ -9,7 +9,7 @@ import logging
 import safetensors.torch
 from safetensors import SafetensorError
 
-from dit.metrics.features import FeatureExtractor
+from dit.metrics.extractors.base import FeatureExtractor
 from dit.metrics.measure import Measure
 from dit.metrics.sets import ImageSet
 from dit.metrics.summary import Summary

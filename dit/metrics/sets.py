@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from dit.random import Stream, words
 from dit.ranks import cores
-from storage import transforms, uri
+from storage import uri
 from storage.archives.listing import MAX_BYTES
 from storage.errors import InputError
+from storage.images import transforms
 from storage.manifest import json_digest
 from storage.parallel import threads
-from storage.rows import RowReader
-from storage.shards import ShardManifest, read_images
+from storage.rows.store import RowReader
+from storage.shards.shard import ShardManifest, read_images
 
 Batches = Iterator[NDArray[np.uint8]]
 """Images (B, H, H, 3)."""

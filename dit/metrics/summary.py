@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit.devices import device
-from dit.metrics.features import Outputs
+from dit.metrics.extractors.base import Outputs
 from dit.metrics.frechet import Statistics
 from dit.metrics.inception_score import SPLIT, InceptionScore
 from dit.metrics.kernel import kernel_distance

@@ -15,7 +15,7 @@ from dit.devices import sent
 from dit.pixels import to_unit
 from dit.ranks import Ranks
 from dit.training.augment import augmented
-from dit.training.noise import StepDraws
+from dit.training.draws import StepDraws
 from storage.latents import LatentManifest, LatentReader, PixelReader
 from storage.order import POOL, coins, permutation, pooled
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dit.ranks import Ranks
-from dit.training.blocks import blocks
+from dit.training.layers import blocks
 
 # Imported where parameters are dealt alone: it takes seconds.
 if TYPE_CHECKING:

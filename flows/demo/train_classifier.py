@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dit.metrics.demo_digits import WEIGHTS, DigitsClassifier, load_digits_classifier
+from dit.metrics.extractors.demo_digits import WEIGHTS, DigitsClassifier, load_digits_classifier
 from flows.demo import CLASSIFIER, METRICS
 from flows.demo.digits import digit_images
 from storage import uri

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.decode import contest
 from benchmarks.photos import HEIGHT, WIDTH, jpeg, photo
-from storage import transforms
+from storage.images import transforms
 
 
 def test_photos_have_the_spectrum_of_photographs() -> None:

@@ -11,13 +11,13 @@ from sklearn.datasets import load_digits
 from dit.export import CheckpointManifest
 from dit.sample import SampleManifest
 from dit.vae import VaeRef
-from storage import shards as shard
-from storage.archive import ArchiveRef
+from storage.archives.open import ArchiveRef
 from storage.latents import LatentManifest
 from storage.manifest import stage_output
-from storage.runners import Threads
-from storage.shards import ShardConfig, ShardManifest
-from storage.tracking import NullTracker
+from storage.shards import shard
+from storage.shards.runners import Threads
+from storage.shards.shard import ShardConfig, ShardManifest
+from storage.tracker import NullTracker
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,7 +21,7 @@ import torch
 from dit import train
 from storage.latents import LatentManifest
 from storage.manifest import StageOutput
-from storage.tracking import NullTracker
+from storage.tracker import NullTracker
 
 class Spoilt(train.Batches):
     def __call__(self, step):

@@ -19,8 +19,8 @@ from dit.export import CheckpointManifest
 from dit.sample import SampleConfig, SampleManifest
 from storage.config import Config
 from storage.manifest import Manifest, StageOutput
-from storage.shards import ShardManifest
-from storage.tracking import NullTracker
+from storage.shards.shard import ShardManifest
+from storage.tracker import NullTracker
 
 STAGES: dict[str, tuple[Any, type[Config], type[Manifest]]] = {
     "encode": (encode.run, EncodeConfig, ShardManifest),

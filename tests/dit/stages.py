@@ -11,13 +11,13 @@ import tiny
 import torch
 
 from dit.vae import VaeRef
-from storage import shards
-from storage.archive import ArchiveRef
+from storage.archives.open import ArchiveRef
 from storage.latents import LatentManifest
 from storage.manifest import code_version, stage_output
-from storage.runners import Threads
-from storage.shards import ShardConfig, ShardManifest
-from storage.tracking import NullTracker
+from storage.shards import shard
+from storage.shards.runners import Threads
+from storage.shards.shard import ShardConfig, ShardManifest
+from storage.tracker import NullTracker
 
 SHARDING = ShardConfig(images_per_shard=2, runner=Threads(count=2))
 
@@ -25,9 +25,9 @@ SHARDING = ShardConfig(images_per_shard=2, runner=Threads(count=2))
 def run(pictures: Path, vae: VaeRef, root: Path) -> None:
     """Shard and encode what is not done yet."""
     archive = ArchiveRef(train=str(pictures / "train"), held_out=str(pictures / "held_out"))
-    inputs = shards.input_digests(archive)
-    out = stage_output(str(root), shards.STAGE, shards.VERSION, SHARDING, parents={}, inputs=inputs)
-    made = out.committed(ShardManifest) or shards.run(SHARDING, archive, out=out, tracker=NullTracker())
+    inputs = shard.input_digests(archive)
+    out = stage_output(str(root), shard.STAGE, shard.VERSION, SHARDING, parents={}, inputs=inputs)
+    made = out.committed(ShardManifest) or shard.run(SHARDING, archive, out=out, tracker=NullTracker())
     config = tiny.encode_config(vae)
     if tiny.output(root, LatentManifest, config, shards=made).committed(LatentManifest) is None:
         tiny.run_encode(root, config, made)

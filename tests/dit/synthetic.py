@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from dit.random import Stream, uniforms
 from storage.config import Config
 from storage.latents import LatentManifest, VaeInfo, latent_layout, pixel_layout
-from storage.rows import RowLayout, RowWriter
+from storage.rows.store import RowLayout, RowWriter
 
 ROWS, CLASSES = 24, ("a", "b", "c")
 LATENT, PIXELS = (4, 8, 8), (3, 16, 16)

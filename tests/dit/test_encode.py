@@ -17,8 +17,8 @@ from dit.encode import fitting_batch
 from dit.vae import Vae, VaeRef
 from storage.errors import DitflowError, InputError, StorageError
 from storage.latents import LatentManifest, LatentReader
-from storage.rows import RowReader, RowWriter
-from storage.shards import ShardManifest, read_images
+from storage.rows.store import RowReader, RowWriter
+from storage.shards.shard import ShardManifest, read_images
 
 LEFT = (tiny.WIDTH - tiny.SIDE) // 2
 
@@ -220,7 +220,7 @@ def test_an_error_of_any_thread_ends_the_stage(
     if part == "tars":
         monkeypatch.setattr(encode, "read_images", some)
     elif part == "images":
-        monkeypatch.setattr("storage.transforms.load_fast", fail)
+        monkeypatch.setattr("storage.images.transforms.load_fast", fail)
     else:
         monkeypatch.setattr(RowWriter, "write", fail)
     with pytest.raises(StorageError, match=f"^the {part}$"):

@@ -15,8 +15,9 @@ from dit import evaluate, sample
 from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.export import CheckpointManifest
 from dit.metrics import summary
-from dit.metrics.demo_digits import DigitsClassifier, load_digits_classifier
-from dit.metrics.features import ExtractorRef, Images, Outputs
+from dit.metrics.extractors.base import Images, Outputs
+from dit.metrics.extractors.demo_digits import DigitsClassifier, load_digits_classifier
+from dit.metrics.extractors.load import ExtractorRef
 from dit.metrics.frechet import Statistics
 from dit.metrics.inception_score import InceptionScore
 from dit.metrics.kernel import kernel_distance
@@ -24,15 +25,16 @@ from dit.metrics.measure import STRETCH
 from dit.metrics.precision_recall import precision_recall
 from dit.metrics.resample import fd_infinity, fd_spread
 from dit.sample import SampleManifest
-from storage import shards as shard
-from storage import transforms, uri
-from storage.archive import ArchiveRef
+from storage import uri
+from storage.archives.open import ArchiveRef
 from storage.errors import InputError, StorageError
+from storage.images import transforms
 from storage.latents import LatentManifest
 from storage.manifest import stage_output
-from storage.rows import RowReader, RowWriter
-from storage.shards import ShardConfig, ShardManifest
-from storage.tracking import NullTracker
+from storage.rows.store import RowReader, RowWriter
+from storage.shards import shard as shard
+from storage.shards.shard import ShardConfig, ShardManifest
+from storage.tracker import NullTracker
 
 LEFT = (tiny.WIDTH - tiny.SIDE) // 2
 

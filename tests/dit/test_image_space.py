@@ -22,12 +22,12 @@ from dit.samplers.state import last
 from dit.train import TrainConfig
 from dit.training.augment import augmented
 from dit.training.data import Batches, Pixels, open_data
-from dit.training.noise import StepDraws
-from storage import transforms
+from dit.training.draws import StepDraws
 from storage.errors import InputError
+from storage.images import transforms
 from storage.latents import LatentManifest, LatentReader, PixelReader
-from storage.rows import RowReader
-from storage.shards import ShardManifest, read_images
+from storage.rows.store import RowReader
+from storage.shards.shard import ShardManifest, read_images
 
 MODEL = DiffiTImageChoice(
     size=ImageShape(stem_width=32, widths=(32,), depths=(1,), window=4, time_width=32), conditional=True, dropout=0.2

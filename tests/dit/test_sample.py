@@ -20,7 +20,7 @@ from dit.samplers.noise import SampleNoise
 from dit.vae import Vae, VaeRef, load_vae
 from storage.errors import DitflowError, InputError
 from storage.latents import LatentManifest
-from storage.rows import RowReader
+from storage.rows.store import RowReader
 
 COUNT = tiny.SAMPLING.count
 

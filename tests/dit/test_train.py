@@ -34,7 +34,7 @@ from storage.errors import DitflowError, InputError, PreemptedError, StorageErro
 from storage.latents import LatentManifest, LatentReader
 from storage.manifest import StageOutput
 from storage.order import permutation
-from storage.shards import ShardManifest
+from storage.shards.shard import ShardManifest
 
 WORKER = """
 import json, sys, logging
@@ -44,7 +44,7 @@ from dit import train
 from dit.train import TrainConfig, learning_rate, model_for
 from storage.latents import LatentManifest
 from storage.manifest import StageOutput
-from storage.tracking import NullTracker
+from storage.tracker import NullTracker
 torch.set_num_threads(1)
 spec = json.loads(Path(sys.argv[1]).read_text())
 latents, out = LatentManifest.read(spec["latents"]), StageOutput.model_validate(spec["out"])

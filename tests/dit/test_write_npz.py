@@ -11,12 +11,12 @@ import tiny
 
 from dit.metrics import npz
 from dit.metrics.npz import Npz
-from dit.npz import write_npz
 from dit.sample import SampleManifest
+from dit.write_npz import write_npz
 from storage.errors import InputError, StorageError
-from storage.rows import RowReader
-from storage.shards import ShardManifest
-from storage.tracking import NullTracker
+from storage.rows.store import RowReader
+from storage.shards.shard import ShardManifest
+from storage.tracker import NullTracker
 
 
 def test_numpy_reads_what_the_store_holds(tmp_path: Path, samples: SampleManifest) -> None:

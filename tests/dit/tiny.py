@@ -17,8 +17,8 @@ from dit.train import TrainConfig
 from dit.vae import VaeRef
 from storage.latents import LatentManifest
 from storage.manifest import Manifest, StageOutput, stage_output
-from storage.shards import ShardManifest
-from storage.tracking import NullTracker, Tracker
+from storage.shards.shard import ShardManifest
+from storage.tracker import NullTracker, Tracker
 
 CLASSES = ("2", "5", "7")
 SIDE, WIDTH = 32, 36

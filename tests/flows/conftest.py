@@ -30,11 +30,11 @@ def prefect_api(prefect: str) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def prefect(prefect_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Prefect server."""
-    from flows import services
+    from flows import servers
 
     home = tmp_path_factory.mktemp("prefect")
     shutil.copy(prefect_template, home)
-    with services.prefect_server(home) as address:
+    with servers.prefect_server(home) as address:
         yield address
 
 
@@ -43,10 +43,10 @@ def prefect_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty database of a Prefect server."""
 
     def make(home: Path) -> None:
-        from flows import services
+        from flows import servers
 
         upgrade = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
-        subprocess.run(upgrade, env=os.environ | services.prefect_env(home), stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(upgrade, env=os.environ | servers.prefect_env(home), stdout=subprocess.DEVNULL, check=True)
 
     return made_once(tmp_path_factory, "prefect.db", make)
 

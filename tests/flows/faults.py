@@ -14,8 +14,8 @@ import psutil
 import pytest
 from prefect.context import refresh_global_settings_context
 
-from flows import services
-from flows.serving import send_last_words
+from flows import servers
+from flows.command.prefect_server import send_last_words
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -61,7 +61,7 @@ def prefect_at(address: str) -> Iterator[None]:
 
 def dead_address() -> str:
     """The address of a server that is not there."""
-    return f"http://{services.HOST}:{services.free_port()}"
+    return f"http://{servers.HOST}:{servers.free_port()}"
 
 
 class MlflowServer:
@@ -70,8 +70,8 @@ class MlflowServer:
     def __init__(self, folder: Path, template: Path) -> None:
         folder.mkdir(parents=True)
         shutil.copy(template, folder / "mlflow.db")
-        self.folder, self.port = folder, services.free_port()
-        self.address = f"http://{services.HOST}:{self.port}"
+        self.folder, self.port = folder, servers.free_port()
+        self.address = f"http://{servers.HOST}:{self.port}"
         self._stack = ExitStack()
         self._mine: list[int] = []
 
@@ -79,7 +79,7 @@ class MlflowServer:
         """Start it unless it runs."""
         if not self._mine:
             before = set(descendants())
-            self._stack.enter_context(services.mlflow_server(self.folder, self.port))
+            self._stack.enter_context(servers.mlflow_server(self.folder, self.port))
             self._mine = [pid for pid in descendants() if pid not in before]
 
     def kill(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from flows import services
+from flows import servers
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 
@@ -59,7 +59,7 @@ def slurm_cluster(home: Path) -> Iterator[dict[str, str]]:
     (home / "state").mkdir()
     (home / "munge.key").write_bytes(os.urandom(128))
     (home / "munge.key").chmod(0o400)
-    ports = [services.free_port() for _ in range(3)]
+    ports = [servers.free_port() for _ in range(3)]
     (home / "slurm.conf").write_text(CONF.format(home=home, ports=ports))
     env = {"SLURM_CONF": str(home / "slurm.conf")}
     files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid", "log-file": "munged.log"}

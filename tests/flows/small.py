@@ -5,21 +5,21 @@ from pathlib import Path
 
 from dit.encode import EncodeConfig
 from dit.evaluate import EvaluateConfig, MetricsManifest
-from dit.metrics.features import ExtractorRef
+from dit.metrics.extractors.load import ExtractorRef
 from dit.models.choice import DiTChoice, Shape
 from dit.sample import SampleConfig
 from dit.train import TrainConfig
-from flows import runs
 from flows.contract import STAGES, Source
 from flows.demo import CLASSIFIER
 from flows.demo.digits import write_digits
-from flows.tracking import MlflowSink, StageTracker
-from flows.version import ModelManifest, RegisterConfig
-from storage.archive import ArchiveRef
+from flows.registry.config import ModelManifest, RegisterConfig
+from flows.tracking import runs
+from flows.tracking.sink import MlflowSink, StageTracker
+from storage.archives.open import ArchiveRef
 from storage.config import Config
 from storage.manifest import Manifest
-from storage.shards import ShardConfig
-from storage.tracking import NullTracker
+from storage.shards.shard import ShardConfig
+from storage.tracker import NullTracker
 
 SHAPE = Shape(depth=1, width=32, heads=2)
 KEPT = {"train": 6, "held_out": 2}  # of each digit

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dit.metrics.demo_digits import WEIGHTS as CLASSIFIER_WEIGHTS
-from dit.metrics.demo_digits import DemoDigits, load_digits_classifier
+from dit.metrics.extractors.demo_digits import WEIGHTS as CLASSIFIER_WEIGHTS
+from dit.metrics.extractors.demo_digits import DemoDigits, load_digits_classifier
 from dit.vae import WEIGHTS as VAE_WEIGHTS
 from dit.vae import Vae, VaeRef, load_vae
 from flows.demo import CLASSIFIER, METRICS, VAE, digits, train_classifier, train_vae

@@ -10,8 +10,8 @@ from faults import dead_address
 
 from flows import perform
 from flows.contract import STAGES
-from flows.launch import LocalLaunch
-from flows.worker import TrackingSpec
+from flows.launch.spec import LocalLaunch
+from flows.tracking.spec import TrackingSpec
 from storage.config import Config
 from storage.manifest import Manifest, StageOutput, stage_output
 
@@ -39,7 +39,7 @@ def test_torchrun_is_for_several_ranks_and_for_training(
     def here(config: Config, source: Manifest, *, out: StageOutput, tracker: Any) -> Manifest:
         return out.commit(kind, [])
 
-    monkeypatch.setattr(perform.launch, "run", launched)
+    monkeypatch.setattr(perform.start, "run", launched)
     monkeypatch.setattr(perform, "get_run_logger", logging.getLogger)
     stage = replace(STAGES[name], kind=kind, run=here)
     source = stage_output(str(tmp_path), "before", 1, Config(), parents={}, inputs={}).commit(Manifest, [])

@@ -44,7 +44,7 @@ KEPT = {"train": 20, "held_out": 8}
 def command(name: str, root: Path | str, digits: Path | str, *more: str) -> list[str]:
     values = SMALL | {f"archive.{split}": f"{digits}/{split}" for split in ("train", "held_out")}
     sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    return [sys.executable, "-m", "flows.cli", name, "demo", "--root", str(root), "--json", *sets, *more]
+    return [sys.executable, "-m", "flows.command.main", name, "demo", "--root", str(root), "--json", *sets, *more]
 
 
 def ditflow(name: str, root: Path, digits: Path, *more: str) -> dict[str, Any]:
@@ -257,7 +257,8 @@ def test_a_sweep_of_models_on_pixels_shares_its_stages_and_is_served(
     migrated(tmp_path / "root")
     (tmp_path / "pixels.yaml").write_text(SWEEP)
     sets = [part for split in ("train", "held_out") for part in ("--set", f"archive.{split}={digits / split}")]
-    run = [sys.executable, "-m", "flows.cli", "run", str(tmp_path / "pixels.yaml"), "--root", str(tmp_path / "root")]
+    recipe, root = tmp_path / "pixels.yaml", tmp_path / "root"
+    run = [sys.executable, "-m", "flows.command.main", "run", str(recipe), "--root", str(root)]
     done = subprocess.run([*run, "--json", *sets], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first, second = map(json.loads, done.stdout.splitlines())

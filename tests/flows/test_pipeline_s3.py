@@ -34,7 +34,7 @@ def test_the_pipeline_on_s3(tmp_path: Path, digits: Path, migrated: Callable[[Pa
         report = json.loads(first.stdout)
         assert {stage["name"]: stage["state"] for stage in report["stages"]} == dict.fromkeys(STAGES, "ran")
         assert all(stage["manifest"].startswith(f"s3://{BUCKET}/runs/") for stage in report["stages"])
-        verify = [sys.executable, "-m", "flows.cli", "verify", "--full", f"s3://{BUCKET}/runs"]
+        verify = [sys.executable, "-m", "flows.command.main", "verify", "--full", f"s3://{BUCKET}/runs"]
         seen = subprocess.run(verify, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
         assert seen.returncode == 0, seen.stdout
         assert all("all bytes as committed" in line for line in seen.stdout.splitlines())

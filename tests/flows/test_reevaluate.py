@@ -14,12 +14,12 @@ from mlflow import MlflowClient
 from prefect.client.schemas.objects import State
 from small import Small
 
-from flows import services
+from flows import servers
 from flows.perform import RunSettings
-from flows.promotion import EVALUATION_TAG, Evaluation
 from flows.reevaluate import DRIFTED, Window, reevaluate
-from flows.registry import REGISTERED
-from flows.version import RegisterConfig
+from flows.registry.config import RegisterConfig
+from flows.registry.promotion import EVALUATION_TAG, Evaluation
+from flows.registry.register import REGISTERED
 from storage.errors import InputError
 from storage.manifest import Manifest
 
@@ -41,7 +41,7 @@ class World:
     """Both servers, and a root with a champion and a candidate."""
 
     def __init__(self, folder: Path, template: Path, stack: ExitStack) -> None:
-        self.prefect = stack.enter_context(services.prefect_server(folder / "prefect", scheduler=True))
+        self.prefect = stack.enter_context(servers.prefect_server(folder / "prefect", scheduler=True))
         mlflow = MlflowServer(folder / "mlflow", template)
         stack.callback(mlflow.stop)
         mlflow.start()

@@ -7,7 +7,7 @@ import numpy as np
 
 from storage import uri
 from storage.manifest import Manifest, StageOutput
-from storage.rows import ArraySpec, RowLayout, RowWriter
+from storage.rows.store import ArraySpec, RowLayout, RowWriter
 
 ROWS = 21
 LAYOUT = RowLayout(

@@ -6,7 +6,7 @@ import pytest
 
 from storage.latents import LatentManifest, LatentReader, VaeInfo, latent_layout
 from storage.manifest import StageOutput
-from storage.rows import RowWriter
+from storage.rows.store import RowWriter
 
 SHAPE = (4, 2, 2)
 ROWS = 10

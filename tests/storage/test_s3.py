@@ -10,14 +10,15 @@ import packing
 import pytest
 from s3_endpoint import BUCKET, s3_server
 
-from storage import shards, uri, verify
-from storage.archive import ArchiveRef
+from storage import uri, verify
+from storage.archives.open import ArchiveRef
 from storage.errors import StorageError
 from storage.manifest import Manifest, StageOutput, stage_output
-from storage.rows import ArraySpec, RowLayout, RowReader, RowWriter
-from storage.runners import Threads
-from storage.shards import ShardConfig, ShardManifest, read_images
-from storage.tracking import NullTracker
+from storage.rows.store import ArraySpec, RowLayout, RowReader, RowWriter
+from storage.shards import shard
+from storage.shards.runners import Threads
+from storage.shards.shard import ShardConfig, ShardManifest, read_images
+from storage.tracker import NullTracker
 
 CONFIG = ShardConfig(images_per_shard=7, runner=Threads(count=2))
 
@@ -36,10 +37,10 @@ def root(bucket: str, request: pytest.FixtureRequest) -> str:
     return uri.join(bucket, request.node.name)
 
 
-def shard(root: str, archive: ArchiveRef) -> ShardManifest:
-    inputs = shards.input_digests(archive)
-    out = stage_output(root, shards.STAGE, shards.VERSION, CONFIG, parents={}, inputs=inputs)
-    return shards.run(CONFIG, archive, out=out, tracker=NullTracker())
+def sharded(root: str, archive: ArchiveRef) -> ShardManifest:
+    inputs = shard.input_digests(archive)
+    out = stage_output(root, shard.STAGE, shard.VERSION, CONFIG, parents={}, inputs=inputs)
+    return shard.run(CONFIG, archive, out=out, tracker=NullTracker())
 
 
 def test_objects(root: str) -> None:
@@ -102,13 +103,13 @@ def test_images_and_tars_on_s3_are_those_of_a_disk(
     root: str, tmp_path: Path, write_archive: Callable[..., Path]
 ) -> None:
     folder = write_archive(tmp_path / "train", {"cat": 11, "dog": 12})
-    here = shard(str(tmp_path / "root"), ArchiveRef(train=str(folder)))
+    here = sharded(str(tmp_path / "root"), ArchiveRef(train=str(folder)))
     files = packing.files_of(folder)
     uri.write(uri.join(root, "train.tar"), packing.tar(packing.class_tars(files)))
     for name, data in files.items():
         uri.write(uri.join(root, "train", name), data)
     for archive in ("train", "train.tar"):
-        there = shard(uri.join(root, f"root-{archive}"), ArchiveRef(train=uri.join(root, archive)))
+        there = sharded(uri.join(root, f"root-{archive}"), ArchiveRef(train=uri.join(root, archive)))
         assert (there.digest, there.files) == (here.digest, here.files)
         assert [sample.data for sample in read_images(there, "train")] == [
             sample.data for sample in read_images(here, "train")
@@ -117,14 +118,14 @@ def test_images_and_tars_on_s3_are_those_of_a_disk(
 
 def test_damage_on_s3_is_found_and_mended(root: str, tmp_path: Path, write_archive: Callable[..., Path]) -> None:
     archive = ArchiveRef(train=str(write_archive(tmp_path / "train", {"cat": 11, "dog": 12})))
-    manifest = shard(root, archive)
+    manifest = sharded(root, archive)
     first, second = (uri.join(manifest.uri, "train", f"{number:05d}.tar") for number in (0, 1))
     uri.remove_tree(first)
     uri.write(second, uri.read(uri.join(manifest.uri, "train", "00002.tar")))
     found = verify.faults(manifest, full=True)
     assert [fault.entry.path for fault in found] == ["train/00000.tar", "train/00001.tar"]
     verify.withdraw(manifest, found)
-    mended = shard(root, archive)
+    mended = sharded(root, archive)
     assert mended.files == manifest.files
     assert verify.faults(mended, full=True) == []
 
@@ -143,7 +144,7 @@ def test_rows_come_back(
     for streamed in (False, True):
         reader = RowReader(manifest, tmp_path / "cache", streamed=streamed)
         assert np.array_equal(reader.array("x"), values)
-    monkeypatch.setattr("storage.trust._sha256", None)  # ETags tell that nothing has changed
+    monkeypatch.setattr("storage.rows.trust._sha256", None)  # ETags tell that nothing has changed
     RowReader(manifest, tmp_path / "cache", streamed=True)
 
 

@@ -3,13 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from storage import shards, uri, verify
-from storage.archive import ArchiveRef
+from storage import uri, verify
+from storage.archives.open import ArchiveRef
 from storage.errors import InputError, StorageError
 from storage.manifest import Manifest, stage_output
-from storage.runners import Threads
-from storage.shards import ShardConfig, ShardManifest
-from storage.tracking import NullTracker
+from storage.shards import shard
+from storage.shards.runners import Threads
+from storage.shards.shard import ShardConfig, ShardManifest
+from storage.tracker import NullTracker
 
 CONFIG = ShardConfig(images_per_shard=7, runner=Threads(count=2))
 TAR, RECORD = "train/00001.tar", "records/train-00001.json"
@@ -25,10 +26,10 @@ def archive(tmp_path: Path, write_archive: Callable[..., Path]) -> ArchiveRef:
     return ArchiveRef(train=str(write_archive(tmp_path / "train", {"cat": 11, "dog": 12})))
 
 
-def shard(root: str, archive: ArchiveRef) -> ShardManifest:
-    inputs = shards.input_digests(archive)
-    out = stage_output(root, shards.STAGE, shards.VERSION, CONFIG, parents={}, inputs=inputs)
-    return shards.run(CONFIG, archive, out=out, tracker=NullTracker())
+def sharded(root: str, archive: ArchiveRef) -> ShardManifest:
+    inputs = shard.input_digests(archive)
+    out = stage_output(root, shard.STAGE, shard.VERSION, CONFIG, parents={}, inputs=inputs)
+    return shard.run(CONFIG, archive, out=out, tracker=NullTracker())
 
 
 def objects(manifest: Manifest) -> dict[str, bytes]:
@@ -40,7 +41,7 @@ def flipped(data: bytes) -> bytes:
 
 
 def test_a_whole_output_has_no_faults(root: str, archive: ArchiveRef) -> None:
-    manifest = shard(root, archive)
+    manifest = sharded(root, archive)
     assert verify.faults(manifest, full=False) == verify.faults(manifest, full=True) == []
 
 
@@ -65,7 +66,7 @@ def test_a_fault_is_named_and_the_same_command_mends_it_and_nothing_else(
     fast: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    manifest = shard(root, archive)
+    manifest = sharded(root, archive)
     whole, url = objects(manifest), uri.join(manifest.uri, path)
     if damage is None:
         uri.remove_tree(url)
@@ -82,9 +83,9 @@ def test_a_fault_is_named_and_the_same_command_mends_it_and_nothing_else(
     with pytest.raises(InputError, match="no committed manifest"):
         ShardManifest.read(manifest.uri)
     built = []
-    pack = shards.pack
-    monkeypatch.setattr(shards, "pack", lambda *given: built.append(TAR) or pack(*given))
-    mended = shard(root, archive)
+    pack = shard.pack
+    monkeypatch.setattr(shard, "pack", lambda *given: built.append(TAR) or pack(*given))
+    mended = sharded(root, archive)
     assert built == ([] if path.startswith("artifacts") else [TAR])
     assert mended.digest == manifest.digest
     assert objects(mended) == whole
@@ -92,7 +93,7 @@ def test_a_fault_is_named_and_the_same_command_mends_it_and_nothing_else(
 
 
 def test_another_shard_in_its_place_is_seen(root: str, archive: ArchiveRef) -> None:
-    manifest = shard(root, archive)
+    manifest = sharded(root, archive)
     for path in (TAR, RECORD):  # one unit's tar and record, put over another's
         uri.write(uri.join(manifest.uri, path), uri.read(uri.join(manifest.uri, path.replace("00001", "00002"))))
     assert {fault.entry.path for fault in verify.faults(manifest, full=False)} >= {RECORD}
@@ -100,7 +101,7 @@ def test_another_shard_in_its_place_is_seen(root: str, archive: ArchiveRef) -> N
 
 
 def test_a_withdrawal_cut_short_is_found_again(root: str, archive: ArchiveRef, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = shard(root, archive)
+    manifest = sharded(root, archive)
     uri.write(uri.join(manifest.uri, TAR), flipped(uri.read(uri.join(manifest.uri, TAR))))
     remove = uri.remove_tree
 
@@ -116,7 +117,7 @@ def test_a_withdrawal_cut_short_is_found_again(root: str, archive: ArchiveRef, m
 
 
 def test_outputs_of_a_url(root: str, archive: ArchiveRef) -> None:
-    manifest = shard(root, archive)
+    manifest = sharded(root, archive)
     uri.write(uri.join(root, "encode", "0123456789abcdef", "records", "rows-00000.json"), b"{}")  # work in progress
     for url in (manifest.url, manifest.uri, f"{manifest.uri}/", root):
         assert [found.digest for found in verify.outputs(url)] == [manifest.digest]

@@ -1,0 +1,72 @@
+"""Samples of any checkpoint, straight to a picture and an array."""
+
+import numpy as np
+
+from dit.convert import Pretrained, read
+from dit.devices import device
+from dit.export import MODEL, ModelCard, Trained, load
+from dit.metrics import npz
+from dit.sample import SampleConfig, compiled, generate, open_decoder, picture
+from dit.vae import VaeRef, info
+from storage import uri
+from storage.errors import InputError
+from storage.latents import VaeInfo
+from storage.rows.store import gathered
+from storage.tracker import Tracker
+
+PICTURE = "samples.png"
+ARRAYS = "samples.npz"
+
+
+def open_checkpoint(source: str, *, vae: str | None = None, heads: int | None = None) -> Trained:
+    """A model of ours or of others, ready to sample from.
+
+    Args:
+        source: a folder of a trained model, or whatever `dit.convert.read` reads.
+        vae: folder, URL or hub id of the autoencoder, where the checkpoint does not name it.
+        heads: attention heads, where neither the source nor a published size of that width tells them.
+
+    Raises:
+        InputError: there is no such thing, it is broken, or nothing says which autoencoder it needs.
+    """
+    if uri.exists(uri.join(source, MODEL)):
+        return load(source, device=device())
+    found = read(source, heads=heads)
+    place = vae or found.vae
+    if place is None:
+        hint = "for the published models it is --vae stabilityai/sd-vae-ft-ema"
+        raise InputError(f"{uri.redact(source)}: does not say which autoencoder its latents are of; {hint}")
+    return Trained(found.build(device()), _card(found, info(VaeRef(source=place))))
+
+
+def preview(trained: Trained, config: SampleConfig, out: str, tracker: Tracker) -> list[str]:
+    """Draw samples into a folder: ``samples.png``, and ``samples.npz`` with images and labels as ADM writes them.
+
+    Returns:
+        The URLs of both.
+
+    Raises:
+        InputError: the folder has samples already, or the config does not fit the model.
+    """
+    urls = [uri.join(out, name) for name in (PICTURE, ARRAYS)]
+    for url in urls:
+        if uri.exists(url):
+            raise InputError(f"--out {uri.redact(out)}: has samples already; name another folder")
+    vae = open_decoder(config, trained.card)
+    parts = generate(config, compiled(config, trained), vae, 0, config.count)
+    rows = gathered(parts, tracker, start=0, total=config.count, unit="images")
+    uri.write(urls[0], picture(rows["image"], trained.card))
+    npz.write(urls[1], iter([rows["image"]]), rows["label"].astype(np.int64), trained.card.resolution)
+    return urls
+
+
+def _card(found: Pretrained, vae: VaeInfo) -> ModelCard:
+    config = found.config
+    return ModelCard(
+        model=config,
+        diffusion=found.diffusion,
+        vae=vae,
+        resolution=config.input_size * vae.downsample,
+        class_names=tuple(map(str, range(config.num_classes))),
+        steps=0,
+    )

@@ -1,0 +1,1 @@
+"""The networks in whose spaces images are compared."""

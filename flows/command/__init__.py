@@ -1,0 +1,1 @@
+"""The command ``ditflow``: one module a command."""

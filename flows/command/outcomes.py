@@ -1,0 +1,75 @@
+"""What became of a run, for people and for programs."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dit.evaluate import MetricsManifest
+from flows.contract import Outcome
+from flows.registry.config import ModelManifest
+from flows.report.page import place
+from flows.tracking.runs import pipeline_run_id, tracking_uri
+from storage import uri
+from storage.manifest import Manifest
+
+
+def as_json(outcomes: list[Outcome], root: str) -> dict[str, Any]:
+    """One object: stages, metrics, and the ids of the MLflow runs by stage and of the pipeline's."""
+    manifests = [Manifest.read(outcome.manifest) for outcome in outcomes]
+    runs = {manifest.stage: manifest.provenance.mlflow_run_id for manifest in manifests}
+    pipeline = manifests[-1].provenance.pipeline_id
+    return {
+        "stages": [asdict(outcome) for outcome in outcomes],
+        "metrics": _metrics(manifests),
+        "mlflow_run_ids": runs | ({"pipeline": pipeline_run_id(pipeline, root)} if pipeline else {}),
+    }
+
+
+def show(recipe: str, outcomes: list[Outcome], root: str) -> None:
+    """Print a recipe's name, a table of the stages, the metrics, and where to look."""
+    sys.stdout.write(f"{recipe}\n")
+    manifests = [Manifest.read(outcome.manifest) for outcome in outcomes]
+    _print_table([[o.name, o.state, f"{o.seconds:.1f} s", o.manifest] for o in outcomes])
+    _print_table([[name, f"{value:.4g}"] for name, value in _metrics(manifests).items()])
+    distances = [
+        ["distance", MetricsManifest.read(m.uri).distance] for m in manifests if m.stage == MetricsManifest.STAGE
+    ]
+    pictures = [
+        [entry.path.rpartition("/")[2], uri.join(manifest.uri, entry.path)]
+        for manifest in manifests
+        for entry in manifest.files
+        if entry.path.endswith(".png")
+    ]
+    decisions = [
+        ["promotion", found.promotion]
+        for found in (ModelManifest.read(m.uri) for m in manifests if m.stage == ModelManifest.STAGE)
+        if found.promotion
+    ]
+    page = place(manifests, root)
+    pictures += [["report", page]] if uri.exists(page) else []
+    up = f"{_installed('ditflow')} up --root {uri.redact(root)}"
+    _print_table([*distances, *decisions, *pictures, ["runs, models", _tracking_hint(root)], ["flows, forms", up]])
+
+
+def _tracking_hint(root: str) -> str:
+    store = uri.redact(tracking_uri(root))
+    return store if store.startswith("http") else f"{_installed('mlflow')} ui --backend-store-uri {store}"
+
+
+def _installed(command: str) -> str:
+    """How to call one of our environment's commands from here."""
+    path = Path(sys.executable).with_name(command)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        sys.stdout.write("  ".join(map(str.ljust, row, widths)).rstrip() + "\n")
+    sys.stdout.write("\n")
+
+
+def _metrics(manifests: list[Manifest]) -> dict[str, float]:
+    """The numbers of all stages; a later stage's win."""
+    return {name: value for manifest in manifests for name, value in manifest.metrics.items()}

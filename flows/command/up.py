@@ -1,0 +1,136 @@
+"""``ditflow up``: the servers, the deployments and a worker, for as long as it runs."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from flows import servers
+from flows.children import GRACE_SECONDS, child
+from storage import uri
+from storage.errors import DitflowError, InputError
+
+if TYPE_CHECKING:
+    from flows.recipe import Recipe
+
+POOL = "ditflow"
+PROJECT = Path("prefect.yaml")
+
+
+def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> None:
+    """Start everything on 127.0.0.1, deploy all flows, and wait; the end of the block takes all of it down.
+
+    Args:
+        root: where the flows keep their outputs.
+        recipe: the recipe whose values fill the forms in the Prefect UI.
+        prefect_port: port of the Prefect server.
+        mlflow_port: port of the MLflow server.
+
+    Raises:
+        InputError: a port is taken, or this is not the folder with prefect.yaml.
+        DitflowError: a server, the worker or the deployment fails.
+    """
+    if not PROJECT.is_file():
+        raise InputError(f"{PROJECT}: not here; run `ditflow up` in the folder that holds it")
+    from flows.recipe import load_recipe  # by way of MLflow, which takes seconds to import
+
+    values = load_recipe(recipe, root=root)  # a wrong name should not wait for the servers
+    for port, option in ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port")):
+        if not servers.is_free(port):
+            raise InputError(f"port {port} is taken; choose another with {option}")
+    home = servers.local_home(root)
+    os.environ |= servers.prefect_env(home / "prefect") | {"DITFLOW_ROOT": uri.absolute(root)}
+    with ExitStack() as stack:
+        prefect = stack.enter_context(servers.prefect_server(home / "prefect", prefect_port, scheduler=True))
+        mlflow = stack.enter_context(servers.mlflow_server(home, mlflow_port))
+        os.environ |= {"PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow}
+        _deploy(values)
+        log = stack.enter_context((home / "prefect" / "worker.log").open("wb"))
+        start = ["worker", "start", "--pool", POOL, "--name", "ditflow-up"]
+        worker = stack.enter_context(child(_prefect(*start), env={"PREFECT_WORKER_QUERY_SECONDS": "2"}, output=log))
+        stack.callback(servers.announce(root, prefect, mlflow).unlink)
+        sys.stdout.write(f"Prefect  {prefect}\nMLflow   {mlflow}\nroot     {uri.absolute(root)}\nCtrl-C ends all.\n")
+        sys.stdout.flush()
+        _watch(worker, log.name, (prefect_port, mlflow_port))
+
+
+def _prefect(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+
+
+def _deploy(recipe: "Recipe") -> None:
+    _call("work-pool", "create", POOL, "--type", "process", "--overwrite")
+    _call("deploy", "--all", "--prefect-file", str(PROJECT))
+    _fill_forms(recipe)
+
+
+def _call(*arguments: str) -> None:
+    done = subprocess.run(_prefect(*arguments), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise DitflowError(f"prefect {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+
+
+def _fill_forms(recipe: "Recipe") -> None:
+    """Let every form in the UI open with the values of a recipe."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import DeploymentUpdate
+
+    from flows.contract import STAGES
+
+    values: dict[str, dict[str, Any]] = {
+        stage: {"config": recipe.config_of(stage).model_dump(mode="json")} for stage in recipe.stages
+    }
+    values["shard"]["archive"] = recipe.archive.model_dump(mode="json")
+    for stage in recipe.stages:
+        if STAGES[stage].ranked:
+            values[stage]["launcher"] = recipe.launch.model_dump(mode="json")
+    values["reevaluate"] = {"model_name": recipe.registry.model_name}
+    values["pipeline"] = {"recipe": recipe.model_dump(mode="json")}
+    with get_client(sync_client=True) as client:
+        for flow, parameters in values.items():
+            deployment = client.read_deployment_by_name(f"{flow}/{flow}")
+            client.update_deployment(deployment.id, DeploymentUpdate(parameters=parameters))
+
+
+def _watch(worker: "subprocess.Popen[str]", log: str, ports: Sequence[int]) -> None:
+    flows: list[psutil.Process] = []
+    while worker.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            flows = psutil.Process(worker.pid).children()
+        for port in ports:
+            if servers.is_free(port):
+                raise DitflowError(f"the server on port {port} has ended; its log is below the root")
+        time.sleep(1)
+    psutil.wait_procs(flows, timeout=GRACE_SECONDS + 5)
+    _tell_of_crashes()
+    raise DitflowError(f"the worker ended with code {worker.returncode}; its log is {log}")
+
+
+def _tell_of_crashes() -> None:
+    """Say in Prefect that the worker's flow runs have crashed, which nobody else does when it is killed."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterParentFlowRunId,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        WorkPoolFilter,
+        WorkPoolFilterName,
+    )
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING]))
+    with get_client(sync_client=True) as client:
+        pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=running), work_pool_filter=pool)
+        of_these = FlowRunFilterParentFlowRunId(any_=[run.id for run in found])
+        found += client.read_flow_runs(flow_run_filter=FlowRunFilter(state=running, parent_flow_run_id=of_these))
+        for run in found:
+            client.set_flow_run_state(run.id, Crashed(message="the worker was killed"), force=True)

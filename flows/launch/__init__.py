@@ -1,0 +1,1 @@
+"""How a stage is started on its ranks: torchrun on this machine or several, Slurm, Kubernetes."""

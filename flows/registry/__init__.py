@@ -1,0 +1,1 @@
+"""Model versions in MLflow: how one is registered, promoted and served."""

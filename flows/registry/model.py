@@ -1,0 +1,78 @@
+"""The registered model, as MLflow loads and serves it: class labels in, PNG images out."""
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc import PythonModel, PythonModelContext
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+import dit
+from dit.devices import device
+from dit.export import weights_file
+from dit.sample import SampleConfig, check_process, draw
+from dit.vae import VaeRef, load_vae
+from storage.errors import InputError
+from storage.images.grid import image_grid
+
+
+class Generator(PythonModel):
+    """Draws one image for every label asked for."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the exported model and its autoencoder."""
+        folder = Path(context.artifacts["model"])
+        self._drawn = json.loads((folder / "sample.json").read_text())
+        self._trained = dit.load(str(folder), weights=weights_file(self._drawn["weights"]), device=device())
+        vae = context.artifacts.get("vae")
+        self._vae = load_vae(VaeRef(source=vae), device()) if vae else None
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """Images of labels.
+
+        Args:
+            context: unused.
+            model_input: column ``label``, class numbers. Row i is sample i of the seed.
+            params: seed, steps, guidance_scale, guidance_channels, sampler; all else is as it was evaluated.
+
+        Returns:
+            Column ``png_base64``.
+
+        Raises:
+            MlflowException: there is no such class, or a param does not fit; a server answers 400.
+        """
+        try:
+            pngs = [_base64(image) for image in self._images(model_input["label"].to_numpy(), params or {})]
+        except (InputError, ValidationError) as error:
+            first = error.errors()[0] if isinstance(error, ValidationError) else None
+            said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+            raise MlflowException(said, INVALID_PARAMETER_VALUE) from error
+        return pd.DataFrame({"png_base64": pngs})
+
+    def _images(self, asked: NDArray[np.int64], params: dict[str, Any]) -> Iterator[NDArray[np.uint8]]:
+        labels, classes = torch.tensor(asked), len(self._trained.card.class_names)
+        if not ((labels >= 0) & (labels < classes)).all():
+            raise InputError(f"label: must lie between 0 and {classes - 1}")
+        config = SampleConfig.model_validate(self._drawn | params | {"count": len(labels)})
+        check_process(config, self._trained.card)
+        for start in range(0, len(labels), config.batch_size):
+            indices = range(start, min(start + config.batch_size, len(labels)))
+            yield from draw(config, self._trained, self._vae, indices, labels[indices.start : indices.stop])
+
+
+def _base64(image: NDArray[np.uint8]) -> str:
+    return base64.b64encode(image_grid(image[None], columns=1)).decode()
+
+
+set_model(Generator())

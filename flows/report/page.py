@@ -1,0 +1,227 @@
+"""The report of a pipeline run: one HTML file with everything in it, and nothing in it that runs."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from mlflow import MlflowClient
+
+from dit.evaluate import EvaluateConfig, MetricsManifest
+from dit.metrics.comparison import Estimate
+from dit.metrics.published import METRICS, Row, deviations, rows_for
+from dit.report import plots
+from dit.report.by_class import by_class
+from dit.report.neighbours import neighbours
+from dit.sample import PICTURE, SampleManifest
+from flows.report import guidance
+from flows.report.html import HEAD, figure, paragraph, section, strips, table
+from flows.tracking import runs
+from flows.tracking.sink import log_file, one_line
+from storage import uri
+from storage.manifest import Manifest, json_digest
+from storage.tracker import NullTracker
+
+LOGGER = logging.getLogger(__name__)
+FOLDER, REPORT = "reports", "report.html"
+VERSION = 2
+"""Raised when the same manifests make another page."""
+CLASSES, EACH, WIDE = 10, 16, 1024
+"""Classes shown, and samples of each: as many as fit in so many pixels, from 4 to 16."""
+SHOWN, NEAREST = 8, 5
+CAPTIONS = {
+    "images.png": "Images to train on, as they came",
+    "reconstructions.png": "What the autoencoder makes of them",
+    "loss.png": "Training loss",
+    "samples.png": "Samples",
+}
+
+
+def place(manifests: Sequence[Manifest], root: str) -> str:
+    """The URL of the report of some stages: other evaluations that it would show make it another one.
+
+    Raises:
+        InputError: a stage's output is gone.
+    """
+    shown = [found.digest for found in manifests]
+    shown += [other.digest for found in _judged(manifests) for other in guidance.alike(found, root)]
+    name = json_digest({"version": VERSION, "shown": shown})[:16]
+    return uri.join(uri.absolute(root), FOLDER, f"{name}.html")
+
+
+def write_page(name: str, manifests: Sequence[Manifest], root: str) -> str:
+    """Write the report of a pipeline's stages, in their order, and return its URL; one that is there is kept.
+
+    Raises:
+        InputError: a stage's output is gone, or the extractor cannot be loaded.
+        StorageError: a picture is not what was committed, or the disk is full.
+    """
+    url = place(manifests, root)
+    if not uri.exists(url):
+        uri.write(url, page(name, manifests, root).encode())
+    return url
+
+
+def publish(name: str, manifests: Sequence[Manifest], root: str, run_id: str | None) -> None:
+    """Write the report and log it to the pipeline's MLflow run, if there is one.
+
+    The stages are committed: a report that cannot be made is told and must not fail them.
+    """
+    try:
+        url = write_page(name, manifests, root)
+        if run_id is not None:
+            log_file(MlflowClient(runs.tracking_uri(root)), run_id, REPORT, uri.read(url))
+    except Exception as error:
+        LOGGER.warning("no report: %s", one_line(error))
+
+
+def settle(name: str, manifests: Sequence[Manifest], root: str) -> None:
+    """Publish the report of a pipeline that is done if it is not there.
+
+    The command was killed before it, or other guidance scales belong on it by now.
+    """
+    if not uri.exists(place(manifests, root)):
+        pipeline = manifests[-1].provenance.pipeline_id
+        publish(name, manifests, root, runs.pipeline_run_id(pipeline, root) if pipeline else None)
+
+
+def page(name: str, manifests: Sequence[Manifest], root: str) -> str:
+    """The report as HTML: the same bytes for the same manifests. Errors as `write_page`."""
+    judged = _judged(manifests)
+    parts = [HEAD, f"<title>{escape(name)}</title></head><body><h1>{escape(name)}</h1>"]
+    parts += [_lead(found) for found in judged]
+    parts += [_samples(SampleManifest.read(found.uri)) for found in manifests if found.stage == SampleManifest.STAGE]
+    for found in judged:
+        parts += [_papers(found), _guided(guidance.alike(found, root), found.distance), _nearest(found, root)]
+    parts.append(section("From images to samples", *_pictures(manifests)))
+    parts += [_numbers(found) for found in judged]
+    return "\n".join([*filter(None, parts), _lineage(manifests), "</body></html>\n"])
+
+
+def _judged(manifests: Sequence[Manifest]) -> list[MetricsManifest]:
+    return [MetricsManifest.read(found.uri) for found in manifests if found.stage == MetricsManifest.STAGE]
+
+
+def _lead(found: MetricsManifest) -> str:
+    """The distance, and between which others it lies."""
+    text = f"{found.distance} {found.estimate} from {found.counts['samples']:,} samples"
+    far = {end: found.metrics.get(f"{found.metric}_{end}") for end in ("ceiling", "floor", "at_floor_n")}
+    bounds = f"The interval is of 95 %. As many images of noise are at {far['ceiling']:.4g}."
+    if far["floor"] is not None:
+        few = f"{found.counts['floor']:,} held-out images are at {far['floor']:.4g}"
+        bounds += f" {few}, and so many of the samples at {far['at_floor_n']:.4g}."
+    return paragraph(text, "lead") + paragraph(bounds)
+
+
+def _samples(found: SampleManifest) -> str:
+    """A strip for each of some classes; the samples as they come if no class was asked for."""
+    rows = by_class(found, classes=CLASSES, each=max(4, min(EACH, WIDE // found.resolution)))
+    if not rows:
+        return section("Samples", figure(found.read_object(f"artifacts/{PICTURE}"), CAPTIONS[PICTURE]))
+    total = len(found.class_names)
+    few = f"{len(rows)} of {total:,} classes; the" if len(rows) < total else "The"
+    return section("Samples by class", paragraph(f"{few} first samples of each."), strips(rows))
+
+
+def _papers(found: MetricsManifest) -> str:
+    """The papers' rows that speak of the same thing, each with what was other there."""
+    samples = found.parent("samples", SampleManifest)
+    images, classes, side = found.counts["reference"], len(samples.class_names), samples.resolution
+    rows = rows_for(distance=found.distance, images=images, classes=classes, resolution=side)
+    here = f"{found.distance} against {images:,} images in {classes:,} classes at {side} px"
+    if not rows:
+        text = "papers report FIDs on ImageNet, CIFAR-10 and FFHQ, and numbers of other images, sizes or networks"
+        return section("Beside the papers", paragraph(f"Nothing to put beside {here}: {text} do not compare."))
+    steps = found.conditions["training_steps"]
+    own = (f"this run, {steps:,} steps", *(_own(name, found) for name in METRICS), "", "")
+    head = ("model", "FID", "sFID", "IS", "precision", "recall", "conditions", "source")
+    note = (
+        f"{here}, taken for {rows[0].data.name} by these counts. Papers take the reference's statistics from "
+        "files of their own; here they are those of the training images. What a paper does not state is not compared, "
+        "nor are training steps, decoder and seed. Rows under other conditions do not rank this run."
+    )
+    return section("Beside the papers", table([own, *(_row(row, found) for row in rows)], head), paragraph(note))
+
+
+def _own(name: str, found: MetricsManifest) -> str:
+    return str(Estimate.of(name, found.metrics)) if name in found.metrics else ""
+
+
+def _row(row: Row, found: MetricsManifest) -> tuple[str, ...]:
+    other = deviations(row, found.conditions)
+    values = [f"{value:g}" for value in row.values]
+    steps = row.conditions.get("training_steps")
+    model = f"{row.model}, {steps:,} steps" if steps else row.model
+    conditions = f"other: {', '.join(other)}" if other else "the same"
+    return (model, *values, *[""] * (len(METRICS) - len(values)), conditions, row.source)
+
+
+def _guided(evaluations: Sequence[MetricsManifest], distance: str) -> str:
+    """The guidance sweep, if the root holds one."""
+    lines = guidance.lines(evaluations)
+    if not lines:
+        return ""
+    rows = [
+        (line.name, f"{scale:g}", str(far), f"{precision:.4f}", f"{recall:.4f}")
+        for line in lines
+        for scale, far, precision, recall in zip(line.scales, line.distances, line.precision, line.recall, strict=True)
+    ]
+    caption = "The same checkpoint under the same conditions but for guidance; bars are 95 % intervals"
+    head = ("guidance", "scale", f"{distance} (95 % interval)", "precision", "recall")
+    return section("Guidance", figure(plots.guidance(lines, distance), caption, "plot"), table(rows, head))
+
+
+def _pictures(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """The pictures of the stages before the samples."""
+    for found in manifests:
+        if found.stage in (SampleManifest.STAGE, "register"):
+            continue
+        for path in (entry.path for entry in found.files if entry.path.startswith("artifacts/")):
+            if path.endswith(".png"):
+                name = path.rpartition("/")[2]
+                kind = "plot" if name == "loss.png" else ""
+                yield figure(found.read_object(path), CAPTIONS.get(name, name), kind)
+
+
+def _nearest(found: MetricsManifest, root: str) -> str:
+    samples = found.parent("samples", SampleManifest)
+    config = EvaluateConfig.model_validate(found.config)
+    near = neighbours(config, samples, root=root, count=SHOWN, nearest=NEAREST, tracker=NullTracker())
+    caption = f"A sample in each row, then the nearest of {near.among:,} training images in feature space"
+    rows = [(f"sample {row}", *(f"{value:.4g}" for value in far)) for row, far in enumerate(near.distances)]
+    head = ("distance to", *(f"neighbour {rank + 1}" for rank in range(len(near.distances[0]))))
+    usual = f"Half of the training images lie within {near.usual:.4g} of another one."
+    parts = figure(near.picture, caption), table(rows, head), paragraph(usual)
+    return section("Does it repeat what it has seen?", *parts)
+
+
+def _numbers(found: MetricsManifest) -> str:
+    ends = ("_low", "_high")
+    names = [name for name in found.metrics if not name.endswith(ends) or name[: name.rindex("_")] not in found.metrics]
+    values = {name: Estimate.of(name, found.metrics) for name in names}
+    rows = [(name, f"{each.value:.6g}", _interval(each)) for name, each in values.items()]
+    metrics = table(rows, ("metric", "value", "95 % interval"))
+    counts = table([(name, f"{value:,}") for name, value in found.counts.items()], ("images", "count"))
+    conditions = table([(name, str(value)) for name, value in found.conditions.items()], ("condition", "value"))
+    return "\n".join([section("Metrics", metrics, counts), section("Conditions", conditions)])
+
+
+def _interval(found: Estimate) -> str:
+    return "" if found.low is None else f"{found.low:.6g} to {found.high:.6g}"
+
+
+def _lineage(manifests: Sequence[Manifest]) -> str:
+    rows = [
+        (
+            found.stage,
+            found.digest[:16],
+            ", ".join(f"{name} {digest[:16]}" for name, digest in found.inputs.items()),
+            ", ".join(f"{value:,} {name}" for name, value in found.counts.items()),
+            found.provenance.mlflow_run_id or "",
+            found.code_version,
+        )
+        for found in manifests
+    ]
+    head = ("stage", "digest", "made from", "counts", "MLflow run", "code")
+    roots = sorted({uri.redact(uri.parent(uri.parent(found.uri))) for found in manifests})
+    where = f"Each output is the folder stage/digest below {' or '.join(roots)}."
+    return section("From the images to the numbers", table(rows, head), paragraph(where))

@@ -1,0 +1,1 @@
+"""What a stage tells MLflow and the terminal."""

@@ -1,0 +1,323 @@
+"""The runs in MLflow: one a stage, under one a pipeline, with lineage both ways."""
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+
+from flows.servers import local_home
+from flows.tracking.sink import UNSENT, log_file, log_records, one_line, read_unsent
+from flows.tracking.spec import TrackingSpec
+from storage import uri
+from storage.errors import DitflowError, InputError
+from storage.manifest import Header, Manifest, StageOutput
+
+LOGGER = logging.getLogger(__name__)
+EXPERIMENT = "ditflow"
+MANIFEST_TAG = "ditflow.manifest"
+DIGEST_TAG = "ditflow.digest"
+PIPELINE_TAG = "ditflow.pipeline_id"
+STAGE_TAG = "ditflow.stage"
+
+
+def tracking_uri(root: str) -> str:
+    """Where runs are kept: ``MLFLOW_TRACKING_URI``, else sqlite in the root (in this folder for a remote root)."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    return given or f"sqlite:///{local_home(root) / 'mlflow.db'}"
+
+
+def open_client(root: str) -> tuple[MlflowClient, str]:
+    """A client of the tracking store of a root, and the id of our experiment. Raises what MLflow raises."""
+    home = local_home(root)
+    client = MlflowClient(tracking_uri(root))
+    location = None
+    if client.tracking_uri.startswith("sqlite:"):
+        home.mkdir(parents=True, exist_ok=True)
+        location = (home / "mlflow-artifacts").as_uri()
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is not None:
+        return client, str(experiment.experiment_id)
+    try:
+        return client, str(client.create_experiment(EXPERIMENT, artifact_location=location))
+    except MlflowException as error:
+        if not _is(error, RESOURCE_ALREADY_EXISTS):
+            raise
+        return client, str(client.get_experiment_by_name(EXPERIMENT).experiment_id)  # another process was faster
+
+
+def prepare(root: str) -> None:
+    """Create the tracking store if there is none, which takes seconds. One that is away shows later."""
+    with _Optional():
+        open_client(root)
+
+
+def manifest_of(run_id: str, root: str) -> str | None:
+    """The manifest that a stage's MLflow run wrote; None if the run is unknown or wrote none.
+
+    Raises:
+        DitflowError: MLflow is away.
+    """
+    try:
+        client, _ = open_client(root)
+        url: str | None = client.get_run(run_id).data.tags.get(MANIFEST_TAG)
+    except MlflowException as error:
+        if _is(error, RESOURCE_DOES_NOT_EXIST):
+            return None
+        raise DitflowError(f"{uri.redact(tracking_uri(root))}: MLflow is away ({one_line(error)})") from error
+    return url
+
+
+def resolve(reference: str, root: str) -> str:
+    """The URL behind a manifest reference, which may be the id of an MLflow run.
+
+    Raises:
+        InputError: the run is unknown, or wrote no manifest.
+        DitflowError: MLflow is away.
+    """
+    if not re.fullmatch(r"[0-9a-f]{32}", reference):
+        return reference
+    url = manifest_of(reference, root)
+    if url is None:
+        store = uri.redact(tracking_uri(root))
+        raise InputError(f"MLflow run {reference}: not the run of a finished stage in {store}")
+    return url
+
+
+def pipeline_run_id(pipeline_id: str, root: str) -> str | None:
+    """The run that holds a pipeline's stages; None if there is none, or MLflow is away."""
+    with _Optional():
+        client, experiment_id = open_client(root)
+        return _find(client, experiment_id, PIPELINE_TAG, pipeline_id, f"tags.`{STAGE_TAG}` = 'pipeline'")
+    return None
+
+
+def run_url(run_id: str, root: str) -> str | None:
+    """The page of a run; None if the tracking store is no server, or MLflow is away."""
+    address = tracking_uri(root)
+    if address.startswith("http"):
+        with _Optional():
+            _, experiment_id = open_client(root)
+            return f"{uri.redact(address)}/#/experiments/{experiment_id}/runs/{run_id}"
+    return None
+
+
+@contextmanager
+def stage_run(output: StageOutput, root: str) -> Iterator[tuple[StageOutput, TrackingSpec]]:
+    """The MLflow run of a stage, for as long as it works.
+
+    An output has one run, however many attempts it takes: a run that was killed or failed is taken
+    up again. When MLflow is away the stage works without a run, and what it tells is kept beside
+    its manifest until `settle`.
+
+    Yields:
+        The output with the run noted in its provenance, and where rank 0 sends metrics.
+    """
+    run_id, spec = _open(output, root)
+    if run_id is None:
+        yield output, spec
+        return
+    client = MlflowClient(spec.uri)
+    with _ended(client, run_id):
+        yield output.with_mlflow_run(run_id), spec
+    with _Optional():
+        _finish(client, run_id, Manifest.read(output.uri))
+
+
+def caught_up(spec: TrackingSpec, output: StageOutput) -> TrackingSpec:
+    """For another attempt at a stage: skip what the one before has recorded."""
+    last = _last_unsent(output)
+    with _Optional():
+        if spec.run_id is not None:
+            last = max([last, *_last_steps(MlflowClient(spec.uri), spec.run_id).values()])
+    return spec.model_copy(update={"skip_to": max(last, spec.skip_to)})
+
+
+@contextmanager
+def pipeline_run(pipeline_id: str, root: str) -> Iterator[str | None]:
+    """The MLflow run that holds the runs of a pipeline's stages; yields its id, None when MLflow is away."""
+    run_id = None
+    with _Optional():
+        client, experiment_id = open_client(root)
+        run_id = _pipeline(client, experiment_id, pipeline_id)
+        client.update_run(run_id, status="RUNNING")
+    if run_id is None:
+        yield None
+        return
+    with _ended(client, run_id):
+        yield run_id
+    with _Optional():
+        client.set_terminated(run_id, "FINISHED")
+
+
+def settle(manifest: Manifest, root: str) -> None:
+    """Bring MLflow up to date with a finished stage, if MLflow was away for any of it.
+
+    A stage that found no MLflow at all gets its run now; its manifest cannot name it any more.
+    """
+    with _Optional():
+        client, experiment_id = open_client(root)
+        run_id = manifest.provenance.mlflow_run_id or _find(client, experiment_id, DIGEST_TAG, manifest.digest)
+        run_id = run_id or _create(client, experiment_id, manifest)
+        _deliver(client, run_id, manifest.uri)
+        if client.get_run(run_id).info.status != "FINISHED":
+            _finish(client, run_id, manifest)
+
+
+def settle_unsent(manifests: Iterable[Manifest], root: str) -> None:
+    """`settle` the stages that have records which MLflow never took."""
+    for manifest in manifests:
+        if uri.exists(uri.join(manifest.uri, UNSENT)):
+            settle(manifest, root)
+
+
+class _Optional:
+    """Tells what MLflow raises in the block, and goes on: it must not stop the work."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if not isinstance(error, Exception):  # its client promises no exception types
+            return False
+        LOGGER.warning("MLflow does not answer, the work goes on without it: %s", one_line(error))
+        return True
+
+
+@contextmanager
+def _ended(client: MlflowClient, run_id: str) -> Iterator[None]:
+    """Mark a run as failed or killed if the block does not end well."""
+    try:
+        yield
+    except BaseException as error:
+        with _Optional():
+            client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+
+
+def _open(output: StageOutput, root: str) -> tuple[str | None, TrackingSpec]:
+    """The run of an output, found or made; what earlier attempts could not send is sent first."""
+    address = tracking_uri(root)
+    with _Optional():
+        client, experiment_id = open_client(root)
+        run_id = _take_up(client, experiment_id, output.header) or _create(client, experiment_id, output.header)
+        _deliver(client, run_id, output.uri)
+        skip_to = max(_last_steps(client, run_id).values(), default=-1)
+        return run_id, TrackingSpec(uri=address, run_id=run_id, skip_to=skip_to)
+    return None, TrackingSpec(uri=address, run_id=None, skip_to=_last_unsent(output))
+
+
+def _take_up(client: MlflowClient, experiment_id: str, header: Header) -> str | None:
+    run_id = _find(client, experiment_id, DIGEST_TAG, header.digest, "attributes.status != 'FINISHED'")
+    if run_id is not None:
+        client.update_run(run_id, status="RUNNING")
+        tags = _tags(client, experiment_id, header)
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    return run_id
+
+
+def _deliver(client: MlflowClient, run_id: str, folder: str) -> None:
+    """Send what a tracker kept in a stage's folder and MLflow does not have, and forget it."""
+    unsent = uri.join(folder, UNSENT)
+    if not uri.exists(unsent):
+        return
+    metrics, names = read_unsent(unsent)
+    last = _last_steps(client, run_id)
+    log_records(client, run_id, [metric for metric in metrics if metric.step > last.get(metric.key, -1)])
+    for name in names:
+        log_file(client, run_id, name, uri.read(uri.join(folder, "artifacts", name)))
+    uri.remove_tree(unsent)
+
+
+def _last_unsent(output: StageOutput) -> int:
+    """The last step whose metrics wait to be sent, or -1."""
+    url = output.url(UNSENT)
+    return max((metric.step for metric in read_unsent(url)[0]), default=-1) if uri.exists(url) else -1
+
+
+def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
+    """The last step at which a run has each of its metrics."""
+    keys = client.get_run(run_id).data.metrics
+    return {key: max(metric.step for metric in client.get_metric_history(run_id, key)) for key in keys}
+
+
+def _finish(client: MlflowClient, run_id: str, manifest: Manifest) -> None:
+    """End the run of a finished stage: with its manifest, its numbers, and how to find its output again."""
+    log_file(client, run_id, "manifest.json", uri.read(manifest.url))
+    now, known = int(time.time() * 1000), client.get_run(run_id).data.metrics
+    numbers = {**manifest.metrics, **{f"count.{key}": float(value) for key, value in manifest.counts.items()}}
+    metrics = [Metric(key, value, now, 0) for key, value in numbers.items() if key not in known]
+    tags = [RunTag(MANIFEST_TAG, uri.redact(manifest.url)), RunTag("ditflow.code_version", manifest.code_version)]
+    client.log_batch(run_id, metrics=metrics, tags=tags)
+    made = _dataset(manifest.stage, manifest.digest, uri.redact(manifest.uri), "output")
+    client.log_inputs(run_id, datasets=[made])
+    client.set_terminated(run_id, "FINISHED")
+
+
+def _find(client: MlflowClient, experiment_id: str, tag: str, value: str, also: str = "") -> str | None:
+    """The newest run with a tag."""
+    selector = f"tags.`{tag}` = '{value}'" + (f" and {also}" if also else "")
+    found = client.search_runs([experiment_id], selector, order_by=["attributes.start_time DESC"], max_results=1)
+    return str(found[0].info.run_id) if found else None
+
+
+def _pipeline(client: MlflowClient, experiment_id: str, pipeline_id: str) -> str:
+    found = _find(client, experiment_id, PIPELINE_TAG, pipeline_id, f"tags.`{STAGE_TAG}` = 'pipeline'")
+    if found is not None:
+        return found
+    tags = {MLFLOW_RUN_NAME: pipeline_id, PIPELINE_TAG: pipeline_id, STAGE_TAG: "pipeline"}
+    return str(client.create_run(experiment_id, tags=tags).info.run_id)
+
+
+def _create(client: MlflowClient, experiment_id: str, header: Header) -> str:
+    run_id = str(client.create_run(experiment_id, tags=_tags(client, experiment_id, header)).info.run_id)
+    client.log_batch(run_id, params=[Param(key, value) for key, value in flatten(header.config).items()])
+    sources = {name: header.parents[name].uri if name in header.parents else name for name in header.inputs}
+    inputs = [_dataset(name, digest, sources[name], "input") for name, digest in header.inputs.items()]
+    client.log_inputs(run_id, datasets=inputs)
+    return run_id
+
+
+def _tags(client: MlflowClient, experiment_id: str, header: Header) -> dict[str, str]:
+    provenance = header.provenance
+    tags = {MLFLOW_RUN_NAME: header.stage, STAGE_TAG: header.stage, DIGEST_TAG: header.digest}
+    if provenance.pipeline_id is not None:
+        tags[PIPELINE_TAG] = provenance.pipeline_id
+        tags[MLFLOW_PARENT_RUN_ID] = _pipeline(client, experiment_id, provenance.pipeline_id)
+    if provenance.prefect_flow_run_id is not None:
+        tags["prefect.flow_run_id"] = provenance.prefect_flow_run_id
+    if provenance.prefect_flow_run_url is not None:
+        tags["prefect.flow_run_url"] = provenance.prefect_flow_run_url
+        tags[MLFLOW_RUN_NOTE] = f"[Prefect flow run]({provenance.prefect_flow_run_url})"
+    return tags
+
+
+def _dataset(name: str, digest: str, source: str, context: str) -> DatasetInput:
+    """A stage's input or output as an MLflow dataset. MLflow keeps 36 characters of a digest: the tag has all."""
+    tags = [InputTag("mlflow.data.context", context), InputTag("digest", digest)]
+    source = json.dumps({"uri": source})
+    return DatasetInput(Dataset(name=name, digest=digest[:32], source_type="ditflow", source=source), tags)
+
+
+def _is(error: MlflowException, code: int) -> bool:
+    return bool(error.error_code == ErrorCode.Name(code))
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys and strings, as MLflow's params want them."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat

@@ -1,0 +1,1 @@
+"""Image files: how they are decoded, cropped, checked and shown."""

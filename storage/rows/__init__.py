@@ -1,0 +1,1 @@
+"""Row stores: zarr arrays whose rows are committed, verified and read in blocks."""

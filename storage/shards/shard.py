@@ -1,0 +1,343 @@
+"""The stage `shard`: images of an archive, checked and shuffled, become webdataset tars.
+
+Shard k of a split is slice k of a keyed permutation of its sorted files, so shards are independent
+of each other: each is built in memory, put whole and committed by its record. The image bytes are
+passed through, and the same images give the same tars, byte for byte.
+"""
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from threading import Lock
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from webdataset.tariterators import tar_file_iterator
+
+from storage import records, uri
+from storage.archives.open import Archive, ArchiveRef, open_archive
+from storage.config import Config, operational
+from storage.errors import InputError
+from storage.images.grid import image_grid
+from storage.images.transforms import load as load_image
+from storage.manifest import Manifest, StageOutput
+from storage.order import permutation
+from storage.parallel import threads
+from storage.shards.pack import Entry, Unreadable, pack
+from storage.shards.runners import Runner, Threads, here
+from storage.tracker import Tracker, publish
+
+STAGE = "shard"
+VERSION = 2
+
+_SHEET, _THUMBNAIL, _COLUMNS = 64, 64, 8  # images, pixels, images
+_GROUP, _CALLS = 4096, 32  # images that one call builds at most, and calls that few images are dealt to
+_PLANNING = Lock()
+
+
+class ShardConfig(Config):
+    """How images are gathered into tars."""
+
+    images_per_shard: int = Field(1024, ge=1)
+    """Images in a tar; the last of a split may hold fewer."""
+    seed: int = 0
+    """Key of the order that images are dealt in."""
+    max_unreadable: float = Field(0.001, ge=0, le=1)
+    """Largest share of the images, from 0 to 1, that may be unreadable and left out."""
+    min_side: int = Field(8, ge=1)
+    """Shortest side of a usable image, pixels."""
+    runner: Runner = operational(Threads())
+    """Who builds the shards, each worker one at a time in memory."""
+
+
+class ShardFile(Config):
+    """One tar."""
+
+    path: str
+    """Path below the stage's folder."""
+    count: int
+    """Images in it."""
+
+
+class Split(Config):
+    """The tars of one archive."""
+
+    count: int
+    """Images in all of them."""
+    shards: tuple[ShardFile, ...]
+
+
+class ShardManifest(Manifest):
+    """The images as tars."""
+
+    STAGE: ClassVar[str] = STAGE
+
+    class_names: tuple[str, ...]
+    """The classes; a label is a position here."""
+    splits: dict[str, Split]
+    """By name: ``train`` and, if there are such images, ``held_out``."""
+    unreadable: tuple[Unreadable, ...]
+    """The files left out."""
+
+
+class ShardRecord(records.Record):
+    """The commit record of one tar."""
+
+    entries: tuple[Entry, ...]
+    """The images, in the tar's order."""
+    unreadable: tuple[Unreadable, ...]
+    """The files of this slice that were left out."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as it lies in a tar."""
+
+    index: int
+    """Position in the split, in the tars' order."""
+    source_index: int
+    """Position among the archive's sorted files."""
+    name: str
+    """Path below the archive."""
+    label: int
+    data: bytes
+    """The image file's own bytes."""
+
+
+class Built(Config):
+    """What became of some shards."""
+
+    images: int
+    """Files gone through."""
+    unreadable: tuple[Unreadable, ...]
+    """Those that were left out."""
+
+
+Build = Callable[[range], Built]
+"""Builds the shards of these numbers; it can be pickled, and done again it does only what is missing."""
+
+Spread = Callable[[Build, Sequence[range]], Iterable[Built]]
+"""Calls the first with each of the second, anywhere and in any order, and gives what comes back."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One tar to build."""
+
+    split: str
+    number: int
+    indices: NDArray[np.int64]
+
+    @property
+    def tar(self) -> str:
+        return f"{self.split}/{self.number:05d}.tar"
+
+    @property
+    def record(self) -> str:
+        return f"{records.FOLDER}/{self.split}-{self.number:05d}.json"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is to be built, and from what."""
+
+    archives: dict[str, Archive]
+    tasks: list[_Task]
+
+
+def input_digests(archive: ArchiveRef) -> dict[str, str]:
+    """The digest of each archive by split.
+
+    Raises:
+        InputError: as `open_archive`.
+    """
+    return {split: source.digest for split, source in _opened(archive).items()}
+
+
+def run(
+    config: ShardConfig, archive: ArchiveRef, *, out: StageOutput, tracker: Tracker, spread: Spread | None = None
+) -> ShardManifest:
+    """Build the tars that are missing and commit the stage.
+
+    Args:
+        config: how.
+        archive: of what.
+        out: the stage's folder.
+        tracker: who listens.
+        spread: gives groups of shards to workers; by default to threads of this process.
+
+    Raises:
+        InputError: an archive is unusable, has changed since the output was named, or has more
+            unreadable images than the config allows; the shards built by then stay.
+        StorageError: bytes could not be read or written.
+    """
+    try:
+        plan = _plan(config, archive, out)
+        _build_all(config, archive, plan, out, tracker, spread or partial(_in_threads, config.runner))
+        return _finish(plan, out, tracker)
+    finally:
+        _planned.cache_clear()  # of a million images it is large
+
+
+def build(config: ShardConfig, archive: ArchiveRef, out: StageOutput, numbers: range) -> Built:
+    """Build those of some shards that are not committed, in any process that sees archive and output.
+
+    The archive is listed once a process.
+
+    Raises:
+        InputError: the archive is not what the output was named after.
+        StorageError: bytes could not be read or written.
+    """
+    plan = _plan(config, archive, out)
+    tasks = plan.tasks[numbers.start : numbers.stop]
+    left_out = [item for task in tasks for item in _build(config, plan.archives[task.split], out, task)]
+    return Built(images=sum(len(task.indices) for task in tasks), unreadable=tuple(left_out))
+
+
+def read_images(manifest: ShardManifest, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
+    """The images of a split in the tars' order, from position start up to stop.
+
+    Only the tars that hold such positions are read, each whole and compared with its hash.
+
+    Raises:
+        InputError: there is no such split.
+        StorageError: a tar or its record is missing or damaged; the line names it.
+    """
+    if split not in manifest.splits:
+        raise InputError(f"{uri.redact(manifest.uri)}: no {split!r} images there, only {', '.join(manifest.splits)}")
+    first = 0
+    for number, shard in enumerate(manifest.splits[split].shards):
+        last = first + shard.count
+        if last > start and (stop is None or first < stop):
+            samples = _read_shard(manifest, _Task(split, number, np.empty(0, np.int64)), first)
+            yield from (item for item in samples if start <= item.index and (stop is None or item.index < stop))
+        first = last
+
+
+def _opened(archive: ArchiveRef) -> dict[str, Archive]:
+    train = open_archive(archive.train)
+    if archive.held_out is None:
+        return {"train": train}
+    held_out = open_archive(archive.held_out, train.class_names, archive.held_out_labels)
+    return {"train": train, "held_out": held_out}
+
+
+def _plan(config: ShardConfig, archive: ArchiveRef, out: StageOutput) -> _Plan:
+    with _PLANNING:
+        return _planned(config.images_per_shard, config.seed, archive, tuple(out.header.inputs.items()))
+
+
+@lru_cache(maxsize=1)
+def _planned(images_per_shard: int, seed: int, archive: ArchiveRef, inputs: tuple[tuple[str, str], ...]) -> _Plan:
+    archives = _opened(archive)
+    for split, source in archives.items():
+        if dict(inputs).get(split, source.digest) != source.digest:
+            raise InputError(f"the {split} archive has changed since this run began; run the same command again")
+    orders = {split: permutation(seed, 0, len(source.members)) for split, source in archives.items()}
+    return _Plan(
+        archives,
+        [
+            _Task(split, number, order[start : start + images_per_shard])
+            for split, order in orders.items()
+            for number, start in enumerate(range(0, len(order), images_per_shard))
+        ],
+    )
+
+
+def _groups(config: ShardConfig, count: int) -> list[range]:
+    """The numbers of the shards that one worker builds at a call: to call costs some time, and to wait for it too."""
+    size = max(1, min(_GROUP // config.images_per_shard, -(-count // _CALLS)))
+    return [range(count)[start : start + size] for start in range(0, count, size)]
+
+
+def _in_threads(runner: Runner, build: Build, groups: Sequence[range]) -> Iterator[Built]:
+    with threads(here(runner)) as pool:
+        yield from pool.map(build, groups)
+
+
+def _build_all(
+    config: ShardConfig, archive: ArchiveRef, plan: _Plan, out: StageOutput, tracker: Tracker, spread: Spread
+) -> None:
+    total = sum(len(task.indices) for task in plan.tasks)
+    done, unreadable = 0, list[Unreadable]()
+    for built in spread(partial(build, config, archive.absolute(), out), _groups(config, len(plan.tasks))):
+        done += built.images
+        unreadable += built.unreadable
+        _check_limit(unreadable, done, total, config.max_unreadable)
+        tracker.progress(done, total, "images")
+
+
+def _build(config: ShardConfig, source: Archive, out: StageOutput, task: _Task) -> tuple[Unreadable, ...]:
+    """Build one tar unless it is committed, and say which files were left out of it."""
+    record = records.load(out, task.record, ShardRecord)
+    if record is None:
+        replace = uri.exists(out.url(task.record))
+        data, entries, unreadable = pack(source, task.split, task.indices, config.min_side)
+        record = ShardRecord(files=(out.put(task.tar, data),), entries=entries, unreadable=unreadable)
+        records.commit(out, task.record, record, replace=replace)
+    return record.unreadable
+
+
+def _finish(plan: _Plan, out: StageOutput, tracker: Tracker) -> ShardManifest:
+    """Check every record against its tar and commit the stage."""
+    tasks, train = plan.tasks, plan.archives["train"]
+    done = records.sealed(out, [task.record for task in tasks], ShardRecord)
+    _check_classes(train, [r for (r, _), task in zip(done, tasks, strict=True) if task.split == "train"])
+    splits = {split: _split(split, tasks, [record for record, _ in done]) for split in plan.archives}
+    sheet = publish(out, tracker, "images.png", _contact_sheet(train, done[0][0]))
+    files = [sheet, *(entry for _, entry in done), *(file for record, _ in done for file in record.files)]
+    unreadable = tuple(item for record, _ in done for item in record.unreadable)
+    counts = {
+        "images": sum(split.count for split in splits.values()),
+        "unreadable": len(unreadable),
+        "classes": len(train.class_names),
+        "shards": len(tasks),
+    }
+    return out.commit(
+        ShardManifest, files, counts=counts, class_names=train.class_names, splits=splits, unreadable=unreadable
+    )
+
+
+def _check_limit(unreadable: list[Unreadable], done: int, total: int, limit: float) -> None:
+    if len(unreadable) <= limit * total:
+        return
+    first = "; ".join(f"{item.split} {item.name}: {item.reason}" for item in unreadable[:3])
+    raise InputError(
+        f"{len(unreadable):,} of the first {done:,} images are unreadable, more than max_unreadable = {limit:g} "
+        f"of {total:,} allows; mend or remove them, or raise the limit: {first}"
+    )
+
+
+def _check_classes(train: Archive, done: list[ShardRecord]) -> None:
+    seen = {entry.label for record in done for entry in record.entries}
+    empty = [name for label, name in enumerate(train.class_names) if label not in seen]
+    if empty:
+        raise InputError(f"class {empty[0]!r}: not one of its files is a readable image; mend or remove it")
+
+
+def _split(split: str, tasks: list[_Task], done: list[ShardRecord]) -> Split:
+    shards = tuple(
+        ShardFile(path=task.tar, count=len(record.entries))
+        for task, record in zip(tasks, done, strict=True)
+        if task.split == split
+    )
+    count = sum(shard.count for shard in shards)
+    if not count:
+        raise InputError(f"the {split} archive has no readable image")
+    return Split(count=count, shards=shards)
+
+
+def _contact_sheet(source: Archive, record: ShardRecord) -> bytes:
+    members = [source.members[entry.source_index] for entry in record.entries[:_SHEET]]
+    return image_grid(np.stack([load_image(source.read(member), _THUMBNAIL) for member in members]), _COLUMNS, gap=2)
+
+
+def _read_shard(manifest: ShardManifest, task: _Task, first: int) -> Iterator[Sample]:
+    record = ShardRecord.model_validate_json(manifest.read_object(task.record))
+    tar = io.BytesIO(manifest.read_object(task.tar))
+    images = tar_file_iterator(tar, select_files=lambda name: not name.endswith(".cls"))
+    for position, (entry, image) in enumerate(zip(record.entries, images, strict=True)):
+        yield Sample(first + position, entry.source_index, entry.name, entry.label, image["data"])

@@ -1,0 +1,256 @@
+"""What the command says, and how it exits, when the user's input is wrong or the disk is full."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from flows.command.main import main
+from flows.demo import VAE
+
+SIDE = 16
+
+
+def write_images(folder: Path, classes: int = 3, count: int = 8) -> Path:
+    """Class folders of PNG files whose brightness tells the class."""
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.integers(0, 60, (SIDE, SIDE, 3)) + 60 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class{label}" / f"{index:03d}.png")
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images")
+
+
+@pytest.fixture
+def root(tmp_path: Path, tracking_template: Path) -> Path:
+    (tmp_path / "root").mkdir()
+    shutil.copy(tracking_template, tmp_path / "root" / "mlflow.db")
+    return tmp_path / "root"
+
+
+def tiny(images: Path, root: Path, *more: str) -> list[str]:
+    """Options that make the demo's recipe small, on images of one's own."""
+    values = [
+        f"archive.train={images}",
+        "archive.held_out=null",
+        f"encode.resolution={SIDE}",
+        "train.steps=2",
+        "train.batch_size=4",
+        "sample.count=6",
+        "sample.steps=2",
+        *more,
+    ]
+    return ["--root", str(root), *(part for value in values for part in ("--set", value))]
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 2) -> str:
+    """Run the command, see that it exits with the code and one line of its own, and return the line."""
+    assert main(arguments) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "fault: "))]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_the_console_shows_the_line_and_no_traceback(images: Path, root: Path, prefect_api: str) -> None:
+    (images / "class1" / "words.png").write_bytes(b"these are words, not pixels")
+    command = [sys.executable, "-m", "flows.command.main", "shard", "demo", *tiny(images, root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    said = [line for line in done.stderr.splitlines() if " | INFO " not in line]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("error: 1 of the first ")
+
+
+def test_unknown_config_key(capsys: pytest.CaptureFixture[str], images: Path, root: Path) -> None:
+    line = refused(capsys, ["run", "demo", *tiny(images, root, "train.stepz=3")])
+    assert line == "error: --set train.stepz=3: train.stepz: no such key"
+
+
+def test_missing_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, root: Path) -> None:
+    line = refused(capsys, ["run", "demo", *tiny(tmp_path / "nowhere", root)])
+    assert str(tmp_path / "nowhere") in line
+
+
+def test_class_folder_without_images(capsys: pytest.CaptureFixture[str], images: Path, root: Path) -> None:
+    (images / "empty").mkdir()
+    line = refused(capsys, ["run", "demo", *tiny(images, root)])
+    assert "empty" in line
+
+
+@pytest.fixture
+def sharded(capsys: pytest.CaptureFixture[str], images: Path, root: Path, prefect_api: str) -> str:
+    """The manifest of the images' shards."""
+    assert main(["shard", "demo", *tiny(images, root), "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    return str(stages[0]["manifest"])
+
+
+def test_weights_that_are_not_there(
+    capsys: pytest.CaptureFixture[str], images: Path, root: Path, tmp_path: Path, sharded: str
+) -> None:
+    arguments = tiny(images, root, f"encode.vae={{source: {tmp_path / 'no-vae'}}}")
+    line = refused(capsys, ["encode", "demo", *arguments, "--from", sharded])
+    assert str(tmp_path / "no-vae") in line
+
+
+def test_altered_weights(
+    capsys: pytest.CaptureFixture[str], images: Path, root: Path, tmp_path: Path, sharded: str
+) -> None:
+    copy = Path(shutil.copytree(VAE, tmp_path / "vae"))
+    expected = json.loads((VAE / "metrics.json").read_text())["sha256"]
+    weights = copy / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    arguments = tiny(images, root, f"encode.vae={{source: {copy}, sha256: {expected}}}")
+    line = refused(capsys, ["encode", "demo", *arguments, "--from", sharded])
+    assert str(weights) in line
+    assert expected in line
+
+
+def test_vae_whose_channels_do_not_fit_the_model(
+    capsys: pytest.CaptureFixture[str], images: Path, root: Path, tmp_path: Path, prefect_api: str
+) -> None:
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
+                  up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4, latent_channels=8,
+                  ).save_pretrained(tmp_path / "vae8")  # fmt: skip
+    assert main(["run", "demo", *tiny(images, root, f"evaluate.extractor.weights={tmp_path / 'none'}")]) == 2
+    capsys.readouterr()
+    line = refused(capsys, ["sample", "demo", *tiny(images, root, f"sample.vae={{source: {tmp_path / 'vae8'}}}")])
+    assert "8 latent channels" in line
+    assert "the model 4" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("words.png", b"these are words, not pixels", "not an image"),
+        ("cut.png", None, "truncated"),
+        ("dot.png", "1x1", "1x1"),
+        ("corrupt.png", "flip", ""),
+    ],
+)
+def test_unreadable_image(
+    capsys: pytest.CaptureFixture[str],
+    images: Path,
+    root: Path,
+    prefect_api: str,
+    name: str,
+    data: bytes | str | None,
+    reason: str,
+) -> None:
+    whole = (images / "class0" / "000.png").read_bytes()
+    path = images / "class1" / name
+    if data == "1x1":
+        Image.new("RGB", (1, 1)).save(path)
+    elif data == "flip":
+        path.write_bytes(whole[:100] + bytes(byte ^ 0xFF for byte in whole[100:120]) + whole[120:])
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if data is None else data)  # type: ignore[arg-type]
+    line = refused(capsys, ["shard", "demo", *tiny(images, root)])
+    assert f"class1/{name}" in line
+    assert reason in line
+    assert main(["shard", "demo", *tiny(images, root, "shard.max_unreadable=0.05"), "--json"]) == 0
+    manifest = Path(json.loads(capsys.readouterr().out)["stages"][0]["manifest"])
+    unreadable = json.loads(manifest.read_text())["unreadable"]
+    assert [entry["name"] for entry in unreadable] == [f"class1/{name}"]
+    assert reason in unreadable[0]["reason"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24k", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    images: Path,
+    root: Path,
+    small_disk: Path,
+    prefect_api: str,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    line = refused(capsys, ["shard", "demo", *tiny(images, small_disk)], code=1)
+    assert "the disk is full" in line
+    assert str(small_disk) in line
+    assert not list(small_disk.rglob("manifest.json"))
+
+
+def test_a_source_of_another_stage(capsys: pytest.CaptureFixture[str], images: Path, root: Path, sharded: str) -> None:
+    line = refused(capsys, ["train", "demo", *tiny(images, root), "--from", sharded])
+    assert "'shard'" in line
+    assert "'encode' is needed" in line
+
+
+def test_a_source_that_is_no_run(
+    capsys: pytest.CaptureFixture[str], images: Path, root: Path, prefect_api: str
+) -> None:
+    line = refused(capsys, ["encode", "demo", *tiny(images, root), "--from", "0" * 32])
+    assert "0" * 32 in line
+
+
+def test_a_stage_before_its_source(
+    capsys: pytest.CaptureFixture[str], images: Path, root: Path, prefect_api: str
+) -> None:
+    line = refused(capsys, ["train", "demo", *tiny(images, root)])
+    assert "train: the stages before it are not done" in line
+
+
+def test_unusable_root(capsys: pytest.CaptureFixture[str], images: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "File exists" in refused(capsys, ["run", "demo", *tiny(images, tmp_path / "file")])
+    assert "not a usable URL" in refused(capsys, ["demo", "--root", "nowhere://x"])
+    line = refused(capsys, ["demo", "--root", "ftp://alice:hunter2@127.0.0.1/x"])
+    assert "carries credentials" in line
+    assert "hunter2" not in line
+
+
+def test_an_archive_url_carries_no_credentials(capsys: pytest.CaptureFixture[str], images: Path, root: Path) -> None:
+    line = refused(capsys, ["run", "demo", *tiny(images, root, "archive.train=ftp://alice:hunter2@127.0.0.1/x")])
+    assert "archive.train: Value error, carries credentials" in line
+
+
+def test_recipe_that_is_no_text(capsys: pytest.CaptureFixture[str], tmp_path: Path, root: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "bad.yaml: cannot be read as text" in refused(
+        capsys, ["run", str(tmp_path / "bad.yaml"), "--root", str(root)]
+    )
+
+
+def test_class_folder_without_readable_images(
+    capsys: pytest.CaptureFixture[str], images: Path, root: Path, prefect_api: str
+) -> None:
+    (images / "words").mkdir()
+    (images / "words" / "notes.txt").write_text("no image")
+    line = refused(capsys, ["shard", "demo", *tiny(images, root, "shard.max_unreadable=0.5")])
+    assert "class 'words'" in line
+
+
+def test_usage_error_exits_with_2() -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["trian"])
+    assert caught.value.code == 2

@@ -1,0 +1,263 @@
+"""`ditflow up`: everything comes up, every flow is deployed, a stage runs from its form, and Ctrl-C ends it all."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+import pytest
+import yaml
+from faults import wait_until
+
+from flows import servers
+from flows.command.main import main
+from flows.demo.digits import write_digits
+
+REPOSITORY = Path(__file__).parents[3]
+FLOWS = {"pipeline", "shard", "encode", "train", "sample", "evaluate", "register", "reevaluate"}
+
+TRAINING = {"steps": 1_000_000, "checkpoint_every": 1_000_000, "log_every": 5}
+"""What is saved is so because the ranks were told to stop."""
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+pytestmark = pytest.mark.slow
+
+
+class Up:
+    """A running `ditflow up`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.api = root, servers.free_port()
+        self.mlflow = servers.free_port()
+        ports = ["--prefect-port", str(self.api), "--mlflow-port", str(self.mlflow)]
+        command = [sys.executable, "-m", "flows.command.main", "up", "--root", str(root), *ports]
+        environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+        self.process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def wait_until_up(self) -> str:
+        assert self.process.stdout is not None
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if "Ctrl-C" in line:
+                return "".join(lines)
+        raise AssertionError("".join(lines))
+
+    def call(self, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.api}/api{path}", data, headers)
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=180) as answer:
+                    return json.loads(answer.read() or "null")
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # sqlite is busy: Prefect's own clients try again as well
+                    raise
+                time.sleep(0.5)
+
+    def start(self, flow: str, **parameters: Any) -> str:
+        """Run a flow as its form would, the fields left alone at their filled-in values."""
+        deployment = self.call(f"/deployments/name/{flow}/{flow}")
+        run = self.call(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
+        return str(run["id"])
+
+    def state(self, run: str) -> str:
+        return str(self.call(f"/flow_runs/{run}")["state"]["type"])
+
+    def end_of(self, run: str) -> str:
+        while (state := self.state(run)) not in ENDED:
+            time.sleep(0.5)
+        return state
+
+    def manifest(self, stage: str) -> str:
+        (manifest,) = (self.root / stage).glob("*/manifest.json")
+        return str(manifest)
+
+    def training(self, latents: str) -> tuple[str, list[psutil.Process]]:
+        """A flow run on two ranks that is some steps far, and its torchrun and ranks."""
+        config = self.call("/deployments/name/train/train")["parameters"]["config"] | TRAINING
+        run = self.start("train", latents=latents, launcher={"nproc": 2}, config=config)
+        of_run = {"artifacts": {"flow_run_id": {"any_": [run]}, "type": {"any_": ["progress"]}}}
+        while not any(found["data"] for found in self.call("/artifacts/filter", of_run)):
+            assert self.state(run) not in ENDED
+            time.sleep(0.2)
+        ranks = self.ranks()
+        assert len(ranks) == 3
+        return run, ranks
+
+    def saved(self) -> list[int]:
+        """Steps of the checkpoints that there are."""
+        records = self.root.glob("train/*/checkpoints/*/record.json")
+        return sorted(json.loads(record.read_text())["step"] for record in records)
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def ranks(self) -> list[psutil.Process]:
+        """Of all flow runs, each after its torchrun."""
+        return [each for each in self.family() if is_rank(each)]
+
+
+def is_rank(process: psutil.Process) -> bool:
+    try:
+        return "flows.launch.worker" in process.cmdline()
+    except psutil.Error:  # it ended meanwhile
+        return False
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    running = Up(tmp_path_factory.mktemp("up"))
+    try:
+        printed = running.wait_until_up()
+        assert f"http://127.0.0.1:{running.api}" in printed
+        assert f"http://127.0.0.1:{running.mlflow}" in printed
+        yield running
+    finally:
+        running.process.send_signal(signal.SIGINT)
+        running.process.wait(180)
+
+
+def test_every_flow_is_deployed_with_a_typed_form(up: Up) -> None:
+    deployments = {each["name"]: each for each in up.call("/deployments/filter", {})}
+    assert set(deployments) == FLOWS
+    for name, deployment in deployments.items():
+        schema = deployment["parameter_openapi_schema"]
+        assert deployment["entrypoint"].startswith("flows."), name
+        assert schema["definitions"] or name == "pipeline"
+    config = deployments["train"]["parameter_openapi_schema"]["definitions"]["TrainConfig"]
+    assert config["properties"]["steps"]["description"] == "Optimizer steps."
+    assert config["properties"]["steps"]["minimum"] == 1
+    assert config["additionalProperties"] is False
+    kinds = {"LocalLaunch", "NodesLaunch", "SlurmLaunch", "KubernetesLaunch"}
+    assert kinds <= deployments["train"]["parameter_openapi_schema"]["definitions"].keys()
+    (weekly,) = deployments["reevaluate"]["schedules"]
+    assert (weekly["schedule"]["cron"], weekly["active"]) == ("0 3 * * 1", False)
+    assert deployments["train"]["parameters"]["config"]["steps"] == 1200
+
+
+def test_stages_run_on_the_worker_and_a_cancelled_one_ends_its_ranks(up: Up) -> None:
+    write_digits(up.root / "digits")
+    shard = up.start("shard", archive={"train": str(up.root / "digits" / "held_out")})
+    assert up.end_of(shard) == "COMPLETED"
+    shards = up.manifest("shard")
+    assert json.loads(Path(shards).read_text())["provenance"]["prefect_flow_run_id"] == shard
+    artifacts = {each["key"] for each in up.call("/artifacts/filter", {})}
+    assert {"shard-mlflow", "shard-manifest", "shard-images"} <= artifacts
+    assert up.end_of(up.start("encode", shards=shards)) == "COMPLETED"
+    train, ranks = up.training(up.manifest("encode"))
+    up.call(f"/flow_runs/{train}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    assert up.end_of(train) == "CANCELLED"
+    _, alive = psutil.wait_procs(ranks, timeout=180)
+    assert alive == []
+    assert up.ranks() == []
+    (step,) = up.saved()
+    assert step > 0
+
+
+def test_a_killed_flow_crashes_and_leaves_no_rank(up: Up) -> None:
+    train, ranks = up.training(up.manifest("encode"))
+    flow = ranks[0].parent()
+    assert flow is not None
+    flow.kill()
+    assert up.end_of(train) == "CRASHED"
+    _, alive = psutil.wait_procs(ranks, timeout=180)
+    assert alive == []
+    before, after = up.saved()  # it went on from there
+    assert after > before
+
+
+def test_a_new_version_starts_its_evaluation(up: Up) -> None:
+    event = {
+        "id": str(uuid4()),
+        "event": "ditflow.model.registered",
+        "occurred": datetime.now(UTC).isoformat(),
+        "resource": {"prefect.resource.id": "ditflow.model.mine"},
+        "payload": {"model_name": "mine", "version": 1},
+    }
+    up.call("/events", [event])
+    of_flow = {"flows": {"name": {"any_": ["reevaluate"]}}}
+    wait_until(lambda: bool(up.call("/flow_runs/filter", of_flow)))
+    (run,) = up.call("/flow_runs/filter", of_flow)
+    assert run["parameters"]["model_name"] == "mine"
+    assert up.end_of(run["id"]) == "FAILED"
+    assert "Registered Model with name=mine not found" in up.call(f"/flow_runs/{run['id']}")["state"]["message"]
+
+
+def test_a_wrong_value_in_the_form_is_refused(up: Up) -> None:
+    deployment = up.call("/deployments/name/shard/shard")
+    wrong = {"parameters": {"archive": {"train": "x"}, "config": {"images_per_shard": 0}}}
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        up.call(f"/deployments/{deployment['id']}/create_flow_run", wrong)
+    assert caught.value.code in (409, 422)
+
+
+def test_the_command_joins_the_running_servers(up: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert servers.use_running(str(up.root))
+    assert os.environ["PREFECT_API_URL"] == f"http://127.0.0.1:{up.api}/api"
+    assert os.environ["MLFLOW_TRACKING_URI"] == f"http://127.0.0.1:{up.mlflow}"
+
+
+def test_a_taken_port_is_named(
+    up: Up, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert main(["up", "--root", str(tmp_path), "--prefect-port", str(up.api)]) == 2
+    assert capsys.readouterr().err == f"error: port {up.api} is taken; choose another with --prefect-port\n"
+
+
+def test_up_needs_the_project_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["up", "--root", str(tmp_path)]) == 2
+    assert "prefect.yaml: not here" in capsys.readouterr().err
+
+
+def test_the_project_file_names_every_flow_by_a_dotted_module() -> None:
+    project = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())
+    assert {each["name"] for each in project["deployments"]} == FLOWS
+    assert all(each["entrypoint"].startswith("flows.") for each in project["deployments"])
+
+
+def test_ctrl_c_ends_everything(up: Up) -> None:
+    family = up.family()
+    assert len(family) >= 3
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(180) == 130
+    _, alive = psutil.wait_procs(family, timeout=180)
+    assert alive == []
+    assert servers.is_free(up.api)
+    assert servers.is_free(up.mlflow)
+    assert not (up.root / servers.SERVERS).exists()
+
+
+def test_a_killed_worker_ends_everything(up: Up) -> None:
+    """Also the flow that it ran, and its ranks: `up` started again begins in order."""
+    again = Up(up.root)
+    again.wait_until_up()
+    run, _ = again.training(again.manifest("encode"))
+    before = max(again.saved())
+    family = again.family()
+    (worker,) = [each for each in family if "worker" in each.cmdline()]
+    worker.kill()
+    assert again.process.wait(180) == 1
+    _, alive = psutil.wait_procs(family, timeout=180)
+    assert alive == []
+    assert max(again.saved()) > before
+    with sqlite3.connect(f"file:{next(up.root.rglob('prefect.db'))}?mode=ro", uri=True) as database:
+        (state,) = database.execute("SELECT state_type FROM flow_run WHERE id = ?", (run,)).fetchone()
+    assert state == "CRASHED"

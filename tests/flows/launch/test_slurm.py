@@ -1,0 +1,133 @@
+"""Training as a job of a real Slurm: followed, cancelled, found again, preempted."""
+
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import start, wait_until
+from slurm_cluster import reason_not_to, slurm_cluster
+from test_start import ENDLESS, HOUSE, TINY, Noted, job, latents  # noqa: F401  latents is a fixture
+
+from dit.train import TrainConfig
+from flows.contract import STAGES
+from flows.launch import start as launcher
+from flows.launch.spec import LocalLaunch, SlurmLaunch, WorkerSpec
+from storage.errors import InputError
+from storage.latents import LatentManifest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.distributed,
+    pytest.mark.skipif(reason_not_to() is not None, reason=str(reason_not_to())),
+]
+TWO_NODES = SlurmLaunch(kind="slurm", nodes=2, poll_seconds=0.5)
+LONG = TINY.model_copy(update={"steps": 400, "checkpoint_every": 10, "log_every": 10})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as env, pytest.MonkeyPatch.context() as patch:
+        for name, value in (env | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}).items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, HOUSE.name)
+    return caplog
+
+
+def queue() -> list[str]:
+    done = subprocess.run(["squeue", "--noheader", "--format=%i %T"], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def steps(spec: WorkerSpec) -> int:
+    """Of the newest checkpoint."""
+    names = [path.name for path in (Path(spec.output.uri) / "checkpoints").glob("step-*")]
+    return int(max(names, default="step-0").rpartition("-")[2])
+
+
+LAUNCH = """
+import logging, sys
+from pathlib import Path
+from flows.launch import start as launcher
+from flows.launch.spec import SlurmLaunch
+from flows.launch.spec import WorkerSpec
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+spec = WorkerSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
+log = logging.getLogger("flow")
+launcher.run(spec, SlurmLaunch(kind="slurm", nodes=2, poll_seconds=0.5), progress=lambda *_: None, log=log)
+"""
+
+
+def flow(tmp_path: Path, spec: WorkerSpec) -> "subprocess.Popen[str]":
+    """A process that launches the job and follows it."""
+    (tmp_path / "flow.json").write_text(spec.model_dump_json())
+    return start(LAUNCH, tmp_path / "flow.json")
+
+
+def test_a_job_on_two_nodes_runs_and_reports(
+    latents: LatentManifest,  # noqa: F811
+    said: pytest.LogCaptureFixture,
+) -> None:
+    noted, spec = Noted(), job(latents, TINY)
+    launcher.run(spec, TWO_NODES, progress=noted, log=HOUSE)
+    assert STAGES["train"].kind.read(spec.output.uri).counts["steps"] == 4
+    assert noted.progress[-1] == (4, 4, "steps")
+    assert "Slurm job " in said.messages[0]
+    assert queue() == []
+
+
+def test_a_cancelled_flow_cancels_its_job(tmp_path: Path, latents: LatentManifest) -> None:  # noqa: F811
+    spec = job(latents, ENDLESS)
+    with flow(tmp_path, spec) as process:
+        wait_until(lambda: (Path(spec.output.uri) / "slurm" / "job.log").exists())
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    wait_until(lambda: queue() == [])
+
+
+def test_a_killed_flow_is_followed_by_the_next(
+    tmp_path: Path,
+    latents: LatentManifest,  # noqa: F811
+    said: pytest.LogCaptureFixture,
+) -> None:
+    spec = job(latents, LONG)
+    with flow(tmp_path, spec) as process:
+        wait_until(lambda: bool(queue()))
+        os.kill(process.pid, signal.SIGKILL)
+    before = queue()
+    assert len(before) == 1
+    launcher.run(spec, TWO_NODES, progress=Noted(), log=HOUSE)
+    assert f"Slurm job {before[0].split()[0]} is at it already; following it" in said.messages
+    assert STAGES["train"].kind.read(spec.output.uri).counts["steps"] == LONG.steps
+
+
+def test_a_preempted_job_comes_back_and_goes_on(tmp_path: Path, latents: LatentManifest) -> None:  # noqa: F811
+    config: TrainConfig = LONG.model_copy(update={"seed": 1})
+    spec = job(latents, config)
+    with flow(tmp_path, spec) as process:
+        wait_until(lambda: steps(spec) > 0)
+        urgent = ["sbatch", "--wait", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap", "sleep 1"]
+        subprocess.run(urgent, check=True, capture_output=True)
+        assert not (Path(spec.output.uri) / "manifest.json").exists()
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    assert "resuming after step" in output
+    root = latents.uri.rsplit("/", 2)[0]
+    again = spec.model_copy(update={"output": STAGES["train"].output(root, config, latents, force=True)})
+    launcher.run(again, LocalLaunch(nproc=2), progress=Noted(), log=HOUSE)
+    disturbed, undisturbed = (STAGES["train"].kind.read(one.output.uri).files for one in (spec, again))
+    assert disturbed == undisturbed
+
+
+def test_what_slurm_refuses_is_one_line(latents: LatentManifest) -> None:  # noqa: F811
+    nowhere = TWO_NODES.model_copy(update={"options": {"partition": "nowhere"}})
+    with pytest.raises(InputError, match="launch: Slurm refuses the job: .*invalid partition"):
+        launcher.run(job(latents, TINY), nowhere, progress=Noted(), log=HOUSE)

@@ -1,0 +1,336 @@
+"""A stage on ranks that torchrun starts: what comes back, and what is left when anything of it dies."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from faults import all_gone, dead_address, descendants, gone, start, wait_until
+
+from dit.models.choice import DiTChoice, Shape
+from dit.train import TrainConfig
+from flows.contract import STAGES
+from flows.launch import start as launcher
+from flows.launch.rank_log import MARK, LostRankError, RankLog, WorkerError
+from flows.launch.spec import LocalLaunch, WorkerSpec
+from flows.tracking.sink import UNSENT
+from flows.tracking.spec import TrackingSpec
+from storage.config import Config
+from storage.errors import DitflowError, InputError, PreemptedError
+from storage.latents import LatentManifest, VaeInfo, latent_layout
+from storage.manifest import StageOutput, stage_output
+from storage.rows.store import RowWriter
+from storage.tracker import NullTracker
+
+ROWS, SHAPE = 32, (4, 4, 4)
+TINY = TrainConfig(
+    model=DiTChoice(size=Shape(depth=1, width=16, heads=2)), steps=4, batch_size=8, flips=False, log_every=1
+)
+ENDLESS = TINY.model_copy(update={"steps": 1_000_000, "log_every": 50})
+HOUSE = logging.getLogger("test_launch")
+
+
+class Noted:
+    """What a launch told."""
+
+    def __init__(self) -> None:
+        self.progress: list[tuple[int, int, str]] = []
+
+    def __call__(self, done: int, total: int, unit: str) -> None:
+        self.progress.append((done, total, unit))
+
+
+@pytest.fixture(autouse=True)
+def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    caplog.set_level(logging.INFO, HOUSE.name)
+    return caplog
+
+
+@pytest.fixture
+def latents(tmp_path: Path) -> LatentManifest:
+    """Random latents of three classes."""
+    out = stage_output(str(tmp_path), LatentManifest.STAGE, 1, Config(), parents={}, inputs={})
+    writer = RowWriter(out, latent_layout(ROWS, 1, SHAPE, block_rows=16, chunk_rows=8), {})
+    rng = np.random.default_rng(0)
+    for block in writer.missing():
+        begin, end = writer.bounds(block)
+        moments = {name: rng.random((end - begin, 1, *SHAPE)).astype(np.float16) for name in ("mean", "std")}
+        keys = {"label": np.arange(begin, end, dtype=np.int32) % 3, "source_index": np.arange(begin, end)}
+        writer.write(block, moments | keys)
+    return out.commit(
+        LatentManifest,
+        writer.finish(),
+        counts={"images": ROWS},
+        resolution=8,
+        split="train",
+        flips=1,
+        latent_shape=SHAPE,
+        class_names=("a", "b", "c"),
+        vae=VaeInfo(source="nowhere", sha256="0" * 64, downsample=2, channels=4, scaling_factor=1.0),
+    )
+
+
+def job(latents: LatentManifest, config: TrainConfig, tracking: TrackingSpec | None = None) -> WorkerSpec:
+    root = latents.uri.rsplit("/", 2)[0]
+    output = STAGES["train"].output(root, config, latents)
+    tracking = tracking or TrackingSpec(uri=dead_address(), run_id=None)
+    values = config.model_dump(mode="json")
+    return WorkerSpec(stage="train", config=values, source=latents.uri, output=output, tracking=tracking)
+
+
+def unsent(output: StageOutput) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(output.uri) / UNSENT).read_text().splitlines()]
+
+
+def ranks() -> list[psutil.Process]:
+    """The ranks that run below this process, in order."""
+    found = {_rank(process): process for process in psutil.Process().children(recursive=True)}
+    return [found[rank] for rank in sorted(found) if rank >= 0]
+
+
+def _rank(process: psutil.Process) -> int:
+    try:
+        return int(process.environ().get("RANK", "-1"))
+    except psutil.Error:  # it ended meanwhile
+        return -1
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    before = set(descendants())
+    yield
+    wait_until(lambda: all_gone(set(descendants()) - before))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_stage_runs_and_reports(
+    nproc: int,
+    latents: LatentManifest,
+    lines: pytest.LogCaptureFixture,
+    nothing_left: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")  # so that every rank has something to say, if it has peers
+    noted, spec = Noted(), job(latents, TINY)
+    launcher.run(spec, LocalLaunch(nproc=nproc), progress=noted, log=HOUSE)
+    manifest = STAGES["train"].kind.read(spec.output.uri)
+    assert manifest.counts["steps"] == 4
+    assert noted.progress[-1] == (4, 4, "steps")
+    assert not any(MARK in line for line in lines.messages)
+    for rank in range(nproc) if nproc > 1 else ():
+        assert any(line.startswith(f"[rank{rank}]") for line in lines.messages)
+    losses = [record["value"] for record in unsent(spec.output) if record.get("metric") == "loss"]
+    assert len(losses) == 4  # of one rank, though all of them measure
+    assert losses[-1] == manifest.metrics["final_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_wrong_input_found_by_a_rank_is_the_users_own_line(
+    latents: LatentManifest, lines: pytest.LogCaptureFixture, nothing_left: None
+) -> None:
+    wrong = TINY.model_copy(update={"flips": True})
+    spec = job(latents, wrong)
+    with pytest.raises(InputError) as here:
+        STAGES["train"].run(wrong, latents, out=spec.output, tracker=NullTracker())
+    with pytest.raises(InputError) as there:
+        launcher.run(spec, LocalLaunch(nproc=2), progress=Noted(), log=HOUSE)
+    assert str(there.value) == str(here.value)
+    assert not any("flows/launch/worker.py" in line for line in lines.messages)  # no traceback for a person's slip
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_rank_that_fails_leaves_its_traceback(
+    latents: LatentManifest, lines: pytest.LogCaptureFixture, nothing_left: None
+) -> None:
+    damaged = Path(latents.uri) / next(entry.path for entry in latents.files if "/mean/c/" in entry.path)
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(WorkerError, match=r"^rank 0 failed: StorageError: .*mean.*$") as failure:
+        launcher.run(job(latents, TINY), LocalLaunch(nproc=1), progress=Noted(), log=HOUSE)
+    assert "\n" not in str(failure.value)
+    assert "[rank 0] Traceback (most recent call last):" in lines.messages
+    assert any(line.startswith("[rank 0] storage.errors.StorageError: ") for line in lines.messages)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_killed_rank_fails_the_stage(latents: LatentManifest, nothing_left: None) -> None:
+    killed: list[int] = []
+
+    def kill_one(done: int, total: int, unit: str) -> None:
+        if not killed:
+            killed.extend(process.pid for process in ranks())
+            os.kill(killed[1], signal.SIGKILL)
+
+    with pytest.raises(WorkerError, match=r"^rank 1 was killed by SIGKILL, perhaps for want of memory$"):
+        launcher.run(job(latents, ENDLESS), LocalLaunch(nproc=2, max_restarts=0), progress=kill_one, log=HOUSE)
+    assert len(killed) == 2
+    assert all_gone(killed)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (signal.SIGKILL, r"rank 1 was killed by SIGKILL, perhaps for want of memory"),
+        (signal.SIGTERM, r"told to stop at step \d+; the same command goes on from there"),
+    ],
+)
+def test_a_stage_that_loses_a_rank_starts_again_from_its_checkpoint(
+    number: signal.Signals, why: str, latents: LatentManifest, lines: pytest.LogCaptureFixture, nothing_left: None
+) -> None:
+    config = TINY.model_copy(update={"steps": 40, "checkpoint_every": 10})
+    undisturbed, spec = job(latents, config), job(latents, config)
+    STAGES["train"].run(config, latents, out=undisturbed.output, tracker=NullTracker())
+    expected = STAGES["train"].kind.read(undisturbed.output.uri).metrics
+    shutil.rmtree(undisturbed.output.uri)
+    noted = list[int]()
+
+    def kill_once(done: int, total: int, unit: str) -> None:
+        if done == 25 and 25 not in noted:
+            os.kill(ranks()[1].pid, number)
+        noted.append(done)
+
+    launcher.run(spec, LocalLaunch(nproc=2), progress=kill_once, log=HOUSE)
+    assert any(re.fullmatch(f"{why}; starting all ranks again, 1 of 3 times", line) for line in lines.messages)
+    resumed = next(int(line.split()[-1]) for line in lines.messages if "resuming after step" in line)
+    # When one is being saved, the one before it has been.
+    assert resumed in (10, 20, 30) if number == signal.SIGKILL else resumed >= 25
+    assert noted[-1] == 40
+    found = STAGES["train"].kind.read(spec.output.uri).metrics
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("who", ["torchrun", "one rank"])
+def test_preempted_ranks_save_and_say_so(
+    who: str, latents: LatentManifest, lines: pytest.LogCaptureFixture, nothing_left: None
+) -> None:
+    def preempt(done: int, total: int, unit: str) -> None:
+        if done == 200:
+            process = ranks()[1]
+            os.kill(process.pid if who == "one rank" else process.ppid(), signal.SIGTERM)
+
+    spec = job(latents, ENDLESS, TrackingSpec(uri=dead_address(), run_id="0" * 32))
+    with pytest.raises(PreemptedError, match=r"^told to stop at step [\d,]+; the same command goes on") as told:
+        launcher.run(spec, LocalLaunch(nproc=2, max_restarts=0), progress=preempt, log=HOUSE)
+    step = int(str(told.value).split()[5].rstrip(";").replace(",", ""))
+    assert Path(spec.output.uri, "checkpoints", f"step-{step:09d}", "record.json").exists()
+    steps = [record["step"] for record in unsent(spec.output) if record.get("metric") == "loss"]
+    assert steps == list(range(50, step + 1, 50))
+
+
+class Cancelled(BaseException):
+    """As Prefect cancels a flow."""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_cancelled_launch_ends_its_ranks_in_order(latents: LatentManifest, nothing_left: None) -> None:
+    """They get the time to keep what MLflow, which is away, did not take."""
+    others, alive = set(descendants()), list[int]()
+
+    def cancel(done: int, total: int, unit: str) -> None:
+        if done >= 200:
+            alive.extend(set(descendants()) - others)
+            raise Cancelled
+
+    spec = job(latents, ENDLESS, TrackingSpec(uri=dead_address(), run_id="0" * 32))
+    with pytest.raises(Cancelled):
+        launcher.run(spec, LocalLaunch(nproc=1), progress=cancel, log=HOUSE)
+    assert len(alive) >= 2  # torchrun and the rank
+    assert all_gone(alive)
+    steps = [record["step"] for record in unsent(spec.output) if record.get("metric") == "loss"]
+    assert steps[:4] == [50, 100, 150, 200]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_killed_launcher_leaves_no_torchrun_and_no_rank(latents: LatentManifest, tmp_path: Path) -> None:
+    spec = tmp_path / "job.json"
+    spec.write_text(job(latents, ENDLESS).model_dump_json())
+    script = """
+import logging, sys
+from pathlib import Path
+from flows.launch import start as launcher
+from flows.launch.spec import WorkerSpec
+spec = WorkerSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
+report = lambda *_: print("works", flush=True)
+launcher.run(spec, start.LocalLaunch(nproc=2), progress=report, log=logging.getLogger())
+"""
+    launcher = start(script, spec)
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == "works\n"
+    pids = descendants(launcher.pid)
+    assert len(pids) >= 3  # torchrun and two ranks
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: all_gone(pids))
+
+
+def test_a_rank_does_not_begin_when_its_launcher_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started by a torchrun that was killed at once: nothing would ever end it."""
+    departed = start("")
+    departed.wait()
+    assert gone(departed.pid)
+    monkeypatch.setenv("DITFLOW_LAUNCHER", str(departed.pid))
+    rank = start(f"from flows.launch.worker import main; print(main({str(tmp_path / 'no-such-spec')!r}))")
+    assert rank.communicate()[0] == ""
+    assert rank.returncode == 1
+
+
+def take(*lines: str) -> tuple[list[str], list[tuple[int, int, str]]]:
+    noted, logged = Noted(), list[str]()
+    RankLog(noted, logged.append).take(lines)
+    return logged, noted.progress
+
+
+def test_a_message_behind_an_unfinished_line_is_understood() -> None:
+    progress = MARK + '{"done": 1, "total": 2, "unit": "steps"}'
+    assert take(f"loading... {progress}\n") == (["loading... "], [(1, 2, "steps")])
+
+
+@pytest.mark.parametrize("torn", [MARK + '{"done": 1, "tot', MARK + "[]", MARK, "plain", ""])
+def test_a_torn_message_is_a_line_of_the_log(torn: str) -> None:
+    assert take(torn) == ([torn], [])
+
+
+def error(kind: str, rank: int, *, foreseen: bool = False) -> str:
+    return MARK + json.dumps({"error": "what happened", "kind": kind, "rank": rank, "foreseen": foreseen})
+
+
+def test_the_cause_is_told_and_not_its_effects() -> None:
+    """When one rank goes, the others fail for want of it, and may be heard first."""
+
+    def failure(code: int, *lines: str) -> DitflowError:
+        ranks = RankLog(Noted(), lambda _: None)
+        ranks.take("\n".join(lines).splitlines())
+        return ranks.failure(code)
+
+    effect, cause = error("RuntimeError", 0), error("InputError", 1, foreseen=True)
+    full = error("StorageError", 1, foreseen=True)
+    report = "  rank      : {} (local_rank: {})\n  exitcode  : {} (pid: 7)  (SIG)\n"
+    killed = report.format(0, 0, -15) + report.format(1, 1, -7)
+    assert str(failure(1, effect, cause, killed)) == "what happened"
+    assert str(failure(1, full, cause, killed)) == "what happened"
+    assert str(failure(1, effect, full, killed)) == "rank 1 failed: StorageError: what happened"
+    assert not isinstance(failure(1, effect, full, killed), LostRankError)
+    assert isinstance(failure(75, effect, error("PreemptedError", 1, foreseen=True)), PreemptedError)
+    assert str(failure(1, effect, killed)) == "rank 1 was killed by SIGBUS"
+    assert str(failure(1, effect)) == "rank 0 failed: RuntimeError: what happened"
+    assert "rank 1 ended with code 3" in str(failure(1, report.format(1, 1, 3)))
+    assert "code -9" in str(failure(-9))

@@ -1,0 +1,224 @@
+"""What a plan says against what then happens."""
+
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import psutil
+import pytest
+from test_main import SIDE, images, refused, root, tiny  # noqa: F401  fixtures
+
+from dit.models.cost import cost
+from flows.command.main import main
+from flows.contract import STAGES
+from flows.plan.estimate import plan, read_rates
+from flows.plan.table import Plan
+from flows.recipe import Recipe, load_recipe
+from storage.errors import InputError
+from storage.latents import LatentReader
+from storage.manifest import Manifest
+from storage.tracker import NullTracker
+
+RATES = "shard: 100\nencode: 10\ntrain: 1.0e9\nsample: 2.0e9\ndecode: 5\nevaluate: 20\n"
+
+
+@pytest.fixture
+def rates(tmp_path: Path) -> Path:
+    (tmp_path / "rates.yaml").write_text(RATES)
+    return tmp_path / "rates.yaml"
+
+
+def recipe_of(images: Path, root: Path, *more: str) -> Recipe:  # noqa: F811
+    options = tiny(images, root, "shard.images_per_shard=5", "encode.block_rows=8", "encode.chunk_rows=4", *more)
+    return load_recipe("demo", options[3::2], str(root))
+
+
+def planned(recipe: Recipe, root: Path, rates: Path) -> Plan:  # noqa: F811
+    return plan(recipe, str(root), read_rates(str(rates)))
+
+
+def perform(recipe: Recipe, root: Path, *names: str) -> list[Manifest]:  # noqa: F811
+    """Run stages as they are, without Prefect or MLflow."""
+    source, made = recipe.archive, list[Manifest]()
+    for name in names:
+        stage = STAGES[name]
+        out = stage.output(str(root), recipe.config_of(name), source)
+        source = stage.run(recipe.config_of(name), source, out=out, tracker=NullTracker())
+        made.append(source)
+    return made
+
+
+def test_hours_follow_from_the_rates(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+    recipe = recipe_of(images, root, "sample.guidance_scale=2", "encode.flips=true", "train.flips=true")
+    found = planned(recipe, root, rates)
+    lines = {line.stage: line for line in found.lines}
+    assert list(lines) == ["shard", "encode", "train", "sample", "evaluate"]
+    assert {line.state for line in found.lines} == {"to do"}
+    work = cost(recipe.train.model.config(_given()))
+    assert lines["shard"].hours * 3600 == pytest.approx(24 / 100)
+    assert lines["encode"].hours * 3600 == pytest.approx(24 * 2 / 10)
+    assert lines["train"].hours * 3600 == pytest.approx(2 * 4 * 6 * work.macs / 1e9)
+    assert lines["sample"].hours * 3600 == pytest.approx(6 * 2 * 2 * 2 * work.macs / 2e9 + 6 / 5)
+    assert lines["evaluate"].hours * 3600 == pytest.approx((24 + 2 * 6) / 20)
+    unguided = planned(recipe_of(images, root, "sample.guidance_scale=1"), root, rates)
+    assert unguided.lines[3].hours * 3600 == pytest.approx(6 * 2 * 2 * work.macs / 2e9 + 6 / 5)
+
+
+def _given() -> object:
+    from dit.models.choice import Given
+
+    return Given(channels=4, side=SIDE // 4, num_classes=3, learn_variance=True)
+
+
+def test_objects_and_bytes_are_those_that_the_stages_write(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+    recipe = recipe_of(images, root)
+    before = {line.stage: line for line in planned(recipe, root, rates).lines}
+    for manifest in perform(recipe, root, "shard", "encode", "train", "sample"):
+        line = before[manifest.stage]
+        if manifest.stage != "train":  # whose checkpoints are no part of the manifest
+            assert line.objects == len(manifest.files) + 1
+        big = [
+            entry for entry in manifest.files if entry.path.startswith(("train/", "data/")) and "json" not in entry.path
+        ]
+        slack = 10_240 * len(big) if manifest.stage == "shard" else 0  # tars end in zeros
+        if manifest.stage != "train":
+            assert line.size <= sum(entry.size for entry in big) <= line.size + slack
+        line = next(line for line in planned(recipe, root, rates).lines if line.stage == manifest.stage)
+        assert (line.state, line.missing, line.hours) == ("done", 0, 0)
+
+
+def test_what_is_there_is_not_done_again(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+    recipe = recipe_of(images, root)
+    whole = planned(recipe, root, rates).lines[1]
+    (shards,) = perform(recipe, root, "shard")
+    out = STAGES["encode"].output(str(root), recipe.encode, shards)
+    STAGES["encode"].run(recipe.encode, shards, out=out, tracker=NullTracker())
+    Path(out.uri, "manifest.json").unlink()
+    Path(out.uri, "records", "rows-00001.json").unlink()
+    line = planned(recipe, root, rates).lines[1]
+    assert line.state == "2 of 3 units"
+    assert line.hours == pytest.approx(whole.hours / 3)
+    assert line.missing == pytest.approx(whole.size / 3, abs=1)
+
+
+def test_parts_take_their_share_of_the_memory(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+    def memory(*more: str) -> int:
+        return planned(recipe_of(images, root, "train.batch_size=4", *more), root, rates).memory
+
+    held = sum(cost(recipe_of(images, root).train.model.config(_given())).memory.values())
+    copies = memory("launch.nproc=4")
+    assert copies - memory("launch.nproc=4", "train.parallel=fsdp") == held - held // 4
+    nodes = "launch={kind: nodes, nodes: 2, nproc: 2, address: 'a:1'}"
+    assert copies - memory(nodes, "train.parallel=hsdp") == held - held // 2
+
+
+def test_every_average_takes_its_memory_and_its_disk(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+    plain, more = (
+        planned(recipe_of(images, root, *further), root, rates) for further in ([], ["train.ema_decays=[0.9, 0.99]"])
+    )
+    ema = cost(recipe_of(images, root).train.model.config(_given())).memory["ema"]
+    assert more.memory - plain.memory == 2 * ema
+    assert more.lines[2].size - plain.lines[2].size == 2 * ema * (recipe_of(images, root).train.keep_checkpoints + 1)
+
+
+def test_micro_batches_and_recomputed_blocks_keep_less(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+    def kept(*more: str) -> int:
+        recipe = recipe_of(images, root, "train.batch_size=6", *more)
+        return planned(recipe, root, rates).memory - sum(cost(recipe.train.model.config(_given())).memory.values())
+
+    assert 2.9 < kept() / kept("train.micro_batch=2") < 3.1
+    assert kept("train.checkpoint_activations=true") < kept() / 2
+
+
+def test_what_does_not_fit_is_refused_with_what_to_change(
+    capsys: pytest.CaptureFixture[str],
+    images: Path,  # noqa: F811
+    root: Path,  # noqa: F811
+    rates: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["plan", "demo", "--rates", str(rates), *tiny(images, root)]
+    assert main(arguments) == 0
+    assert "disk" in capsys.readouterr().out
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1000))
+        said = refused(capsys, arguments)
+        assert f"error: {root}: 0.1 GB to write, 0.0 GB are free; name a larger --root, or encode.flips" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: namedtuple("memory", "total")(1 << 20))
+        assert "train: needs" in refused(capsys, arguments)
+    assert "does not divide among 3 ranks" in refused(capsys, [*arguments, "--set", "launch.nproc=3"])
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[str]:
+    """The URL of an empty root that is not on this machine's disks."""
+    yield "memory://planned"
+    fs = fsspec.filesystem("memory")
+    fs.rm("/planned", recursive=True) if fs.exists("/planned") else None
+
+
+def test_latents_of_a_root_elsewhere_need_room_in_the_cache(
+    capsys: pytest.CaptureFixture[str],
+    images: Path,  # noqa: F811
+    root: Path,  # noqa: F811
+    elsewhere: str,
+    rates: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe = recipe_of(images, elsewhere)
+    assert planned(recipe, root, rates).copy is None
+    copy = planned(recipe, elsewhere, rates).copy
+    assert copy is not None
+    assert copy.folder == str(tmp_path / "cache/ditflow")
+    usage = namedtuple("usage", "total used free")
+    arguments = ["plan", "demo", "--rates", str(rates), *tiny(images, elsewhere)]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 10))
+        said = refused(capsys, arguments)
+        assert f"error: {copy.folder}: 0.0 GB of latents to copy here for training, 0.0 GB are free; set XDG_" in said
+        streamed = ["--set", "train.order=pooled", "--set", "train.reading=streamed"]
+        assert main([*arguments, *streamed]) == 0
+        assert "to copy" not in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert f"GB of latents to copy to {copy.folder}, " in capsys.readouterr().out
+
+    _, latents = perform(recipe, elsewhere, "shard", "encode")
+    assert planned(recipe, elsewhere, rates).copy.size == copy.size
+    LatentReader(latents)
+    files = list((tmp_path / "cache/ditflow/staged").rglob("*.rows"))
+    assert sum(path.stat().st_size for path in files) == copy.size
+    assert planned(recipe, elsewhere, rates).copy.size == 0
+    perform(recipe, elsewhere, "shard", "encode", "train")
+    assert planned(recipe, elsewhere, rates).copy is None
+
+
+def test_faults_of_late_stages_show_before_the_first(
+    capsys: pytest.CaptureFixture[str],
+    images: Path,  # noqa: F811
+    root: Path,  # noqa: F811
+    rates: Path,
+) -> None:
+    arguments = ["plan", "demo", "--rates", str(rates), *tiny(images, root)]
+    assert "nowhere" in refused(capsys, [*arguments, "--set", "archive.train=/nowhere"])
+    assert "does not fit the latents" in refused(capsys, [*arguments, "--set", "train.model.patch_size=3"])
+    without = [*arguments[:2], *arguments[4:], "--set", "evaluate.extractor.weights=/nowhere"]
+    assert "/nowhere" in refused(capsys, without)
+    for text in ("shard: fast", "speed: 1", "[", "train: 0"):
+        rates.write_text(text)
+        assert f"--rates {rates}: " in refused(capsys, arguments)
+
+
+def test_rates_that_are_not_given_are_measured(images: Path, root: Path) -> None:  # noqa: F811
+    found = plan(recipe_of(images, root), str(root), read_rates(None)).rates.model_dump()
+    assert all(rate > 0 for rate in found.values())
+    with pytest.raises(InputError, match="cannot be read"):
+        read_rates("nowhere.yaml")

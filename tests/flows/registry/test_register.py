@@ -1,0 +1,173 @@
+"""A model registered on a real MLflow server, and served from there."""
+
+import base64
+import io
+import json
+import os
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from faults import MlflowServer
+from mlflow import MlflowClient
+from PIL import Image
+from small import SAMPLING, Small
+
+from dit.evaluate import MetricsManifest
+from flows import servers
+from flows.children import child
+from flows.registry.config import ModelManifest, PromotionRule, RegisterConfig
+from flows.registry.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation
+from storage.manifest import Manifest
+
+pytestmark = pytest.mark.slow
+NAME = "digits"
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, tracking_template: Path, prefect_api: str
+) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("registry") / "mlflow", tracking_template)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", server.address)
+        yield server
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def models(server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> list[ModelManifest]:
+    """Two versions of a model, the second trained for one step more, which is too little to be champion."""
+    small = Small(tmp_path_factory.mktemp("root"))
+    latents = small.latents()
+    config = RegisterConfig(model_name=NAME, promote="automatic", rule=PromotionRule(min_gain=1e9))
+    return [small.registered(small.evaluated(small.checkpoint(latents, steps)), config) for steps in (2, 3)]
+
+
+@pytest.fixture
+def client(server: MlflowServer) -> MlflowClient:
+    return MlflowClient(server.address)
+
+
+def test_a_version_tells_its_numbers_and_where_they_come_from(
+    models: list[ModelManifest], client: MlflowClient
+) -> None:
+    tags = client.get_model_version(NAME, "2").tags
+    metrics = models[1].parent("metrics", MetricsManifest)
+    assert {key: float(tags[f"metric.{key}"]) for key in metrics.metrics} == pytest.approx(metrics.metrics, rel=1e-5)
+    whole = Evaluation.model_validate_json(tags[EVALUATION_TAG])
+    assert (whole.metrics, whole.conditions) == (metrics.metrics, metrics.conditions)
+    root = Path(metrics.uri).parents[1]
+    for stage, name in {"encode": "latents", "shard": "shards", "train": "checkpoint", "sample": "samples"}.items():
+        assert tags[f"digest.{name}"] in {Manifest.read(str(path)).digest for path in (root / stage).iterdir()}
+    shards = Manifest.read(str(next((root / "shard").iterdir())))
+    assert {split: tags[f"digest.archive.{split}"] for split in ("train", "held_out")} == shards.inputs
+
+
+def test_the_run_shows_the_samples_and_the_model_has_the_metrics(
+    models: list[ModelManifest], client: MlflowClient
+) -> None:
+    version = client.get_model_version(NAME, "2")
+    assert "samples.png" in {entry.path for entry in client.list_artifacts(version.run_id)}
+    assert [entry.path for entry in models[1].files] == ["artifacts/samples.png"]
+    assert models[1].read_object("artifacts/samples.png").startswith(b"\x89PNG")
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert {metric.key: metric.value for metric in logged.metrics} == pytest.approx(models[1].metrics)
+
+
+def test_the_rule_decides_who_is_champion(models: list[ModelManifest], client: MlflowClient) -> None:
+    assert client.get_registered_model(NAME).aliases == {"candidate": "2", "champion": "1"}
+    assert str(models[0].promotion).startswith(f"{NAME} 1 is champion: rule: distance lower by 1e+09 beyond")
+    assert str(models[1].promotion).startswith(f"{NAME} 2 is not promoted: rule: distance lower by 1e+09 beyond")
+    tags = client.get_model_version(NAME, "2").tags
+    (record,) = (json.loads(value) for name, value in tags.items() if name.startswith(PROMOTION_TAG))
+    assert (record["decision"], record["old_champion"]) == ("kept", 1)
+
+
+def test_each_root_has_its_own_registry(
+    models: list[ModelManifest], tmp_path: Path, tracking_template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    metrics = models[0].parent("metrics", MetricsManifest)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        database = Path(shutil.copy(tracking_template, tmp_path / name / "mlflow.db"))
+        Small(tmp_path / name).registered(metrics, RegisterConfig(model_name=name))
+        assert [model.name for model in MlflowClient(f"sqlite:///{database}").search_registered_models()] == [name]
+
+
+@pytest.fixture(scope="module")
+def endpoint(models: list[ModelManifest], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`mlflow models serve` of the candidate, in a process of its own."""
+    port, log = servers.free_port(), tmp_path_factory.mktemp("serve") / "serve.log"
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", f"models:/{NAME}@candidate"]
+    command += ["--env-manager", "local", "--host", servers.HOST, "--port", str(port)]
+    address = f"http://{servers.HOST}:{port}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # mlflow looks for uvicorn there
+    with log.open("wb") as output, child(command, env={"PATH": path}, output=output) as process:
+        deadline = time.monotonic() + 180
+        while not _answers(address):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield address
+
+
+def _answers(address: str) -> bool:
+    try:
+        return bool(urllib.request.urlopen(f"{address}/ping", timeout=5).status == 200)
+    except OSError:
+        return False
+
+
+def ask(address: str, labels: list[int], **params: Any) -> list[bytes]:
+    body = {"dataframe_split": {"columns": ["label"], "data": [[label] for label in labels]}, "params": params}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{address}/invocations", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=180) as answer:
+        return [base64.b64decode(row["png_base64"]) for row in json.load(answer)["predictions"]]
+
+
+def test_a_request_is_answered_with_png_images(endpoint: str) -> None:
+    pngs = ask(endpoint, [3, 7], seed=5, steps=2, guidance_scale=1.5, sampler="ddpm")
+    assert [Image.open(io.BytesIO(png)).size for png in pngs] == [(16, 16), (16, 16)]
+    assert pngs[0] != pngs[1]
+    assert ask(endpoint, [3, 7], seed=5, steps=2, guidance_scale=1.5, sampler="ddpm") == pngs
+    for change in ({"seed": 6}, {"steps": 3}, {"guidance_scale": 3.0}, {"sampler": "ddim"}):
+        asked: dict[str, Any] = {"seed": 5, "steps": 2, "guidance_scale": 1.5, "sampler": "ddpm"} | change
+        assert ask(endpoint, [3, 7], **asked) != pngs, change
+
+
+def test_without_params_images_are_drawn_as_they_were_evaluated(endpoint: str) -> None:
+    model = mlflow.pyfunc.load_model(f"models:/{NAME}@candidate")
+    params = {param.name: param.default for param in model.metadata.signature.params}
+    assert {name: params[name] for name in ("seed", "steps", "guidance_scale", "sampler")} == {
+        "seed": SAMPLING.seed,
+        "steps": SAMPLING.steps,
+        "guidance_scale": SAMPLING.guidance_scale,
+        "sampler": SAMPLING.sampler,
+    }
+    assert ask(endpoint, [1]) == ask(endpoint, [1], **params)
+
+
+@pytest.mark.parametrize(
+    ("labels", "params", "said"),
+    [
+        ([10], {}, "label: must lie between 0 and 9"),
+        ([1], {"sampler": "heun"}, "sampler"),
+        ([1], {"steps": "x"}, "steps"),
+    ],
+)
+def test_a_wrong_request_is_refused(endpoint: str, labels: list[int], params: dict[str, Any], said: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        ask(endpoint, labels, **params)
+    assert caught.value.code == 400
+    assert said in json.load(caught.value)["message"]

@@ -1,0 +1,229 @@
+"""The report of a pipeline: whole, harmless, and the same each time."""
+
+import base64
+import io
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from small import SAMPLING, Small
+
+from dit.evaluate import MetricsManifest
+from dit.export import CheckpointManifest
+from dit.metrics.published import CIFAR10, ROWS, deviations
+from dit.models.choice import Shape
+from dit.sample import SampleManifest
+from flows.recipe import load_recipe
+from flows.report import guidance
+from flows.report import page as pages
+from flows.report.page import page, place, write_page
+from storage.latents import LatentManifest
+from storage.manifest import Manifest
+from storage.shards.shard import ShardManifest
+
+NAME = "<script>alert('digits & co')</script>"
+ALIKE = ({"guidance_scale": 1.0}, {"guidance_scale": 3.0})
+OTHER = {"guidance_scale": 3.0, "seed": 1}
+OTHER_SHAPE = Shape(depth=1, width=64, heads=2)
+SECTIONS = (
+    *("Samples by class", "Beside the papers", "Guidance", "Does it repeat what it has seen?"),
+    *("From images to samples", "Metrics", "Conditions", "From the images to the numbers"),
+)
+
+
+class Reader(HTMLParser):
+    """What a browser would find."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attributes if name in ("src", "href", "onload", "onerror")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished root."""
+
+    root: str
+    manifests: list[Manifest]
+    """Of the stages that the page is about."""
+    metrics: MetricsManifest
+    alike: list[MetricsManifest]
+    """Of the same checkpoint, guided otherwise."""
+    place_before: str
+    """Of the page before those were made."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> Iterator[Made]:
+    root = tmp_path_factory.mktemp("root")
+    shutil.copy(tracking_template, root / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        small = Small(root)
+        latents = small.latents()
+        checkpoint = small.checkpoint(latents)
+        metrics = small.evaluated(checkpoint)
+        small.evaluated(small.checkpoint(latents, shape=OTHER_SHAPE), SAMPLING.model_copy(update=ALIKE[1]))
+        small.evaluated(checkpoint, SAMPLING.model_copy(update=OTHER))
+        manifests = lineage(metrics)
+        before = place(manifests, str(root))
+        alike = [small.evaluated(checkpoint, SAMPLING.model_copy(update=change)) for change in ALIKE]
+        yield Made(str(root), manifests, metrics, alike, before)
+
+
+def lineage(metrics: MetricsManifest) -> list[Manifest]:
+    samples = metrics.parent("samples", SampleManifest)
+    checkpoint = samples.parent("checkpoint", CheckpointManifest)
+    latents = checkpoint.parent("latents", LatentManifest)
+    return [latents.parent("shards", ShardManifest), latents, checkpoint, samples, metrics]
+
+
+@pytest.fixture(scope="module")
+def read(made: Made) -> Reader:
+    return Reader(page(NAME, made.manifests, made.root))
+
+
+def test_nothing_runs_and_nothing_is_fetched(read: Reader) -> None:
+    assert read.open == []
+    assert "script" not in read.tags
+    assert all(source.startswith("data:image/png;base64,") for source in read.sources)
+    assert NAME in read.words
+
+
+def test_it_shows_every_stage(read: Reader, made: Made) -> None:
+    sizes = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size for source in read.sources]
+    drawn = sum(entry.path.endswith(".png") for manifest in made.manifests for entry in manifest.files)
+    assert len(sizes) == 10 + 1 + 1 + drawn - 1 >= 14  # classes, guidance, neighbours, and all but samples.png
+    assert sizes[:10] == [(3 * 16 + 2 * 2, 16)] * 10  # three samples of each digit
+    assert sizes[11] == (6 * 16 + 5 * 2, 8 * 16 + 7 * 2)  # a sample and five neighbours, eight times
+    assert [word for word in read.words if word in SECTIONS] == list(SECTIONS)
+    text = " ".join(read.words)
+    for manifest in made.manifests:
+        assert manifest.digest[:16] in text
+        assert str(manifest.provenance.mlflow_run_id) in text
+    assert f"Each output is the folder stage/digest below {made.root}." in text
+    metrics = made.metrics.metrics
+    for name in metrics.keys() - {"fd_low", "fd_high"}:
+        assert f"{name} {metrics[name]:.6g}" in text
+    assert f"fd {metrics['fd']:.6g} {metrics['fd_low']:.6g} to {metrics['fd_high']:.6g}" in text
+    for name, condition in made.metrics.conditions.items():
+        assert f"{name} {condition}" in text
+    assert re.search(rf"{re.escape(made.metrics.distance)} [\d.]+ \([\d.]+ to [\d.]+\) from 30 samples", text)
+
+
+def test_guidance_scales_of_the_same_checkpoint_are_lined_up(read: Reader, made: Made) -> None:
+    among = [made.metrics, *made.alike]
+    for each in among:
+        assert {found.digest for found in guidance.alike(each, made.root)} == {found.digest for found in among}
+    (line,) = guidance.lines(among)
+    assert (line.name, line.scales) == ("channels all, schedule constant", [1.0, 2.0, 3.0])
+    text = " ".join(read.words)
+    for scale, found in zip((2, 1, 3), among, strict=True):
+        distance, low, high = (found.metrics[name] for name in ("fd", "fd_low", "fd_high"))
+        precision, recall = (found.metrics[f"{name}_fp32"] for name in ("precision", "recall"))
+        row = f"{line.name} {scale} {distance:.4g} ({low:.4g} to {high:.4g}) {precision:.4f} {recall:.4f}"
+        assert row in text
+
+
+def test_one_scale_is_no_line(made: Made) -> None:
+    assert guidance.lines([made.metrics]) == []
+    assert guidance.lines(made.alike[:1]) == []  # without guidance
+
+
+def test_numbers_in_another_space_stand_alone(read: Reader, made: Made) -> None:
+    here = f"Nothing to put beside {made.metrics.distance} against 60 images in 10 classes at 16 px: "
+    assert any(word.startswith(here) for word in read.words)
+
+
+def test_rows_of_papers_say_what_was_other_there(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "rows_for", lambda **_: [row for row in ROWS if row.data is CIFAR10][:1])
+    text = " ".join(Reader(page("digits", made.manifests, made.root)).words)
+    assert "this run, 2 steps" in text
+    other = "other: count 50000, labels none, sampler heun, steps 18"
+    assert re.search(rf"DiffiT 1\.95 {other} Hatamizadeh et al\., arXiv 2312\.02139", text)
+    assert "Rows under other conditions do not rank this run." in text
+
+
+def test_it_is_written_once_and_the_same(made: Made) -> None:
+    url = write_page("digits", made.manifests, made.root)
+    assert url == place(made.manifests, made.root) != made.place_before
+    first = Path(url).read_bytes()
+    assert page("digits", made.manifests, made.root).encode() == first
+    Path(url).write_text("kept")
+    assert write_page("digits", made.manifests, made.root) == url
+    assert Path(url).read_text() == "kept"
+    Path(url).unlink()
+
+
+def test_without_metrics_there_is_a_page_too(made: Made) -> None:
+    read = Reader(page("digits", made.manifests[:-1], made.root))
+    assert read.open == []
+    assert "Samples by class" in read.words
+    assert "Metrics" not in read.words
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fid"),
+    [
+        *(("imagenet256-dit", 2.27), ("imagenet512-dit", 3.04)),
+        *(("imagenet256-diffit", 1.73), ("imagenet512-diffit", 2.67)),
+        *(("cifar10-diffit", 1.95), ("ffhq64-diffit", 2.22)),
+    ],
+)
+def test_the_papers_recipes_sample_as_their_rows_say(recipe: str, fid: float) -> None:
+    (row,) = (row for row in ROWS if row.values[0] == fid)
+    conditions = load_recipe(recipe).sample.model_dump()
+    unconditional = {"labels": "none"} if conditions["sampler"] == "heun" else {}
+    assert deviations(row, conditions | unconditional) == []
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ALONE = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--no-proxy-server", "--host-resolver-rules=MAP * ~NOTFOUND"),
+)
+
+
+def browse(page: str, folder: Path) -> tuple[str, int]:
+    """What a browser makes of a page, and how many requests the page itself makes; none leaves the machine."""
+    log = folder / "net.json"
+    command = [str(CHROMIUM), *ALONE, f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}"]
+    done = subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, check=True, timeout=120)
+    initiators = re.findall(r'"initiator":"([^"]*)"', log.read_text())
+    return done.stdout, sum(found != "not an origin" for found in initiators)  # which is the browser itself
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
+def test_a_browser_finds_its_sections_and_asks_nobody(made: Made, tmp_path: Path) -> None:
+    dom, asked = browse(f"file://{write_page(NAME, made.manifests, made.root)}", tmp_path)
+    read = Reader(dom)
+    assert [word for word in read.words if word in SECTIONS] == list(SECTIONS)
+    assert NAME in read.words
+    assert asked == 0
+    (tmp_path / "asks.html").write_text('<img src="http://elsewhere.invalid/a.png">')
+    assert browse(f"file://{tmp_path / 'asks.html'}", tmp_path)[1] > 0

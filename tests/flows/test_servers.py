@@ -1,0 +1,175 @@
+"""Servers come up, go down with us, and are found again only where they are."""
+
+import json
+import os
+import signal
+import socket
+import urllib.request
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from faults import all_gone, dead_address, descendants, start, wait_until
+
+from flows import servers
+from storage.errors import DitflowError
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a test sets in the environment outlives it."""
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def get(address: str) -> bytes:
+    with urllib.request.urlopen(address, timeout=180) as answer:
+        return bytes(answer.read())
+
+
+def port_of(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+@pytest.mark.slow
+def test_servers_are_up_in_the_block_and_gone_after(
+    tmp_path: Path, migrated: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migrated(tmp_path)
+    before = set(descendants())
+    with ExitStack() as stack:
+        prefect = stack.enter_context(servers.prefect_server(tmp_path / "prefect"))
+        mlflow = stack.enter_context(servers.mlflow_server(tmp_path))
+        assert json.loads(get(f"{prefect}/api/health")) is True
+        assert get(f"{mlflow}/health") == b"OK"
+        assert (tmp_path / "prefect" / "prefect.db").is_file()
+        mine = set(descendants()) - before
+        assert len(mine) >= 2
+        _use_what_is_announced(tmp_path, prefect, mlflow, monkeypatch)
+    wait_until(lambda: all_gone(mine))
+    assert servers.is_free(port_of(prefect))
+    assert servers.is_free(port_of(mlflow))
+
+
+def _use_what_is_announced(root: Path, prefect: str, mlflow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers.announce(str(root), prefect, mlflow)
+    assert servers.use_running(str(root))
+    assert os.environ["PREFECT_API_URL"] == f"{prefect}/api"
+    assert os.environ["MLFLOW_TRACKING_URI"] == mlflow
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")  # what the user set goes before
+    monkeypatch.setenv("http_proxy", dead_address())  # and a proxy has no part in it
+    assert servers.use_running(str(root))
+    assert os.environ["MLFLOW_TRACKING_URI"] == "sqlite:///mine.db"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    servers.announce(str(root), prefect, dead_address())  # MLflow alone is gone: its database is used itself
+    assert servers.use_running(str(root))
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+@pytest.mark.slow
+def test_servers_do_not_outlive_a_killed_command(tmp_path: Path, migrated: Callable[[Path], None]) -> None:
+    migrated(tmp_path)
+    script = """
+import sys, time
+from pathlib import Path
+from flows import servers
+home = Path(sys.argv[1])
+with servers.mlflow_server(home), servers.prefect_server(home / "prefect"):
+    print("up", flush=True)
+    time.sleep(100)
+"""
+    command = start(script, tmp_path)
+    assert command.stdout is not None
+    assert command.stdout.readline() == "up\n"
+    pids = descendants(command.pid)
+    assert len(pids) >= 2
+    command.send_signal(signal.SIGKILL)
+    command.wait()
+    wait_until(lambda: all_gone(pids))
+
+
+def test_a_server_that_cannot_start_names_its_log(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 100)
+    before = set(descendants())
+    with pytest.raises(DitflowError, match=r"^mlflow-server ended with code \d+ .*; its log is (.*)$") as failure:
+        servers.mlflow_server(tmp_path).__enter__()
+    log = Path(str(failure.value).rpartition(" ")[2])
+    assert log == tmp_path / "mlflow-server.log"
+    assert "not a database" in log.read_text()
+    wait_until(lambda: all_gone(set(descendants()) - before))
+
+
+@pytest.mark.parametrize("serve", [servers.prefect_server, servers.mlflow_server])
+def test_a_taken_port_is_refused(serve: Callable[..., AbstractContextManager[str]], tmp_path: Path) -> None:
+    """Whoever listens there must not be taken for our own server."""
+    with socket.create_server((servers.HOST, 0)) as listener:
+        port = listener.getsockname()[1]
+        assert not servers.is_free(port)
+        with pytest.raises(DitflowError, match=f"port {port} of 127.0.0.1 is taken"), serve(tmp_path, port):
+            pass
+    assert servers.is_free(port)
+
+
+def test_a_silent_server_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "START_SECONDS", 0.5)
+    before = set(descendants())
+    with pytest.raises(DitflowError, match=r"did not answer at http://.* its log is .*mlflow-server\.log$"):
+        servers.mlflow_server(tmp_path).__enter__()
+    wait_until(lambda: all_gone(set(descendants()) - before))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"pid": "x", "prefect": "a", "mlflow": "b"}',
+        '{"pid": PID, "prefect": "no address", "mlflow": "b"}',
+        '{"pid": PID, "prefect": null, "mlflow": null}',
+        '{"pid": PID, "prefect": "DEAD", "mlflow": "DEAD"}',
+    ],
+)
+def test_a_stale_or_broken_note_is_ignored(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        text = text.replace("PID", str(os.getpid())).replace("DEAD", dead_address())
+        (tmp_path / servers.SERVERS).write_text(text)
+    assert servers.use_running(str(tmp_path)) is False
+    assert "PREFECT_API_URL" not in os.environ
+
+
+def test_another_servers_answer_does_not_make_a_stale_note_good(tmp_path: Path, prefect: str) -> None:
+    """The command that wrote it is gone, and a Prefect server of someone else's took the port."""
+    departed = start("")
+    departed.wait()
+    note = {"pid": departed.pid, "prefect": prefect, "mlflow": prefect}
+    (tmp_path / servers.SERVERS).write_text(json.dumps(note))
+    assert servers.use_running(str(tmp_path)) is False
+    (tmp_path / servers.SERVERS).write_text(json.dumps(note | {"pid": os.getpid()}))
+    assert servers.use_running(str(tmp_path)) is True
+
+
+def test_something_that_does_not_speak_http_is_no_server(tmp_path: Path) -> None:
+    def greet() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(b"220 mail ready\r\n")
+
+    with socket.create_server((servers.HOST, 0)) as listener:
+        greeter = Thread(target=greet)
+        greeter.start()
+        address = f"http://{servers.HOST}:{listener.getsockname()[1]}"
+        (tmp_path / servers.SERVERS).write_text(json.dumps({"pid": os.getpid(), "prefect": address, "mlflow": ""}))
+        assert servers.use_running(str(tmp_path)) is False
+        greeter.join()
+
+
+def test_the_home_of_a_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert servers.local_home("there") == tmp_path / "there"
+    assert servers.local_home("memory://root") == tmp_path / "runs"

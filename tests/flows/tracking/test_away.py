@@ -1,0 +1,74 @@
+"""The Prefect server is taken away from a flow in the middle of its training, and comes back."""
+
+import json
+import os
+import signal
+import urllib.request
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from faults import all_gone, descendants, start, wait_until
+from test_start import TINY, latents  # noqa: F401  latents is a fixture
+
+from flows import servers
+from flows.contract import STAGES
+from storage.latents import LatentManifest
+
+FLOW = """
+import sys
+from pathlib import Path
+from dit.train import TrainConfig
+from flows.perform import RunSettings
+from flows.stages import train
+config = TrainConfig.model_validate_json(sys.argv[2])
+train(sys.argv[1], config, settings=RunSettings(root=str(Path(sys.argv[1]).parents[1])))
+"""
+
+
+def steps(folder: Path) -> int:
+    """Of the newest checkpoint."""
+    names = [path.name for path in folder.glob("checkpoints/step-*")]
+    return int(max(names, default="step-0").rpartition("-")[2])
+
+
+def state_of_the_run(address: str) -> str:
+    request = urllib.request.Request(f"{address}/api/flow_runs/filter", b"{}", {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=180) as answer:
+        (run,) = json.load(answer)
+    return str(run["state"]["type"])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_training_goes_on_without_the_prefect_server(
+    tmp_path: Path,
+    latents: LatentManifest,  # noqa: F811
+    migrated: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = TINY.model_copy(update={"steps": 600, "checkpoint_every": 10})
+    port, folder = (
+        servers.free_port(),
+        Path(STAGES["train"].output(str(Path(latents.uri).parents[1]), config, latents).uri),
+    )
+    monkeypatch.setenv("PREFECT_API_URL", f"http://{servers.HOST}:{port}/api")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    migrated(tmp_path)
+    with ExitStack() as stack:
+        before = set(descendants())
+        stack.enter_context(servers.prefect_server(tmp_path / "prefect", port))
+        server = [pid for pid in descendants() if pid not in before]
+        flow = stack.enter_context(start(FLOW, latents.uri, config.model_dump_json()))
+        wait_until(lambda: steps(folder) > 0)
+        for pid in server:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: all_gone(server))
+        reached = steps(folder)
+        wait_until(lambda: steps(folder) > reached + 50)
+        address = stack.enter_context(servers.prefect_server(tmp_path / "prefect", port))
+        output, _ = flow.communicate()
+        assert flow.returncode == 0, output
+        assert state_of_the_run(address) == "COMPLETED"
+    assert STAGES["train"].kind.read(str(folder)).counts["steps"] == config.steps

@@ -1,0 +1,342 @@
+"""One run in MLflow for each output, with its lineage, whatever became of the attempts at it."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+from faults import MlflowServer, dead_address, start
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from flows.tracking import runs
+from flows.tracking.sink import UNSENT, MlflowSink, StageTracker, read_unsent
+from flows.tracking.spec import TrackingSpec
+from storage.config import Config, operational
+from storage.errors import DitflowError
+from storage.manifest import Manifest, Provenance, StageOutput, stage_output
+
+LOST = "https://me:pa55@host/vae?token=h1dden"
+
+
+class Inner(Config):
+    depth: int = 2
+    source: str = LOST
+
+
+class Plain(Config):
+    """A config for stages that exist only here."""
+
+    value: int = 1
+    sizes: tuple[int, ...] = (8, 16)
+    inner: Inner = Inner()
+    everywhere: str = operational(LOST)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("runs") / "mlflow", tracking_template)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+    return MlflowClient(server.address)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    return str(tmp_path / "root")
+
+
+def named(root: str, stage: str = "plain", parent: Manifest | None = None, **provenance: Any) -> StageOutput:
+    """An output of its own for each test: the root is part of its config."""
+    parents = {"before": parent} if parent else {}
+    inputs = {} if parent else {"archive": "a" * 64}
+    config = Plain(value=abs(hash(root)) % 10**9)
+    return stage_output(root, stage, 1, config, parents=parents, inputs=inputs, provenance=Provenance(**provenance))
+
+
+def finished(output: StageOutput, root: str, tell: Callable[[StageTracker], None] | None = None) -> Manifest:
+    """Perform a stage as `flows.perform` does."""
+    with runs.stage_run(output, root) as (tracked, spec):
+        tracker = StageTracker(MlflowSink(spec.uri, spec.run_id, spec.skip_to), None)
+        if tell:
+            tell(tracker)
+        manifest = tracked.commit(Manifest, [], counts={"images": 7}, metrics={"psnr": 30.5})
+        tracker.close(tracked)
+    return manifest
+
+
+def losses(*steps: int) -> Callable[[StageTracker], None]:
+    def tell(tracker: StageTracker) -> None:
+        for step in steps:
+            tracker.metrics({"loss": float(step)}, step=step)
+
+    return tell
+
+
+def steps(client: MlflowClient, run_id: str | None) -> list[int]:
+    return sorted(metric.step for metric in client.get_metric_history(run_id, "loss"))
+
+
+def of_digest(client: MlflowClient, digest: str) -> list[Run]:
+    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    return list(client.search_runs([experiment.experiment_id], f"tags.`{runs.DIGEST_TAG}` = '{digest}'"))
+
+
+def test_a_run_says_all_of_its_stage(client: MlflowClient, root: str) -> None:
+    address = "http://127.0.0.1:4200/runs/flow-run/x"
+    output = named(root, pipeline_id="p-1", prefect_flow_run_id="x", prefect_flow_run_url=address)
+    with runs.pipeline_run("p-1", root) as pipeline:
+        manifest = finished(output, root)
+    run = client.get_run(manifest.provenance.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["value"] == str(output.header.config["value"])
+    assert (run.data.params["sizes"], run.data.params["inner.depth"]) == ("[8, 16]", "2")
+    assert (run.data.metrics["psnr"], run.data.metrics["count.images"]) == (30.5, 7)
+    tags = run.data.tags
+    assert (tags["mlflow.runName"], tags[runs.STAGE_TAG], tags[runs.DIGEST_TAG]) == ("plain", "plain", manifest.digest)
+    assert (tags["mlflow.parentRunId"], tags[runs.PIPELINE_TAG]) == (pipeline, "p-1")
+    assert (tags["prefect.flow_run_id"], tags["prefect.flow_run_url"]) == ("x", address)
+    assert address in tags["mlflow.note.content"]
+    assert tags["ditflow.code_version"] == manifest.code_version
+    logged = client.download_artifacts(run.info.run_id, "manifest.json")
+    assert Manifest.model_validate_json(Path(logged).read_bytes()).digest == manifest.digest
+    assert client.get_run(pipeline).info.status == "FINISHED"
+    assert runs.pipeline_run_id("p-1", root) == pipeline
+    assert runs.manifest_of(run.info.run_id, root) == manifest.url
+    assert str(runs.run_url(run.info.run_id, root)).endswith(f"/runs/{run.info.run_id}")
+
+
+def test_datasets_join_a_stage_to_the_one_before(client: MlflowClient, root: str) -> None:
+    first = finished(named(root, "first"), root)
+    second = finished(named(root, "second", first), root)
+
+    def datasets(manifest: Manifest) -> dict[str, tuple[str, str, str, str]]:
+        inputs = client.get_run(manifest.provenance.mlflow_run_id).inputs.dataset_inputs
+        tags = [{tag.key: tag.value for tag in item.tags} for item in inputs]
+        return {
+            tag["mlflow.data.context"]: (
+                d.dataset.name,
+                d.dataset.digest,
+                tag["digest"],
+                json.loads(d.dataset.source)["uri"],
+            )
+            for tag, d in zip(tags, inputs, strict=True)
+        }
+
+    made = ("first", first.digest[:32], first.digest, first.uri)
+    assert datasets(first) == {"input": ("archive", "a" * 32, "a" * 64, "archive"), "output": made}
+    assert datasets(second)["input"] == ("before", *made[1:])
+
+
+def test_secrets_in_addresses_stay_out(client: MlflowClient, root: str) -> None:
+    run = client.get_run(finished(named(root), root).provenance.mlflow_run_id)
+    assert run.data.params["inner.source"] == run.data.params["everywhere"] == "https://host/vae"
+    everything = json.dumps(run.to_dictionary())
+    assert "pa55" not in everything
+    assert "h1dden" not in everything
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED")],
+)
+def test_a_run_that_did_not_end_well_says_so_and_goes_on(
+    client: MlflowClient, root: str, error: BaseException, status: str
+) -> None:
+    output, name = named(root), f"p-{root}"
+    with (
+        pytest.raises(type(error)),
+        runs.pipeline_run(name, root) as pipeline,
+        runs.stage_run(output, root) as (tracked, _),
+    ):
+        raise error
+    run_id = tracked.header.provenance.mlflow_run_id
+    assert client.get_run(run_id).info.status == client.get_run(pipeline).info.status == status
+    assert finished(output, root).provenance.mlflow_run_id == run_id
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert len(of_digest(client, output.header.digest)) == 1
+
+
+def test_a_run_that_a_killed_process_left_open_is_taken_up_again(client: MlflowClient, root: str) -> None:
+    output = named(root)
+    script = """
+import os, signal, sys
+from flows.tracking import runs
+from flows.tracking.sink import MlflowSink
+from storage.manifest import StageOutput
+with runs.stage_run(StageOutput.model_validate_json(sys.argv[1]), sys.argv[2]) as (tracked, spec):
+    sink = MlflowSink(spec.uri, spec.run_id, spec.skip_to)
+    for step in range(6):
+        sink.metrics({"loss": step}, step)
+    assert sink.close() == []
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert start(script, output.model_dump_json(), root).wait() == -signal.SIGKILL
+    (left,) = of_digest(client, output.header.digest)
+    assert left.info.status == "RUNNING"
+    resumed = finished(output, root, losses(4, 5, 6, 7))  # from a checkpoint at step 3
+    assert resumed.provenance.mlflow_run_id == left.info.run_id
+    assert steps(client, left.info.run_id) == list(range(8))
+    assert client.get_run(left.info.run_id).info.status == "FINISHED"
+
+
+def test_a_finished_run_is_not_opened_again(client: MlflowClient, root: str) -> None:
+    first = finished(named(root), root)
+    with runs.stage_run(named(root), root) as (tracked, _):  # its folder was deleted, say
+        pass
+    assert tracked.header.provenance.mlflow_run_id != first.provenance.mlflow_run_id
+
+
+def test_without_mlflow_the_work_goes_on_and_is_settled_later(
+    client: MlflowClient, root: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = named(root, pipeline_id=f"p-{root}")
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", dead_address())
+        with runs.pipeline_run(f"p-{root}", root) as pipeline:
+            assert pipeline is None
+            with runs.stage_run(output, root) as (tracked, spec):
+                assert spec.run_id is None
+                tracker = StageTracker(MlflowSink(spec.uri, spec.run_id, spec.skip_to), None)
+                losses(1, 2)(tracker)
+                manifest = tracked.commit(Manifest, [], counts={"images": 7})
+                tracker.close(tracked)
+        runs.settle(manifest, root)
+        assert runs.pipeline_run_id(f"p-{root}", root) is None
+        assert runs.run_url("0" * 32, root) is None
+        with pytest.raises(DitflowError, match=r"^http://127.0.0.1:\d+: MLflow is away"):
+            runs.manifest_of("0" * 32, root)
+    assert Manifest.read(output.uri).provenance.mlflow_run_id is None
+    assert "the work goes on without it" in caplog.text
+
+    for _ in range(2):
+        runs.settle(manifest, root)
+        (run,) = of_digest(client, manifest.digest)
+        assert run.info.status == "FINISHED"
+        assert steps(client, run.info.run_id) == [1, 2]
+        assert run.data.tags["mlflow.parentRunId"] == runs.pipeline_run_id(f"p-{root}", root)
+        assert not Path(output.uri, UNSENT).exists()
+    assert runs.manifest_of(run.info.run_id, root) == manifest.url
+
+
+def test_what_a_failed_attempt_kept_is_sent_by_the_next_one(
+    client: MlflowClient, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow goes away at step 3, the attempt fails at step 6, and resumes from a checkpoint at step 4."""
+    output = named(root)
+    with pytest.raises(ValueError), runs.stage_run(output, root) as (_, spec):
+        sink = MlflowSink(spec.uri, spec.run_id, spec.skip_to)
+        for step in (1, 2, 3):
+            sink.metrics({"loss": float(step)}, step)
+        assert sink.close() == []
+        deaf = StageTracker(MlflowSink(spec.uri, None), None)
+        losses(3, 4, 5, 6)(deaf)  # step 3 arrived, but we never heard that it did
+        deaf.close(output)
+        raise ValueError
+    manifest = finished(output, root, losses(5, 6, 7, 8))
+    assert manifest.provenance.mlflow_run_id == spec.run_id
+    assert steps(client, spec.run_id) == list(range(1, 9))
+    assert not Path(output.uri, UNSENT).exists()
+
+
+def test_two_attempts_without_mlflow_keep_each_step_once(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_address())
+    output = named(root)
+    with pytest.raises(ValueError), runs.stage_run(output, root) as (_, spec):
+        tracker = StageTracker(MlflowSink(spec.uri, spec.run_id, spec.skip_to), None)
+        losses(1, 2, 3)(tracker)
+        tracker.close(output)
+        raise ValueError
+    finished(output, root, losses(2, 3, 4))
+    assert [metric.step for metric in read_unsent(output.url(UNSENT))[0]] == [1, 2, 3, 4]
+
+
+def test_a_stage_whose_end_was_cut_short_is_finished_by_settle(client: MlflowClient, root: str) -> None:
+    output = named(root)
+    with pytest.raises(KeyboardInterrupt), runs.stage_run(output, root) as (tracked, _):
+        manifest = tracked.commit(Manifest, [])
+        raise KeyboardInterrupt
+    run_id = manifest.provenance.mlflow_run_id
+    assert client.get_run(run_id).info.status == "KILLED"
+    runs.settle(manifest, root)
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert runs.manifest_of(str(run_id), root) == manifest.url
+
+
+def test_nothing_is_printed(client: MlflowClient, root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Standard output is the command's own, for its JSON."""
+    finished(named(root), root)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_unknown_run_has_no_manifest(client: MlflowClient, root: str) -> None:
+    assert runs.manifest_of("0" * 32, root) is None
+    assert runs.pipeline_run_id("never", root) is None
+
+
+def test_processes_that_start_at_once_share_the_experiment(
+    client: MlflowClient, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = Barrier(6)
+
+    def open_together(_: int) -> str:
+        together.wait()
+        return runs.open_client(root)[1]
+
+    with ThreadPoolExecutor(6) as pool:
+        for attempt in range(5):
+            monkeypatch.setattr(runs, "EXPERIMENT", f"contended-{attempt}")
+            found = set(pool.map(open_together, range(6)))
+            assert found == {client.get_experiment_by_name(runs.EXPERIMENT).experiment_id}
+
+
+def test_without_a_server_runs_are_kept_in_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_template: Path
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert runs.tracking_uri(str(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert runs.run_url("0" * 32, str(tmp_path)) is None
+    shutil.copy(tracking_template, tmp_path / "mlflow.db")
+    manifest = finished(named(str(tmp_path)), str(tmp_path))
+    assert runs.manifest_of(str(manifest.provenance.mlflow_run_id), str(tmp_path)) == manifest.url
+
+
+def test_a_remote_root_leaves_no_folder_here(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs.open_client("memory://root")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_becomes_flat() -> None:
+    assert runs.flatten({"a": {"b": {"c": None}}, "d": [1, "x"]}) == {"a.b.c": "None", "d": "[1, 'x']"}
+
+
+def test_another_attempt_skips_what_the_run_has_or_what_waits_to_be_sent(client: MlflowClient, root: str) -> None:
+    def attempt(tracked: StageOutput, spec: TrackingSpec, *steps: int) -> TrackingSpec:
+        tracker = StageTracker(MlflowSink(spec.uri, spec.run_id, spec.skip_to), None)
+        losses(*steps)(tracker)
+        tracker.close(tracked)
+        return runs.caught_up(spec, tracked)
+
+    with pytest.raises(KeyError), runs.stage_run(named(root), root) as (tracked, spec):
+        assert runs.caught_up(spec, tracked).skip_to == -1
+        again = attempt(tracked, spec, 10, 20, 30)
+        assert again.skip_to == 30
+        assert attempt(tracked, again, 20, 30, 40).skip_to == 40
+        assert steps(client, spec.run_id) == [10, 20, 30, 40]
+        away = TrackingSpec(uri=dead_address(), run_id=None)
+        assert attempt(tracked, away, 50, 60).skip_to == 60
+        raise KeyError

@@ -1,0 +1,167 @@
+"""All forms of archives: the same images, however they are packed, are the same images."""
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import packing
+import pytest
+
+from storage.archives.open import Archive, ArchiveRef, open_archive
+from storage.errors import InputError, StorageError
+from storage.manifest import stage_output
+from storage.shards import shard
+from storage.shards.runners import Threads
+from storage.shards.shard import ShardConfig, ShardManifest
+from storage.tracker import NullTracker
+
+Form = Callable[[str, packing.Files], str]
+
+
+def put(url: str, data: bytes) -> str:
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+    fs.pipe_file(path, data)
+    return url
+
+
+def put_all(url: str, files: packing.Files) -> str:
+    for name, data in files.items():
+        put(f"{url}/{name}", data)
+    return url
+
+
+def samples(files: packing.Files) -> dict[str, bytes]:
+    return packing.sample_tars(files, {name: name for name in packing.by_class(files)})
+
+
+FORMS: dict[str, Form] = {
+    "folder": put_all,
+    "tar of class tars": lambda url, files: put(f"{url}.tar", packing.tar(packing.class_tars(files))),
+    "folder of class tars": lambda url, files: put_all(url, packing.class_tars(files)),
+    "tar of class folders": lambda url, files: put(f"{url}.tar", packing.tar(files)),
+    "stored zip": lambda url, files: put(f"{url}.zip", packing.zipped(files)),
+    "deflated zip": lambda url, files: put(f"{url}.zip", packing.zipped(files, zipfile.ZIP_DEFLATED)),
+    "folder of samples": lambda url, files: put_all(url, samples(files)),
+    "numbered samples": lambda url, files: put_all(url, samples(files)) + "/part-{000..001}.tar",
+}
+PARQUET: dict[str, Form] = {
+    "parquet": lambda url, files: put(f"{url}.parquet", packing.parquet_of(files)),
+    "folder of parquet": lambda url, files: put_all(url, {"a.parquet": packing.parquet_of(files)}),
+}
+
+
+@pytest.fixture
+def files(tmp_path: Path, write_archive: Callable[..., Path]) -> dict[str, bytes]:
+    return packing.files_of(write_archive(tmp_path / "plain", {"cat": 5, "dog": 6}))
+
+
+def run(root: Path, archive: ArchiveRef) -> ShardManifest:
+    config = ShardConfig(images_per_shard=4, runner=Threads(count=2))
+    inputs = shard.input_digests(archive)
+    out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
+    return shard.run(config, archive, out=out, tracker=NullTracker())
+
+
+def content(archive: Archive) -> dict[str, tuple[int, bytes]]:
+    return {member.name: (member.label, archive.read(member)) for member in archive.members}
+
+
+@pytest.mark.parametrize("form", FORMS | PARQUET)
+def test_every_form_gives_the_same_tars(tmp_path: Path, files: dict[str, bytes], form: str) -> None:
+    plain = ArchiveRef(train=str(tmp_path / "plain"))
+    packed = ArchiveRef(train=(FORMS | PARQUET)[form](f"{tmp_path}/packed", files))
+    assert run(tmp_path / "out", packed).files == run(tmp_path / "plain out", plain).files
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_digest_of_the_same_names_is_the_same(
+    tmp_path: Path, memory: str, files: dict[str, bytes], form: str
+) -> None:
+    plain, packed = open_archive(str(tmp_path / "plain")), open_archive(FORMS[form](f"{memory}/packed", files))
+    assert packed.class_names == plain.class_names == ("cat", "dog")
+    assert packed.members == plain.members
+    assert packed.digest == plain.digest
+    assert content(packed) == content(plain)
+
+
+@pytest.mark.parametrize("form", PARQUET)
+def test_parquet_on_a_store_that_is_no_disk(tmp_path: Path, memory: str, files: dict[str, bytes], form: str) -> None:
+    plain, packed = open_archive(str(tmp_path / "plain")), open_archive(PARQUET[form](f"{memory}/packed", files))
+    assert content(packed) == content(plain)
+    assert packed.digest != plain.digest
+
+
+@pytest.mark.parametrize("form", FORMS | PARQUET)
+def test_held_out_follows_the_trained_classes(tmp_path: Path, files: dict[str, bytes], form: str) -> None:
+    url = (FORMS | PARQUET)[form](f"{tmp_path}/packed", files)
+    archive = open_archive(url, ("ant", "cat", "dog"))
+    assert {member.name[:3]: member.label for member in archive.members} == {"cat": 1, "dog": 2}
+    with pytest.raises(InputError, match="class 'dog' is none of the 2 classes to train on"):
+        open_archive(url, ("ant", "cat"))
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS | PARQUET if "folder" not in name and "samples" not in name])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+def test_a_truncated_file_is_one_line(tmp_path: Path, files: dict[str, bytes], form: str, share: float) -> None:
+    path = Path((FORMS | PARQUET)[form](f"{tmp_path}/packed", files))
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(InputError, match=f"{path}.*: not a whole ") as caught:
+        open_archive(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if "folder" not in name and "samples" not in name])
+def test_a_file_that_vanishes_is_named(tmp_path: Path, files: dict[str, bytes], form: str) -> None:
+    path = Path(FORMS[form](f"{tmp_path}/packed", files))
+    archive = open_archive(str(path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:600])
+    with pytest.raises(StorageError, match=r"dog/005\.JPEG: "):
+        archive.read(archive.members[-1])
+    path.unlink()
+    with pytest.raises(StorageError, match=r"dog/005\.JPEG: "):
+        archive.read(archive.members[-1])
+
+
+@pytest.mark.parametrize("ending", ["", ".tar", ".zip", ".parquet", "-{0..3}.tar"])
+def test_nothing_there(tmp_path: Path, ending: str) -> None:
+    with pytest.raises(InputError, match="none.*: no such f"):
+        open_archive(f"{tmp_path}/none{ending}")
+
+
+def test_what_is_no_archive(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"x\.tar\.gz: compressed"):
+        open_archive(put(f"{tmp_path}/x.tar.gz", b""))
+    with pytest.raises(InputError, match="its name ends as no file of images"):
+        open_archive(put(f"{tmp_path}/x.rar", b""))
+    with pytest.raises(ValueError, match="held_out_labels needs held_out"):
+        ArchiveRef(train="/a", held_out_labels="/b")
+
+
+@pytest.mark.parametrize("name", ["/etc/x.png", "a/../../x.png", "a\\..\\x.png"])
+@pytest.mark.parametrize("pack", [packing.tar, packing.zipped])
+def test_names_that_lead_elsewhere_are_refused(
+    tmp_path: Path, pack: Callable[[packing.Files], bytes], name: str
+) -> None:
+    url = put(f"{tmp_path}/x.{'tar' if pack is packing.tar else 'zip'}", pack({"a/1.png": b"1", name: b"2"}))
+    with pytest.raises(InputError, match="a name that leads elsewhere") as caught:
+        open_archive(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = put(f"{tmp_path}/x.tar", packing.tar({"a/1.png": b"1234"}))
+    monkeypatch.setattr("storage.archives.listing.MAX_BYTES", 4)
+    open_archive(url)
+    monkeypatch.setattr("storage.archives.listing.MAX_BYTES", 3)
+    with pytest.raises(InputError, match=r"a/1\.png: 4 bytes, more than 3"):
+        open_archive(url)
+
+
+def test_names_that_would_break_a_line_are_refused(tmp_path: Path) -> None:
+    url = put(f"{tmp_path}/x.tar", packing.tar({"a/1\n2.png": b"1"}))
+    with pytest.raises(InputError, match=r"1\\n2\.png.*rename it") as caught:
+        open_archive(url)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,154 @@
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import packing
+import pyarrow.parquet as pq
+import pytest
+
+from storage.archives import parquets
+from storage.archives.open import open_archive
+from storage.errors import InputError, StorageError
+
+Rows = list[tuple[bytes | None, str | None, object]]
+
+
+def put(folder: Path, rows: Rows, names: list[str] | None = None, name: str = "x.parquet") -> str:
+    (folder / name).write_bytes(packing.parquet(rows, names))
+    return str(folder / name)
+
+
+def read(url: str) -> dict[str, tuple[int, bytes]]:
+    archive = open_archive(url)
+    return {member.name: (member.label, archive.read(member)) for member in archive.members}
+
+
+def test_names_come_from_the_metadata_and_labels_from_their_order(tmp_path: Path) -> None:
+    url = put(tmp_path, [(b"1", "x/1.png", 0), (b"2", "2.png", 1)], ["tench, Tinca tinca", "crane"])
+    assert read(url) == {"crane/2.png": (0, b"2"), "tench, Tinca tinca/1.png": (1, b"1")}
+
+
+def test_numbers_and_names_without_metadata(tmp_path: Path) -> None:
+    numbers: Rows = [(str(label).encode(), f"{label}.png", label) for label in range(11)]
+    assert read(put(tmp_path, numbers)) == {f"{k:02d}/{k}.png": (k, str(k).encode()) for k in range(11)}
+    assert read(put(tmp_path, [(b"1", "1.png", "dog"), (b"2", "1.png", "cat")])) == {
+        "cat/1.png": (0, b"2"),
+        "dog/1.png": (1, b"1"),
+    }
+
+
+@pytest.mark.parametrize("paths", [(None, None), ("1.png", None), ("1.png", "1.png")])
+def test_rows_without_paths_of_their_own_are_numbered(tmp_path: Path, paths: tuple[str | None, str | None]) -> None:
+    url = put(tmp_path, [(b"1", paths[0], 0), (b"2", paths[1], 0)])
+    assert read(url) == {"0/000000000": (0, b"1"), "0/000000001": (0, b"2")}
+
+
+def test_files_of_a_folder_follow_their_names(tmp_path: Path) -> None:
+    put(tmp_path, [(b"3", None, 0)], name="train-00001.parquet")
+    put(tmp_path, [(b"1", None, 0), (b"2", None, 1)], name="train-00000.parquet")
+    (tmp_path / "README.md").write_text("about")
+    assert read(str(tmp_path)) == {
+        "0/000000000": (0, b"1"),
+        "1/000000001": (1, b"2"),
+        "0/000000002": (0, b"3"),
+    }
+
+
+def test_the_digest_follows_labels_and_bytes_of_groups(tmp_path: Path) -> None:
+    variants: list[Rows] = [
+        [(b"1", "1.png", 0), (b"2", "2.png", 1)],
+        [(b"1", "1.png", 1), (b"2", "2.png", 0)],
+        [(b"1" * 100, "1.png", 0), (b"2", "2.png", 1)],
+        [(b"1", "3.png", 0), (b"2", "2.png", 1)],
+    ]
+    digests = [open_archive(put(tmp_path, rows)).digest for rows in variants]
+    assert len(set(digests)) == 4
+    assert open_archive(put(tmp_path, variants[0], name="y.parquet")).digest == digests[0]
+
+
+def test_row_groups_are_kept_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: Rows = [(bytes([number]) * 10_000, f"{number:02d}", 0) for number in range(40)]
+    archive = open_archive(put(tmp_path, rows))
+    groups, kept = archive._fetch.__self__, []
+    reads, read_row_group = [], pq.ParquetFile.read_row_group
+
+    def recorded(self: pq.ParquetFile, number: int, **options: object) -> object:
+        reads.append(number)
+        return read_row_group(self, number, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", recorded)
+    monkeypatch.setattr(parquets, "KEPT", 130_000)  # three groups of four images
+    for member in archive.members * 2:
+        archive.read(member)
+        kept.append(sum(images.nbytes for images in groups._kept.values()))
+    assert 80_000 < max(kept) <= 130_000
+    assert reads == list(range(10)) * 2
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(archive.read, archive.members * 3))
+    assert found == [data for data, _, _ in rows] * 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "message"),
+    [
+        ([(b"1", "1", 2)], ["a", "b"], "row group 0: 2 is no label"),
+        ([(b"1", "1", -1)], None, "-1 is no label"),
+        ([(b"1", "1", 0), (b"2", "2", None)], None, "None is no label"),
+        ([(b"1", "1", 0.5)], None, "0.5 is no label"),
+        ([(b"1", "1", 0)], ["a", "a"], "two classes of one name"),
+    ],
+)
+def test_unusable_labels(tmp_path: Path, rows: Rows, names: list[str] | None, message: str) -> None:
+    with pytest.raises(InputError, match=rf"x\.parquet.*{message}") as caught:
+        open_archive(put(tmp_path, rows, names))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_columns_are_named(tmp_path: Path) -> None:
+    table = pq.read_table(put(tmp_path, [(b"1", "1", 0)]))
+    pq.write_table(table.rename_columns(["img", "label"]), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match=r"no column 'image\.bytes', only img\.bytes, img\.path, label"):
+        open_archive(f"{tmp_path}/x.parquet")
+
+
+def test_no_rows_are_no_images(tmp_path: Path) -> None:
+    table = pq.read_table(put(tmp_path, [(b"1", "1", 0)]))
+    pq.write_table(table.slice(0, 0), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="no images in it"):
+        open_archive(f"{tmp_path}/x.parquet")
+
+
+@pytest.mark.parametrize(("bound", "value"), [("MAX_GROUP", 1000), ("MAX_ROWS", 1)])
+def test_a_row_group_too_large_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, value: int
+) -> None:
+    url = put(tmp_path, [(b"1" * 1000, "1", 0), (b"2" * 1000, "2", 0)])
+    monkeypatch.setattr(parquets, bound, value)
+    with pytest.raises(
+        InputError, match=r"row group 0 has 2 rows with \d,\d{3} bytes of images, more than .* write it"
+    ):
+        open_archive(url)
+
+
+def test_bytes_that_are_stored_once_are_held_once(tmp_path: Path) -> None:
+    """A bomb of many rows that all are one large image."""
+    (tmp_path / "x.parquet").write_bytes(packing.parquet([(bytes(100_000), None, 0)] * 300, group=300))
+    archive = open_archive(f"{tmp_path}/x.parquet")
+    assert len(archive.read(archive.members[299])) == 100_000
+    assert sum(images.nbytes for images in archive._fetch.__self__._kept.values()) < 200_000
+
+
+def test_a_row_with_a_path_only_is_named(tmp_path: Path) -> None:
+    archive = open_archive(put(tmp_path, [(b"1", "1.png", 0), (None, "2.png", 0)]))
+    with pytest.raises(StorageError, match=r"0/2\.png: cannot be read \(the row holds no bytes"):
+        archive.read(archive.members[1])
+
+
+def test_damaged_pages_are_named_at_reading(tmp_path: Path) -> None:
+    url = put(tmp_path, [(bytes(range(256)) * 40, "1.png", 0)])
+    archive = open_archive(url)
+    data = bytearray(Path(url).read_bytes())
+    data[4:60] = bytes(56)
+    Path(url).write_bytes(data)
+    with pytest.raises(StorageError, match=r"x\.parquet/0/1\.png: cannot be read") as caught:
+        archive.read(archive.members[0])
+    assert "\n" not in str(caught.value)

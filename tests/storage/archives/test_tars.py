@@ -1,0 +1,174 @@
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import packing
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from storage.archives.open import open_archive
+from storage.archives.tars import expanded
+from storage.errors import InputError
+
+Ranges = list[tuple[int, int]]
+
+
+@pytest.fixture
+def ranges(memory: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranges]:
+    """The ranges that are asked of the store, one a request."""
+    asked: Ranges = []
+    cat_file = MemoryFileSystem.cat_file
+
+    def recorded(self: MemoryFileSystem, path: str, start: int, end: int) -> object:
+        asked.append((start, end))
+        return cat_file(self, path, start=start, end=end)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", recorded)
+    yield asked
+
+
+def put(folder: Path, data: bytes, name: str = "x.tar") -> str:
+    (folder / name).write_bytes(data)
+    return str(folder / name)
+
+
+def test_an_image_in_a_tar_of_tars_is_one_range(memory: str, ranges: Ranges) -> None:
+    generator = np.random.default_rng(0)
+    files = {f"{name}/{k}.png": generator.bytes(20_000 + k) for name in "abc" for k in range(10)}
+    whole = packing.tar(packing.class_tars(files))
+    fsspec.filesystem("memory").pipe_file("/root/x.tar", whole)
+    archive = open_archive(f"{memory}/x.tar")
+    fetched = sum(stop - start for start, stop in ranges)
+    assert fetched < len(whole) / 8
+    assert len(ranges) <= len(files) + 2 * 3 + 2  # a header an image, those of the class tars, and the ends
+    ranges.clear()
+    member = archive.members[15]
+    assert archive.read(member) == files["b/5.png"]
+    start = whole.index(files["b/5.png"])
+    assert ranges == [(start, start + 20_005)]
+
+
+def test_headers_are_read_once_until_the_tar_changes(memory: str, ranges: Ranges) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/root/x.tar", packing.tar({"a.tar": packing.tar({"1.png": b"1"})}))
+    first = open_archive(f"{memory}/x.tar").digest
+    assert ranges
+    ranges.clear()
+    assert open_archive(f"{memory}/x.tar").digest == first
+    assert not ranges
+    fs.pipe_file("/root/x.tar", packing.tar({"a.tar": packing.tar({"2.png": b"2"})}))
+    assert open_archive(f"{memory}/x.tar").digest != first
+
+
+def test_a_store_that_knows_no_ranges_is_named(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a plain web server, which sends the whole file whatever is asked."""
+    fs = fsspec.filesystem("memory")
+    whole = packing.tar({"a.tar": packing.tar({"1.png": bytes(5000)})})
+    fs.pipe_file("/root/x.tar", whole)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *_, **__: whole)
+    with pytest.raises(InputError, match=r"20,480 bytes came for a range of 2,048"):
+        open_archive(f"{memory}/x.tar")
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_all_forms_of_headers(tmp_path: Path, form: int) -> None:
+    deep = "a/" + "folder/" * 12 + "x" * 60 + ".png"
+    names = [deep, "./b/1.png", "b/.hidden.png", "README.md"]
+    if form != tarfile.USTAR_FORMAT:
+        names.append(f"b/{'ü' * 200}.png")
+    archive = open_archive(put(tmp_path, packing.tar({name: name.encode() for name in names}, form)))
+    expected = sorted(name.removeprefix("./") for name in names if name not in names[2:4])
+    assert [member.name for member in archive.members] == expected
+    assert [archive.read(member).decode().removeprefix("./") for member in archive.members] == expected
+
+
+def test_a_tar_cut_between_two_files_is_not_whole(tmp_path: Path) -> None:
+    """`tarfile` itself would take it for a shorter tar."""
+    whole = packing.tar({"a/1.png": b"1", "a/2.png": b"2"})
+    with pytest.raises(InputError, match=r"not a whole tar, from byte 1,024 on \(no mark of the end\)"):
+        open_archive(put(tmp_path, whole[:1024]))
+
+
+def test_a_damaged_header_is_named_with_its_byte(tmp_path: Path) -> None:
+    inner = bytearray(packing.tar({"1.png": b"1", "2.png": b"2", "3.png": b"3"}))
+    inner[1024 + 5] ^= 1
+    with pytest.raises(InputError, match=r"x\.tar/dog\.tar: not a whole tar, from byte 1,536 on") as caught:
+        open_archive(put(tmp_path, packing.tar({"dog.tar": bytes(inner)})))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_giant_header_is_not_read(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 1 << 33
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    with pytest.raises(InputError, match="a header of 8,589,934,592 bytes"):
+        open_archive(put(tmp_path, header + bytes(10_000)))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_are_refused(tmp_path: Path, kind: bytes) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        info = tarfile.TarInfo("a/1.png")
+        info.type, info.linkname = kind, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(InputError, match="'a/1.png' is a link"):
+        open_archive(str(tmp_path / "x.tar"))
+
+
+def test_folders_and_devices_are_passed_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in (("a", tarfile.DIRTYPE), ("a/pipe", tarfile.FIFOTYPE), ("a/1.png", tarfile.REGTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            tar.addfile(info)
+    assert [member.name for member in open_archive(str(tmp_path / "x.tar")).members] == ["a/1.png"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no class tars, class folders or .cls files"),
+        ({"1.png": b"1"}, "no class tars, class folders or .cls files"),
+        ({"a.tar": packing.tar({"1.png": b"1"}), "b.tar": packing.tar({})}, r"/b\.tar: class tar without files"),
+        ({"1.png": b"1", "1.cls": b"0", "2.png": b"2"}, "/2: 1 images and 0 labels"),
+        ({"1.png": b"1", "1.cls": b"0", "2.cls": b"2"}, "/2: 0 images and 1 labels"),
+        ({"1.png": b"1", "1.jpg": b"1", "1.cls": b"0"}, "/1: 2 images and 1 labels"),
+        ({"1.png": b"1", "1.cls": b" \n"}, "one .cls that is not empty"),
+        ({"1.png": b"1", "1.cls": b"0" * 300}, r"1\.cls: a label of 300 bytes"),
+    ],
+)
+def test_unusable_tars(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        open_archive(put(tmp_path, packing.tar(files)))
+    assert "\n" not in str(caught.value)
+
+
+def test_two_of_one_name_are_refused(tmp_path: Path) -> None:
+    one = packing.tar({"1.png": b"1"})
+    twice = one[: one.index(bytes(512), 1024)] + packing.tar({"1.png": b"2"})
+    with pytest.raises(InputError, match=r"x\.tar/a/1\.png: there are two of that name"):
+        open_archive(put(tmp_path, packing.tar({"a.tar": twice})))
+
+
+def test_numbered_samples_keep_the_order_of_their_numbers(tmp_path: Path) -> None:
+    files = {f"{number}.png": str(number).encode() for number in range(12)}
+    files |= {f"{number}.cls": f"{number}\n".encode() for number in range(12)}
+    files |= {"3.pickle": b"cos\nsystem\n", "3.pyd": b"cos\nsystem\n", "4.json": b"{}"}
+    archive = open_archive(put(tmp_path, packing.tar(files)))
+    assert archive.class_names == tuple(f"{number:02d}" for number in range(12))
+    assert {int(archive.read(member)): member.label for member in archive.members} == {k: k for k in range(12)}
+    held_out = put(tmp_path, packing.tar({"1.png": b"1", "1.cls": b"7"}), "held_out.tar")
+    assert open_archive(held_out, archive.class_names).members[0].label == 7
+    assert open_archive(held_out, ("1", "10", "7")).members[0].label == 2
+    with pytest.raises(InputError, match="class '7' is none of the 2 classes"):
+        open_archive(held_out, ("cat", "dog"))
+
+
+def test_numbered_tars() -> None:
+    assert expanded("s3://b/x-{008..011}.tar") == [f"s3://b/x-{number:03d}.tar" for number in range(8, 12)]
+    assert expanded("x.tar") == ["x.tar"]
+    for wrong in ("x-{3..1}.tar", "x-{0..999999999}.tar"):
+        with pytest.raises(InputError, match="names no tars, or more than"):
+            expanded(wrong)

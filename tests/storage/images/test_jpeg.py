@@ -1,0 +1,103 @@
+"""What the markers tell is what Pillow finds by decoding."""
+
+import io
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from storage.images import jpeg
+from storage.images.jpeg import is_whole
+from storage.images.transforms import UnreadableImage, decode, inspect
+
+
+def encoded(mode: str = "RGB", size: tuple[int, int] = (61, 45), **options: object) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize(size).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+PLAIN = {
+    "colour": encoded(),
+    "grey": encoded("L"),
+    "best": encoded(quality=95, subsampling=0),
+    "halved": encoded(quality=30, subsampling=1),
+    "optimized": encoded(optimize=True),
+    "restarts": encoded(restart_marker_blocks=3),
+    "commented": encoded(comment=b"x" * 300),
+}
+OTHER = {"progressive": encoded(progressive=True), "inks": encoded("CMYK"), "png": b"\x89PNG\r\n\x1a\n", "none": b""}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_ones_are_told_without_decoding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = decode(PLAIN[name])
+    monkeypatch.setattr(Image.Image, "load", None)
+    facts = inspect(PLAIN[name])
+    assert (facts.width, facts.height, facts.extension) == (*image.size, "jpg")
+    assert is_whole(PLAIN[name] + b"what a camera appends")
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_of_others_decoding_tells(name: str) -> None:
+    assert not is_whole(OTHER[name])
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_truncation_is_found(name: str) -> None:
+    data = PLAIN[name]
+    assert not any(is_whole(data[:end]) for end in range(len(data)))
+    for end in range(0, len(data), 97):
+        with pytest.raises(UnreadableImage):
+            inspect(data[:end])
+
+
+def damaged(data: bytes, rng: random.Random) -> Iterator[bytes]:
+    """Bytes changed, dropped, doubled or moved, more often near the headers."""
+    while True:
+        broken = bytearray(data)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            at = rng.randrange(rng.choice((30, 700, len(broken))))
+            at, length = min(at, len(broken) - 1), rng.choice((1, 1, 2, 20, 200))
+            match rng.randrange(5):
+                case 0:
+                    broken[at] = rng.randrange(256)
+                case 1:
+                    broken[at] ^= 1 << rng.randrange(8)
+                case 2:
+                    del broken[at : at + length]
+                case 3:
+                    broken[at:at] = broken[at : at + length]
+                case _:
+                    broken[at : at + 2] = bytes((0xFF, rng.choice((0xC0, 0xC4, 0xD8, 0xD9, 0xDA, 0xDB, 0xDD, 0xE0))))
+            if not broken:
+                break
+        yield bytes(broken)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_called_whole_always_decodes(name: str) -> None:
+    rng = random.Random(name)
+    whole = 0
+    for _, data in zip(range(1500), damaged(PLAIN[name], rng), strict=False):
+        if is_whole(data):
+            whole += 1
+            try:
+                inspect(data)
+            except UnreadableImage:  # Pillow does not even open it
+                continue
+            decode(data)
+    assert whole > 100
+
+
+def test_a_decoder_is_not_asked_where_its_tables_are_wrong() -> None:
+    data = PLAIN["colour"]
+    table = data.index(b"\xff\xc4")
+    oversubscribed = data[: table + 5] + b"\x03" + data[table + 6 :]
+    assert not is_whole(oversubscribed)
+    assert jpeg._huffman(bytes([0, 1, 0, 2, *[0] * 13, 0, 1, 2])) == {0}
+    assert jpeg._huffman(bytes([0, 1, 2, *[0] * 14, 0, 1, 2])) is None  # a code of all ones
+    assert jpeg._huffman(bytes([0, 1, 0, 2, *[0] * 13, 0, 1, 16])) is None  # a difference of 16 bits

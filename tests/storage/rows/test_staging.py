@@ -1,0 +1,250 @@
+import json
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from row_store import ROWS, contents, fill
+
+from storage import uri
+from storage.errors import StorageError
+from storage.manifest import Manifest, StageOutput
+from storage.rows import cache, staging
+from storage.rows.format import stored_arrays
+from storage.rows.store import RowReader
+
+OBJECTS = 12
+
+
+@pytest.fixture
+def store(memory: str, new_output: Callable[..., StageOutput]) -> Manifest:
+    return fill(new_output(memory), contents())
+
+
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The chunks' objects that are read from now on."""
+    paths: list[str] = []
+    read = Manifest.read_object
+
+    def counted(manifest: Manifest, path: str) -> bytes:
+        if not path.endswith("zarr.json"):
+            paths.append(path)
+        return read(manifest, path)
+
+    monkeypatch.setattr(Manifest, "read_object", counted)
+    return paths
+
+
+def same(reader: RowReader) -> bool:
+    return all(np.array_equal(reader.array(name), values) for name, values in contents().items())
+
+
+def folder(tmp_path: Path) -> Path:
+    (found,) = (path for path in (tmp_path / "staged").iterdir() if path.is_dir())
+    return found
+
+
+def test_a_copy_is_made_once_and_is_flat(store: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = fetched(monkeypatch)
+    assert same(RowReader(store, tmp_path))
+    assert len(paths) == len(set(paths)) == OBJECTS
+    assert same(RowReader(store, tmp_path))
+    assert len(paths) == OBJECTS
+    flat = np.memmap(folder(tmp_path) / "mean.rows", "<f2", "r").reshape(2, ROWS, 3, 2, 2)
+    assert np.array_equal(flat.swapaxes(0, 1), contents()["mean"])
+    assert (folder(tmp_path) / "label.rows").read_bytes() == contents()["label"].astype("<i4").tobytes()
+
+
+def test_stores_of_the_same_bytes_share_a_copy(
+    store: Manifest, tmp_path: Path, new_output: Callable[..., StageOutput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RowReader(store, tmp_path)
+    again = fill(new_output("memory://root/elsewhere"), contents())
+    paths = fetched(monkeypatch)
+    assert same(RowReader(again, tmp_path))
+    assert not paths
+
+
+@pytest.mark.parametrize("done", [0, 1, 5, 11])
+def test_a_staging_that_ended_goes_on_where_it_was(
+    store: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    monkeypatch.setattr(staging, "WORKERS", 1)
+    read, count = Manifest.read_object, iter(range(100))
+
+    def failing(manifest: Manifest, path: str) -> bytes:
+        if not path.endswith("zarr.json") and next(count) >= done:
+            raise StorageError("the network is gone")
+        return read(manifest, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "read_object", failing)
+        with pytest.raises(StorageError, match="the network is gone"):
+            RowReader(store, tmp_path)
+    assert not (folder(tmp_path) / staging.DONE).exists()
+    paths = fetched(monkeypatch)
+    assert same(RowReader(store, tmp_path))
+    assert len(paths) == OBJECTS - done
+
+
+def test_a_torn_journal_or_a_lost_file_only_costs_time(
+    store: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RowReader(store, tmp_path)
+    copy = folder(tmp_path)
+    (copy / staging.DONE).unlink()
+    journal = copy / staging.JOURNAL
+    journal.write_text(journal.read_text()[:-4])
+    paths = fetched(monkeypatch)
+    assert same(RowReader(store, tmp_path))
+    assert len(paths) == 1
+    (copy / staging.DONE).unlink()
+    (copy / "image.rows").unlink()
+    assert same(RowReader(store, tmp_path))
+    assert len(paths) == 1 + OBJECTS
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: b"?" + data[1:], lambda data: None])
+def test_a_copy_that_was_changed_is_made_again(
+    store: Manifest, tmp_path: Path, change: Callable[[bytes], bytes | None]
+) -> None:
+    RowReader(store, tmp_path)
+    path = folder(tmp_path) / "mean.rows"
+    data = change(path.read_bytes())
+    path.unlink() if data is None else path.write_bytes(data)
+    assert same(RowReader(store, tmp_path))
+
+
+def test_no_room_is_said_before_anything_is_copied(
+    store: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = sum(values.nbytes for values in contents().values())
+    paths = fetched(monkeypatch)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(
+        StorageError, match=r"staged/\w+: no room for a copy of memory://.*GB needed, .*GB free; .*XDG_CACHE_HOME"
+    ) as caught:
+        RowReader(store, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not paths
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed))
+    assert same(RowReader(store, tmp_path))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=20k", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no mount command")
+    if mounted.returncode:
+        pytest.skip(f"a file system may not be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_line(
+    store: Manifest, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging._Staging, "_check_room", lambda *_: None)
+    (small_disk / "other").write_bytes(b"." * 16384)
+    with pytest.raises(StorageError, match=r"cannot be written .*No space.*run the same command again"):
+        RowReader(store, small_disk)
+    (small_disk / "other").unlink()
+
+
+def test_a_damaged_object_never_reaches_the_copy(store: Manifest, tmp_path: Path) -> None:
+    path = uri.join(store.uri, "data/label/c/0")
+    whole = uri.read(path)
+    uri.write(path, b"?" + whole[1:])
+    with pytest.raises(StorageError, match="data/label/c/0: does not hold the bytes"):
+        RowReader(store, tmp_path)
+    assert "data/label/c/0" not in (folder(tmp_path) / staging.JOURNAL).read_text().splitlines()
+    uri.write(path, whole)
+    assert same(RowReader(store, tmp_path))
+
+
+def stage_slowly(root: str, cache_folder: str, log: str, workers: int) -> bool:
+    """In a process of its own: stage a store as if it were not local, and note what is fetched."""
+    manifest = Manifest.read(root)
+    read = Manifest.read_object
+
+    def noted(manifest: Manifest, path: str) -> bytes:
+        with Path(log).open("a") as file:
+            file.write(f"{path}\n")
+        time.sleep(0.02)
+        return read(manifest, path)
+
+    Manifest.read_object = noted  # type: ignore[method-assign]
+    staging.WORKERS = workers
+    _, arrays = stored_arrays(manifest)
+    rows = staging.staged(manifest, arrays, Path(cache_folder))
+    index = np.arange(ROWS)
+    return np.array_equal(rows["label"].take(index, index * 0), contents()["label"])
+
+
+def test_processes_of_a_machine_share_the_work(tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
+    store = fill(new_output(tmp_path), contents())
+    log = tmp_path / "log"
+    with get_context("spawn").Pool(4) as pool:
+        assert all(pool.starmap(stage_slowly, [(store.uri, str(tmp_path / "cache"), str(log), 4)] * 4))
+    fetched = [path for path in log.read_text().splitlines() if "/c/" in path]
+    assert len(fetched) == len(set(fetched)) == OBJECTS
+
+
+def test_a_killed_staging_goes_on_where_it_was(tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
+    store, log = fill(new_output(tmp_path), contents()), tmp_path / "log"
+    arguments = (store.uri, str(tmp_path / "cache"), str(log), 1)
+    process = get_context("spawn").Process(target=stage_slowly, args=arguments)
+    process.start()
+    while not (found := list(tmp_path.rglob(staging.JOURNAL))) or found[0].read_text().count("\n") < 4:
+        time.sleep(0.005)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert not list(tmp_path.rglob(staging.DONE))
+    done = found[0].read_text().count("\n")
+    log.unlink()
+    with get_context("spawn").Pool(1) as pool:
+        assert pool.apply(stage_slowly, arguments)
+    assert len([path for path in log.read_text().splitlines() if "/c/" in path]) == OBJECTS - done
+    assert np.array_equal(
+        np.fromfile(folder(tmp_path / "cache") / "mean.rows", "<f2").reshape(2, ROWS, 3, 2, 2).swapaxes(0, 1),
+        contents()["mean"],
+    )
+
+
+def test_who_waits_is_told_for_what(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    order: list[str] = []
+
+    def second() -> None:
+        with cache.locked(tmp_path / "copy"):
+            order.append("second")
+
+    with ThreadPoolExecutor(1) as pool:
+        with cache.locked(tmp_path / "copy"):
+            waiting = pool.submit(second)
+            while not caplog.messages:
+                pass
+            order.append("first")
+        waiting.result(timeout=180)
+    assert order == ["first", "second"]
+    assert caplog.messages == [f"waiting for another process that prepares {tmp_path / 'copy'}"]
+
+
+def test_the_record_of_a_copy_is_its_files_versions(store: Manifest, tmp_path: Path) -> None:
+    RowReader(store, tmp_path)
+    record = json.loads((folder(tmp_path) / staging.DONE).read_bytes())
+    assert record.keys() == {"mean", "image", "label"}
+    assert record["mean"]["size"] == str(contents()["mean"].nbytes)
