@@ -117,7 +117,7 @@ def _log(checkpoint: CheckpointManifest, samples: SampleManifest, metrics: Metri
     with tempfile.TemporaryDirectory() as folder, _current(run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",
-            python_model=str(Path(__file__).with_name("served.py")),
+            python_model=str(Path(__file__).with_name("model.py")),
             artifacts=_artifacts(Path(folder), checkpoint, drawn),
             signature=_signature(drawn),
             input_example=(pd.DataFrame({"label": np.array([0], np.int64)}), {"steps": min(drawn.steps, 4)}),
