@@ -122,7 +122,7 @@ def _log(checkpoint: CheckpointManifest, samples: SampleManifest, metrics: Metri
             signature=_signature(drawn),
             input_example=(pd.DataFrame({"label": np.array([0], np.int64)}), {"steps": min(drawn.steps, 4)}),
             pip_requirements=_requirements(),
-            code_paths=[str(Path(__file__).parents[1] / package) for package in ("dit", "storage")],
+            code_paths=[str(Path(__file__).parents[2] / package) for package in ("dit", "storage")],
         )
         mlflow.log_metrics(metrics.metrics, model_id=logged.model_id)
     return str(logged.model_uri)
