@@ -2,7 +2,8 @@
 
 import io
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Final, TypeVar
 
 import safetensors.torch
 import torch
@@ -12,6 +13,8 @@ from storage import uri
 from storage.errors import InputError, StorageError
 
 Network = TypeVar("Network", bound=nn.Module)
+SUFFIXES: Final = (".safetensors", ".pth", ".pt")
+"""What a URL of a weights file ends in; any other is a folder's."""
 
 
 def read_weights(url: str, expected: str | None) -> tuple[bytes, str]:
@@ -28,42 +31,76 @@ def read_weights(url: str, expected: str | None) -> tuple[bytes, str]:
         data = uri.read(url)
     except StorageError as error:
         raise InputError(f"{error}; name the place of the weights file") from error
-    found = uri.sha256(data)
-    if expected is not None and found != expected.lower():
+    return data, _checked(url, uri.sha256(data), expected)
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A weights file by the name it is published under."""
+
+    name: str
+    title: str
+    """Of the network that it holds, for errors."""
+    hint: str
+    """Which file is meant, for whom it is missing."""
+
+    def url(self, location: str) -> str:
+        """The file at a location, which is its own URL or that of the folder that it lies in."""
+        return location if uri.redact(location).endswith(SUFFIXES) else uri.join(location, self.name)
+
+    def sha256(self, location: str, expected: str | None) -> str:
+        """The hash of the file; the network is not built.
+
+        Args:
+            location: the file or its folder, by path or fsspec URL.
+            expected: the sha256 that the file must have, or None to take it as it is.
+
+        Raises:
+            InputError: there is no such file, or its hash is another.
+        """
+        url = self.url(location)
+        try:
+            found = uri.file_sha256(url)
+        except StorageError as error:
+            raise InputError(f"{error}; {self.hint}") from error
+        return _checked(url, found, expected)
+
+    def load(
+        self, location: str, expected: str | None, build: Callable[[dict[str, Tensor]], Network]
+    ) -> tuple[Network, str]:
+        """The network with the weights of the file, frozen, in float32 on the CPU, and the file's sha256.
+
+        Args:
+            location: as in `sha256`; the file is a safetensors one, or one that torch saved.
+            expected: as in `sha256`.
+            build: makes the network without its weights, from which it takes its shape.
+
+        Raises:
+            InputError: the file is missing, has another hash, or holds other weights.
+        """
+        url = self.url(location)
+        try:
+            data = uri.read(url)
+        except StorageError as error:
+            raise InputError(f"{error}; {self.hint}") from error
+        sha256 = _checked(url, uri.sha256(data), expected)
+        try:
+            state = _tensors(data, uri.redact(url))
+            with torch.device("meta"):
+                network = build(state)
+            network.load_state_dict(state, assign=True)
+        except Exception as error:  # torch promises no exception types for what it cannot read
+            reason = one_line(error).rstrip(":")
+            raise InputError(f"{uri.redact(url)}: not the weights of {self.title} ({reason})") from error
+        return network.requires_grad_(False).eval(), sha256
+
+
+def _checked(url: str, sha256: str, expected: str | None) -> str:
+    if expected is not None and sha256 != expected.lower():
         raise InputError(
-            f"{uri.redact(url)}: its sha256 is {found}, not the expected {expected}; fetch it again or correct sha256"
+            f"{uri.redact(url)}: its sha256 is {sha256}, not the expected {expected}; fetch it again or correct sha256"
         )
-    return data, found
-
-
-def read_network(
-    url: str, expected: str | None, shaped: Callable[[dict[str, Tensor]], Network], *, title: str, hint: str
-) -> tuple[Network, str]:
-    """A network with the weights of a file, frozen, in float32 on the CPU, and the file's sha256.
-
-    Args:
-        url: a ``.safetensors`` file, or one that torch saved, by path or fsspec URL.
-        expected: as in `read_weights`.
-        shaped: makes the network without its weights, which it is given for their shapes.
-        title: what the network is called.
-        hint: which file is meant, for whom it is not there.
-
-    Raises:
-        InputError: the file is missing, has another hash, or holds other weights.
-    """
-    try:
-        data, found = read_weights(url, expected)
-    except InputError as error:
-        raise InputError(f"{error}; {hint}") from error
-    try:
-        state = _tensors(data, url)
-        with torch.device("meta"):
-            network = shaped(state)
-        network.load_state_dict(state, assign=True)
-    except Exception as error:  # torch promises no exception types for what it cannot read
-        reason = one_line(error).rstrip(":")
-        raise InputError(f"{uri.redact(url)}: not the weights of {title} ({reason})") from error
-    return network.requires_grad_(False).eval(), found
+    return sha256
 
 
 def _tensors(data: bytes, url: str) -> dict[str, Tensor]:

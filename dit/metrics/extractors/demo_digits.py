@@ -6,17 +6,20 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dit.metrics.extractors.base import Images, Outputs
-from dit.weights import one_line, read_weights
-from storage import uri
+from dit.weights import WeightsFile
 from storage.errors import InputError
 
 WEIGHTS: Final = "model.safetensors"
+FILE: Final = WeightsFile(
+    WEIGHTS,
+    title="the digits classifier",
+    hint=f"demo-digits reads {WEIGHTS}, as in flows/demo/classifier; point evaluate.extractor.weights at its folder",
+)
 SIDE: Final = 32
 """Side of the images in pixels."""
 DIMS: Final = 64
@@ -106,7 +109,7 @@ class DemoDigits:
 
 
 def load_digits_classifier(url: str, sha256: str | None = None, device: torch.device | str = "cpu") -> DemoDigits:
-    """The classifier from a safetensors file, or from a folder with ``model.safetensors``.
+    """The classifier from its weights file, or from a folder with ``model.safetensors``.
 
     Args:
         url: the file or folder, by path or fsspec URL.
@@ -116,12 +119,5 @@ def load_digits_classifier(url: str, sha256: str | None = None, device: torch.de
     Raises:
         InputError: the file is missing or broken, is not this classifier, or has another hash.
     """
-    file = url if url.endswith(".safetensors") else uri.join(url, WEIGHTS)
-    data, found = read_weights(file, sha256)
-    network = DigitsClassifier()
-    try:
-        network.load_state_dict(safetensors.torch.load(data))
-    except (safetensors.SafetensorError, RuntimeError) as error:
-        reason = one_line(error).rstrip(":")
-        raise InputError(f"{uri.redact(file)}: not the weights of the digits classifier ({reason})") from error
-    return DemoDigits(network.requires_grad_(False).eval().to(device), found)
+    network, found = FILE.load(url, sha256, lambda _: DigitsClassifier())
+    return DemoDigits(network.to(device), found)

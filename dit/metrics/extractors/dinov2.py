@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from dit.devices import exact_float32
 from dit.metrics.extractors.base import Images, Outputs, checked
 from dit.metrics.extractors.resize import resize_bicubic
-from dit.weights import read_network
-from storage import uri
+from dit.weights import WeightsFile
 
 WEIGHTS: Final = "dinov2_vitl14_pretrain.pth"
+FILE: Final = WeightsFile(
+    WEIGHTS,
+    title="DINOv2",
+    hint=f"dinov2 reads {WEIGHTS}, ViT-L/14 as published for torch hub; point evaluate.extractor.weights at it, by "
+    "path or URL",
+)
 SIDE: Final = 224
 PATCH: Final = 14
 TRAINED_GRID: Final = 37
@@ -165,12 +170,10 @@ def load_dinov2(url: str, sha256: str | None = None, device: torch.device | str 
     Raises:
         InputError: the file is missing or broken, is not this network, or has another hash.
     """
-    file = url if uri.redact(url).endswith((".pth", ".pt", ".safetensors")) else uri.join(url, WEIGHTS)
-    hint = f"dinov2 reads {WEIGHTS}, ViT-L/14 as published for torch hub; point evaluate.extractor.weights at it"
-    network, found = read_network(file, sha256, _shaped, title="DINOv2", hint=f"{hint}, by path or URL")
+    network, found = FILE.load(url, sha256, _build)
     return DinoV2(network.to(device), found)
 
 
-def _shaped(state: dict[str, Tensor]) -> VisionTransformer:
+def _build(state: dict[str, Tensor]) -> VisionTransformer:
     """The network whose weights these are."""
     return VisionTransformer(state["cls_token"].shape[2], sum(name.endswith(".ls1.gamma") for name in state))

@@ -19,12 +19,17 @@ from torch.nn.utils import fuse_conv_bn_eval
 from dit.devices import exact_float32
 from dit.metrics.extractors.base import Images, Outputs, checked
 from dit.metrics.extractors.resize import resize_tf1
-from dit.weights import read_network
-from storage import uri
+from dit.weights import WeightsFile
 
 WEIGHTS: Final = "weights-inception-2015-12-05-6726825d.pth"
 PUBLISHED: Final = "6726825d"
 """What the sha256 of the published weights begins with."""
+FILE: Final = WeightsFile(
+    WEIGHTS,
+    title="Inception",
+    hint=f"inception-tf reads {WEIGHTS}, the shared PyTorch port of TensorFlow's Inception (its sha256 begins "
+    f"{PUBLISHED}); point evaluate.extractor.weights at it, by path or URL",
+)
 SIDE: Final = 299
 DIMS: Final = 2048
 CLASSES: Final = 1008
@@ -245,11 +250,6 @@ def load_inception(url: str, sha256: str | None = None, device: torch.device | s
     Raises:
         InputError: the file is missing or broken, is not this network, or has another hash.
     """
-    file = url if uri.redact(url).endswith((".pth", ".pt", ".safetensors")) else uri.join(url, WEIGHTS)
-    hint = (
-        f"inception-tf reads {WEIGHTS}, the shared PyTorch port of TensorFlow's Inception (its sha256 "
-        f"begins {PUBLISHED}); point evaluate.extractor.weights at it, by path or URL"
-    )
-    network, found = read_network(file, sha256, lambda _: InceptionV3(), title="Inception", hint=hint)
+    network, found = FILE.load(url, sha256, lambda _: InceptionV3())
     fold_norms(network)
     return InceptionTF(network.to(device, memory_format=torch.channels_last), found)  # type: ignore[call-overload]

@@ -1,23 +1,70 @@
-"""Which feature extractor, and how it is loaded."""
+"""Which feature extractor, and how it is loaded. A new one is a module beside this one and a row in `EXTRACTORS`."""
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import torch
+from pydantic import Field
 
+from dit.metrics.extractors import demo_digits, dinov2, inception
 from dit.metrics.extractors.base import FeatureExtractor
+from dit.weights import WeightsFile
 from storage.config import Config, operational
+
+
+class _Load(Protocol):
+    def __call__(self, url: str, sha256: str | None, device: torch.device | str) -> FeatureExtractor: ...
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """One network.
+
+    Args:
+        help: what it is, for the form.
+        file: its weights file.
+        load: reads the weights, checks their hash and puts the network on a device.
+    """
+
+    help: str
+    file: WeightsFile
+    load: _Load
+
+
+EXTRACTORS: Final = {
+    "demo-digits": Extractor("the demo's digits classifier", demo_digits.FILE, demo_digits.load_digits_classifier),
+    "inception-tf": Extractor("Inception-v3 as FID uses it", inception.FILE, inception.load_inception),
+    "dinov2": Extractor("DINOv2 as FD-DINOv2 uses it", dinov2.FILE, dinov2.load_dinov2),
+}
+
+if TYPE_CHECKING:
+    Name = str
+else:
+    Name = Literal[tuple(EXTRACTORS)]
 
 
 class ExtractorRef(Config):
     """Which extractor, and where its weights lie."""
 
-    name: Literal["demo-digits", "inception-tf", "dinov2"] = "demo-digits"
-    """The network: ``demo-digits`` is the digits classifier that comes with the demo, ``inception-tf`` that of FID,
-    ``dinov2`` that of FD-DINOv2."""
+    name: Name = Field(
+        "demo-digits",
+        description=f"The network: {', '.join(f'``{name}`` is {row.help}' for name, row in EXTRACTORS.items())}.",
+    )
     weights: str = operational()
-    """Folder or file of the weights, by path or fsspec URL."""
+    """Weights file of the network, or the folder that it lies in, by path or fsspec URL."""
     sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")
-    """Hash that the weights file must have; any file is taken when it is absent."""
+    """SHA-256 that the weights file must have, 64 hex digits. Empty: any file is accepted."""
+
+
+def weights_sha256(ref: ExtractorRef) -> str:
+    """The hash of the weights file, which stands for the extractor in the digests of what it measures.
+
+    The file is read piece by piece, and the network is not built.
+
+    Raises:
+        InputError: the file is missing, or has another hash than ``ref`` says.
+    """
+    return EXTRACTORS[ref.name].file.sha256(ref.weights, ref.sha256)
 
 
 def load_extractor(ref: ExtractorRef, device: torch.device | str = "cpu") -> FeatureExtractor:
@@ -26,14 +73,4 @@ def load_extractor(ref: ExtractorRef, device: torch.device | str = "cpu") -> Fea
     Raises:
         InputError: the weights are missing or broken, or have another hash than ``ref`` says.
     """
-    if ref.name == "inception-tf":
-        from dit.metrics.extractors.inception import load_inception  # only the network that is asked for
-
-        return load_inception(ref.weights, ref.sha256, device)
-    if ref.name == "dinov2":
-        from dit.metrics.extractors.dinov2 import load_dinov2
-
-        return load_dinov2(ref.weights, ref.sha256, device)
-    from dit.metrics.extractors.demo_digits import load_digits_classifier
-
-    return load_digits_classifier(ref.weights, ref.sha256, device)
+    return EXTRACTORS[ref.name].load(ref.weights, ref.sha256, device)

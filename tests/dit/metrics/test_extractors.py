@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from dit.metrics.extractors.base import FeatureExtractor
 from dit.metrics.extractors.demo_digits import WEIGHTS, DemoDigits, DigitsClassifier, load_digits_classifier
-from dit.metrics.extractors.load import ExtractorRef, load_extractor
+from dit.metrics.extractors.load import EXTRACTORS, ExtractorRef, load_extractor, weights_sha256
 from storage import uri
 from storage.errors import InputError
 
@@ -114,6 +114,18 @@ def test_altered_weights_are_caught_by_the_hash(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(data)
     with pytest.raises(InputError, match=f"{WEIGHTS}: its sha256 is {uri.sha256(bytes(data))}.*{expected}"):
         load_extractor(ExtractorRef(weights=str(folder), sha256=expected))
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+def test_hash_of_the_weights_is_had_without_the_network(tmp_path: Path, name: str) -> None:
+    file, data = tmp_path / EXTRACTORS[name].file.name, b"no network can be made of this"
+    with pytest.raises(InputError, match=f"{file.name}: no such object.*{name} reads {file.name}"):
+        weights_sha256(ExtractorRef(name=name, weights=str(tmp_path)))
+    file.write_bytes(data)
+    for place in (file, tmp_path):
+        assert weights_sha256(ExtractorRef(name=name, weights=str(place))) == uri.sha256(data)
+    with pytest.raises(InputError, match=f"its sha256 is {uri.sha256(data)}, not the expected {64 * '0'}"):
+        weights_sha256(ExtractorRef(name=name, weights=str(file), sha256=64 * "0"))
 
 
 @pytest.mark.parametrize(
