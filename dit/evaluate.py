@@ -103,7 +103,7 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
         sets = _sets(samples, latents.parent("shards", ShardManifest), latents.split)
         counts = _counts(sets)
         measure = Measure(extractor, tracker, _total(counts), config.batch_size, ranks)
-        found = _measured(measure, sets, counts, out.uri.rsplit("/", 2)[0])
+        found = _measured(measure, sets, counts, out.root)
         if ranks.first:
             metrics = _numbers(found, extractor)
             if isinstance(extractor, Classifier) and set(samples.class_names) <= set(extractor.class_names):

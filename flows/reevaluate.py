@@ -124,7 +124,7 @@ def _again(
 ) -> _Again:
     then = evaluation(client, name, version)
     digest = client.get_model_version(name, str(version)).tags[METRICS_DIGEST_TAG]
-    metrics = MetricsManifest.read(uri.join(settings.root, MetricsManifest.STAGE, digest[:16]))
+    metrics = MetricsManifest.read(MetricsManifest.folder(settings.root, digest))
     samples = metrics.parent("samples", SampleManifest)
     drawn = SampleConfig.model_validate(samples.config).model_copy(update={"seed": window.seed})
     checkpoint = samples.parent("checkpoint", CheckpointManifest)

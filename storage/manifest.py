@@ -78,6 +78,11 @@ class Header(Config):
     """Which forced repetition of the same work this is."""
     provenance: Provenance = Provenance()
 
+    @property
+    def folder_name(self) -> str:
+        """Name of the output's folder below that of its stage."""
+        return short_digest(self.digest)
+
 
 class Manifest(Header):
     """The record of a finished stage. Each stage adds its own fields in a subclass."""
@@ -103,6 +108,16 @@ class Manifest(Header):
         """The URL of the manifest itself."""
         return uri.join(self._uri, MANIFEST)
 
+    @property
+    def root(self) -> str:
+        """The folder of all outputs that this one belongs to."""
+        return uri.parent(uri.parent(self._uri))
+
+    @classmethod
+    def folder(cls, root: str, digest: str) -> str:
+        """Where this stage's output with a digest lies below a root."""
+        return _folder(root, cls.STAGE, digest)
+
     def as_parent(self) -> Parent:
         """This output as an input of the next stage."""
         return Parent(digest=self.digest, uri=uri.redact(self.uri))
@@ -114,7 +129,7 @@ class Manifest(Header):
         Raises:
             InputError: there is none, it is not a manifest, or it belongs to another stage.
         """
-        folder = uri.parent(url) if url.rsplit("/", 1)[-1] == MANIFEST else url.rstrip("/")
+        folder = output_folder(url)
         try:
             data = uri.read(uri.join(folder, MANIFEST))
             stage = Header.model_validate_json(data).stage
@@ -142,8 +157,8 @@ class Manifest(Header):
         if name not in self.parents:
             raise InputError(f"{uri.redact(self.uri)}: was not made from any {name!r}")
         recorded = self.parents[name]
-        beside = uri.join(self.uri.rsplit("/", 2)[0], kind.STAGE, recorded.digest[:16])
-        here = next((url for url in (recorded.uri, beside) if uri.exists(uri.join(url, MANIFEST))), recorded.uri)
+        candidates = (recorded.uri, kind.folder(self.root, recorded.digest))
+        here = next((folder for folder in candidates if is_finished(folder)), recorded.uri)
         found = kind.read(here)
         if found.digest != recorded.digest:
             raise InputError(f"{uri.redact(here)}: is not the {name} that {uri.redact(self.uri)} was made from")
@@ -219,6 +234,16 @@ class StageOutput(Config):
     uri: str
     header: Header
 
+    @property
+    def root(self) -> str:
+        """The folder of all outputs that this one belongs to."""
+        return uri.parent(uri.parent(self.uri))
+
+    @property
+    def name(self) -> str:
+        """A name for jobs that make this output, the same whenever the same work is asked for."""
+        return f"{self.header.stage}-{self.header.folder_name}"
+
     def with_mlflow_run(self, run_id: str) -> "StageOutput":
         """The same folder, with the MLflow run of the work noted."""
         provenance = self.header.provenance.model_copy(update={"mlflow_run_id": run_id})
@@ -263,7 +288,7 @@ class StageOutput(Config):
 
     def committed(self, kind: type[AnyManifest]) -> AnyManifest | None:
         """The manifest if this output is finished."""
-        return kind.read(self.uri) if uri.exists(self.url(MANIFEST)) else None
+        return kind.read(self.uri) if is_finished(self.uri) else None
 
 
 def stage_output(
@@ -294,8 +319,8 @@ def stage_output(
     rerun = 0
     while True:
         digest = json_digest(identity | ({"rerun": rerun} if rerun else {}))
-        folder = uri.join(uri.absolute(root), stage, digest[:16])
-        if not force or not uri.exists(uri.join(folder, MANIFEST)):
+        folder = _folder(root, stage, digest)
+        if not force or not is_finished(folder):
             break
         rerun += 1
     header = Header(
@@ -309,6 +334,41 @@ def stage_output(
         provenance=provenance,
     )
     return StageOutput(uri=folder, header=header)
+
+
+def output_folder(url: str) -> str:
+    """The folder of an output, given its URL or that of its manifest."""
+    return uri.parent(url) if url.rpartition("/")[2] == MANIFEST else url.rstrip("/")
+
+
+def is_finished(folder: str) -> bool:
+    """Whether an output's folder holds a manifest.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    return uri.exists(uri.join(folder, MANIFEST))
+
+
+def finished_outputs(root: str, stage: str) -> list[str]:
+    """The folders of the finished outputs of a stage below a root, sorted by name.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    folder = uri.join(uri.absolute(root), stage)
+    folders = [uri.join(folder, name) for name in uri.names(folder)]
+    with threads(16) as pool:
+        return [folder for folder, finished in zip(folders, pool.map(is_finished, folders), strict=True) if finished]
+
+
+def short_digest(digest: str) -> str:
+    """The first 16 digits of a digest, which name an output in folders, jobs and tables."""
+    return digest[:16]
+
+
+def _folder(root: str, stage: str, digest: str) -> str:
+    return uri.join(uri.absolute(root), stage, short_digest(digest))
 
 
 def _redacted(value: Any) -> Any:

@@ -6,7 +6,7 @@ from pydantic import ConfigDict
 
 from storage import records, uri
 from storage.errors import InputError, StorageError
-from storage.manifest import MANIFEST, FileEntry, Manifest
+from storage.manifest import FileEntry, Manifest, finished_outputs, is_finished, output_folder
 from storage.parallel import threads
 
 WITHDRAWN = "manifest.withdrawn.json"
@@ -33,18 +33,13 @@ def outputs(url: str) -> list[Manifest]:
         InputError: there is none, or a manifest cannot be read.
         StorageError: the store does not answer.
     """
-    folder = uri.parent(url) if url.rsplit("/", 1)[-1] == MANIFEST else url
-    if uri.exists(uri.join(folder, MANIFEST)):
+    folder = output_folder(url)
+    if is_finished(folder):
         return [Manifest.read(folder)]
-    below = [
-        uri.join(folder, stage, name) for stage in uri.names(folder) for name in uri.names(uri.join(folder, stage))
-    ]
-    with threads(16) as pool:
-        there = list(pool.map(lambda place: uri.exists(uri.join(place, MANIFEST)), below))
-    found = [Manifest.read(place) for place, finished in zip(below, there, strict=True) if finished]
-    if not found:
+    manifests = [Manifest.read(output) for stage in uri.names(folder) for output in finished_outputs(folder, stage)]
+    if not manifests:
         raise InputError(f"{uri.redact(url)}: no finished output there; name a manifest, its folder, or a root")
-    return found
+    return manifests
 
 
 def faults(manifest: Manifest, *, full: bool) -> list[Fault]:

@@ -16,7 +16,7 @@ from dit.metrics.summary import Summary
 from storage import uri
 from storage.config import Config
 from storage.errors import DitflowError
-from storage.manifest import Manifest, StageOutput, stage_output
+from storage.manifest import Manifest, StageOutput, short_digest, stage_output
 
 LOGGER = logging.getLogger(__name__)
 VERSION = 1
@@ -70,7 +70,7 @@ def reference(measure: Measure, images: ImageSet, root: str, *, count: int, keep
 
 def _keep(out: StageOutput, summary: Summary, count: int) -> None:
     data = safetensors.torch.save(summary.tensors())
-    name = f"statistics-{uri.sha256(data)[:16]}.safetensors"  # two at once may differ in the last bit
+    name = f"statistics-{short_digest(uri.sha256(data))}.safetensors"  # two at once may differ in the last bit
     out.commit(ReferenceManifest, [out.put(name, data)], counts={"images": count})
 
 

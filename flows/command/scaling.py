@@ -16,7 +16,7 @@ from flows.report.page import FOLDER
 from flows.sweep import load_recipes
 from storage import uri
 from storage.errors import InputError
-from storage.manifest import json_digest
+from storage.manifest import json_digest, short_digest
 
 HEAD = ("run", "params M", "GMAC", "images seen", "training FLOPs", "distance (95 % interval)")
 
@@ -96,7 +96,7 @@ def scaling(names: Sequence[str], overrides: Sequence[str], root: str) -> Scalin
         )
     _, first = next(iter(done.values()))
     laws = _laws(runs)
-    picture = uri.join(uri.absolute(root), FOLDER, f"scaling-{json_digest(sorted(done))[:16]}.png")
+    picture = uri.join(uri.absolute(root), FOLDER, f"scaling-{short_digest(json_digest(sorted(done)))}.png")
     uri.write(picture, plot([run.name for run in runs], [run.distance for run in runs], first.distance, laws))
     return Scaling(first.distance, runs, missing, {x: law for x, (_, law) in laws.items()}, picture)
 

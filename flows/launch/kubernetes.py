@@ -85,7 +85,7 @@ def manifest(spec: WorkerSpec, launch: KubernetesLaunch) -> list[Object]:
 
 def job_name(spec: WorkerSpec) -> str:
     """The job's name, which is the output's, so that whoever asks for the same work finds it."""
-    return f"ditflow-{spec.stage}-{spec.output.header.digest[:16]}"
+    return f"ditflow-{spec.output.name}"
 
 
 def _pod(name: str, launch: KubernetesLaunch) -> Object:

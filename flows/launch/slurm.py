@@ -51,7 +51,7 @@ def run(
         WorkerError: a rank failed.
         DitflowError: the job was cancelled, or ended too often before its time.
     """
-    folder, name = _folder(spec, launch), f"ditflow-{spec.stage}-{spec.output.header.digest[:16]}"
+    folder, name = _folder(spec, launch), f"ditflow-{spec.output.name}"
     for _ in range(launch.max_restarts + 1):
         job = _find(name)
         if job is None:
@@ -75,7 +75,7 @@ def _folder(spec: WorkerSpec, launch: SlurmLaunch) -> Path:
     given = uri.local_path(launch.folder) if launch.folder else uri.local_path(spec.output.uri)
     if given is None:
         raise InputError("launch.folder: name a folder that all nodes see, for the job's script and log")
-    folder = given.absolute() / "slurm" / spec.output.header.digest[:16] if launch.folder else given / "slurm"
+    folder = given.absolute() / "slurm" / spec.output.header.folder_name if launch.folder else given / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

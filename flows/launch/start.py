@@ -55,7 +55,7 @@ def _torchrun(spec: WorkerSpec, launch: LocalLaunch | NodesLaunch, ranks: RankLo
     with tempfile.TemporaryDirectory(prefix="ditflow-") as folder:
         path = Path(folder) / "spec.json"
         path.write_text(spec.model_dump_json())
-        with child(_command(launch, path, spec.output.header.digest), env=_env()) as process:
+        with child(_command(launch, path, spec.output.header.folder_name), env=_env()) as process:
             assert process.stdout is not None
             ranks.take(process.stdout)
             code = process.wait()
@@ -63,12 +63,12 @@ def _torchrun(spec: WorkerSpec, launch: LocalLaunch | NodesLaunch, ranks: RankLo
         raise ranks.failure(code)
 
 
-def _command(launch: LocalLaunch | NodesLaunch, spec: Path, digest: str) -> list[str]:
+def _command(launch: LocalLaunch | NodesLaunch, spec: Path, run_id: str) -> list[str]:
     if isinstance(launch, LocalLaunch):
         meeting, nproc = ["--standalone", "--nnodes=1", "--local-addr=127.0.0.1"], launch.world_size
     else:
         meeting = [f"--nnodes={launch.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={launch.address}"]
-        meeting += [f"--rdzv-id={digest[:16]}", f"--rdzv-conf=join_timeout={MEETING_SECONDS}"]
+        meeting += [f"--rdzv-id={run_id}", f"--rdzv-conf=join_timeout={MEETING_SECONDS}"]
         nproc = launch.nproc
     torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={nproc}"]
     return [*torchrun, "-m", "flows.launch.worker", str(spec)]

@@ -53,7 +53,7 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
         )
     samples = metrics.parent("samples", SampleManifest)
     checkpoint = samples.parent("checkpoint", CheckpointManifest)
-    store = tracking_uri(out.uri.rsplit("/", 2)[0])
+    store = tracking_uri(out.root)
     client = MlflowClient(store)
     number = _registered(client, config.model_name, out.header.digest)
     if number is None:

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dit.evaluate import MetricsManifest
 from dit.report.plots import GuidanceLine
 from dit.sample import SampleManifest
-from storage import uri
 from storage.errors import InputError
-from storage.manifest import MANIFEST
+from storage.manifest import finished_outputs
 
 LOGGER = logging.getLogger(__name__)
 GUIDANCE = "guidance_"
@@ -41,12 +40,11 @@ def lines(evaluations: Sequence[MetricsManifest]) -> list[GuidanceLine]:
 
 def _evaluations(root: str, but: str) -> Iterator[tuple[MetricsManifest, Fixed]]:
     """All but one of those that are finished, each with what must be the same."""
-    folder = uri.join(uri.absolute(root), MetricsManifest.STAGE)
-    for name in uri.names(folder):
-        url = uri.join(folder, name)
-        if name != but[:16] and uri.exists(uri.join(url, MANIFEST)):
+    excluded = MetricsManifest.folder(root, but)
+    for folder in finished_outputs(root, MetricsManifest.STAGE):
+        if folder != excluded:
             try:
-                found = MetricsManifest.read(url)
+                found = MetricsManifest.read(folder)
                 yield found, _fixed(found)
             except InputError as error:
                 LOGGER.warning("not among the guidance scales: %s", error)

@@ -18,7 +18,7 @@ from flows.report.html import HEAD, figure, paragraph, section, strips, table
 from flows.tracking import runs
 from flows.tracking.sink import log_file, one_line
 from storage import uri
-from storage.manifest import Manifest, json_digest
+from storage.manifest import Manifest, json_digest, short_digest
 from storage.tracker import NullTracker
 
 LOGGER = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def place(manifests: Sequence[Manifest], root: str) -> str:
     """
     shown = [found.digest for found in manifests]
     shown += [other.digest for found in _judged(manifests) for other in guidance.alike(found, root)]
-    name = json_digest({"version": VERSION, "shown": shown})[:16]
+    name = short_digest(json_digest({"version": VERSION, "shown": shown}))
     return uri.join(uri.absolute(root), FOLDER, f"{name}.html")
 
 
@@ -213,8 +213,8 @@ def _lineage(manifests: Sequence[Manifest]) -> str:
     rows = [
         (
             found.stage,
-            found.digest[:16],
-            ", ".join(f"{name} {digest[:16]}" for name, digest in found.inputs.items()),
+            found.folder_name,
+            ", ".join(f"{name} {short_digest(digest)}" for name, digest in found.inputs.items()),
             ", ".join(f"{value:,} {name}" for name, value in found.counts.items()),
             found.provenance.mlflow_run_id or "",
             found.code_version,
@@ -222,6 +222,6 @@ def _lineage(manifests: Sequence[Manifest]) -> str:
         for found in manifests
     ]
     head = ("stage", "digest", "made from", "counts", "MLflow run", "code")
-    roots = sorted({uri.redact(uri.parent(uri.parent(found.uri))) for found in manifests})
+    roots = sorted({uri.redact(found.root) for found in manifests})
     where = f"Each output is the folder stage/digest below {' or '.join(roots)}."
     return section("From the images to the numbers", table(rows, head), paragraph(where))

@@ -11,7 +11,7 @@ from threading import Lock
 
 from storage import uri
 from storage.errors import StorageError
-from storage.manifest import FileEntry, Manifest, json_digest
+from storage.manifest import FileEntry, Manifest, json_digest, short_digest
 
 LOGGER = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def place(cache: Path | None, kind: str, key: object) -> Path:
         kind: such as ``staged``.
         key: what it depends on.
     """
-    return (cache or root()) / kind / json_digest(key)[:16]
+    return (cache or root()) / kind / short_digest(json_digest(key))
 
 
 def content(files: Sequence[FileEntry]) -> list[list[str]]:

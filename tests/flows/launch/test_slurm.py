@@ -120,7 +120,7 @@ def test_a_preempted_job_comes_back_and_goes_on(tmp_path: Path, latents: LatentM
         output, _ = process.communicate()
         assert process.returncode == 0, output
     assert "resuming after step" in output
-    root = latents.uri.rsplit("/", 2)[0]
+    root = latents.root
     again = spec.model_copy(update={"output": STAGES["train"].output(root, config, latents, force=True)})
     launcher.run(again, LocalLaunch(nproc=2), progress=Noted(), log=HOUSE)
     disturbed, undisturbed = (STAGES["train"].kind.read(one.output.uri).files for one in (spec, again))

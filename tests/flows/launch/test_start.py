@@ -80,7 +80,7 @@ def latents(tmp_path: Path) -> LatentManifest:
 
 
 def job(latents: LatentManifest, config: TrainConfig, tracking: TrackingSpec | None = None) -> WorkerSpec:
-    root = latents.uri.rsplit("/", 2)[0]
+    root = latents.root
     output = STAGES["train"].output(root, config, latents)
     tracking = tracking or TrackingSpec(uri=dead_address(), run_id=None)
     values = config.model_dump(mode="json")
