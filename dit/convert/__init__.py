@@ -1,6 +1,7 @@
 """Checkpoints of others: read into our models, and ours written for their tools.
 
-``pipeline.py`` is copied into the pipelines that are written, to run there without this package.
+``diffusers_pipeline.py`` is copied into the pipelines that are written, as their ``pipeline.py``, and runs there
+without this package.
 """
 
 from dit.convert.destination import Layout, summary, write

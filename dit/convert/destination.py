@@ -89,8 +89,8 @@ def _around(model: Pretrained, vae: str | None) -> dict[str, bytes]:
         scheduler=["diffusers", "DDPMScheduler"],
         vae=[None, None] if vae is None else ["diffusers", "AutoencoderKL"],
     )
-    module = f"{PIPELINE_MODULE}.py"
-    objects |= {SCHEDULER: _json(_scheduler(model)), module: files(__package__).joinpath(module).read_bytes()}
+    code = files(__package__).joinpath("diffusers_pipeline.py").read_bytes()
+    objects |= {SCHEDULER: _json(_scheduler(model)), f"{PIPELINE_MODULE}.py": code}
     return objects | {PIPELINE: _json(index)}
 
 
