@@ -20,7 +20,7 @@ from pydantic import Field
 
 from dit.devices import Arithmetic, arithmetic, device, dtype
 from dit.ranks import Ranks, Share, cores, joined
-from dit.vae import Vae, VaeRef, load_vae
+from dit.vae import Vae, VaeRef, load_vae, vae_inputs
 from storage import uri
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
@@ -31,6 +31,7 @@ from storage.manifest import FileEntry, StageOutput
 from storage.parallel import ahead, threads
 from storage.rows.store import RowLayout, RowWriter, gathered
 from storage.shards.shard import Sample, ShardManifest, read_images
+from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
 
 VERSION = 2
@@ -313,3 +314,6 @@ def _with_decoded(vae: Vae, images: torch.Tensor) -> torch.Tensor:
     """Images uint8 (B, H, H, 3) with what the autoencoder makes of them, (B, 2, H, H, 3)."""
     mean, _ = vae.encode(images)
     return torch.stack([images, vae.decode((mean - vae.shift_factor) * vae.scaling_factor).cpu()], 1)
+
+
+DEFINITION = StageDefinition(EncodeConfig, LatentManifest, VERSION, run, lambda config, _: vae_inputs(config.vae))

@@ -30,6 +30,7 @@ from storage.latents import LatentManifest
 from storage.manifest import Manifest, StageOutput
 from storage.rows.store import RowReader
 from storage.shards.shard import ShardManifest
+from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
 
 VERSION = 4
@@ -211,3 +212,10 @@ def _of_sets(sets: _Sets) -> dict[str, str | int | float]:
         "reference_crop": f"{transforms.CROP_ID}-{sets.training.side}",
         "noise_seed": NOISE_SEED,
     }
+
+
+def _inputs(config: EvaluateConfig, _: SampleManifest) -> dict[str, str]:
+    return {"extractor": load_extractor(config.extractor).sha256}
+
+
+DEFINITION = StageDefinition(EvaluateConfig, MetricsManifest, VERSION, run, _inputs)

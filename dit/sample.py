@@ -27,13 +27,14 @@ from dit.samplers.guidance import Channels, Guided, Schedule
 from dit.samplers.heun import heun
 from dit.samplers.noise import SampleNoise
 from dit.samplers.state import State, StepNoise, last
-from dit.vae import Vae, VaeRef, load_vae
+from dit.vae import Vae, VaeRef, load_vae, vae_inputs
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
 from storage.images.grid import image_grid
 from storage.manifest import Manifest, StageOutput
 from storage.parallel import ahead
 from storage.rows.store import ArraySpec, RowLayout, RowWriter, gathered
+from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
 
 VERSION = 2
@@ -342,3 +343,10 @@ def picture(images: NDArray[np.uint8], card: ModelCard) -> bytes:
     """A PNG of the first images in eight rows; with few classes a balanced set shows one in each column."""
     columns = len(card.class_names) if card.model.num_classes and len(card.class_names) <= 16 else 8
     return image_grid(images[: 8 * columns], columns=columns, gap=2)
+
+
+def _inputs(config: SampleConfig, checkpoint: CheckpointManifest) -> dict[str, str]:
+    return vae_inputs(config.vae or checkpoint.card.vae_ref)
+
+
+DEFINITION = StageDefinition(SampleConfig, SampleManifest, VERSION, run, _inputs)

@@ -29,6 +29,7 @@ from storage.config import Config, operational
 from storage.errors import DitflowError, InputError, PreemptedError
 from storage.latents import LatentManifest
 from storage.manifest import StageOutput
+from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
 
 VERSION = 2
@@ -336,3 +337,6 @@ def _commit(
     counts["parameters"] = sum(tensor.numel() for tensor in weights[RAW_WEIGHTS].values())
     metrics = {f"final_{name}": value for name, value in history[-1].values.items()}
     out.commit(CheckpointManifest, [*files, picture], counts=counts, metrics=metrics, card=card)
+
+
+DEFINITION = StageDefinition(TrainConfig, CheckpointManifest, VERSION, run)

@@ -25,6 +25,7 @@ from storage import uri
 from storage.config import Config, operational
 from storage.errors import InputError, StorageError
 from storage.latents import VaeInfo
+from storage.manifest import json_digest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, VQModel
@@ -107,13 +108,13 @@ def info(ref: VaeRef) -> VaeInfo:
     return _read(ref)[3]
 
 
-def weights_digest(ref: VaeRef) -> str:
-    """The sha256 of the weights file, which stands for the autoencoder in the digests of what it makes.
+def vae_inputs(ref: VaeRef | None) -> dict[str, str]:
+    """The autoencoder as an input of a stage: a digest of all that its latents depend on; nothing without one.
 
     Raises:
         InputError: as `load_vae`.
     """
-    return info(ref).sha256
+    return {"vae": json_digest(info(ref).identity())} if ref else {}
 
 
 def fetch(ref: VaeRef, folder: Path) -> None:

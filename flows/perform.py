@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from prefect import get_run_logger
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
@@ -24,6 +25,7 @@ from storage import uri
 from storage.archives.open import ArchiveRef
 from storage.config import Config
 from storage.manifest import Manifest, Provenance, StageOutput
+from storage.stage import Run
 
 LOGGER = logging.getLogger(__name__)
 SKIPPED = "Skipped"
@@ -42,7 +44,12 @@ class RunSettings(Config):
 
 
 def perform(
-    stage: Stage, config: Config, given: ArchiveRef | str, settings: RunSettings, launcher: LaunchSpec | None = None
+    stage: Stage,
+    config: Config,
+    given: ArchiveRef | str,
+    settings: RunSettings,
+    launcher: LaunchSpec | None = None,
+    run: Run[Any, Any, Manifest] | None = None,
 ) -> State[str]:
     """Bring a stage to its committed manifest, inside a Prefect flow.
 
@@ -50,6 +57,7 @@ def perform(
         given: the archive, or a reference to the manifest that the stage starts from.
         launcher: how to start ranks; without one, and for a single rank here of any stage but training,
             the stage runs in this process.
+        run: does the work instead of the stage's own.
 
     Returns:
         A completed state with the manifest's URL, named ``Skipped`` when it was there before.
@@ -70,7 +78,7 @@ def perform(
         return Completed(name=SKIPPED, message=f"done before: {done.url}", data=done.url)
     with runs.stage_run(output, settings.root) as (tracked, spec):
         _show(stage, partial(_link, stage, spec.run_id, settings.root))
-        manifest = _run(stage, config, source, tracked, spec, launcher)
+        manifest = _run(stage, config, source, tracked, spec, launcher, run or stage.run)
     _show(stage, partial(_create_artifacts, stage, manifest))
     return Completed(message=manifest.url, data=manifest.url)
 
@@ -82,6 +90,7 @@ def _run(
     output: StageOutput,
     spec: TrackingSpec,
     launcher: LaunchSpec | None,
+    run: Run[Any, Any, Manifest],
 ) -> Manifest:
     with StageProgress(stage.name).shown() as progress:
         if launcher is not None and not _is_enough(stage, launcher):
@@ -92,7 +101,7 @@ def _run(
             return stage.kind.read(output.uri)
         tracker = sink.StageTracker(sink.MlflowSink(spec.uri, spec.run_id, spec.skip_to), progress.update)
         try:
-            return stage.run(config, source, out=output, tracker=tracker)
+            return run(config, source, out=output, tracker=tracker)
         finally:
             tracker.close(output)
 

@@ -4,7 +4,6 @@ Every flow returns the URL of its manifest. A stage that was done before ends in
 ``Skipped``.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -33,8 +32,7 @@ HERE = RunSettings()
 @flow(flow_run_name="shard")
 def shard(archive: ArchiveRef, config: ShardConfig = ShardConfig(), settings: RunSettings = HERE) -> State[str]:
     """Images to webdataset tars."""
-    stage = replace(STAGES["shard"], run=partial(tars.run, spread=spread(config.runner)))
-    return perform(stage, config, archive, settings)
+    return perform(STAGES["shard"], config, archive, settings, run=partial(tars.run, spread=spread(config.runner)))
 
 
 @flow(flow_run_name="encode")

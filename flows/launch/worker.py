@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import psutil
 
 from flows.children import die_with_parent
+from flows.contract import STAGES
 from flows.launch.rank_log import MARK
 from flows.launch.spec import LAUNCHER, WorkerSpec
 from storage.errors import DitflowError, InputError, PreemptedError
@@ -58,10 +59,8 @@ def _tie_to_launcher() -> None:
 
 
 def _run(spec: WorkerSpec, rank: int, last: ExitStack) -> None:
-    from flows.contract import STAGES  # after logging is set up: it imports torch
-
     stage = STAGES[spec.stage]
-    config = stage.config.model_validate(spec.config)
+    config = stage.config.model_validate(spec.config)  # imports torch, after logging is set up
     tracker: Tracker = NullTracker()
     if rank == 0:
         tracker = sending = _tracker(spec)

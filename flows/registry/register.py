@@ -21,7 +21,7 @@ from dit.evaluate import MetricsManifest
 from dit.export import MODEL, CheckpointManifest, weights_file
 from dit.sample import PICTURE, SampleConfig, SampleManifest
 from dit.vae import fetch
-from flows.registry.config import ModelManifest, RegisterConfig
+from flows.registry.config import VERSION, ModelManifest, RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, Evaluation, consider
 from flows.tracking.runs import DIGEST_TAG, MANIFEST_TAG, tracking_uri
 from storage import uri
@@ -29,6 +29,7 @@ from storage.errors import DitflowError
 from storage.latents import LatentManifest
 from storage.manifest import StageOutput, code_version
 from storage.shards.shard import ShardManifest
+from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
 
 REGISTERED = "ditflow.model.registered"
@@ -185,3 +186,6 @@ def _signature(drawn: SampleConfig) -> ModelSignature:
         outputs=Schema([ColSpec("string", "png_base64")]),
         params=ParamSchema([ParamSpec(name, kind, default) for name, kind, default in params]),
     )
+
+
+DEFINITION = StageDefinition(RegisterConfig, ModelManifest, VERSION, run)

@@ -28,6 +28,7 @@ from storage.order import permutation
 from storage.parallel import threads
 from storage.shards.pack import Entry, Unreadable, pack
 from storage.shards.runners import Runner, Threads, here
+from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
 
 STAGE = "shard"
@@ -341,3 +342,6 @@ def _read_shard(manifest: ShardManifest, task: _Task, first: int) -> Iterator[Sa
     images = tar_file_iterator(tar, select_files=lambda name: not name.endswith(".cls"))
     for position, (entry, image) in enumerate(zip(record.entries, images, strict=True)):
         yield Sample(first + position, entry.source_index, entry.name, entry.label, image["data"])
+
+
+DEFINITION = StageDefinition(ShardConfig, ShardManifest, VERSION, run, lambda _, archive: input_digests(archive))

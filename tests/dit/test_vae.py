@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
 
-from dit.vae import CONFIG, WEIGHTS, Vae, VaeRef, fetch, info, load_vae, weights_digest
+from dit.vae import CONFIG, WEIGHTS, Vae, VaeRef, fetch, info, load_vae
 from storage import uri
 from storage.errors import InputError
 
@@ -72,7 +72,7 @@ def test_numbers_come_from_config_and_file(folder: Path, vae: Vae) -> None:
     found = info(VaeRef(source=str(folder), sha256=digest.upper()))
     assert (found.sha256, found.downsample, found.channels) == (digest, 2, 3)
     assert (found.scaling_factor, found.shift_factor) == (SCALE, SHIFT)
-    assert weights_digest(VaeRef(source=str(folder))) == digest
+    assert info(VaeRef(source=str(folder))).sha256 == digest
     assert (vae.sha256, vae.downsample, vae.channels) == (digest, 2, 3)
     assert (vae.scaling_factor, vae.shift_factor) == (SCALE, SHIFT)
 
@@ -220,7 +220,7 @@ def test_flipped_bit_is_caught_by_the_hash(copy: Path, vae: Vae) -> None:
     (copy / WEIGHTS).write_bytes(data)
     assert uri.sha256(bytes(data)) in refusal(VaeRef(source=str(copy), sha256=vae.sha256))
     with pytest.raises(InputError, match=vae.sha256):
-        weights_digest(VaeRef(source=str(copy), sha256=vae.sha256))
+        info(VaeRef(source=str(copy), sha256=vae.sha256))
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
@@ -288,4 +288,4 @@ def test_hub_id_offline_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_hub_id_reads_what_the_hub_gives(folder: Path, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dit.vae.hf_hub_download", lambda source, name: str(folder / name))
-    assert weights_digest(VaeRef(source="somebody/vae")) == vae.sha256
+    assert info(VaeRef(source="somebody/vae")).sha256 == vae.sha256

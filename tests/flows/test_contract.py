@@ -1,12 +1,29 @@
-"""What the table of the stages brings with it."""
+"""What the table of the stages brings with it, and whether the stages' modules say the same as the table."""
 
 import subprocess
 import sys
+
+from flows.contract import STAGES
+
+
+def imported(code: str, *names: str) -> list[str]:
+    """Which of these modules a process has imported after some code."""
+    code = f"import sys; {code}; print(*[name for name in {names} if name in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_the_table_is_light() -> None:
+    """The command line is made from it at each call."""
+    assert imported("import flows.contract", "torch", "prefect", "mlflow", "numpy", "pyarrow", "dit") == []
 
 
 def test_ranks_wait_for_nothing_that_they_do_not_use() -> None:
     """Each would add a second or more to every start of every rank."""
     slow = ["mlflow", "prefect", "pandas", "matplotlib", "diffusers", "scipy", "torch.distributed.tensor"]
-    code = f"import sys, flows.contract, flows.launch.worker; print([name for name in {slow} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    code = "import flows.launch.worker as worker; [s.definition for s in worker.STAGES.values() if s.ranked]"
+    assert imported(code, "dit.evaluate", *slow) == ["dit.evaluate"]
+
+
+def test_every_stage_starts_from_what_the_one_before_leaves() -> None:
+    assert [stage.reads for stage in STAGES.values()] == [None, *list(STAGES)[:-1]]
+    assert {name: stage.kind.STAGE for name, stage in STAGES.items()} == {name: name for name in STAGES}

@@ -1,7 +1,7 @@
 """Where a stage runs."""
 
 import logging
-from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from flows.launch.spec import LocalLaunch
 from flows.tracking.spec import TrackingSpec
 from storage.config import Config
 from storage.manifest import Manifest, StageOutput, stage_output
+from storage.stage import StageDefinition
 
 
 @pytest.mark.parametrize(
@@ -41,11 +42,12 @@ def test_torchrun_is_for_several_ranks_and_for_training(
 
     monkeypatch.setattr(perform.start, "run", launched)
     monkeypatch.setattr(perform, "get_run_logger", logging.getLogger)
-    stage = replace(STAGES[name], kind=kind, run=here)
+    stage = STAGES[name]
+    monkeypatch.setattr(import_module(stage.module), "DEFINITION", StageDefinition(Config, kind, 1, here))
     source = stage_output(str(tmp_path), "before", 1, Config(), parents={}, inputs={}).commit(Manifest, [])
     output = stage_output(str(tmp_path), name, 1, Config(), parents={}, inputs={})
     tracking = TrackingSpec(uri=dead_address(), run_id=None)
-    made = perform._run(stage, Config(), source, output, tracking, launcher)
+    made = perform._run(stage, Config(), source, output, tracking, launcher, stage.run)
     assert made.stage == name
     assert started == ([ranks] if ranks else [])
 
