@@ -1,10 +1,12 @@
-# make demo   the whole pipeline on real images, on a CPU
-# make test   lint, types, import layers, tests
+# make demo       the whole pipeline on real images, on a CPU
+# make test       lint, types, import layers, and the tests of ten minutes
+# make test-all   the same, and then all the other tests
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations=10
 
-.PHONY: demo test up clean
+.PHONY: demo test test-all up clean
 
 demo: .venv/installed
 	$(BIN)/ditflow demo $(ARGS)
@@ -14,7 +16,10 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not full" $(ARGS)
+
+test-all: test
+	$(PYTEST) -m full $(ARGS)
 
 up: .venv/installed
 	$(BIN)/ditflow up $(ARGS)

@@ -1,5 +1,6 @@
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -7,10 +8,21 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+HEAVY = (
+    *("flows/command/test_up.py", "flows/test_pipeline.py", "flows/launch/test_slurm.py", "flows/launch/test_nodes.py"),
+    *("flows/launch/test_start.py", "flows/test_reevaluate.py", "flows/registry/test_register.py"),
+    *("dit/training/test_parallelize.py", "dit/test_train.py", "dit/test_kills.py", "dit/test_encode.py"),
+    *("dit/test_evaluate.py", "dit/test_sample.py", "flows/test_shard_tasks.py", "flows/report/test_page.py"),
+    *("flows/test_pipeline_s3.py", "flows/plan/test_estimate.py", "flows/tracking/test_away.py"),
+)
+"""Files that take longest. They go first, so that no worker is left alone with one at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests go first, so that no worker is left alone with one at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    here = Path(__file__).parent
+    rank = {here / name: place for place, name in enumerate(HEAVY)}
+    assert all(path.exists() for path in rank)
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,8 +8,7 @@ from benchmarks import training
 from dit.models.choice import DiTChoice, Shape
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
+@pytest.mark.full
 def test_what_is_measured_beside_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "ROWS", 64)
     monkeypatch.setattr(training, "TURNS", 1)

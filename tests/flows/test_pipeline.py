@@ -85,7 +85,6 @@ def manifests(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {stage["name"]: json.loads(Path(stage["manifest"]).read_text()) for stage in report["stages"]}
 
 
-@pytest.mark.slow
 def test_every_stage_runs_and_the_report_says_so(report: dict[str, Any]) -> None:
     assert states(report) == dict.fromkeys(STAGES, "ran")
     assert all(stage["seconds"] > 0 for stage in report["stages"])
@@ -94,7 +93,6 @@ def test_every_stage_runs_and_the_report_says_so(report: dict[str, Any]) -> None
     assert set(report["mlflow_run_ids"]) == {*STAGES, "pipeline"}
 
 
-@pytest.mark.slow
 def test_lineage_leads_from_the_metrics_to_the_images(report: dict[str, Any]) -> None:
     made = manifests(report)
     chain = [("register", "metrics", "evaluate"), ("evaluate", "samples", "sample"), ("sample", "checkpoint", "train")]
@@ -105,7 +103,6 @@ def test_lineage_leads_from_the_metrics_to_the_images(report: dict[str, Any]) ->
     assert made["shard"]["counts"]["images"] == 10 * sum(KEPT.values())
 
 
-@pytest.mark.slow
 def test_a_second_run_skips_every_stage(report: dict[str, Any], root: Path, digits: Path) -> None:
     (page,) = (root / "reports").glob("*.html")
     page.unlink()  # as if the first had been killed before it
@@ -117,7 +114,6 @@ def test_a_second_run_skips_every_stage(report: dict[str, Any], root: Path, digi
     assert again["mlflow_run_ids"] == report["mlflow_run_ids"]
 
 
-@pytest.mark.slow
 def test_the_report_is_found_and_written_again(report: dict[str, Any], root: Path, digits: Path) -> None:
     (page,) = (root / "reports").glob("*.html")
     written = page.read_bytes()
@@ -128,14 +124,12 @@ def test_the_report_is_found_and_written_again(report: dict[str, Any], root: Pat
     assert page.read_bytes() == written
 
 
-@pytest.mark.slow
 def test_a_changed_field_reruns_what_depends_on_it(report: dict[str, Any], root: Path, digits: Path) -> None:
     other = ditflow("run", root, digits, "--set", "sample.guidance_scale=3.0")
     expected = {name: "skipped" if name in ("shard", "encode", "train") else "ran" for name in STAGES}
     assert states(other) == expected
 
 
-@pytest.mark.slow
 def test_one_stage_on_an_earlier_output(report: dict[str, Any], root: Path, digits: Path) -> None:
     run_id = report["mlflow_run_ids"]["train"]
     alone = ditflow("sample", root, digits, "--from", run_id, "--set", "sample.seed=1", "--set", "sample.count=10")
@@ -150,7 +144,6 @@ def test_one_stage_on_an_earlier_output(report: dict[str, Any], root: Path, digi
     assert first["files"] == second["files"]  # the same work makes the same bytes, beside the old ones
 
 
-@pytest.mark.slow
 def test_mlflow_holds_params_metrics_pictures_and_lineage(report: dict[str, Any], root: Path) -> None:
     from mlflow import MlflowClient
 
@@ -173,7 +166,6 @@ def test_mlflow_holds_params_metrics_pictures_and_lineage(report: dict[str, Any]
     assert "report.html" in {entry.path for entry in client.list_artifacts(ids["pipeline"])}
 
 
-@pytest.mark.slow
 def test_the_registered_model_draws_digits(report: dict[str, Any], root: Path) -> None:
     import mlflow
     from mlflow import MlflowClient
@@ -203,7 +195,7 @@ def leftovers(root: Path) -> list[str]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sigkill_in_every_stage_ends_in_the_same_bits(
     report: dict[str, Any], digits: Path, tmp_path: Path, migrated: Callable[[Path], None]
 ) -> None:
@@ -250,7 +242,7 @@ print(json.dumps(list(model.predict(pandas.DataFrame({"label": [3, 7]}))["png_ba
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_of_models_on_pixels_shares_its_stages_and_is_served(
     tmp_path: Path, digits: Path, migrated: Callable[[Path], None]
 ) -> None:

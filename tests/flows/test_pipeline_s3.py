@@ -13,7 +13,7 @@ from s3_endpoint import BUCKET, SECRET, s3_server
 from test_pipeline import KEPT, STAGES, command, digits  # noqa: F401  digits is a fixture
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_pipeline_on_s3(tmp_path: Path, digits: Path, migrated: Callable[[Path], None]) -> None:  # noqa: F811
     migrated(tmp_path / "runs")
     with s3_server() as given:

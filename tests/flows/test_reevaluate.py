@@ -87,7 +87,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> 
         yield World(tmp_path_factory.mktemp("world"), tracking_template, stack)
 
 
-@pytest.mark.slow
 def test_a_registered_version_is_an_event(world: World) -> None:
     wait_until(lambda: len(world.events(REGISTERED)) == 2)
     found = {event["payload"]["version"]: event for event in world.events(REGISTERED)}
@@ -97,7 +96,6 @@ def test_a_registered_version_is_an_event(world: World) -> None:
     assert found[2]["payload"]["alias"] == "candidate"
 
 
-@pytest.mark.slow
 def test_both_are_evaluated_with_fresh_seeds_once_a_period(world: World) -> None:
     before = {path: Manifest.read(str(path)) for path in (world.root / "evaluate").iterdir()}
     assert world.again(MONDAY).name == "Completed"
@@ -116,7 +114,6 @@ def test_both_are_evaluated_with_fresh_seeds_once_a_period(world: World) -> None
     assert [each for version in (1, 2) for each in world.series(version)] == found
 
 
-@pytest.mark.slow
 def test_a_number_outside_its_interval_is_an_event_and_in_bold(world: World) -> None:
     tags = world.client.get_model_version(NAME, "2").tags
     told = Evaluation.model_validate_json(tags[EVALUATION_TAG])
@@ -136,7 +133,6 @@ def test_a_number_outside_its_interval_is_an_event_and_in_bold(world: World) -> 
     assert len(world.series(2)) == 2
 
 
-@pytest.mark.slow
 def test_other_conditions_than_then_are_refused(world: World) -> None:
     tags = world.client.get_model_version(NAME, "1").tags
     told = Evaluation.model_validate_json(tags[EVALUATION_TAG])
@@ -148,7 +144,6 @@ def test_other_conditions_than_then_are_refused(world: World) -> None:
         state.result()
 
 
-@pytest.mark.slow
 def test_a_model_without_champion_and_candidate(world: World) -> None:
     world.client.create_registered_model("nobody")
     state = reevaluate("nobody", settings=RunSettings(root=str(world.root)), return_state=True)

@@ -34,7 +34,6 @@ def port_of(address: str) -> int:
     return int(address.rpartition(":")[2])
 
 
-@pytest.mark.slow
 def test_servers_are_up_in_the_block_and_gone_after(
     tmp_path: Path, migrated: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +68,6 @@ def _use_what_is_announced(root: Path, prefect: str, mlflow: str, monkeypatch: p
     assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
-@pytest.mark.slow
 def test_servers_do_not_outlive_a_killed_command(tmp_path: Path, migrated: Callable[[Path], None]) -> None:
     migrated(tmp_path)
     script = """

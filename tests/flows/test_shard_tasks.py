@@ -77,8 +77,7 @@ def test_every_runner_makes_the_same_bytes(tmp_path: Path, archive: ArchiveRef, 
     assert_same(tmp_path, archive, runner)
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
+@pytest.mark.full
 def test_a_dask_cluster_of_processes_makes_the_same_bytes(
     tmp_path: Path, archive: ArchiveRef, dask_cluster: str
 ) -> None:
@@ -86,8 +85,7 @@ def test_a_dask_cluster_of_processes_makes_the_same_bytes(
     assert_same(tmp_path, archive, Dask(address=dask_cluster))
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
+@pytest.mark.full
 def test_a_dask_cluster_of_the_runs_own(tmp_path: Path, archive: ArchiveRef) -> None:
     pytest.importorskip("prefect_dask")
     assert_same(tmp_path, archive, Dask())
@@ -131,10 +129,7 @@ def test_what_storage_refuses_once_is_tried_again(tmp_path: Path, monkeypatch: p
     assert tries(tmp_path) == {"0": 2, "2": 2}
 
 
-SEPARATE = pytest.param(Processes(count=1), marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("runner", [Threads(count=1), SEPARATE], ids=["threads", "processes"])
+@pytest.mark.parametrize("runner", [Threads(count=1), Processes(count=1)], ids=["threads", "processes"])
 def test_wrong_input_is_not_tried_again(tmp_path: Path, runner: Runner) -> None:
     with pytest.raises(InputError, match=r"^the archive is empty$"):
         building(Once(tmp_path, InputError("the archive is empty")), runner)
@@ -153,7 +148,6 @@ class Fails:
         raise RuntimeError("first line\nsecond line")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kill", "said"), [(False, "RuntimeError: first line"), (True, "BrokenProcessPool: ")])
 def test_a_lost_worker_is_one_line(kill: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_shards, "retries", 0)
@@ -218,9 +212,15 @@ def slow(numbers):
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("runner", ["Threads(count=2)", "Processes(count=2)"])
+@pytest.mark.parametrize(
+    ("runner", "number"),
+    [
+        ("Processes(count=2)", signal.SIGKILL),
+        pytest.param("Processes(count=2)", signal.SIGTERM, marks=pytest.mark.full),
+        pytest.param("Threads(count=2)", signal.SIGKILL, marks=pytest.mark.full),
+        pytest.param("Threads(count=2)", signal.SIGTERM, marks=pytest.mark.full),
+    ],
+)
 def test_a_run_that_is_ended_leaves_nothing_behind(
     tmp_path: Path, runner: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,6 @@ def published(latent: int) -> dict[str, tuple[float | None, float, float]]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("latent", [32, 64])
 def test_every_published_size(latent: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     expected, every = published(latent), costs.catalogue

@@ -30,8 +30,6 @@ TRAINING = {"steps": 1_000_000, "checkpoint_every": 1_000_000, "log_every": 5}
 """What is saved is so because the ranks were told to stop."""
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
-pytestmark = pytest.mark.slow
-
 
 class Up:
     """A running `ditflow up`."""
@@ -43,6 +41,12 @@ class Up:
         command = [sys.executable, "-m", "flows.command.main", "up", "--root", str(root), *ports]
         environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
         self.process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def stop(self) -> int:
+        """Ctrl-C, unless it has ended."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        return self.process.wait(180)
 
     def wait_until_up(self) -> str:
         assert self.process.stdout is not None
@@ -125,8 +129,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         assert f"http://127.0.0.1:{running.mlflow}" in printed
         yield running
     finally:
-        running.process.send_signal(signal.SIGINT)
-        running.process.wait(180)
+        running.stop()
 
 
 def test_every_flow_is_deployed_with_a_typed_form(up: Up) -> None:
@@ -147,6 +150,7 @@ def test_every_flow_is_deployed_with_a_typed_form(up: Up) -> None:
     assert deployments["train"]["parameters"]["config"]["steps"] == 1200
 
 
+@pytest.mark.full
 def test_stages_run_on_the_worker_and_a_cancelled_one_ends_its_ranks(up: Up) -> None:
     write_digits(up.root / "digits")
     shard = up.start("shard", archive={"train": str(up.root / "digits" / "held_out")})
@@ -166,6 +170,7 @@ def test_stages_run_on_the_worker_and_a_cancelled_one_ends_its_ranks(up: Up) -> 
     assert step > 0
 
 
+@pytest.mark.full
 def test_a_killed_flow_crashes_and_leaves_no_rank(up: Up) -> None:
     train, ranks = up.training(up.manifest("encode"))
     flow = ranks[0].parent()
@@ -178,6 +183,7 @@ def test_a_killed_flow_crashes_and_leaves_no_rank(up: Up) -> None:
     assert after > before
 
 
+@pytest.mark.full
 def test_a_new_version_starts_its_evaluation(up: Up) -> None:
     event = {
         "id": str(uuid4()),
@@ -236,8 +242,7 @@ def test_the_project_file_names_every_flow_by_a_dotted_module() -> None:
 def test_ctrl_c_ends_everything(up: Up) -> None:
     family = up.family()
     assert len(family) >= 3
-    up.process.send_signal(signal.SIGINT)
-    assert up.process.wait(180) == 130
+    assert up.stop() == 130
     _, alive = psutil.wait_procs(family, timeout=180)
     assert alive == []
     assert servers.is_free(up.api)
@@ -245,8 +250,10 @@ def test_ctrl_c_ends_everything(up: Up) -> None:
     assert not (up.root / servers.SERVERS).exists()
 
 
+@pytest.mark.full
 def test_a_killed_worker_ends_everything(up: Up) -> None:
     """Also the flow that it ran, and its ranks: `up` started again begins in order."""
+    up.stop()
     again = Up(up.root)
     again.wait_until_up()
     run, _ = again.training(again.manifest("encode"))

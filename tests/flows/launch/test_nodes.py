@@ -24,7 +24,7 @@ from flows.launch.spec import LocalLaunch, NodesLaunch
 from storage.latents import LatentManifest
 from storage.tracker import NullTracker
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = pytest.mark.full
 CONFIG = TINY.model_copy(update={"steps": 400, "checkpoint_every": 20, "log_every": 10})
 NODE = """
 import logging, sys

@@ -20,8 +20,7 @@ from storage.errors import InputError
 from storage.latents import LatentManifest
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.distributed,
+    pytest.mark.full,
     pytest.mark.skipif(reason_not_to() is not None, reason=str(reason_not_to())),
 ]
 TWO_NODES = SlurmLaunch(kind="slurm", nodes=2, poll_seconds=0.5)

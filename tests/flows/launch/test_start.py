@@ -111,9 +111,7 @@ def nothing_left() -> Iterator[None]:
     wait_until(lambda: all_gone(set(descendants()) - before))
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_stage_runs_and_reports(
     nproc: int,
     latents: LatentManifest,
@@ -135,8 +133,6 @@ def test_a_stage_runs_and_reports(
     assert losses[-1] == manifest.metrics["final_loss"]
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
 def test_wrong_input_found_by_a_rank_is_the_users_own_line(
     latents: LatentManifest, lines: pytest.LogCaptureFixture, nothing_left: None
 ) -> None:
@@ -150,8 +146,7 @@ def test_wrong_input_found_by_a_rank_is_the_users_own_line(
     assert not any("flows/launch/worker.py" in line for line in lines.messages)  # no traceback for a person's slip
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
+@pytest.mark.full
 def test_a_rank_that_fails_leaves_its_traceback(
     latents: LatentManifest, lines: pytest.LogCaptureFixture, nothing_left: None
 ) -> None:
@@ -164,8 +159,7 @@ def test_a_rank_that_fails_leaves_its_traceback(
     assert any(line.startswith("[rank 0] storage.errors.StorageError: ") for line in lines.messages)
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
+@pytest.mark.full
 def test_a_killed_rank_fails_the_stage(latents: LatentManifest, nothing_left: None) -> None:
     killed: list[int] = []
 
@@ -180,13 +174,15 @@ def test_a_killed_rank_fails_the_stage(latents: LatentManifest, nothing_left: No
     assert all_gone(killed)
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("number", "why"),
     [
         (signal.SIGKILL, r"rank 1 was killed by SIGKILL, perhaps for want of memory"),
-        (signal.SIGTERM, r"told to stop at step \d+; the same command goes on from there"),
+        pytest.param(
+            signal.SIGTERM,
+            r"told to stop at step \d+; the same command goes on from there",
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_a_stage_that_loses_a_rank_starts_again_from_its_checkpoint(
@@ -214,9 +210,7 @@ def test_a_stage_that_loses_a_rank_starts_again_from_its_checkpoint(
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize("who", ["torchrun", "one rank"])
+@pytest.mark.parametrize("who", ["torchrun", pytest.param("one rank", marks=pytest.mark.full)])
 def test_preempted_ranks_save_and_say_so(
     who: str, latents: LatentManifest, lines: pytest.LogCaptureFixture, nothing_left: None
 ) -> None:
@@ -238,8 +232,6 @@ class Cancelled(BaseException):
     """As Prefect cancels a flow."""
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
 def test_a_cancelled_launch_ends_its_ranks_in_order(latents: LatentManifest, nothing_left: None) -> None:
     """They get the time to keep what MLflow, which is away, did not take."""
     others, alive = set(descendants()), list[int]()
@@ -258,8 +250,6 @@ def test_a_cancelled_launch_ends_its_ranks_in_order(latents: LatentManifest, not
     assert steps[:4] == [50, 100, 150, 200]
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
 def test_a_killed_launcher_leaves_no_torchrun_and_no_rank(latents: LatentManifest, tmp_path: Path) -> None:
     spec = tmp_path / "job.json"
     spec.write_text(job(latents, ENDLESS).model_dump_json())
@@ -270,7 +260,7 @@ from flows.launch import start as launcher
 from flows.launch.spec import WorkerSpec
 spec = WorkerSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
 report = lambda *_: print("works", flush=True)
-launcher.run(spec, start.LocalLaunch(nproc=2), progress=report, log=logging.getLogger())
+launcher.run(spec, launcher.LocalLaunch(nproc=2), progress=report, log=logging.getLogger())
 """
     launcher = start(script, spec)
     assert launcher.stdout is not None

@@ -62,7 +62,6 @@ def decide(registry: Registry, version: int, **rule: Any) -> str:
     return consider(registry.client, registry.name, version, PromotionRule(**rule))
 
 
-@pytest.mark.slow
 def test_the_first_version_is_champion(registry: Registry) -> None:
     first = registry.add(10)
     line = decide(registry, first)
@@ -76,7 +75,6 @@ def test_the_first_version_is_champion(registry: Registry) -> None:
     assert record["old_champion"] is None
 
 
-@pytest.mark.slow
 def test_a_gain_must_exceed_the_interval_and_the_rule(registry: Registry) -> None:
     registry.add(10, alias="champion")
     within = registry.add(9)
@@ -101,7 +99,6 @@ def test_a_gain_must_exceed_the_interval_and_the_rule(registry: Registry) -> Non
     assert kept["when"] < promoted["when"]
 
 
-@pytest.mark.slow
 def test_another_metric_and_direction(registry: Registry) -> None:
     registry.add(10, alias="champion")
     version = registry.add(5)
@@ -110,7 +107,6 @@ def test_another_metric_and_direction(registry: Registry) -> None:
     assert "is champion" in decide(registry, version, metric="recall", direction="higher", min_gain=0.05)
 
 
-@pytest.mark.slow
 def test_numbers_under_different_conditions_are_not_compared(registry: Registry) -> None:
     registry.add(10, alias="champion")
     version = registry.add(1, alias="candidate", guidance_scale=4.0, seed=7)
@@ -127,7 +123,6 @@ def test_numbers_under_different_conditions_are_not_compared(registry: Registry)
     assert (record["decision"], record["old_champion"], record["why"]) == ("kept", 1, line)
 
 
-@pytest.mark.slow
 def test_by_hand_with_a_reason(registry: Registry, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     registry.add(10, alias="champion")
     registry.add(9, alias="candidate")
@@ -144,7 +139,6 @@ def test_by_hand_with_a_reason(registry: Registry, capsys: pytest.CaptureFixture
     assert registry.champion == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

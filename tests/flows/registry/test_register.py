@@ -27,7 +27,6 @@ from flows.registry.config import ModelManifest, PromotionRule, RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation
 from storage.manifest import Manifest
 
-pytestmark = pytest.mark.slow
 NAME = "digits"
 
 

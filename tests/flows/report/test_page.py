@@ -217,7 +217,6 @@ def browse(page: str, folder: Path) -> tuple[str, int]:
     return done.stdout, sum(found != "not an origin" for found in initiators)  # which is the browser itself
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
 def test_a_browser_finds_its_sections_and_asks_nobody(made: Made, tmp_path: Path) -> None:
     dom, asked = browse(f"file://{write_page(NAME, made.manifests, made.root)}", tmp_path)

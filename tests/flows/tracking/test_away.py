@@ -40,8 +40,7 @@ def state_of_the_run(address: str) -> str:
     return str(run["state"]["type"])
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
+@pytest.mark.full
 def test_training_goes_on_without_the_prefect_server(
     tmp_path: Path,
     latents: LatentManifest,  # noqa: F811

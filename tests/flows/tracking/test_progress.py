@@ -99,7 +99,6 @@ def artifacts(key: str) -> list[Any]:
         return list(client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key]))))
 
 
-@pytest.mark.slow
 def test_a_killed_prefect_server_does_not_stop_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

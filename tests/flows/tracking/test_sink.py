@@ -94,7 +94,6 @@ def test_steps_from_before_a_restart_are_not_told_twice(
     assert steps(client, run_id, "loss") == list(range(9))
 
 
-@pytest.mark.slow
 def test_a_server_that_is_killed_and_comes_back_has_everything(
     client: MlflowClient, run_id: str, server: MlflowServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -115,7 +114,6 @@ def test_a_server_that_is_killed_and_comes_back_has_everything(
     assert caplog.text.count("records wait") == 1  # not one line a try
 
 
-@pytest.mark.slow
 def test_a_server_that_stays_away_is_brought_up_to_date_later(
     client: MlflowClient, server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: StageOutput
 ) -> None:
