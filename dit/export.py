@@ -13,10 +13,10 @@ from dit.diffusion.config import ProcessConfig
 from dit.models.build import build
 from dit.models.config import ModelConfig
 from dit.vae import VaeRef
-from dit.weights import one_line, read_weights
+from dit.weights import read_weights
 from storage import uri
-from storage.config import Config
-from storage.errors import InputError, StorageError
+from storage.config import Config, problem
+from storage.errors import InputError, StorageError, one_line
 from storage.latents import VaeInfo
 from storage.manifest import FileEntry, Manifest, StageOutput
 
@@ -128,6 +128,4 @@ def _read_card(url: str) -> ModelCard:
     except StorageError as error:
         raise InputError(f"{error}; a trained model is a folder with {MODEL} and weights") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "JSON"
-        raise InputError(f"{uri.redact(uri.join(url, MODEL))}: not a trained model: {where}: {first['msg']}") from error
+        raise InputError(f"{uri.redact(uri.join(url, MODEL))}: not a trained model: {problem(error)}") from error

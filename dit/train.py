@@ -25,7 +25,7 @@ from dit.training.parallelize import Parallel, gathered, shard
 from dit.training.preemption import notice
 from dit.training.sample_grid import Grid
 from dit.training.watch import Measured, Watch
-from storage.config import Config, operational
+from storage.config import Config, operational, problem
 from storage.errors import DitflowError, InputError, PreemptedError
 from storage.latents import LatentManifest
 from storage.manifest import StageOutput
@@ -151,8 +151,7 @@ def model_for(config: TrainConfig, latents: LatentManifest) -> ModelConfig:
     try:
         return config.model.config(Given(channels, side, classes, learn_variance, config.augmentation > 0))
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise InputError(f"train.model: does not fit the latents: {reason}") from error
+        raise InputError(f"train.model: does not fit the latents: {problem(error)}") from error
 
 
 def _card(config: TrainConfig, latents: LatentManifest) -> ModelCard:

@@ -20,10 +20,10 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from dit.pixels import to_bytes, to_unit
-from dit.weights import one_line, read_weights
+from dit.weights import read_weights
 from storage import uri
-from storage.config import Config, operational
-from storage.errors import InputError, StorageError
+from storage.config import Config, operational, problem
+from storage.errors import InputError, StorageError, one_line
 from storage.latents import VaeInfo
 from storage.manifest import json_digest
 
@@ -175,10 +175,8 @@ def _read(ref: VaeRef) -> tuple[bytes, bytes, str, VaeInfo]:
     except StorageError as error:
         raise InputError(f"{error}; name a folder with {CONFIG} and {WEIGHTS}, or a hub id") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "JSON"
         raise InputError(
-            f"{uri.redact(url)}: not the config of an AutoencoderKL or VQModel: {where}: {first['msg']}"
+            f"{uri.redact(url)}: not the config of an AutoencoderKL or VQModel: {problem(error)}"
         ) from error
     weights, sha256 = read_weights(_locate(ref.source, WEIGHTS), ref.sha256)
     return config, weights, fields.class_name, _info(ref.source, sha256, fields)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from storage import uri
-from storage.errors import InputError, StorageError
+from storage.errors import InputError, StorageError, one_line
 
 Network = TypeVar("Network", bound=nn.Module)
 SUFFIXES: Final = (".safetensors", ".pth", ".pt")
@@ -109,9 +109,3 @@ def _tensors(data: bytes, url: str) -> dict[str, Tensor]:
     else:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-
-
-def one_line(error: Exception) -> str:
-    """What a library complains about, cut to its first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,6 +1,5 @@
 """A recipe: everything a pipeline needs to know, in one file."""
 
-import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -19,14 +18,13 @@ from flows.registry.config import RegisterConfig
 from flows.servers import local_home
 from flows.tracking import runs
 from storage.archives.open import ArchiveRef
-from storage.config import Config, operational
+from storage.config import Config, operational, problem
 from storage.errors import InputError
 from storage.manifest import Manifest, json_digest
 from storage.shards.shard import ShardConfig
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 RECIPES = Path(str(files("flows"))) / "recipes"
-PROBLEMS = {"extra_forbidden": "no such key", "union_tag_not_found": "say which with `kind`"}
 
 
 class Recipe(Config):
@@ -148,12 +146,11 @@ def recipe_of(values: dict[str, Any], where: str, overrides: Sequence[str]) -> R
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = _place(first["loc"], values)
+        found = problem(error, values)
         keys = {f"{text.partition('=')[0]}.": text for text in overrides}
-        said = [text for key, text in keys.items() if f"{place}.".startswith(key) or key.startswith(f"{place}.")]
-        problem = PROBLEMS.get(first["type"], first["msg"])
-        raise InputError(f"{f'--set {said[-1]}' if said else where}: {place}: {problem}") from error
+        place = f"{found.place}."
+        said = [text for key, text in keys.items() if place.startswith(key) or key.startswith(place)]
+        raise InputError(f"{f'--set {said[-1]}' if said else where}: {found}") from error
 
 
 def config_alone(kind: type[AnyConfig], stage: str, defaults: dict[str, Any], overrides: Sequence[str]) -> AnyConfig:
@@ -177,8 +174,8 @@ def config_alone(kind: type[AnyConfig], stage: str, defaults: dict[str, Any], ov
     try:
         return kind.model_validate(values[stage])
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"--set {'.'.join([stage, *map(str, first['loc'])])}: {first['msg']}") from error
+        found = problem(error, values[stage])
+        raise InputError(f"--set {'.'.join(filter(None, (stage, found.place)))}: {found.message}") from error
 
 
 def parse_override(text: str) -> tuple[str, Any, str]:
@@ -205,18 +202,6 @@ def put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
         if not isinstance(values, dict):
             raise InputError(f"{where}: {parent} is a value, nothing lies below it")
     values[last] = value
-
-
-def _place(loc: tuple[str | int, ...], values: Any) -> str:
-    """Where in the file an error is: the parts that name a branch of a union are no keys."""
-    parts: list[str] = []
-    for part in loc:
-        inside = values if isinstance(values, dict) else {}
-        if re.match(r"[A-Z]|\w+\[", str(part)) or (part == inside.get("kind", "local") and part not in inside):
-            continue
-        parts.append(str(part))
-        values = inside.get(part)
-    return ".".join(parts)
 
 
 def _text(path: Path) -> str:

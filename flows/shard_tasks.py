@@ -15,7 +15,7 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.children import die_with_parent
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, one_line
 from storage.shards.runners import Dask, Processes, Ray, Runner, Threads
 from storage.shards.shard import Build, Built, Spread
 
@@ -69,8 +69,7 @@ def _result(future: PrefectFuture[Built]) -> Built:
     except DitflowError:
         raise
     except Exception as error:  # a worker that was killed is reported by each runner in its own way
-        reason = (str(error) or "no reason given").partition("\n")[0]
-        raise TaskError(f"shard: a task failed or lost its worker: {type(error).__name__}: {reason}") from error
+        raise TaskError(f"shard: a task failed or lost its worker: {one_line(error)}") from error
 
 
 @contextmanager
@@ -81,8 +80,7 @@ def _started(runner: Runner) -> Iterator[TaskRunner[Any]]:
             stack.enter_context(made)
             getattr(made, "client", None)  # Dask's connects when it is first asked for
         except Exception as error:  # what a cluster says is not of one kind
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"shard.runner: {runner.kind} cannot be used: {reason}") from error
+            raise InputError(f"shard.runner: {runner.kind} cannot be used: {one_line(error)}") from error
         yield made
 
 

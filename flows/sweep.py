@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from flows.recipe import Recipe, put, read_values, recipe_of
-from storage.config import Config
+from storage.config import Config, problem
 from storage.errors import InputError
 
 
@@ -42,8 +42,7 @@ def load_recipes(name: str, overrides: Sequence[str] = (), root: str = "runs") -
     try:
         sweep = Sweep.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise InputError(f"{where}: {problem(error, values)}") from error
     base, _ = read_values(sweep.base, root)
     return [_variant(sweep, deepcopy(base), chosen, where, overrides) for chosen in product(*sweep.vary.values())]
 

@@ -1,9 +1,12 @@
 """The base of every config: frozen, strict, and with an identity that names what a stage makes."""
 
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+_MESSAGES = {"extra_forbidden": "no such key", "union_tag_not_found": "say which with `kind`"}
 
 
 class Config(BaseModel):
@@ -31,6 +34,41 @@ def operational(default: Any = ..., **kwargs: Any) -> Any:
     """
     extra: dict[str, Any] | Callable[..., None] = {"operational": True}
     return Field(default, json_schema_extra=extra, **kwargs)
+
+
+class Problem(NamedTuple):
+    """What is wrong with some values, and where; as a text one line."""
+
+    place: str
+    """The dotted key; empty for the values as a whole."""
+    message: str
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, self))
+
+
+def problem(error: ValidationError, values: Any = None) -> Problem:
+    """The first problem that pydantic found.
+
+    Args:
+        error: what pydantic raised.
+        values: what it refused, to tell a key from the name of a union's branch.
+    """
+    first = error.errors(include_url=False)[0]
+    message = _MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))
+    return Problem(_place(first["loc"], values), message)
+
+
+def _place(loc: tuple[str | int, ...], values: Any) -> str:
+    """The dotted key of an error: parts that name a branch of a union are no keys."""
+    parts: list[str] = []
+    for part in loc:
+        inside = values if isinstance(values, dict) else {}
+        if re.match(r"[A-Z]|\w+\[", str(part)) or (part == inside.get("kind", "local") and part not in inside):
+            continue
+        parts.append(str(part))
+        values = inside.get(part)
+    return ".".join(parts)
 
 
 def _identity(value: Any) -> Any:

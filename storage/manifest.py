@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from storage import uri
-from storage.config import Config
+from storage.config import Config, problem
 from storage.errors import InputError, StorageError
 from storage.parallel import threads
 
@@ -139,9 +139,7 @@ class Manifest(Header):
         except StorageError as error:
             raise InputError(f"{uri.redact(folder)}: no committed manifest there ({error})") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            text = f"{uri.redact(folder)}: not a stage manifest: {where}: {first['msg']}"
+            text = f"{uri.redact(folder)}: not a stage manifest: {problem(error)}"
             raise InputError(f"{text}; delete {MANIFEST} there and run the stage again") from error
         manifest._uri = uri.absolute(folder)
         return manifest

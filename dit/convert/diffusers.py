@@ -13,6 +13,7 @@ from torch import Tensor
 from dit.convert.pretrained import fitted, validated
 from dit.models.config import DiTConfig
 from dit.models.layers import NORM_EPS, grid_sinusoid
+from storage.config import problem
 from storage.errors import InputError
 
 CONFIG: Final = "config.json"
@@ -144,9 +145,7 @@ def _config(data: bytes, where: str) -> DiTConfig:
     try:
         fields = Fields.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "JSON"
-        raise InputError(f"{where}: {CONFIG} is not that of a DiT: {place}: {first['msg']}") from error
+        raise InputError(f"{where}: {CONFIG} is not that of a DiT: {problem(error)}") from error
     outputs = fields.out_channels or fields.in_channels
     if outputs not in (fields.in_channels, 2 * fields.in_channels):
         raise InputError(f"{where}: out_channels {outputs} is neither in_channels nor twice as many")

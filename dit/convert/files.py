@@ -12,9 +12,8 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit.weights import one_line
 from storage import uri
-from storage.errors import InputError, StorageError
+from storage.errors import InputError, StorageError, one_line
 
 SAFETENSORS: Final = ".safetensors"
 PICKLES: Final = (".pt", ".pth", ".ckpt", ".bin")

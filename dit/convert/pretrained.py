@@ -14,6 +14,7 @@ from dit.diffusion.config import DiffusionConfig
 from dit.models.config import SIZES, DiTConfig
 from dit.models.dit import DiT
 from dit.models.layers import grid_sinusoid
+from storage.config import problem
 from storage.errors import InputError
 from storage.latents import VaeInfo
 
@@ -92,8 +93,7 @@ def validated(fields: Mapping[str, object], where: str) -> DiTConfig:
     try:
         return DiTConfig.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{where}: not a DiT: {' '.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise InputError(f"{where}: not a DiT: {problem(error)}") from error
 
 
 def fitted(config: DiTConfig, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -8,9 +8,8 @@ from dit.convert.pretrained import LAYOUT, Pretrained, fitted, infer
 from dit.diffusion.config import DiffusionConfig
 from dit.export import MODEL, load
 from dit.models.config import DiTConfig
-from dit.weights import one_line
 from storage import uri
-from storage.errors import InputError, StorageError
+from storage.errors import InputError, StorageError, one_line
 
 PIPELINE = "model_index.json"
 TRANSFORMER = "transformer"

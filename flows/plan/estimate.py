@@ -27,6 +27,7 @@ from flows.plan.table import Copy, Line, Plan
 from flows.recipe import Recipe
 from storage import records, uri
 from storage.archives.open import Archive, open_archive
+from storage.config import problem
 from storage.errors import InputError
 from storage.latents import VaeInfo, latent_layout, pixel_layout
 from storage.manifest import Manifest, StageOutput
@@ -93,8 +94,7 @@ def read_rates(path: str | None) -> Rates:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"--rates {path}: cannot be read ({' '.join(str(error).split())})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"--rates {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise InputError(f"--rates {path}: {problem(error)}") from error
 
 
 class _Known:
@@ -127,8 +127,7 @@ class _Known:
             given = Given(channels, side, len(self.train.class_names), learns, train.augmentation > 0)
             return train.model.config(given)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise InputError(f"train.model: does not fit the latents: {reason}") from error
+            raise InputError(f"train.model: does not fit the latents: {problem(error)}") from error
 
     @cached_property
     def cost(self) -> Cost:

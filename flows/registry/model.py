@@ -21,6 +21,7 @@ from dit.devices import device
 from dit.export import weights_file
 from dit.sample import SampleConfig, check_process, draw
 from dit.vae import VaeRef, load_vae
+from storage.config import problem
 from storage.errors import InputError
 from storage.images.grid import image_grid
 
@@ -55,9 +56,8 @@ class Generator(PythonModel):
         try:
             pngs = [_base64(image) for image in self._images(model_input["label"].to_numpy(), params or {})]
         except (InputError, ValidationError) as error:
-            first = error.errors()[0] if isinstance(error, ValidationError) else None
-            said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
-            raise MlflowException(said, INVALID_PARAMETER_VALUE) from error
+            said = problem(error) if isinstance(error, ValidationError) else error
+            raise MlflowException(str(said), INVALID_PARAMETER_VALUE) from error
         return pd.DataFrame({"png_base64": pngs})
 
     def _images(self, asked: NDArray[np.int64], params: dict[str, Any]) -> Iterator[NDArray[np.uint8]]:

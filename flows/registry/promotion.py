@@ -17,10 +17,9 @@ from pydantic import ValidationError
 from dit.metrics.comparison import Estimate, Gain, differing, gain
 from flows.registry.config import CANDIDATE, CHAMPION, PromotionRule
 from flows.tracking.runs import tracking_uri
-from flows.tracking.sink import one_line
 from storage import uri
 from storage.config import Config
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, one_line
 
 EVALUATION_TAG = "ditflow.evaluation"
 PROMOTION_TAG = "ditflow.promotion"

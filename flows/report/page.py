@@ -16,8 +16,9 @@ from dit.sample import PICTURE, SampleManifest
 from flows.report import guidance
 from flows.report.html import HEAD, figure, paragraph, section, strips, table
 from flows.tracking import runs
-from flows.tracking.sink import log_file, one_line
+from flows.tracking.sink import log_file
 from storage import uri
+from storage.errors import one_line
 from storage.manifest import Manifest, json_digest, short_digest
 from storage.tracker import NullTracker
 

@@ -16,10 +16,10 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 
 from flows.servers import local_home
-from flows.tracking.sink import UNSENT, log_file, log_records, one_line, read_unsent
+from flows.tracking.sink import UNSENT, log_file, log_records, read_unsent
 from flows.tracking.spec import TrackingSpec
 from storage import uri
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, one_line
 from storage.manifest import Header, Manifest, StageOutput
 
 LOGGER = logging.getLogger(__name__)

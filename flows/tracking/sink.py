@@ -6,7 +6,6 @@ everything and tries again, and what it still holds at the end is written beside
 
 import json
 import logging
-import re
 import tempfile
 import threading
 import time
@@ -18,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from storage import uri
+from storage.errors import one_line
 from storage.manifest import StageOutput
 
 LOGGER = logging.getLogger(__name__)
@@ -166,12 +166,6 @@ def log_file(client: MlflowClient, run_id: str, name: str, data: bytes) -> None:
         path = Path(folder) / Path(name).name
         path.write_bytes(data)
         client.log_artifact(run_id, str(path))
-
-
-def one_line(error: Exception) -> str:
-    """What MLflow complains about, in one line without passwords, fit for a log."""
-    lines = str(error).strip().splitlines()
-    return re.sub(r"://[^/\s]*@", "://", f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
 
 
 def _as_json(item: Record) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def test_a_pickle_is_never_opened(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("", "JSON"), ("{}", "model"), ('{"model": {"kind": "unet"}}', "model: Input tag 'unet'")]
+    ("text", "reason"), [("", "Invalid"), ("{}", "model"), ('{"model": {"kind": "unet"}}', "model: Input tag 'unet'")]
 )
 def test_a_broken_card_names_the_field(folder: Path, text: str, reason: str) -> None:
     (folder / MODEL).write_text(text)

@@ -146,7 +146,7 @@ def test_broken_folders_are_refused(folder: Path) -> None:
 
 def test_config_that_is_no_json(folder: Path) -> None:
     (folder / CONFIG).write_text("{")
-    assert f"{CONFIG} is not that of a DiT: JSON" in refusal(folder)
+    assert f"{CONFIG} is not that of a DiT: Invalid JSON" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from faults import MlflowServer, dead_address, wait_until
 from mlflow import MlflowClient
 
 from flows.tracking import runs, sink
-from flows.tracking.sink import UNSENT, MlflowSink, StageTracker, one_line, read_unsent
+from flows.tracking.sink import UNSENT, MlflowSink, StageTracker, read_unsent
 from storage.config import Config
 from storage.manifest import Manifest, StageOutput, stage_output
 from storage.tracker import publish
@@ -185,10 +185,3 @@ def test_ranks_without_a_sink_say_nothing(output: StageOutput) -> None:
     tracker.progress(1, 2, "steps")
     tracker.close(output)
     assert not Path(output.uri).exists()
-
-
-def test_errors_are_one_line_without_passwords() -> None:
-    assert one_line(ValueError()) == "ValueError"
-    assert one_line(ValueError("\n")) == "ValueError"
-    told = one_line(OSError("\nAPI request to http://me:secret@host:5000/api failed? yes\nand more"))
-    assert told == "OSError: API request to http://host:5000/api failed? yes"
