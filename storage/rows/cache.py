@@ -1,4 +1,4 @@
-"""What this machine keeps for itself: a folder that its processes share, one at work while the others wait."""
+"""The cache of this machine: a folder that its processes share under file locks."""
 
 import logging
 import os
@@ -15,47 +15,47 @@ from storage.manifest import FileEntry, Manifest, json_digest, short_digest
 
 LOGGER = logging.getLogger(__name__)
 
-SECONDS_BETWEEN = 5.0
-"""Between two words of progress."""
+LOG_SECONDS = 5.0
+"""Seconds between two log lines of progress."""
 
 
 def root() -> Path:
-    """The folder of all that this machine keeps: ``$XDG_CACHE_HOME/ditflow`` or ``~/.cache/ditflow``."""
+    """The default cache folder: ``$XDG_CACHE_HOME/ditflow`` or ``~/.cache/ditflow``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditflow"
 
 
-def place(cache: Path | None, kind: str, key: object) -> Path:
-    """Where something of that kind is kept, named by the hash of a JSON value.
+def entry_path(cache: Path | None, kind: str, key: object) -> Path:
+    """The path of a cache entry, named by the hash of its key.
 
     Args:
-        cache: folder; `root` by default.
-        kind: such as ``staged``.
-        key: what it depends on.
+        cache: the cache folder; `root` by default.
+        kind: folder of entries of the same kind, such as ``staged``.
+        key: JSON value of all that the entry depends on.
     """
     return (cache or root()) / kind / short_digest(json_digest(key))
 
 
-def content(files: Sequence[FileEntry]) -> list[list[str]]:
-    """What objects hold, as part of a key."""
+def content_key(files: Sequence[FileEntry]) -> list[list[str]]:
+    """Paths and hashes of objects, as part of a key."""
     return [[entry.path, entry.sha256] for entry in files]
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Alone among the processes of this machine, for the length of the block. The system frees a dead one's lock.
+    """Hold a lock against the other processes of this machine. The system frees the lock of a killed process.
 
     Args:
-        path: what they share; the lock lies beside it.
+        path: the cache entry that is locked; the lock file lies beside it.
 
     Raises:
-        StorageError: the cache cannot be written.
+        StorageError: the cache folder is not writable.
     """
     lock = path.with_name(f"{path.name}.lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = lock.open("ab")
     except OSError as error:
-        raise StorageError(f"{lock}: cannot be written ({error}); set XDG_CACHE_HOME to a folder that can") from error
+        raise StorageError(f"{lock}: cannot be written ({error}); set XDG_CACHE_HOME to a writable folder") from error
     with file:
         if sys.platform != "win32":
             import fcntl
@@ -63,33 +63,33 @@ def locked(path: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                LOGGER.info("waiting for another process that prepares %s", path)
+                LOGGER.info("waiting for another process that is preparing %s", path)
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 class Progress:
-    """Says how far a long work on a store is, every few seconds, and nothing about a short one.
+    """Logs the progress of a task that reads a store every `LOG_SECONDS`; a shorter task logs nothing.
 
     Args:
-        doing: such as ``checking``.
-        manifest: of the store.
-        total: bytes to go through.
+        task: such as ``checking``.
+        manifest: the store's manifest.
+        total: bytes to process.
     """
 
-    def __init__(self, doing: str, manifest: Manifest, total: int) -> None:
-        self._what, self._total, self._done = f"{doing} {uri.redact(manifest.uri)}", total, 0
-        self._lock, self._told = Lock(), time.monotonic()
+    def __init__(self, task: str, manifest: Manifest, total: int) -> None:
+        self._task, self._total, self._done = f"{task} {uri.redact(manifest.uri)}", total, 0
+        self._lock, self._last_log = Lock(), time.monotonic()
 
     def add(self, count: int) -> None:
-        """So many bytes more are done; any thread may say so."""
+        """Count more bytes as processed; any thread may call."""
         with self._lock:
             self._done += count
-            if time.monotonic() - self._told >= SECONDS_BETWEEN:
-                self._told = time.monotonic()
-                LOGGER.info("%s: %s of %s", self._what, gigabytes(self._done), gigabytes(self._total))
+            if time.monotonic() - self._last_log >= LOG_SECONDS:
+                self._last_log = time.monotonic()
+                LOGGER.info("%s: %s of %s", self._task, gigabytes(self._done), gigabytes(self._total))
 
 
 def gigabytes(count: int) -> str:
-    """A number of bytes for people."""
+    """A number of bytes as text, in GB."""
     return f"{count / 1e9:,.2f} GB"

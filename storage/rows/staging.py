@@ -1,8 +1,8 @@
-"""A store of elsewhere as flat files of this machine: one an array, its rows one after the other.
+"""A local copy of a remote store: one flat file an array, of the array's rows in order.
 
-Each object is compared with its hash while it is in memory and put where its rows belong. What is
-there is kept in a journal, so a staging that was killed goes on where it was. The copy is named by
-what it holds: stores with the same bytes share it, and so do the processes of this machine.
+Each object is checked against its hash in memory, and its rows are written to their place in the
+file. A journal lists the objects that are copied, so a killed copy resumes. The copy is named by the
+hashes of its objects, so stores of the same bytes share it, and so do the processes of this machine.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from storage import uri
 from storage.errors import StorageError
-from storage.manifest import FileEntry, Manifest
+from storage.manifest import Manifest
 from storage.parallel import threads
 from storage.rows import cache
 from storage.rows.format import StoredArray, data_files
@@ -23,41 +23,37 @@ from storage.rows.mapped import FlatRows, mapped
 DONE = "staged.json"
 JOURNAL = "journal"
 WORKERS = 8
-"""Objects in memory at a time."""
+"""Objects that are copied at a time, each in memory."""
 
 Arrays = Mapping[str, StoredArray]
 
 
 def staged(manifest: Manifest, arrays: Arrays, folder: Path | None = None) -> dict[str, FlatRows]:
-    """The arrays of a store as local copies, made now if they are not there.
+    """The arrays of a store from a local copy, which is made first if needed.
 
     Args:
-        manifest: of the store.
-        arrays: by name.
-        folder: of the cache, as `cache.place`.
+        manifest: the store's manifest.
+        arrays: the store's arrays by name.
+        folder: the cache folder, as `cache.entry_path`.
 
     Raises:
         StorageError: an object is missing or damaged, or the disk has no room; the line names it.
     """
-    files = data_files(manifest)
-    copy = cache.place(folder, "staged", cache.content(files))
-    with cache.locked(copy):
-        if not _whole(copy, arrays):
-            _Staging(manifest, arrays, files, copy).run()
-    return {name: FlatRows(stored, mapped(_flat(copy, name))) for name, stored in arrays.items()}
+    staging = _staging(manifest, arrays, folder)
+    with cache.locked(staging.copy):
+        if not _is_complete(staging.copy, arrays):
+            staging.run()
+    return {name: FlatRows(stored, mapped(_flat(staging.copy, name))) for name, stored in arrays.items()}
 
 
 def to_copy(manifest: Manifest, arrays: Arrays, folder: Path | None = None) -> int:
-    """Bytes that `staged` has still to copy.
+    """Bytes that `staged` has still to copy; the arguments are those of `staged`."""
+    return _bytes_of(_staging(manifest, arrays, folder).missing())
 
-    Args:
-        manifest: as of `staged`.
-        arrays: as of `staged`.
-        folder: as of `staged`.
-    """
-    files = data_files(manifest)
-    copy = cache.place(folder, "staged", cache.content(files))
-    return sum(_length(*item) for item in _Staging(manifest, arrays, files, copy).missing())
+
+def _staging(manifest: Manifest, arrays: Arrays, folder: Path | None) -> "_Staging":
+    copy = cache.entry_path(folder, "staged", cache.content_key(data_files(manifest)))
+    return _Staging(manifest, arrays, copy)
 
 
 def _flat(copy: Path, name: str) -> Path:
@@ -68,8 +64,8 @@ def _versions(copy: Path, arrays: Arrays) -> dict[str, dict[str, str] | None]:
     return {name: uri.version(str(_flat(copy, name))) for name in arrays}
 
 
-def _whole(copy: Path, arrays: Arrays) -> bool:
-    """Whether the copy is complete and its files are as they were then. One that was changed is removed."""
+def _is_complete(copy: Path, arrays: Arrays) -> bool:
+    """Whether the copy was completed and its files have not changed since. A changed copy is removed."""
     done = copy / DONE
     if not done.exists():
         return False
@@ -81,50 +77,49 @@ def _whole(copy: Path, arrays: Arrays) -> bool:
 
 
 class _Staging:
-    """One copy in the making."""
+    """The work of making one copy."""
 
-    def __init__(self, manifest: Manifest, arrays: Arrays, files: list[FileEntry], copy: Path) -> None:
-        self._manifest, self._arrays, self._copy = manifest, arrays, copy
-        self._sizes = {entry.path: entry.size for entry in files}
-        self._journal = copy / JOURNAL
+    def __init__(self, manifest: Manifest, arrays: Arrays, copy: Path) -> None:
+        self.copy = copy
+        self._manifest, self._arrays, self._journal = manifest, arrays, copy / JOURNAL
 
     def run(self) -> None:
-        """Copy what is missing, and commit."""
+        """Copy the missing objects, and commit the copy."""
         missing = self.missing()
         self._check_room(missing)
         self._prepare()
-        self._progress = cache.Progress("copying", self._manifest, sum(_length(*item) for item in missing))
+        self._progress = cache.Progress("copying", self._manifest, _bytes_of(missing))
         with threads(WORKERS) as pool:
             list(pool.map(lambda item: self._fetch(*item), missing))
-        uri.write(str(self._copy / DONE), json.dumps(_versions(self._copy, self._arrays)).encode())
+        uri.write(str(self.copy / DONE), json.dumps(_versions(self.copy, self._arrays)).encode())
 
     def missing(self) -> list[tuple[StoredArray, int]]:
         """The objects that are not copied yet."""
         objects = [(stored, number) for stored in self._arrays.values() for number in range(stored.objects)]
-        there = self._there()
-        return [(stored, number) for stored, number in objects if stored.path(number) not in there]
+        copied = self._copied()
+        return [(stored, number) for stored, number in objects if stored.path(number) not in copied]
 
-    def _there(self) -> set[str]:
-        """The objects that are copied already."""
-        flat = [(_flat(self._copy, name), stored.data_bytes) for name, stored in self._arrays.items()]
+    def _copied(self) -> set[str]:
+        """The paths of the objects that are copied already."""
+        flat = [(_flat(self.copy, name), stored.data_bytes) for name, stored in self._arrays.items()]
         if not self._journal.exists() or any(uri.size(str(path)) != size for path, size in flat):
             return set()
         return set(self._journal.read_text().splitlines())
 
     def _check_room(self, missing: list[tuple[StoredArray, int]]) -> None:
-        needed = sum(_length(*item) for item in missing)
-        free = shutil.disk_usage(self._copy.parent).free
+        needed = _bytes_of(missing)
+        free = shutil.disk_usage(self.copy.parent).free
         if needed > free:
             raise StorageError(
-                f"{self._copy}: no room for a copy of {uri.redact(self._manifest.uri)}: "
+                f"{self.copy}: no room for a copy of {uri.redact(self._manifest.uri)}: "
                 f"{cache.gigabytes(needed)} needed, {cache.gigabytes(free)} free; make room, set XDG_CACHE_HOME "
                 "to a folder on a larger disk, or train with order: pooled and reading: streamed"
             )
 
     def _prepare(self) -> None:
-        self._copy.mkdir(exist_ok=True)
+        self.copy.mkdir(exist_ok=True)
         for name, stored in self._arrays.items():
-            with _flat(self._copy, name).open("ab") as file:
+            with _flat(self.copy, name).open("ab") as file:
                 file.truncate(stored.data_bytes)
 
     def _fetch(self, stored: StoredArray, number: int) -> None:
@@ -133,19 +128,19 @@ class _Staging:
         first, _ = stored.rows(number)
         axis0 = number % (stored.splits or 1)
         try:
-            with _flat(self._copy, stored.name).open("r+b") as file:
+            with _flat(self.copy, stored.name).open("r+b") as file:
                 file.seek((axis0 * stored.shape[0] + first) * stored.row_bytes)
                 file.write(rows)
                 file.flush()
-                os.fsync(file.fileno())  # before the journal says so
+                os.fsync(file.fileno())  # on the disk before the journal lists it
             with self._journal.open("a") as journal:
                 journal.write(f"{path}\n")
         except OSError as error:
-            raise StorageError(f"{self._copy}: cannot be written ({error}); run the same command again") from error
+            raise StorageError(f"{self.copy}: cannot be written ({error}); run the same command again") from error
         self._progress.add(len(rows))
 
 
-def _length(stored: StoredArray, number: int) -> int:
-    """Bytes of an object's rows."""
-    start, stop = stored.rows(number)
-    return (stop - start) * stored.row_bytes
+def _bytes_of(objects: list[tuple[StoredArray, int]]) -> int:
+    """Bytes of the rows of objects."""
+    bounds = [(stored, stored.rows(number)) for stored, number in objects]
+    return sum((stop - start) * stored.row_bytes for stored, (start, stop) in bounds)

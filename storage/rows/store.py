@@ -1,11 +1,11 @@
-"""Arrays that grow block by block and are read row by row: a zarr v3 group, for latents and samples.
+"""Row stores: zarr v3 groups that are written block by block and read row by row, for latents and samples.
 
-A block of rows is the unit of work: its shard objects are built in memory, put whole and committed
-by a record. Chunks are not compressed, so a reader copies rows straight out of them; each inner
-chunk carries its crc32c.
+A block of rows is the unit of work: its shard objects are built in memory, written whole and committed
+by a record. Chunks are not compressed, so a reader copies rows directly out of them; each inner chunk
+is followed by its crc32c.
 """
 
-# N = rows, B = rows asked for, F = first axis of a row, when it is split (flips)
+# N = rows, F = length of the first axis of a row, if that axis is split (flips), B = rows asked for
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from storage.parallel import threads
 from storage.rows.format import CRC_BYTES, DATA, INDEX_ENTRY_BYTES, StoredArray, data_files, stored_arrays
 from storage.rows.mapped import FlatRows, ShardRows, allow_open_files
 from storage.rows.staging import staged
-from storage.rows.streaming import StreamedRows, whole
+from storage.rows.streaming import StreamedRows, loaded
 from storage.rows.trust import trust
 from storage.tracker import Tracker
 
@@ -37,26 +37,26 @@ class ArraySpec:
 
     name: str
     dtype: str
-    """A NumPy name, such as ``float16``. What was never written reads as NaN, -1 or, unsigned, 0."""
+    """A NumPy name, such as ``float16``. Values that were never written read as NaN, -1 or, if unsigned, 0."""
     shape: tuple[int, ...]
     """Shape of one row."""
     chunk_rows: int
     """Rows of an inner chunk, the unit of the checksum."""
     split_axis0: bool = False
-    """Each index of a row's first axis gets shard objects of its own."""
+    """Whether each index of a row's first axis has shard objects of its own."""
 
     def chunk(self, rows: int) -> tuple[int, ...]:
-        """The shape of a piece of that many rows."""
+        """The shape of a chunk or shard of that many rows."""
         return (rows, 1, *self.shape[1:]) if self.split_axis0 else (rows, *self.shape)
 
     @property
-    def pieces(self) -> int:
-        """Shard objects in a block."""
+    def objects_per_block(self) -> int:
+        """Shard objects of this array in a block."""
         return self.shape[0] if self.split_axis0 else 1
 
     @property
     def fill(self) -> float:
-        """What was never written reads as this."""
+        """The value of what was never written."""
         return {"f": float("nan"), "i": -1}.get(np.dtype(self.dtype).kind, 0)
 
 
@@ -77,43 +77,43 @@ class RowLayout:
     def __post_init__(self) -> None:
         for spec in self.arrays:
             if spec.chunk_rows < 1 or self.block_rows < 1 or self.block_rows % spec.chunk_rows:
-                raise InputError(f"a block of {self.block_rows} rows is not made of whole chunks of {spec.chunk_rows}")
+                raise InputError(f"block_rows = {self.block_rows} is not a multiple of chunk_rows = {spec.chunk_rows}")
 
     @property
     def blocks(self) -> int:
-        """How many blocks."""
+        """Number of blocks."""
         return -(-self.rows // self.block_rows)
 
     @property
     def objects(self) -> int:
-        """How many shard objects the store has when it is whole."""
-        return self.blocks * sum(spec.pieces for spec in self.arrays)
+        """Number of shard objects of the complete store."""
+        return self.blocks * sum(spec.objects_per_block for spec in self.arrays)
 
     @property
     def size(self) -> int:
-        """Bytes of all those objects."""
+        """Bytes of all shard objects."""
         return sum(self._size(spec) for spec in self.arrays)
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of all rows, without checksums and indexes."""
+        """Bytes of all rows, without checksums and shard indexes."""
         return self.rows * sum(prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in self.arrays)
 
     def _size(self, spec: ArraySpec) -> int:
-        whole, rest = divmod(self.rows, self.block_rows)
-        chunks = whole * (self.block_rows // spec.chunk_rows) + -(-rest // spec.chunk_rows)
+        full_blocks, rest = divmod(self.rows, self.block_rows)
+        chunks = full_blocks * (self.block_rows // spec.chunk_rows) + -(-rest // spec.chunk_rows)
         chunk = prod(spec.chunk(spec.chunk_rows)) * np.dtype(spec.dtype).itemsize + CRC_BYTES
         index = INDEX_ENTRY_BYTES * (self.block_rows // spec.chunk_rows) + CRC_BYTES
-        return spec.pieces * (chunks * chunk + self.blocks * index)
+        return spec.objects_per_block * (chunks * chunk + self.blocks * index)
 
 
 class RowWriter:
-    """Writes a store in ``data`` below a stage's folder, in any order, from any number of processes.
+    """Writes a store to ``data`` below a stage's folder, in any order, from any number of processes.
 
     Args:
-        out: the stage's folder.
-        layout: the arrays.
-        attributes: JSON values kept with the group.
+        out: the stage's output.
+        layout: the arrays and blocks.
+        attributes: JSON values, written as the group's attributes.
     """
 
     def __init__(self, out: StageOutput, layout: RowLayout, attributes: Mapping[str, Any]) -> None:
@@ -123,28 +123,27 @@ class RowWriter:
         """The blocks that are not committed yet.
 
         Raises:
-            StorageError: a record is there and cannot be read.
+            StorageError: a record exists and cannot be read.
         """
+        paths = map(_record, range(self._layout.blocks))
         with threads(16) as pool:
-            found = pool.map(
-                lambda block: records.load(self._out, _record(block), records.Record), range(self._layout.blocks)
-            )
-            return [block for block, record in enumerate(found) if record is None]
+            committed = pool.map(lambda path: records.load(self._out, path, records.Record), paths)
+            return [block for block, record in enumerate(committed) if record is None]
 
     def bounds(self, block: int) -> tuple[int, int]:
-        """The first row of a block and the row after its last."""
+        """First row of a block, and the row after its last."""
         start = block * self._layout.block_rows
         return start, min(start + self._layout.block_rows, self._layout.rows)
 
     def write(self, block: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Put the objects of one block and commit them.
+        """Write the objects of one block and commit them.
 
         Args:
-            block: its number.
+            block: number of the block.
             arrays: by name, (rows of the block, *shape) of the layout's dtype.
 
         Raises:
-            ValueError: the arrays are not those of the layout.
+            ValueError: names, shapes or dtypes are not those of the layout.
             StorageError: the disk is full, the store refuses, or another run committed this block.
         """
         start, stop = self.bounds(block)
@@ -158,7 +157,7 @@ class RowWriter:
         records.commit(self._out, _record(block), records.Record(files=files), replace=replace)
 
     def finish(self) -> list[FileEntry]:
-        """Check every record against its objects, write the metadata, and describe all files for the manifest.
+        """Check every record against its objects, write the metadata, and list all files for the manifest.
 
         Raises:
             StorageError: a block is not committed.
@@ -166,27 +165,27 @@ class RowWriter:
         done = records.sealed(self._out, [_record(block) for block in range(self._layout.blocks)], records.Record)
         metadata: dict[str, Any] = {}
         _create(self._layout, self._attributes, metadata)
-        described = [self._out.put(f"{DATA}/{key}", value.to_bytes()) for key, value in metadata.items()]
-        return [*described, *(entry for _, entry in done), *(file for record, _ in done for file in record.files)]
+        written = [self._out.put(f"{DATA}/{key}", value.to_bytes()) for key, value in metadata.items()]
+        return [*written, *(entry for _, entry in done), *(file for record, _ in done for file in record.files)]
 
     def _check(self, rows: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        wanted = {spec.name: (np.dtype(spec.dtype), (rows, *spec.shape)) for spec in self._layout.arrays}
+        expected = {spec.name: (np.dtype(spec.dtype), (rows, *spec.shape)) for spec in self._layout.arrays}
         given = {name: (values.dtype, values.shape) for name, values in arrays.items()}
-        if wanted != given:
-            raise ValueError(f"the block needs the arrays {wanted}, not {given}")
+        if given != expected:
+            raise ValueError(f"the block needs the arrays {expected}, not {given}")
 
 
 def gathered(
     parts: Iterable[Mapping[str, NDArray[Any]]], tracker: Tracker, *, start: int, total: int, unit: str
 ) -> dict[str, NDArray[Any]]:
-    """The arrays of a block from its batches, at least one, each told to the tracker as it comes.
+    """The arrays of a block, concatenated from its batches; progress is reported after each batch.
 
     Args:
-        parts: arrays of the same names, one after the other along the rows.
-        tracker: learns how many rows of the store there are.
-        start: first row of the block.
+        parts: the batches, at least one; arrays of the same names, in the order of the rows.
+        tracker: receives the progress.
+        start: rows of the store that are done before this block.
         total: rows of the store.
-        unit: what a row is.
+        unit: what a row is, such as ``images``.
     """
     done = list[Mapping[str, NDArray[Any]]]()
     for part in parts:
@@ -197,16 +196,16 @@ def gathered(
 
 
 class RowReader:
-    """Random access to the rows of a committed store, which is compared with its hashes first.
+    """Random access to the rows of a committed store, whose objects are checked against their hashes first.
 
-    A local store is read where it lies. Any other is copied to this machine, or streamed.
+    A local store is read in place. A remote one is copied to this machine, or streamed.
 
     Args:
-        manifest: of the stage that wrote the store.
-        cache: folder of what this machine keeps: copies, and what was found whole;
+        manifest: manifest of the stage that wrote the store.
+        cache: folder for copies and for the versions of checked objects;
             ``$XDG_CACHE_HOME/ditflow`` or ``~/.cache/ditflow`` by default.
-        streamed: make no copy; fetch the chunks that rows lie in. The store is read once, whole, to
-            be sure of it.
+        streamed: make no copy, and fetch only the chunks that are asked for. On the first start the
+            whole store is read once to check it.
 
     Raises:
         StorageError: an object is missing or damaged, or the disk has no room for a copy; the line
@@ -239,7 +238,7 @@ class RowReader:
         return self._stored[name].chunk_rows
 
     def expect(self, name: str, indices: NDArray[np.int64], axis0: NDArray[np.int64] | None = None) -> None:
-        """Say which rows will be taken next and that no others will: if streamed, they are fetched meanwhile.
+        """Announce the rows that will be taken next, and no others: a streamed store fetches them meanwhile.
 
         Args:
             name: the array.
@@ -248,26 +247,26 @@ class RowReader:
 
         Raises:
             KeyError: no such array.
-            StorageError: what was to come has not; the line names the object.
+            StorageError: a chunk that was announced before could not be fetched; the line names the object.
         """
         rows = self._rows[name]
         if isinstance(rows, StreamedRows):
             rows.expect(indices, np.zeros(len(indices), np.int64) if axis0 is None else axis0)
 
     def take(self, name: str, indices: NDArray[np.int64], axis0: NDArray[np.int64] | None = None) -> NDArray[Any]:
-        """Rows of an array, copied.
+        """Copies of rows of an array.
 
         Args:
             name: the array.
             indices: (B,) rows, in any order, repeated or not.
-            axis0: (B,) which index of a split first axis to take of each row; all of them by default.
+            axis0: (B,) index of the split first axis to take of each row; all of them by default.
 
         Returns:
             (B, *shape), or (B, *shape[1:]) with axis0.
 
         Raises:
             KeyError: no such array.
-            IndexError: a row or an index that the store does not have.
+            IndexError: the store has no such row or index; the line names the store and the row.
             ValueError: axis0 is given and the array's first axis is not split.
             StorageError: streamed bytes cannot be read or are damaged; the line names the object.
         """
@@ -281,7 +280,7 @@ class RowReader:
         return np.stack([rows.take(indices, np.full(len(indices), f)) for f in range(stored.splits)], axis=1)
 
     def array(self, name: str) -> NDArray[Any]:
-        """A whole array (N, *shape), copied.
+        """A copy of a complete array (N, *shape).
 
         Raises:
             KeyError: no such array.
@@ -290,9 +289,9 @@ class RowReader:
 
 
 def _streamed(manifest: Manifest, arrays: Mapping[str, StoredArray]) -> dict[str, FlatRows | StreamedRows]:
-    """What is one number a row is small and read whole."""
+    """Arrays of one number a row, such as labels, are small: they are loaded completely."""
     return {
-        name: StreamedRows(stored, manifest) if stored.row else whole(stored, manifest)
+        name: StreamedRows(stored, manifest) if stored.row else loaded(stored, manifest)
         for name, stored in arrays.items()
     }
 
@@ -302,9 +301,9 @@ def _record(block: int) -> str:
 
 
 def _create(layout: RowLayout, attributes: dict[str, Any], objects: dict[str, Any]) -> dict[str, "zarr.Array[Any]"]:
-    """The arrays of an empty store in memory, whose objects appear in the mapping.
+    """The arrays of an empty store in memory; what is written to them appears in the mapping as objects.
 
-    Write through these handles only: an array opened again from its metadata leaves empty chunks out.
+    Write through these handles only: an array that is opened again from its metadata omits empty chunks.
     """
     group = zarr.create_group(MemoryStore(objects), zarr_format=3, attributes=attributes)
     return {

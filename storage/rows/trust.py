@@ -1,7 +1,7 @@
-"""Every byte of a store is compared with its hash before it is used, once on each machine.
+"""Checks every object of a store against its hash before first use, once on each machine.
 
-What was found whole is remembered by the objects' versions (size, times and inode of a file, ETag of
-an object), so that a later start asks for those alone.
+The versions of the checked objects (size, times and inode of a file, ETag of an object) are kept in
+the cache. Later starts read the versions alone and check only the objects whose version has changed.
 """
 
 import json
@@ -14,62 +14,62 @@ from storage.parallel import threads
 from storage.rows import cache
 
 Versions = Mapping[str, Mapping[str, str]]
-"""By path."""
+"""Version of each object, by path."""
 
 
 def trust(manifest: Manifest, files: Sequence[FileEntry], folder: Path | None = None) -> None:
-    """See that committed objects hold the bytes that were committed.
+    """Check that committed objects hold the bytes that were committed.
 
     Args:
-        manifest: of the output.
-        files: the objects to be sure of.
-        folder: of the cache, as `cache.place`.
+        manifest: the output's manifest.
+        files: the objects to check.
+        folder: the cache folder, as `cache.entry_path`.
 
     Raises:
-        StorageError: one is missing or holds other bytes; the line names it.
+        StorageError: an object is missing or holds other bytes; the line names it.
     """
-    found = _versions(manifest, files)
-    stamp = cache.place(folder, "trusted", [manifest.uri, cache.content(files)])
-    if not _stale(files, found, _read(stamp)):
+    current = _versions(manifest, files)
+    stamp = cache.entry_path(folder, "trusted", [manifest.uri, cache.content_key(files)])
+    if not _changed(files, current, _read(stamp)):
         return
     with cache.locked(stamp):
-        stale = _stale(files, found, _read(stamp))  # another process may have been at it
-        _compare(manifest, stale)
-        uri.write(str(stamp), json.dumps(found).encode())
+        changed = _changed(files, current, _read(stamp))  # read again: another process may have checked meanwhile
+        _check(manifest, changed)
+        uri.write(str(stamp), json.dumps(current).encode())
 
 
 def _versions(manifest: Manifest, files: Sequence[FileEntry]) -> Versions:
     with threads(16) as pool:
-        found = list(pool.map(lambda entry: uri.version(uri.join(manifest.uri, entry.path)), files))
-    return {entry.path: version or {} for entry, version in zip(files, found, strict=True)}
+        versions = list(pool.map(lambda entry: uri.version(uri.join(manifest.uri, entry.path)), files))
+    return {entry.path: version or {} for entry, version in zip(files, versions, strict=True)}
 
 
-def _stale(files: Sequence[FileEntry], found: Versions, known: Versions) -> list[FileEntry]:
-    """The objects that may have changed since; one that is absent or whose store tells no version always may."""
-    return [entry for entry in files if not found[entry.path] or found[entry.path] != known.get(entry.path)]
+def _changed(files: Sequence[FileEntry], current: Versions, checked: Versions) -> list[FileEntry]:
+    """The objects that may have changed since they were checked; those without a version always may."""
+    return [entry for entry in files if not current[entry.path] or current[entry.path] != checked.get(entry.path)]
 
 
 def _read(stamp: Path) -> Versions:
     try:
-        known = json.loads(stamp.read_bytes())
-    except (OSError, ValueError):  # without it all is compared again
+        versions = json.loads(stamp.read_bytes())
+    except (OSError, ValueError):  # missing or damaged: every object is checked again
         return {}
-    return known if isinstance(known, dict) else {}
+    return versions if isinstance(versions, dict) else {}
 
 
-def _compare(manifest: Manifest, files: Sequence[FileEntry]) -> None:
+def _check(manifest: Manifest, files: Sequence[FileEntry]) -> None:
     progress = cache.Progress("checking", manifest, sum(entry.size for entry in files))
 
-    def compare(entry: FileEntry) -> None:
+    def check(entry: FileEntry) -> None:
         if _sha256(uri.join(manifest.uri, entry.path)) != entry.sha256:
             raise manifest.fault(entry.path, OTHER_BYTES)
         progress.add(entry.size)
 
     manifest.model_copy(update={"files": tuple(files)}).check_sizes()
     with threads(0) as pool:
-        list(pool.map(compare, files))
+        list(pool.map(check, files))
 
 
 def _sha256(url: str) -> str:
-    """A file piece by piece; of another store in one request."""
+    """The hash of an object: a local file is read piece by piece, any other object in one request."""
     return uri.sha256(uri.read(url)) if uri.local_path(url) is None else uri.file_sha256(url)

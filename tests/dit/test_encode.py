@@ -265,7 +265,7 @@ def test_two_ranks_share_the_blocks_and_make_the_same_bytes(
     [
         ({"resolution": 30}, "encode.resolution: 30 px is not a multiple of the VAE's 4"),
         ({"split": "test"}, "encode.split: 'test' is not in the data; it has train, held_out"),
-        ({"block_rows": 12}, "a block of 12 rows is not made of whole chunks of 8"),
+        ({"block_rows": 12}, "block_rows = 12 is not a multiple of chunk_rows = 8"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -66,7 +66,7 @@ def test_moments_of_images_and_mirrors(manifest: LatentManifest, flips: int) -> 
 
 
 def test_a_mirror_that_was_not_stored_is_refused(manifest: LatentManifest, flips: int) -> None:
-    with pytest.raises(IndexError, match=f"of {flips}"):
+    with pytest.raises(IndexError, match=f"data/mean: first-axis index {flips} is outside 0 to {flips - 1}"):
         LatentReader(manifest).moments(np.array([0]), np.array([flips]))
 
 

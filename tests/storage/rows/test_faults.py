@@ -175,7 +175,7 @@ def test_a_damaged_stamp_only_costs_time(tmp_path: Path, damaged: bytes) -> None
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     store = row_store(str(tmp_path), contents())
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="file/.*cannot be written .*; set XDG_CACHE_HOME to a folder that can"):
+    with pytest.raises(StorageError, match="file/.*cannot be written .*; set XDG_CACHE_HOME to a writable folder"):
         RowReader(store, tmp_path / "file")
 
 
@@ -186,7 +186,7 @@ def test_a_long_check_says_how_far_it_is(
     caplog.set_level(logging.INFO)
     RowReader(store, tmp_path / "quick")
     assert not caplog.messages
-    monkeypatch.setattr(cache, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(cache, "LOG_SECONDS", 0.0)
     RowReader(store, tmp_path / "slow")
     assert caplog.messages[-1] == f"checking {store.uri}: 0.00 GB of 0.00 GB"
 

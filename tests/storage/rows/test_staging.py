@@ -240,7 +240,7 @@ def test_who_waits_is_told_for_what(tmp_path: Path, caplog: pytest.LogCaptureFix
             order.append("first")
         waiting.result(timeout=180)
     assert order == ["first", "second"]
-    assert caplog.messages == [f"waiting for another process that prepares {tmp_path / 'copy'}"]
+    assert caplog.messages == [f"waiting for another process that is preparing {tmp_path / 'copy'}"]
 
 
 def test_the_record_of_a_copy_is_its_files_versions(store: Manifest, tmp_path: Path) -> None:

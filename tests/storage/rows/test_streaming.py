@@ -58,7 +58,7 @@ def test_rows_are_those_of_a_local_store(store: Manifest, tmp_path: Path) -> Non
         assert found.dtype == values.dtype
         assert np.array_equal(found, values)
     assert reader.take("mean", indices[:0], flips[:0]).shape == (0, 3, 2, 2)
-    with pytest.raises(IndexError, match="of 21"):
+    with pytest.raises(IndexError, match="data/mean: row 21 is outside 0 to 20"):
         reader.take("mean", np.array([ROWS]), np.array([0]))
 
 
