@@ -29,8 +29,8 @@ from dit.ranks import Ranks
 from dit.training.data import Batch
 from dit.training.ema import EMA
 from dit.training.layers import compile_blocks
-from dit.training.loop import Numbers, TrainState, train
-from dit.training.watch import matmul_speed
+from dit.training.loop import StepConfig, TrainState, train
+from dit.training.throughput import matmul_speed
 
 LEARNING_RATE, EMA_DECAY = 1e-4, 0.9999
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
@@ -104,8 +104,8 @@ def ours(model: DiT, batch: Batch, dtype: torch.dtype, compiled: bool) -> Contes
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0, fused=True)
     state = TrainState(model, {"ema": EMA(model, EMA_DECAY)}, optimizer)
-    numbers = Numbers(lambda _: LEARNING_RATE, autocast=None if dtype is torch.float32 else dtype)
-    steps = train(state, _process(), lambda step: batch, numbers, stop=10**9, ranks=Ranks())
+    step_config = StepConfig(lambda _: LEARNING_RATE, autocast=None if dtype is torch.float32 else dtype)
+    steps = train(state, _process(), lambda step: batch, step_config, stop=10**9, ranks=Ranks())
     averages = list(state.averages["ema"].state_dict().values())
     return Contestant(lambda: next(steps).terms["loss"], model, optimizer, averages)
 

@@ -36,7 +36,7 @@ from storage.tracker import Tracker, publish
 
 VERSION = 2
 PICTURES = 32
-PATIENCE = timedelta(days=7)
+TIMEOUT = timedelta(days=7)
 """That ranks have with one another: on a CPU a block can take hours."""
 IMAGES_AHEAD = 256
 """Images that are read before they are decoded, which bridges the reading of the next tar."""
@@ -84,7 +84,7 @@ def run(config: EncodeConfig, shards: ShardManifest, *, out: StageOutput, tracke
     """
     if config.split not in shards.splits:
         raise InputError(f"encode.split: {config.split!r} is not in the data; it has {', '.join(shards.splits)}")
-    with joined(PATIENCE) as ranks, arithmetic(config.precision):
+    with joined(TIMEOUT) as ranks, arithmetic(config.precision):
         work = _work(config, shards, out)
         writer = RowWriter(out, _layout(work), _attributes(work))
         _encode(work, writer, ranks, tracker)

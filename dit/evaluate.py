@@ -35,7 +35,7 @@ from storage.tracker import Tracker, publish
 
 VERSION = 4
 HELD_OUT = "held_out"
-PATIENCE = timedelta(days=7)
+TIMEOUT = timedelta(days=7)
 """That ranks have with one another: features of a million images can take a CPU days."""
 
 
@@ -98,7 +98,7 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
             four samples, or the stages behind them are gone.
         StorageError: samples or images are not what was committed.
     """
-    with joined(PATIENCE) as ranks:
+    with joined(TIMEOUT) as ranks:
         extractor = load_extractor(config.extractor, device())
         latents = samples.parent("checkpoint", CheckpointManifest).parent("latents", LatentManifest)
         sets = _sets(samples, latents.parent("shards", ShardManifest), latents.split)

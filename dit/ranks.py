@@ -77,11 +77,11 @@ def cores() -> int:
 
 
 @contextmanager
-def joined(patience: timedelta | None = None) -> Iterator[Ranks]:
+def joined(timeout: timedelta | None = None) -> Iterator[Ranks]:
     """Join the ranks that torchrun started, for the length of the block; alone without torchrun.
 
     Args:
-        patience: how long one waits for the others before it gives up; torch's default by default.
+        timeout: how long one waits for the others before it gives up; torch's default by default.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -90,7 +90,7 @@ def joined(patience: timedelta | None = None) -> Iterator[Ranks]:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=patience)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
     ranks = Ranks(dist.get_rank(), world_size)
     try:
         ranks.wait()  # or one that fails at once would be gone before others have found it, and they fail of that

@@ -39,7 +39,7 @@ from storage.tracker import Tracker, publish
 
 VERSION = 2
 PICTURE = "samples.png"
-PATIENCE = timedelta(days=7)
+TIMEOUT = timedelta(days=7)
 """That ranks have with one another: a block can take hours."""
 
 
@@ -116,7 +116,7 @@ def run(config: SampleConfig, checkpoint: CheckpointManifest, *, out: StageOutpu
         StorageError: the disk is full.
         DitflowError: the model's samples are not finite.
     """
-    with joined(PATIENCE) as ranks:
+    with joined(TIMEOUT) as ranks:
         vae = open_decoder(config, checkpoint.card)
         trained = load(checkpoint.uri, weights=_weights(config, checkpoint.card), device=device())
         work = _Work(config, compiled(config, trained), vae)

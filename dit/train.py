@@ -16,15 +16,15 @@ from dit.models.build import build
 from dit.models.choice import DiTChoice, Given, ModelChoice
 from dit.models.config import DiffiTImageConfig, ModelConfig
 from dit.ranks import Ranks, joined
-from dit.training.ahead import ahead
 from dit.training.data import Batches, Order, open_data
 from dit.training.ema import EMA
 from dit.training.layers import compile_blocks, recompute_blocks
-from dit.training.loop import Numbers, StepResult, TrainState, train
+from dit.training.loop import StepConfig, StepResult, TrainState, train
 from dit.training.parallelize import Parallel, gathered, shard
-from dit.training.preemption import notice
-from dit.training.sample_grid import Grid
-from dit.training.watch import Measured, Watch
+from dit.training.preemption import preemption
+from dit.training.prefetch import prefetched
+from dit.training.sample_grid import SampleGrid
+from dit.training.throughput import LoggedStep, ThroughputMeter
 from storage.config import Config, operational, problem
 from storage.errors import DitflowError, InputError, PreemptedError
 from storage.latents import LatentManifest
@@ -108,7 +108,7 @@ class TrainConfig(Config):
         return self
 
 
-class AstrayError(DitflowError):
+class DivergedError(DitflowError):
     """Too many steps in a row were skipped."""
 
 
@@ -118,8 +118,8 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
     Raises:
         InputError: model, latents and ranks do not fit each other.
         StorageError: the latents are not what was committed, or the disk is full.
-        AstrayError: the loss or the gradient stays without a finite value, from the last checkpoint on too.
-        PreemptedError: SIGTERM; what was done is saved.
+        DivergedError: loss or gradient is not finite for too many steps, also after a restart from a checkpoint.
+        PreemptedError: SIGTERM arrived; the state is saved.
     """
     with joined() as ranks, arithmetic(config.precision):
         card = _card(config, latents)
@@ -127,9 +127,9 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
         trained = None
         try:
             trained = _train(config, card, batches, ranks, out, tracker)
-        except AstrayError as error:
-            LOGGER.warning("%s; once more from the last checkpoint", error)
-        # A passing fault of the machine does not come again. The error is gone by now, and with it the state it held.
+        except DivergedError as error:
+            LOGGER.warning("%s; restarting from the last checkpoint", error)
+        # A transient fault does not return. The restart is outside the except block: the error holds the old state.
         state, history = trained or _train(config, card, batches, ranks, out, tracker)
         parts = {name: average.state_dict() for name, average in state.averages.items()}
         parts |= {"raw": state.model.state_dict()}
@@ -222,7 +222,7 @@ def _train(
     ranks: Ranks,
     out: StageOutput,
     tracker: Tracker,
-) -> tuple[TrainState, list[Measured]]:
+) -> tuple[TrainState, list[LoggedStep]]:
     """Train from the newest checkpoint to the last step, log and save; return also what was measured."""
     from dit.training import checkpoint  # torch's takes seconds to import, which only those who train need wait
 
@@ -230,50 +230,50 @@ def _train(
     history = _resume(state, ranks, out)
     process = build_process(config.diffusion, batches.device)
     lower = dtype(config.precision)
-    numbers = Numbers(
+    step_config = StepConfig(
         learning_rate=lambda step: learning_rate(config, step),
         gradient_clip=config.gradient_clip,
         autocast=None if lower == torch.float32 else lower,
         micro_batch=config.micro_batch,
     )
     saver = checkpoint.Saver(out, state, ranks, keep=config.keep_checkpoints, keep_every=config.keep_every)
-    grid = Grid(card, config.precision)
-    watch = Watch(card.model, config.batch_size, ranks.world_size, batches.device, lower)
+    grid = SampleGrid(card, config.precision)
+    meter = ThroughputMeter(card.model, config.batch_size, ranks.world_size, batches.device, lower)
     steps = range(state.step, config.steps)
-    with notice(ranks) as notified, closing(saver), ahead(batches, steps) as made:
-        watch.begin(state.step)
-        for result in train(state, process, made, numbers, stop=config.steps, ranks=ranks):
+    with preemption(ranks) as stop, closing(saver), prefetched(batches, steps) as next_batch:
+        meter.begin(state.step)
+        for result in train(state, process, next_batch, step_config, stop=config.steps, ranks=ranks):
             saver.check()
             last = result.step == config.steps
-            stops = notified.given() and not last
+            stops = stop.requested() and not last
             logs = result.step % config.log_every == 0 or last
             saves = (result.step % config.checkpoint_every == 0 and not last) or stops
             if logs or saves or result.step % config.max_skipped == 0:
-                streak = _streak(result, config, batches)
+                skipped = _skipped_in_a_row(result, config, batches)
             if logs:
-                _log(config, result, history, watch.measure(result.step, made.waited), tracker)
+                _log(config, result, history, meter.measure(result.step, next_batch.waited), tracker)
             if config.sample_every and result.step % config.sample_every == 0:
                 _sample(grid, state, ranks, tracker)
-            if saves and streak == 0:  # else a run that goes back would come to the same point
+            if saves and skipped == 0:  # a checkpoint amid skipped steps would lead a restarted run back to them
                 saver.save(history)
             if stops:
                 saver.wait()
-                ranks.wait()  # or torchrun ends the one that saves when another is gone
-                raise PreemptedError(f"told to stop at step {result.step:,}; the same command goes on from there")
+                ranks.wait()  # torchrun would end the saving rank as soon as another one left
+                raise PreemptedError(f"stopped by SIGTERM at step {result.step:,}; run the same command to continue")
         saver.wait()
     if not history:
-        raise AstrayError("training went astray: no loss on record is finite; lower train.learning_rate")
+        raise DivergedError("training diverged: no logged loss is finite; lower train.learning_rate")
     return state, history
 
 
 def _log(
-    config: TrainConfig, result: StepResult, history: list[Measured], rates: dict[str, float], tracker: Tracker
+    config: TrainConfig, result: StepResult, history: list[LoggedStep], rates: dict[str, float], tracker: Tracker
 ) -> None:
     """Tell the tracker of a step, and add it to the history if it was not skipped."""
     values = {name: term.item() for name, term in result.terms.items()}
     values |= {"gradient_norm": result.gradient_norm.item()}
-    if not result.streak:
-        history.append(Measured(step=result.step, values=values))
+    if not result.skipped_in_a_row:
+        history.append(LoggedStep(step=result.step, values=values))
     values |= {f"loss_quartile_{number}": loss for number, loss in enumerate(result.quartiles.tolist(), start=1)}
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
     others = {"learning_rate": learning_rate(config, result.step - 1), "skipped_steps": float(result.skipped)}
@@ -281,7 +281,7 @@ def _log(
     tracker.progress(result.step, config.steps, "steps")
 
 
-def _sample(grid: Grid, state: TrainState, ranks: Ranks, tracker: Tracker) -> None:
+def _sample(grid: SampleGrid, state: TrainState, ranks: Ranks, tracker: Tracker) -> None:
     """Show what the average draws by now. All ranks take part; the first draws, and the others wait at their next."""
     weights = gathered(state.averages["ema"].state_dict(), ranks)
     picture = grid.draw(weights) if ranks.first else None
@@ -289,25 +289,25 @@ def _sample(grid: Grid, state: TrainState, ranks: Ranks, tracker: Tracker) -> No
         tracker.artifact(f"samples-{state.step:09d}.png", picture)
 
 
-def _streak(result: StepResult, config: TrainConfig, batches: Batches) -> int:
-    """The steps in a row that were skipped up to this one.
+def _skipped_in_a_row(result: StepResult, config: TrainConfig, batches: Batches) -> int:
+    """Steps in a row that were skipped, up to this one.
 
     Raises:
-        AstrayError: they are too many.
+        DivergedError: they are too many.
     """
-    streak = int(result.streak)
-    if streak < config.max_skipped:
-        return streak
-    first = result.step - streak
+    count = int(result.skipped_in_a_row)
+    if count < config.max_skipped:
+        return count
+    first = result.step - count
     items = batches.items(first)
     named = ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
-    steps = f"training went astray: {streak:,} steps from step {first + 1:,} on had no finite loss or gradient"
-    which = f"the first trained on images {named} of the store"
-    raise AstrayError(f"{steps}; {which}; lower train.learning_rate or look at these")
+    steps = f"training diverged: {count:,} steps from step {first + 1:,} on had no finite loss or gradient"
+    which = f"the first of them used images {named} of the store"
+    raise DivergedError(f"{steps}; {which}; lower train.learning_rate or check these images")
 
 
-def _resume(state: TrainState, ranks: Ranks, out: StageOutput) -> list[Measured]:
-    """Bring the state to the newest checkpoint; return what had been measured by then."""
+def _resume(state: TrainState, ranks: Ranks, out: StageOutput) -> list[LoggedStep]:
+    """Restore the newest checkpoint; return what was logged up to it."""
     from dit.training import checkpoint
 
     history = checkpoint.load_newest(out, state, ranks)
@@ -323,14 +323,14 @@ def _commit(
     config: TrainConfig,
     card: ModelCard,
     weights: dict[str, dict[str, torch.Tensor]],
-    history: list[Measured],
+    history: list[LoggedStep],
     out: StageOutput,
     tracker: Tracker,
 ) -> None:
     from dit.report.plots import curve  # Matplotlib takes a second, which other ranks need not wait
 
-    losses = [measured.values["loss"] for measured in history]
-    picture = publish(out, tracker, "loss.png", curve([measured.step for measured in history], losses))
+    losses = [logged.values["loss"] for logged in history]
+    picture = publish(out, tracker, "loss.png", curve([logged.step for logged in history], losses))
     card, files = export(out, card, weights)
     counts = {"steps": config.steps, "images_seen": config.steps * config.batch_size}
     counts["parameters"] = sum(tensor.numel() for tensor in weights[RAW_WEIGHTS].values())

@@ -1,6 +1,7 @@
-"""Checkpoints: files of safetensors, and a record that commits them.
+"""Checkpoints: safetensors files, and a record that commits them.
 
-The record is written last and holds the hashes, so a checkpoint that a kill cut short does not count.
+The record is written last and holds the hashes of the files. A checkpoint without its record is incomplete,
+as a kill can leave one, and is not used.
 """
 
 import logging
@@ -21,63 +22,63 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from dit.ranks import Ranks
+from dit.training.checkpoint_files import Index, Piece, Reader, Writer, size
 from dit.training.loop import TrainState
-from dit.training.parallelize import holders
-from dit.training.parts import Index, Piece, Reader, Writer, size
-from dit.training.watch import Measured
+from dit.training.parallelize import saving_ranks
+from dit.training.throughput import LoggedStep
 from storage import records, uri
 from storage.errors import DitflowError, StorageError
 from storage.manifest import FileEntry, StageOutput
 
 FOLDER = "checkpoints"
 RECORD = "record.json"
-PATIENCE = timedelta(hours=1)
-"""That ranks have with each other while they save."""
+TIMEOUT = timedelta(hours=1)
+"""How long ranks wait for one another while they save."""
 LOGGER = logging.getLogger(__name__)
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, alone
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is on a single rank
 
 
 class CheckpointRecord(records.Record):
     """The commit of one checkpoint."""
 
     files: tuple[FileEntry, ...] = Field(min_length=1)
-    """The state, in parts."""
+    """Files of the state."""
     index: dict[str, tuple[Piece, ...]]
-    """Where each tensor lies in them."""
+    """Pieces of each tensor in these files."""
     step: int
-    """Steps taken."""
+    """Optimizer steps taken, skipped ones included."""
     skipped: int
-    """Of them, those that changed nothing."""
-    history: tuple[Measured, ...]
-    """What had been measured by then."""
+    """Steps skipped, because their loss or gradient was not finite."""
+    history: tuple[LoggedStep, ...]
+    """What was logged up to this step."""
 
 
 class Saver:
-    """Saves checkpoints while training goes on, one at a time, all ranks at the same steps.
+    """Saves checkpoints in the background, one at a time. All ranks save at the same steps.
 
     Args:
         out: the stage's folder.
-        state: what it will save.
-        ranks: those that train.
-        keep: how many of the newest checkpoints stay.
-        keep_every: those of steps that are multiples of it stay too.
+        state: the state to save.
+        ranks: the ranks that train.
+        keep: number of newest checkpoints to keep.
+        keep_every: checkpoints of steps that are multiples of it are kept too.
     """
 
     def __init__(
         self, out: StageOutput, state: TrainState, ranks: Ranks, *, keep: int, keep_every: int | None = None
     ) -> None:
         self._out, self._state, self._keep, self._keep_every = out, state, keep, keep_every
-        savers = holders(state.model.parameters())
-        self._saves = ranks.rank in savers
-        alone = ranks.world_size == 1
-        self._group = None if alone else dist.new_group(savers, timeout=PATIENCE, backend="gloo")
+        saving = saving_ranks(state.model.parameters())
+        self._saves = ranks.rank in saving
+        single = ranks.world_size == 1
+        self._group = None if single else dist.new_group(saving, timeout=TIMEOUT, backend="gloo")
         self._running: Future[Any] | None = None
 
-    def save(self, history: Sequence[Measured]) -> None:
-        """Begin to save the state as it is now, when the one before is saved.
+    def save(self, history: Sequence[LoggedStep]) -> None:
+        """Wait for the previous checkpoint, then begin to save the present state.
 
         Raises:
-            StorageError: the one before could not be written.
+            StorageError: the previous checkpoint could not be written.
         """
         self.wait()
         if not self._saves:
@@ -95,12 +96,12 @@ class Saver:
         self._running = running
 
     def check(self) -> None:
-        """Raise what saving has raised, if it has ended."""
+        """Raise the error of a save that has failed. Does not wait."""
         if self._running is not None and self._running.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until all is saved.
+        """Wait until the checkpoint is saved.
 
         Raises:
             StorageError: it could not be written.
@@ -113,7 +114,7 @@ class Saver:
                 raise _reason(error) from None
 
     def close(self) -> None:
-        """Wait until nothing is being saved; what that raises is told by `wait` alone."""
+        """Wait until nothing is being saved. Errors are left to `wait`."""
         if self._running is not None:
             self._running.exception()
 
@@ -122,75 +123,78 @@ class Saver:
         name: str,
         step: int,
         skipped: int,
-        history: tuple[Measured, ...],
+        history: tuple[LoggedStep, ...],
         files: tuple[FileEntry, ...],
         index: Index,
     ) -> None:
-        """Make a checkpoint of files, and remove those before it that are not to stay."""
-        pieces = {tensor: tuple(found) for tensor, found in index.items()}
-        record = CheckpointRecord(files=files, index=pieces, step=step, skipped=skipped, history=history)
+        """Commit a checkpoint, and remove older ones that are not kept."""
+        frozen = {tensor: tuple(pieces) for tensor, pieces in index.items()}
+        record = CheckpointRecord(files=files, index=frozen, step=step, skipped=skipped, history=history)
         records.commit(self._out, _record(name), record, replace=True)
-        older = [other for other in _names(self._out) if _step(other) <= step]  # later ones are a kill's leftovers
+        older = [other for other in _names(self._out) if _step(other) <= step]  # a later one is left from a killed run
         for other in older[: -self._keep]:
             if self._keep_every is None or _step(other) % self._keep_every:
                 uri.remove_tree(self._out.url(FOLDER, other))
 
 
 class DamagedError(DitflowError):
-    """A file is not what was committed."""
+    """A file differs from what was committed."""
 
 
-def load_newest(out: StageOutput, state: TrainState, ranks: Ranks) -> list[Measured]:
-    """Bring the state to the newest whole checkpoint, if there is one; return what had been measured by then.
+def load_newest(out: StageOutput, state: TrainState, ranks: Ranks) -> list[LoggedStep]:
+    """Restore the newest complete checkpoint, if there is one; return what was logged up to it.
 
     Raises:
-        StorageError: a checkpoint is there and cannot be read.
+        StorageError: a checkpoint cannot be read.
     """
     for name in reversed(ranks.agreed(_names(out))):
         record = ranks.agreed(_read(out, name) if ranks.first else None)
         if record and _restored(state, out, record, ranks):
             state.step, state.skipped = record.step, record.skipped
             return list(record.history)
-        LOGGER.warning("%s: not a whole checkpoint; trying the one before it", uri.redact(out.url(FOLDER, name)))
+        LOGGER.warning(
+            "%s: incomplete or damaged checkpoint; trying the previous one", uri.redact(out.url(FOLDER, name))
+        )
     return []
 
 
 def _read(out: StageOutput, name: str) -> CheckpointRecord | None:
-    """The record of a checkpoint whose files are there in their sizes.
+    """The record of a checkpoint, if its files exist in their sizes.
 
     Raises:
-        StorageError: it has other fields, so these are somebody's weeks of work and no leftover of a kill.
+        StorageError: the record has other fields: another version wrote it, and no kill left it behind.
     """
     url = out.url(_record(name))
     try:
         if uri.exists(url) and CheckpointRecord.model_validate_json(uri.read(url)).step != _step(name):
             return None
     except ValidationError as error:
-        if error.errors()[0]["type"] != "json_invalid":  # that is a record cut short
-            text = "written by another version of ditflow; go on with that one, or begin anew with --force"
+        if error.errors()[0]["type"] != "json_invalid":  # which is a truncated record
+            text = "written by another version of ditflow; resume with that version, or start again with --force"
             raise StorageError(f"{uri.redact(url)}: {text}") from None
     return records.load(out, _record(name), CheckpointRecord)
 
 
 def _restored(state: TrainState, out: StageOutput, record: CheckpointRecord, ranks: Ranks) -> bool:
-    """Bring the state to a checkpoint, unless one of its files is not what was committed."""
-    room = {
-        part: {name: torch.empty_like(each) for name, each in held.items()} for part, held in _tensors(state).items()
+    """Restore a checkpoint; False if one of its files differs from what was committed."""
+    buffers = {
+        part: {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+        for part, tensors in _tensors(state).items()
     }
-    room["optimizer"] = _slots(state.optimizer, record.index)
+    buffers["optimizer"] = _slots(state.optimizer, record.index)
     try:
-        reader = Reader(lambda number: _whole(out, record.files[number]), record.index)
-        load(dict[str, Any](room), storage_reader=reader, no_dist=ranks.world_size == 1)
+        reader = Reader(lambda number: _verified(out, record.files[number]), record.index)
+        load(dict[str, Any](buffers), storage_reader=reader, no_dist=ranks.world_size == 1)
     except CheckpointException as error:
         reason = _reason(error)
         if isinstance(reason, DamagedError):
             return False
         raise reason from None
-    state.model.load_state_dict(room["model"])
+    state.model.load_state_dict(buffers["model"])
     for name, average in state.averages.items():
-        average.load_state_dict(room[name])
+        average.load_state_dict(buffers[name])
     slots: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in room["optimizer"].items():
+    for name, tensor in buffers["optimizer"].items():
         number, _, slot = name.partition(".")
         slots.setdefault(int(number), {})[slot] = tensor
     state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": slots})
@@ -198,32 +202,32 @@ def _restored(state: TrainState, out: StageOutput, record: CheckpointRecord, ran
 
 
 def _slots(optimizer: torch.optim.Optimizer, index: Index) -> dict[str, torch.Tensor]:
-    """Room for the optimizer's state, which it makes at its first step alone: dealt as the parameters are."""
+    """Empty tensors for the optimizer's state, sharded as the parameters are. AdamW makes its own at its first step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    room = {}
+    buffers = {}
     for name, pieces in index.items():
         part, _, slot = name.partition(".")
         if part == "optimizer":
             like, shape = parameters[int(slot.partition(".")[0])], size(pieces)
-            room[slot] = torch.empty_like(like) if like.shape == shape else torch.empty(shape)
-    return room
+            buffers[slot] = torch.empty_like(like) if like.shape == shape else torch.empty(shape)
+    return buffers
 
 
-def _whole(out: StageOutput, entry: FileEntry) -> bytes:
+def _verified(out: StageOutput, entry: FileEntry) -> bytes:
     data = uri.read(out.url(entry.path))
     if uri.sha256(data) != entry.sha256:
-        raise DamagedError(f"{uri.redact(out.url(entry.path))}: not what was committed")
+        raise DamagedError(f"{uri.redact(out.url(entry.path))}: differs from what was committed")
     return data
 
 
 def _reason(error: CheckpointException) -> BaseException:
-    """What a rank has raised: rather an error with a line for people than one that came of it."""
+    """The error of a rank, preferably one of ours: others may only follow from it."""
     reasons = [reason for reason, _ in error.failures.values()]
     return next((reason for reason in reasons if isinstance(reason, DitflowError)), reasons[0])
 
 
 def clean(out: StageOutput, step: int) -> None:
-    """Remove what kills have left: checkpoints that are not whole, where the newest whole one is of that step."""
+    """Remove incomplete checkpoints of killed runs, and any after ``step``, the newest complete one."""
     for name in _names(out):
         if _step(name) > step or records.load(out, _record(name), CheckpointRecord) is None:
             uri.remove_tree(out.url(FOLDER, name))
@@ -242,10 +246,10 @@ def _record(name: str) -> str:
 
 
 def _tensors(state: TrainState) -> dict[str, dict[str, torch.Tensor]]:
-    """All that changes, under the names that it has in a checkpoint."""
+    """All tensors of the state, by part and by name in the checkpoint."""
     slots = state.optimizer.state_dict()["state"]
     return {
         "model": state.model.state_dict(),
         **{name: average.state_dict() for name, average in state.averages.items()},
-        "optimizer": {f"{number}.{slot}": each for number, held in slots.items() for slot, each in held.items()},
+        "optimizer": {f"{number}.{slot}": tensor for number, held in slots.items() for slot, tensor in held.items()},
     }

@@ -1,4 +1,4 @@
-"""What a training step trains on, as a function of the step alone."""
+"""The batches of a run: a batch is a function of the seed and the step alone."""
 
 # B = batch of this rank, C = channels, h = side of a latent or an image, N = images in the store
 
@@ -24,29 +24,29 @@ Order = Literal["shuffled", "pooled"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything random and everything read for one step on one rank."""
+    """All data and all random numbers of one step on one rank."""
 
     x0: Tensor
-    """Data (B, C, h, h), scaled as the model sees it."""
+    """Data (B, C, h, h), scaled as the model expects it."""
     noise: Tensor
     """Standard normal (B, C, h, h)."""
     u: Tensor
     """Uniform in [0, 1), (B,), for the timesteps."""
     y: Tensor | None
-    """Labels (B,), the dropped ones replaced by the null label."""
+    """Labels (B,), dropped ones replaced by the null label; None if the model is unconditional."""
     augment: Tensor | None = None
-    """How the images were distorted, (B, 9); None if they never are."""
+    """Augmentation labels (B, 9); None if images are not augmented."""
     dropout: Tensor | None = None
-    """Random words (B,), int64, that decide what the model drops; None if it drops nothing."""
+    """Random keys of the model's dropout (B,), int64; None without dropout."""
 
     @property
-    def told(self) -> dict[str, Tensor]:
-        """What the model is given besides data, time and labels, by name."""
-        told = {"augment": self.augment, "dropout": self.dropout}
-        return {name: value for name, value in told.items() if value is not None}
+    def model_kwargs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the model beside data, time and labels."""
+        kwargs = {"augment": self.augment, "dropout": self.dropout}
+        return {name: value for name, value in kwargs.items() if value is not None}
 
     def split(self, size: int | None) -> list["Batch"]:
-        """Micro-batches of at most so many rows, in order; None is one of all."""
+        """Micro-batches of at most ``size`` rows, in order; None does not split."""
         size = size or len(self.x0)
         parts: list[dict[str, Any]] = [
             {name: value if value is None else value[at : at + size] for name, value in vars(self).items()}
@@ -56,7 +56,7 @@ class Batch:
 
 
 class Data(Protocol):
-    """Images of a store, as a model is trained on them."""
+    """Images of a store, scaled for training."""
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -64,18 +64,18 @@ class Data(Protocol):
 
     @property
     def chunk_rows(self) -> int:
-        """Images that are fetched together."""
+        """Images in a chunk, which is fetched as a whole."""
 
     def x0(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_], draws: StepDraws) -> Tensor:
         """Data (B, C, h, h) of the images ``items`` (B,), some of them ``mirrored`` (B,)."""
 
     def expect(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> None:
-        """Say which images will be asked for from now on, and which of them mirrored."""
+        """Announce the images that will be asked for next, and which of them mirrored."""
 
 
 @dataclass(frozen=True)
 class Latents:
-    """One sample of each posterior, shifted and scaled."""
+    """Latents: one sample of each posterior, shifted and scaled."""
 
     reader: LatentReader
 
@@ -103,7 +103,7 @@ class Latents:
 
 @dataclass(frozen=True)
 class Pixels:
-    """The images themselves, in -1 .. 1."""
+    """Pixels in -1 .. 1."""
 
     reader: PixelReader
 
@@ -120,8 +120,8 @@ class Pixels:
     def x0(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_], draws: StepDraws) -> Tensor:
         """See `Data`."""
         x0 = to_unit(sent(self.reader.images(items), draws.device))
-        chosen = sent(mirrored, draws.device)
-        return torch.where(chosen[:, None, None, None], x0.flip(3), x0)
+        flip = sent(mirrored, draws.device)[:, None, None, None]
+        return torch.where(flip, x0.flip(3), x0)
 
     def expect(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> None:
         """See `Data`."""
@@ -129,14 +129,15 @@ class Pixels:
 
 
 def open_data(manifest: LatentManifest, *, streamed: bool = False) -> Data:
-    """The images of a store, every object of which is compared with its hash first, once on each machine.
+    """Open the images of a store. Every object is first compared with its hash, once on each machine.
 
     Args:
-        manifest: of the store.
-        streamed: fetch what a step needs instead of copying the store to this machine; for the pooled order.
+        manifest: manifest of the store.
+        streamed: fetch chunks as steps need them, instead of copying the store to this machine; needs the
+            pooled order.
 
     Raises:
-        StorageError: an object is missing or damaged, or the disk has no room; the line names it.
+        StorageError: an object is missing or damaged, or the disk is full; the line names it.
     """
     if manifest.vae:
         return Latents(LatentReader(manifest, streamed=streamed))
@@ -145,13 +146,13 @@ def open_data(manifest: LatentManifest, *, streamed: bool = False) -> Data:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a run: position p of the stream of samples is item p mod N of epoch p div N."""
+    """The batches of a run. Position p of the stream of samples is item p mod N of epoch p div N."""
 
     data: Data
     shape: tuple[int, int, int]
     """(C, h, h)."""
     batch_size: int
-    """Of all ranks together."""
+    """Images in a step, over all ranks."""
     seed: int
     flips: bool
     num_classes: int
@@ -159,23 +160,23 @@ class Batches:
     ranks: Ranks
     device: torch.device
     augmentation: float = 0.0
-    """Probability of each distortion; 0 is none, and no labels of it."""
+    """Probability of each distortion; 0 turns augmentation off."""
     order: Order = "shuffled"
-    """Of the items in an epoch; in the pooled one the images of a chunk are all mirrored or none is."""
+    """Order of the items in an epoch. In the pooled order a chunk is mirrored as a whole."""
     streamed: bool = False
-    """Tell the data which items come next; in the pooled order."""
+    """Announce to the data which items come next; needs the pooled order."""
     dropout: bool = False
-    """Whether the model drops anything."""
+    """Whether the model has dropout."""
 
     def __call__(self, step: int) -> Batch:
-        """The batch of a step for this rank. The same step gives the same bits, whenever it is asked for."""
+        """The batch of a step for this rank. The same step always gives the same bits."""
         local = self.batch_size // self.ranks.world_size
         rows = range(self.ranks.rank * local, (self.ranks.rank + 1) * local)
         draws = StepDraws(self.seed, step, rows, self.shape, self.device)
         positions = step * self.batch_size + np.asarray(rows)
         items = self._items(positions)
         if self.order == "pooled":
-            mirrored = self._coins(positions, items)
+            mirrored = self._mirrored_chunks(positions, items)
         else:
             mirrored = draws.flip.cpu().numpy() < 0.5 if self.flips else np.zeros(local, np.bool_)
         if self.streamed:
@@ -187,33 +188,34 @@ class Batches:
         return Batch(x0, draws.noise, draws.t, self._labels(items, draws.label_drop), augment, dropout)
 
     def items(self, step: int) -> NDArray[np.int64]:
-        """The images of a step, (batch_size,), of all ranks together."""
+        """Images of a step over all ranks, (batch_size,)."""
         return self._items(step * self.batch_size + np.arange(self.batch_size))
 
     def _items(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         count = len(self.data.labels)
-        epochs, places = np.divmod(positions, count)
-        items = np.empty_like(places)
+        epochs, offsets = np.divmod(positions, count)
+        items = np.empty_like(offsets)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            items[here] = _order(self.order, self.seed, int(epoch), count, self.data.chunk_rows)[places[here]]
+            in_epoch = epochs == epoch
+            order = _order(self.order, self.seed, int(epoch), count, self.data.chunk_rows)
+            items[in_epoch] = order[offsets[in_epoch]]
         return items
 
-    def _coins(self, positions: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which items at these positions are mirrored, when it is their chunk that decides."""
+    def _mirrored_chunks(self, positions: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which items at these positions are mirrored, where a chunk is mirrored as a whole."""
         mirrored = np.zeros(len(items), np.bool_)
         count, chunk = len(self.data.labels), self.data.chunk_rows
         for epoch in np.unique(positions // count) if self.flips else ():
-            here = positions // count == epoch
-            mirrored[here] = coins(self.seed, int(epoch), -(-count // chunk))[items[here] // chunk]
+            in_epoch = positions // count == epoch
+            mirrored[in_epoch] = coins(self.seed, int(epoch), -(-count // chunk))[items[in_epoch] // chunk]
         return mirrored
 
     def _expect(self, step: int) -> None:
-        """Announce what steps need from the pool of this one on until the end of the next."""
+        """Announce the items from the start of this step's pool to the end of the next pool."""
         span = max(POOL * self.data.chunk_rows, self.batch_size)
         positions = np.arange(2 * span) + step * self.batch_size // span * span
         items = self._items(positions)
-        self.data.expect(items, self._coins(positions, items))
+        self.data.expect(items, self._mirrored_chunks(positions, items))
 
     def _labels(self, items: NDArray[np.int64], drop: Tensor) -> Tensor | None:
         if self.num_classes == 0:
@@ -222,6 +224,6 @@ class Batches:
         return labels.masked_fill(drop < self.label_dropout, self.num_classes)
 
 
-@lru_cache(maxsize=3)  # a batch may lie across two epochs, what is fetched ahead across one more
+@lru_cache(maxsize=3)  # a batch can span two epochs, and prefetching one more
 def _order(order: Order, seed: int, epoch: int, n: int, chunk: int) -> NDArray[np.int64]:
     return permutation(seed, epoch, n) if order == "shuffled" else pooled(seed, epoch, n, chunk)

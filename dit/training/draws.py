@@ -1,4 +1,4 @@
-"""The random numbers of a training step. They depend on (seed, step) and the place in the global batch alone."""
+"""The random numbers of a training step: functions of (seed, step, row of the global batch) alone."""
 
 # B = rows of the global batch asked for, C = channels, H, W = height and width
 
@@ -17,25 +17,24 @@ from dit.training.augment import DRAWS
 
 @dataclass(frozen=True)
 class StepDraws:
-    """One step's draws for some rows of the global batch; normal numbers are float32, uniform ones float64.
+    """One step's random numbers for some rows of the global batch. Normal ones are float32, uniform ones float64.
 
-    However a global batch is cut into ranks and micro-batches, each row gets the same numbers. Each
-    kind is drawn when it is first asked for.
+    A row gets the same numbers however the global batch is split into ranks and micro-batches. Each kind is
+    drawn when it is first asked for.
     """
 
     seed: int
-    """Of the run."""
     step: int
     rows: Sequence[int]
-    """Places in the global batch, (B,), such as ``range(rank * local, (rank + 1) * local)``."""
+    """Rows of the global batch, (B,), such as ``range(rank * local, (rank + 1) * local)``."""
     shape: tuple[int, int, int]
-    """(C, H, W) of what is trained on."""
+    """(C, H, W) of the data."""
     device: torch.device | str = "cpu"
-    """Where the tensors go."""
+    """Device of the tensors."""
 
     @cached_property
     def t(self) -> Tensor:
-        """Uniform in [0, 1), (B,): the time, by the process's `sample_t`."""
+        """Uniform in [0, 1), (B,): made into a time by the process's `sample_t`."""
         return self._uniform(Stream.TIMESTEP)
 
     @cached_property
@@ -50,22 +49,22 @@ class StepDraws:
 
     @cached_property
     def posterior(self) -> Tensor:
-        """Standard normal, (B, C, H, W): which latent the encoder's mean and deviation stand for."""
+        """Standard normal, (B, C, H, W): the sample of the autoencoder's posterior."""
         return self._normal(Stream.POSTERIOR)
 
     @cached_property
     def flip(self) -> Tensor:
-        """Uniform in [0, 1), (B,): which way round the image is."""
+        """Uniform in [0, 1), (B,): the image is mirrored where this is below 0.5."""
         return self._uniform(Stream.FLIP)
 
     @cached_property
     def augment(self) -> Tensor:
-        """Uniform in [0, 1), (B, DRAWS): how the image is distorted, by `augmented`."""
+        """Uniform in [0, 1), (B, DRAWS): how `augmented` distorts the image."""
         return self._uniforms(Stream.AUGMENT, DRAWS)
 
     @cached_property
     def dropout(self) -> Tensor:
-        """Random words (B,), int64: what the model drops, by `keyed_dropout`."""
+        """Random keys (B,), int64: what `keyed_dropout` drops."""
         drawn = words(self.seed, Stream.DROPOUT, self.step, self.rows, 1)[:, 0]
         return sent(drawn.view(np.int64), self.device)
 

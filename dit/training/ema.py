@@ -1,4 +1,16 @@
-"""Exponential moving average of a model's parameters."""
+"""Exponential moving average (EMA) of a model's weights, from which samples are drawn.
+
+After step k = 0, 1, ... the average m of the weights w is
+
+    m_k = d_k m_{k-1} + (1 - d_k) w_k
+
+With a constant decay d the weights of j steps ago count (1 - d) d^j, and the initial ones d^(k+1). The half-life,
+after which weights count half, solves d^h = 1/2: h = ln(1/2) / ln d, or 6,931 steps for d = 0.9999. A long
+half-life also remembers the random initial weights for long. EDM's ramp r (Karras et al., arXiv 2206.00364,
+appendix F.2) therefore bounds the half-life by a share of the k steps taken before:
+
+    d_k = min(d, 0.5^(1 / (r k)))    for k > 0, and d_0 = 0
+"""
 
 from collections.abc import Mapping
 
@@ -10,59 +22,62 @@ from storage.errors import InputError
 
 
 class EMA:
-    """average = decay * average + (1 - decay) * parameter, in float32, from the given parameters on.
+    """The average of a model's weights in float32, which starts at the weights it is given.
 
-    With a ramp the half-life is at most that share of the steps taken, so that the average soon
-    forgets where it began (Karras et al., arXiv 2206.00364, appendix F.2).
+    Names are those of `named_parameters`, so pass the plain model, not a compiled or distributed wrapper
+    of it. Tensors sharded in place (FSDP2) stay sharded.
 
-    Names are those of `named_parameters`, so give the plain model rather than a compiled or
-    distributed wrapper of it; tensors sharded in place (FSDP2) stay sharded.
+    Args:
+        model: whose weights to average.
+        decay: d above, in 0 .. 1.
+        ramp: r above; None does not bound the half-life.
+
+    Raises:
+        InputError: the decay is not in 0 .. 1.
     """
 
     def __init__(self, model: nn.Module, decay: float, ramp: float | None = None) -> None:
-        """Start at the model's parameters.
-
-        Raises:
-            InputError: the decay is not in 0 .. 1.
-        """
         if not 0 <= decay <= 1:
-            raise InputError(f"ema_decay {decay}: must lie between 0 and 1")
+            raise InputError(f"train.ema_decay: {decay} is not between 0 and 1")
         self.decay, self.ramp = decay, ramp
         self._averages = {name: p.detach().float().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, good: Tensor | bool = True) -> None:
-        """Take in the model's parameters after a step, before which ``step`` steps had been taken.
+    def update(self, model: nn.Module, step: int, enabled: Tensor | bool = True) -> None:
+        """Add the model's weights to the average after a step.
 
         Args:
-            good: whether to, a scalar that may still be on its way on the device.
+            model: the model given at the start.
+            step: number of the step, from 0.
+            enabled: False leaves the average as it is; a scalar on the device is not waited for.
         """
         averages = [local(average) for average in self._averages.values()]
         parameters = [local(p.detach()).float() for p in model.parameters()]
-        weight = torch.full((), 1 - self.decay_at(step), device=parameters[0].device) * good
+        weight = torch.full((), 1 - self.decay_at(step), device=parameters[0].device) * enabled
         torch._foreach_lerp_(averages, parameters, [weight] * len(parameters))
 
     def decay_at(self, step: int) -> float:
-        """The decay after a step, before which ``step`` steps had been taken."""
+        """The decay d_k of step k, counted from 0."""
         if self.ramp is None:
             return self.decay
         return min(self.decay, 0.5 ** (1 / (self.ramp * step))) if step else 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by parameter name, which a model of that shape loads. Not copies."""
+        """The averages by parameter name, as a model loads them. They are not copies."""
         return dict(self._averages)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over saved averages.
+        """Replace the averages by saved ones.
 
         Raises:
             InputError: a name is missing, unknown, or has another shape; the line names it.
         """
         for name in sorted(self._averages.keys() ^ state.keys()):
-            raise InputError(f"moving average: {name} is {'missing' if name in self._averages else 'unknown'}")
+            problem = "missing" if name in self._averages else "unknown"
+            raise InputError(f"moving average: tensor {name} is {problem} in the saved state")
         for name, average in self._averages.items():
             if state[name].shape != average.shape:
-                found, needed = tuple(state[name].shape), tuple(average.shape)
-                raise InputError(f"moving average: {name} has shape {found} instead of {needed}")
+                saved, expected = tuple(state[name].shape), tuple(average.shape)
+                raise InputError(f"moving average: tensor {name} has shape {saved}, not {expected}")
             average.copy_(state[name])

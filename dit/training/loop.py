@@ -1,4 +1,6 @@
-"""The training loop. It yields; its caller logs and saves."""
+"""The training loop. It yields after each step, and its caller logs and saves."""
+
+# B = rows of a micro-batch or of this rank's batch
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,138 +15,141 @@ from dit.diffusion.process import Process
 from dit.ranks import Ranks
 from dit.training.data import Batch
 from dit.training.ema import EMA
-from dit.training.parallelize import exchanging, synchronised, whole
+from dit.training.parallelize import data_parallel, full_tensor, gradient_sync
 
 
 @dataclass
 class TrainState:
-    """All that changes while training."""
+    """Everything that changes during training."""
 
     model: nn.Module
     averages: Mapping[str, EMA]
-    """Moving averages of its parameters by name, the one that is called ``ema`` among them."""
+    """Moving averages of the weights by name; one is called ``ema``."""
     optimizer: torch.optim.Optimizer
-    """A fused one, which can leave a step out without asking the device."""
+    """A fused one: it can skip a step without waiting for the device."""
     step: int = 0
-    """Steps taken, the skipped ones included."""
+    """Steps taken, skipped ones included."""
     skipped: int | Tensor = 0
-    """Steps whose loss or gradient was not finite: they changed nothing."""
+    """Steps that changed nothing, because their loss or gradient was not finite."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured, as scalar tensors: reading them waits for the device."""
+    """What one step measured, as scalar tensors. Reading them waits for the device."""
 
     step: int
     """Steps taken, this one included."""
     terms: dict[str, Tensor]
     """The loss and its parts, each a mean over the global batch."""
     quartiles: Tensor
-    """The loss of samples whose time is in each quarter of the process's times, (4,); not a number where none is."""
+    """Mean loss of the samples in each quarter of the process's times, (4,); NaN where there are none."""
     gradient_norm: Tensor
     skipped: Tensor
-    """Steps skipped up to now."""
-    streak: Tensor
-    """Of them, those in a row up to this one; 0 if this step was taken."""
+    """Steps skipped so far."""
+    skipped_in_a_row: Tensor
+    """Steps skipped in a row up to this one; 0 if this step was taken."""
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """How steps are taken."""
+class StepConfig:
+    """How an optimizer step is taken."""
 
     learning_rate: Callable[[int], float]
-    """Of the step with that number."""
+    """Learning rate of the step with that number."""
     gradient_clip: float | None = None
-    """Largest norm of the gradient; None leaves it as it is."""
+    """Largest norm of the gradient; None does not clip."""
     autocast: torch.dtype | None = None
-    """Lower precision of the forward pass; None computes in the parameters' own."""
+    """Lower precision of the forward pass; None computes in the precision of the parameters."""
     micro_batch: int | None = None
-    """Images that a rank takes through the model at once; None takes all."""
+    """Images that a rank passes through the model at once; None passes its whole batch."""
 
 
 def train(
     state: TrainState,
     process: Process,
     batches: Callable[[int], Batch],
-    numbers: Numbers,
+    config: StepConfig,
     *,
     stop: int,
     ranks: Ranks,
 ) -> Iterator[StepResult]:
     """Take optimizer steps until ``stop`` have been taken; ``state`` is up to date at each yield.
 
-    A step whose loss or gradient is not finite, on any rank, is skipped on all of them: weights,
-    moments and average stay as they are. Nothing here waits for the device.
+    A step whose loss or gradient is not finite on any rank is skipped on all ranks: weights, moments
+    and averages stay as they are. Nothing here waits for the device.
     """
-    model = synchronised(state.model, ranks)
+    model = data_parallel(state.model, ranks)
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-    streak: int | Tensor = 0
+    skipped_in_a_row: int | Tensor = 0
     rehearsed = not isinstance(model, DistributedDataParallel)
     while state.step < stop:
         batch = batches(state.step)
-        if not rehearsed:  # DDP arranges its buckets, and so its sums, anew after its first gradients
-            _accumulated(model, process, batch, numbers, ranks)
+        if not rehearsed:
+            # After its first gradients DDP rearranges its buckets, and with them the order of its sums.
+            # One discarded pass makes all steps alike, also the first one after a resume.
+            _accumulate(model, process, batch, config, ranks)
             state.optimizer.zero_grad(set_to_none=True)
             rehearsed = True
-        terms, quartiles = _accumulated(model, process, batch, numbers, ranks)
-        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        if numbers.gradient_clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, numbers.gradient_clip, norm)
-        good = (terms["loss"] * norm).isfinite()
-        _step(state, numbers.learning_rate(state.step), good)
-        state.skipped, streak = state.skipped + ~good, (streak + 1) * ~good
-        yield StepResult(state.step, terms, quartiles, norm, state.skipped, streak)
+        terms, quartiles = _accumulate(model, process, batch, config, ranks)
+        norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if config.gradient_clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, config.gradient_clip, norm)
+        finite = (terms["loss"] * norm).isfinite()
+        _step(state, config.learning_rate(state.step), finite)
+        state.skipped, skipped_in_a_row = state.skipped + ~finite, (skipped_in_a_row + 1) * ~finite
+        yield StepResult(state.step, terms, quartiles, norm, state.skipped, skipped_in_a_row)
 
 
-def _step(state: TrainState, learning_rate: float, good: Tensor) -> None:
+def _step(state: TrainState, learning_rate: float, finite: Tensor) -> None:
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
-    state.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # as a GradScaler tells fused optimizers
+    # Fused optimizers skip a step where found_inf is 1. GradScaler tells them so, too.
+    state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     for average in state.averages.values():
-        average.update(state.model, state.step, good)
+        average.update(state.model, state.step, finite)
     state.step += 1
 
 
-def _accumulated(
-    model: nn.Module, process: Process, batch: Batch, numbers: Numbers, ranks: Ranks
+def _accumulate(
+    model: nn.Module, process: Process, batch: Batch, config: StepConfig, ranks: Ranks
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Add up a batch's gradients in the parameters.
 
     Returns:
-        The means of the loss and its parts over all ranks, and the loss by quartile of the time.
+        The loss and its parts, means over all ranks; and the mean loss by quartile of the time, (4,).
     """
-    parts = batch.split(numbers.micro_batch)
+    parts = batch.split(config.micro_batch)
     sums: dict[str, Tensor] = {}
     losses = []
     for number, part in enumerate(parts, start=1):
-        with exchanging(model, number == len(parts)):  # once a step
-            terms = _terms(model, process, part, numbers)
+        with gradient_sync(model, number == len(parts)):  # once a step
+            terms = _terms(model, process, part, config)
             share = len(part.x0) / len(batch.x0)
             means = {name: term.mean() * share for name, term in terms.items()}
             means["loss"].backward()
         for name, mean in means.items():
             sums[name] = sums.get(name, 0) + mean.detach().double()
         losses.append(terms["loss"].detach().double())
-    return _over_all(sums, _by_quartile(batch.u, torch.cat(losses)), ranks)
+    return _mean_over_ranks(sums, _by_quartile(batch.u, torch.cat(losses)), ranks)
 
 
 def _by_quartile(u: Tensor, losses: Tensor) -> Tensor:
-    """Sums of losses (B,) and their numbers by quarter of u in [0, 1), (8,)."""
+    """Sums of losses (B,), then counts of samples, by quarter of u in [0, 1): (8,)."""
     quarter = nn.functional.one_hot((4 * u).long(), 4).double()
     return torch.cat([losses @ quarter, quarter.sum(0)])
 
 
-def _over_all(sums: dict[str, Tensor], by_quartile: Tensor, ranks: Ranks) -> tuple[dict[str, Tensor], Tensor]:
-    total = torch.cat([torch.stack(list(sums.values())), by_quartile])
+def _mean_over_ranks(sums: dict[str, Tensor], by_quartile: Tensor, ranks: Ranks) -> tuple[dict[str, Tensor], Tensor]:
+    total = torch.cat([torch.stack(list(sums.values())), by_quartile])  # one message
     if ranks.world_size > 1:
         dist.all_reduce(total)
     means, losses, counts = total.split([len(sums), 4, 4])
     return dict(zip(sums, means / ranks.world_size, strict=True)), losses / counts
 
 
-def _terms(model: nn.Module, process: Process, batch: Batch, numbers: Numbers) -> dict[str, Tensor]:
-    with torch.autocast(batch.x0.device.type, numbers.autocast, enabled=numbers.autocast is not None):
-        told = partial(model, **batch.told)
-        return process.training_terms(told, batch.x0, batch.noise, process.sample_t(batch.u), batch.y)
+def _terms(model: nn.Module, process: Process, batch: Batch, config: StepConfig) -> dict[str, Tensor]:
+    with torch.autocast(batch.x0.device.type, config.autocast, enabled=config.autocast is not None):
+        denoiser = partial(model, **batch.model_kwargs)
+        return process.training_terms(denoiser, batch.x0, batch.noise, process.sample_t(batch.u), batch.y)

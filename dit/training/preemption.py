@@ -1,4 +1,4 @@
-"""SIGTERM as a request to save and go, which all ranks follow at the same step."""
+"""SIGTERM asks training to save and stop. All ranks stop at the same step."""
 
 import signal
 import threading
@@ -12,43 +12,47 @@ import torch.distributed as dist
 from dit.ranks import Ranks
 
 
-class Notice:
-    """Whether the machine is wanted back. Ranks agree on it in the background, one call behind."""
+class Preemption:
+    """Whether a rank received SIGTERM. Ranks agree on it in the background, one call late."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self._given = False
+        self._signalled = False
         self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
-        self._asked: tuple[dist.Work, torch.Tensor] | None = None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def give(self, _number: int, _frame: FrameType | None) -> None:
+    def handle(self, _number: int, _frame: FrameType | None) -> None:
         """Handle a signal."""
-        self._given = True
+        self._signalled = True
 
-    def given(self) -> bool:
-        """Whether a rank had notice at its call before this one; alone, by now. The same on all ranks."""
+    def requested(self) -> bool:
+        """Whether to stop. The same answer on all ranks.
+
+        A single rank answers at once. Of several, it is what any rank knew at the call before this one: so
+        the reduction runs beside a step, and no step waits for it.
+        """
         if self._group is None:
-            return self._given
-        answer = False
-        if self._asked is not None:
-            work, flag = self._asked
+            return self._signalled
+        requested = False
+        if self._pending is not None:
+            work, flag = self._pending
             work.wait()
-            answer = bool(flag)
-        flag = torch.tensor(int(self._given))
+            requested = bool(flag)
+        flag = torch.tensor(int(self._signalled))
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True)
         assert work is not None
-        self._asked = work, flag
-        return answer
+        self._pending = work, flag
+        return requested
 
 
 @contextmanager
-def notice(ranks: Ranks) -> Iterator[Notice]:
-    """SIGTERM gives notice for the length of the block; in a thread other than the main one nothing does."""
-    found = Notice(ranks)
+def preemption(ranks: Ranks) -> Iterator[Preemption]:
+    """SIGTERM is a request to stop for the length of the block. Outside the main thread it is not handled."""
+    state = Preemption(ranks)
     if threading.current_thread() is not threading.main_thread():
-        yield found
+        yield state
         return
-    before = signal.signal(signal.SIGTERM, found.give)
+    previous = signal.signal(signal.SIGTERM, state.handle)
     try:
-        yield found
+        yield state
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

@@ -1,4 +1,4 @@
-"""What the averaged weights draw while they are trained, from the same noise each time."""
+"""A grid of samples from the averaged weights during training, from the same noise each time."""
 
 import logging
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from dit.sample import SampleConfig, generate, open_decoder, picture
 from dit.vae import Vae
 from storage.errors import DitflowError
 
-COUNT, STEPS, AT_ONCE = 40, 25, 8
+COUNT, STEPS, BATCH = 40, 25, 8
 LOGGER = logging.getLogger(__name__)
 
 
-class Grid:
-    """Draws samples with few steps of the deterministic sampler of the model's process.
+class SampleGrid:
+    """Draws samples with few steps of the deterministic sampler that fits the model's process.
 
     Args:
         card: what the model is made of.
@@ -29,19 +29,19 @@ class Grid:
     def __init__(self, card: ModelCard, precision: Arithmetic) -> None:
         self._card = card
         sampler = "heun" if isinstance(card.diffusion, EDMConfig) else "ddim"
-        drawn = {"labels": "balanced", "sampler": sampler, "steps": STEPS, "precision": precision}
-        self._config = SampleConfig.model_validate(drawn | {"count": COUNT, "batch_size": AT_ONCE})
+        fields = {"labels": "balanced", "sampler": sampler, "steps": STEPS, "precision": precision}
+        self._config = SampleConfig.model_validate(fields | {"count": COUNT, "batch_size": BATCH})
 
     @cached_property
     def _decoder(self) -> Vae | None:
         return open_decoder(self._config, self._card)
 
     def draw(self, weights: Mapping[str, Tensor]) -> bytes | None:
-        """A PNG of samples from these weights; none, with a warning, if the decoder is gone or they are not finite."""
+        """A PNG of samples from these weights; None, with a warning, if the decoder is gone or they are not finite."""
         try:
             trained = Trained(rebuilt(self._card.model, weights).to(device()), self._card)
             parts = generate(self._config, trained, self._decoder, 0, COUNT)
             return picture(np.concatenate([part["image"] for part in parts]), self._card)
-        except DitflowError as error:  # a picture is not worth a run
-            LOGGER.warning("no samples of this step: %s", error)
+        except DitflowError as error:  # a missing picture must not end a run
+            LOGGER.warning("train: no sample grid at this step: %s", error)
             return None

@@ -201,7 +201,7 @@ def test_sigterm_saves_and_goes(
     tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(PreemptedError, match="told to stop at step 7; the same command goes on from there"):
+    with pytest.raises(PreemptedError, match="stopped by SIGTERM at step 7; run the same command to continue"):
         tiny.run_train(tmp_path, tiny.TRAINING, latents, Preempter(6))
     assert signal.getsignal(signal.SIGTERM) is before
     recorder, manifest = through(tmp_path, tiny.TRAINING, latents)
@@ -337,7 +337,7 @@ def test_without_the_decoder_training_goes_on(tmp_path: Path, caplog: pytest.Log
     recorder, manifest = through(tmp_path, config, synthetic.latents(tmp_path))
     assert manifest.counts["steps"] == 2
     assert list(recorder.artifacts) == ["loss.png"]
-    assert "no samples of this step: nowhere" in caplog.text
+    assert "no sample grid at this step: nowhere" in caplog.text
 
 
 def test_the_seed_decides(
@@ -374,9 +374,9 @@ def test_without_classes(tmp_path: Path, latents: LatentManifest) -> None:
     assert not any("y_embedder" in name for name in dit.load(manifest.uri).model.state_dict())
 
 
-ASTRAY = (
-    "training went astray: 3 steps from step 2 on had no finite loss or gradient; the first trained on images "
-    "{}, ... of the store; lower train.learning_rate or look at these"
+DIVERGED = (
+    "training diverged: 3 steps from step 2 on had no finite loss or gradient; the first of them used images "
+    "{}, ... of the store; lower train.learning_rate or check these images"
 )
 
 
@@ -387,9 +387,9 @@ def test_a_loss_that_stays_without_a_number_ends_the_run_at_the_last_good_checkp
     config = tiny.TRAINING.model_copy(update=changes)
     with pytest.raises(DitflowError) as caught, caplog.at_level(logging.WARNING):
         tiny.run_train(tmp_path, config, latents)
-    line = ASTRAY.format(", ".join(map(str, permutation(config.seed, 0, tiny.COUNT)[9:17])))
+    line = DIVERGED.format(", ".join(map(str, permutation(config.seed, 0, tiny.COUNT)[9:17])))
     assert str(caught.value) == line
-    assert f"{line}; once more from the last checkpoint" in caplog.messages
+    assert f"{line}; restarting from the last checkpoint" in caplog.messages
     (state,) = tmp_path.rglob("state-00000-000.safetensors")  # of the step before
     assert state.parent.name == "step-000000001"
     assert all(tensor.isfinite().all() for tensor in load_file(state).values())

@@ -13,11 +13,11 @@ from torch import nn
 
 from dit.export import CheckpointManifest
 from dit.ranks import Ranks
-from dit.training import checkpoint, parts
+from dit.training import checkpoint, checkpoint_files
 from dit.training.checkpoint import Saver
 from dit.training.ema import EMA
 from dit.training.loop import TrainState
-from dit.training.watch import Measured
+from dit.training.throughput import LoggedStep
 from storage.errors import StorageError
 from storage.manifest import FileEntry, StageOutput
 
@@ -64,7 +64,7 @@ def assert_same(state: TrainState, expected: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def save(out: StageOutput, state: TrainState, history: Sequence[Measured] = (), **keep: Any) -> None:
+def save(out: StageOutput, state: TrainState, history: Sequence[LoggedStep] = (), **keep: Any) -> None:
     saver = Saver(out, state, Ranks(), **{"keep": 9} | keep)
     saver.save(history)
     saver.wait()
@@ -74,10 +74,10 @@ def saved(
     out: StageOutput, steps: tuple[int, ...], keep: int = 9, keep_every: int | None = None
 ) -> dict[int, dict[str, torch.Tensor]]:
     """Checkpoints at these steps, and what each holds."""
-    state, history, held = fresh(), list[Measured](), {}
+    state, history, held = fresh(), list[LoggedStep](), {}
     for step in steps:
         advance(state, step - state.step)
-        history.append(Measured(step=step, values={"loss": 1 / (3 * step)}))
+        history.append(LoggedStep(step=step, values={"loss": 1 / (3 * step)}))
         save(out, state, history, keep=keep, keep_every=keep_every)
         held[step] = tensors(state)
     return held
@@ -151,7 +151,7 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(
         history = checkpoint.load_newest(out, state, Ranks())
     assert (state.step, [measured.step for measured in history]) == (4, [2, 4])
     assert_same(state, held[4])
-    assert "step-000000006: not a whole checkpoint" in caplog.text
+    assert "step-000000006: incomplete or damaged checkpoint" in caplog.text
     advance(state, 2)
     save(out, state, history)
     again = fresh(seed=2)
@@ -252,7 +252,7 @@ def test_what_saving_raises_comes_up_at_the_next_look(out: StageOutput, monkeypa
 
 
 def test_large_states_take_several_files(out: StageOutput, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "FILE_BYTES", 100)
+    monkeypatch.setattr(checkpoint_files, "FILE_BYTES", 100)
     held = saved(out, (3,))
     files = sorted(folder(out, 3).glob("*.safetensors"))
     assert len(files) > 3

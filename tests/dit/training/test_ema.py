@@ -81,7 +81,7 @@ def test_with_a_ramp_the_half_life_is_a_share_of_the_steps_taken() -> None:
     [
         (lambda s: s.pop("0.bias"), "0.bias is missing"),
         (lambda s: s.update(more=torch.ones(1)), "more is unknown"),
-        (lambda s: s.update({"1.bias": torch.ones(3)}), r"1.bias has shape \(3,\) instead of \(2,\)"),
+        (lambda s: s.update({"1.bias": torch.ones(3)}), r"1.bias has shape \(3,\), not \(2,\)"),
     ],
 )
 def test_state_of_another_model_is_refused(change: object, reason: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dit.ranks import Ranks
 from dit.training.data import Batch
 from dit.training.ema import EMA
-from dit.training.loop import Numbers, TrainState, train
+from dit.training.loop import StepConfig, TrainState, train
 
 
 class Line(nn.Module):
@@ -39,32 +39,32 @@ def batch(step: int, scale: float = 10.0) -> Batch:
     return Batch(scale * ones, ones, torch.zeros(2), None)
 
 
-def run(numbers: Numbers, steps: int) -> tuple[list[float], list[float]]:
+def run(step_config: StepConfig, steps: int) -> tuple[list[float], list[float]]:
     """The weight after each step and the norms, with plain gradient descent."""
     model = Line()
     state = TrainState(model, {"ema": EMA(model, 0.9)}, torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
     found = [
         (model.w.item(), result.gradient_norm.item())
-        for result in train(state, Slope(), batch, numbers, stop=steps, ranks=Ranks())
+        for result in train(state, Slope(), batch, step_config, stop=steps, ranks=Ranks())
     ]
     weights, norms = zip(*found, strict=True)
     return list(weights), list(norms)
 
 
 def test_learning_rate_is_asked_for_each_step() -> None:
-    weights, norms = run(Numbers(learning_rate=lambda step: 0.1 * (step + 1)), 3)
+    weights, norms = run(StepConfig(learning_rate=lambda step: 0.1 * (step + 1)), 3)
     assert weights == pytest.approx([2 - 1, 2 - 1 - 2, 2 - 1 - 2 - 3])
     assert norms == pytest.approx([10, 10, 10])
 
 
 def test_a_long_gradient_is_shortened_and_its_own_norm_reported() -> None:
-    weights, norms = run(Numbers(learning_rate=lambda _: 1.0, gradient_clip=0.5), 2)
+    weights, norms = run(StepConfig(learning_rate=lambda _: 1.0, gradient_clip=0.5), 2)
     assert weights == pytest.approx([1.5, 1.0])
     assert norms == pytest.approx([10, 10])
 
 
 def test_a_short_gradient_is_left_alone() -> None:
-    weights, _ = run(Numbers(learning_rate=lambda _: 0.1, gradient_clip=50.0), 1)
+    weights, _ = run(StepConfig(learning_rate=lambda _: 0.1, gradient_clip=50.0), 1)
     assert weights == pytest.approx([1.0])
 
 
@@ -79,10 +79,10 @@ def test_micro_batches_add_up_to_the_batch() -> None:
         model, sizes = Line(), []
         model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
         state = TrainState(model, {"ema": EMA(model, 0.9)}, torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
-        numbers = Numbers(learning_rate=lambda _: 0.1, micro_batch=micro_batch)
+        step_config = StepConfig(learning_rate=lambda _: 0.1, micro_batch=micro_batch)
         found = [
             (result.terms["loss"].item(), model.w.item())
-            for result in train(state, Slope(), uneven, numbers, stop=2, ranks=Ranks())
+            for result in train(state, Slope(), uneven, step_config, stop=2, ranks=Ranks())
         ]
         return *map(list, zip(*found, strict=True)), sizes
 
@@ -111,8 +111,8 @@ def test_a_model_is_told_its_own_rows_and_torchs_generator_is_left_alone() -> No
     before = torch.random.get_rng_state()
     model = Told()
     state = TrainState(model, {"ema": EMA(model, 0.9)}, torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
-    numbers = Numbers(learning_rate=lambda _: 0.1, micro_batch=3)
-    list(train(state, Slope(), batch, numbers, stop=2, ranks=Ranks()))
+    step_config = StepConfig(learning_rate=lambda _: 0.1, micro_batch=3)
+    list(train(state, Slope(), batch, step_config, stop=2, ranks=Ranks()))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert [set(given) for given in told] == [{"dropout"}] * 4
     assert [given["dropout"].tolist() for given in told] == [[0, 1, 2], [3], [10, 11, 12], [13]]
@@ -142,10 +142,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad: float, cl
         return Batch(x0, ones, torch.zeros(4), None)
 
     state = adam(Line())
-    numbers = Numbers(learning_rate=lambda step: 0.1, gradient_clip=clip, micro_batch=3)
+    step_config = StepConfig(learning_rate=lambda step: 0.1, gradient_clip=clip, micro_batch=3)
     before, counts = state.model.w.item(), []
-    for result in train(state, Slope(), faulty, numbers, stop=5, ranks=Ranks()):
-        counts.append((int(result.skipped), int(result.streak)))
+    for result in train(state, Slope(), faulty, step_config, stop=5, ranks=Ranks()):
+        counts.append((int(result.skipped), int(result.skipped_in_a_row)))
         if result.step == 1:
             assert state.model.w.item() == before
         if result.step == 2:
@@ -154,7 +154,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad: float, cl
             assert all(map(torch.equal, changing(state), once))
     assert counts == [(1, 1), (1, 0), (2, 1), (3, 2), (3, 0)]
     plain = adam(Line())
-    list(train(plain, Slope(), lambda step: faulty([1, 4][step]), numbers, stop=2, ranks=Ranks()))
+    list(train(plain, Slope(), lambda step: faulty([1, 4][step]), step_config, stop=2, ranks=Ranks()))
     assert all(map(torch.equal, changing(state), changing(plain)))
 
 
@@ -165,8 +165,8 @@ def test_losses_by_quartile_of_the_time() -> None:
 
     model = Line()
     state = TrainState(model, {"ema": EMA(model, 0.9)}, torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
-    numbers = Numbers(learning_rate=lambda _: 0.1, micro_batch=2)
-    (result,) = train(state, Slope(), spread, numbers, stop=1, ranks=Ranks())
+    step_config = StepConfig(learning_rate=lambda _: 0.1, micro_batch=2)
+    (result,) = train(state, Slope(), spread, step_config, stop=1, ranks=Ranks())
     found = result.quartiles.tolist()
     assert math.isnan(found[2])
     assert [found[0], found[1], found[3]] == pytest.approx([2 * 1.5, 2 * 3, 2 * 6])

@@ -180,7 +180,7 @@ def test_a_killed_rank_fails_the_stage(latents: LatentManifest, nothing_left: No
         (signal.SIGKILL, r"rank 1 was killed by SIGKILL, perhaps for want of memory"),
         pytest.param(
             signal.SIGTERM,
-            r"told to stop at step \d+; the same command goes on from there",
+            r"stopped by SIGTERM at step \d+; run the same command to continue",
             marks=pytest.mark.full,
         ),
     ],
@@ -220,7 +220,7 @@ def test_preempted_ranks_save_and_say_so(
             os.kill(process.pid if who == "one rank" else process.ppid(), signal.SIGTERM)
 
     spec = job(latents, ENDLESS, TrackingSpec(uri=dead_address(), run_id="0" * 32))
-    with pytest.raises(PreemptedError, match=r"^told to stop at step [\d,]+; the same command goes on") as told:
+    with pytest.raises(PreemptedError, match=r"^stopped by SIGTERM at step [\d,]+; run the same command") as told:
         launcher.run(spec, LocalLaunch(nproc=2, max_restarts=0), progress=preempt, log=HOUSE)
     step = int(str(told.value).split()[5].rstrip(";").replace(",", ""))
     assert Path(spec.output.uri, "checkpoints", f"step-{step:09d}", "record.json").exists()

@@ -1,4 +1,4 @@
-"""How fast training goes, and what of the time it waits."""
+"""How fast training runs, and what share of the time it waits for data."""
 
 import time
 from dataclasses import dataclass, field
@@ -14,22 +14,22 @@ TERA, MEGA, GIB = 1e12, 1e6, 2**30
 PEAK_TRIES = 4
 
 
-class Measured(Config):
+class LoggedStep(Config):
     """What was measured at one logged step."""
 
     step: int
-    """Optimizer steps taken, that one included."""
+    """Optimizer steps taken, this one included."""
     values: dict[str, float]
-    """The loss, its parts and the norm of the gradient, of the whole batch."""
+    """Loss, its parts and gradient norm, over the global batch."""
 
 
 @dataclass
-class Watch:
-    """Measures the stretches of training between two records, on the first rank, for all."""
+class ThroughputMeter:
+    """Measures training between two log records, on the first rank for all ranks."""
 
     model: ModelConfig
     batch_size: int
-    """Of all ranks together."""
+    """Images in a step, over all ranks."""
     world_size: int
     device: torch.device
     dtype: torch.dtype
@@ -42,42 +42,42 @@ class Watch:
         self._peak = self.world_size * matmul_speed(self.dtype, self.device) if gpu else None
 
     def begin(self, step: int) -> None:
-        """Begin after so many steps."""
+        """Start the clock after ``step`` steps."""
         self._began = step, time.perf_counter(), 0.0
-        psutil.cpu_percent()  # since the call before
+        psutil.cpu_percent()  # the next call reports the load since this one
 
     def measure(self, step: int, waited: float) -> dict[str, float]:
-        """Rates since the last record, and begin anew.
+        """Rates since the last record. The clock starts again.
 
         Args:
             step: steps taken.
-            waited: seconds that steps have waited for their batches, since the beginning.
+            waited: seconds that steps have waited for their batches, since training began.
         """
-        (before, began, had_waited), now = self._began, time.perf_counter()
+        (last_step, last_time, last_waited), now = self._began, time.perf_counter()
         self._began = step, now, waited
-        speed = (step - before) * self.batch_size / (now - began)
+        speed = (step - last_step) * self.batch_size / (now - last_time)
         flops = speed * self._flops
-        found = {
+        rates = {
             "images_per_second": speed,
             "tflops": flops / TERA,
-            "data_wait_share": (waited - had_waited) / (now - began),
+            "data_wait_share": (waited - last_waited) / (now - last_time),
         }
         if self.model.kind != "diffit_image":
-            found["tokens_per_second"] = speed * self.model.grid**2
+            rates["tokens_per_second"] = speed * self.model.grid**2
         if self._peak is not None:
-            found["mfu"] = flops / self._peak
-        return found | {"memory_gib": memory(self.device) / GIB} | system(self.device)
+            rates["mfu"] = flops / self._peak
+        return rates | {"memory_gib": memory(self.device) / GIB} | system(self.device)
 
 
 def memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU; what the process holds on a CPU."""
+    """Bytes: peak allocation of a GPU, or resident memory of the process on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def system(device: torch.device) -> dict[str, float]:
-    """The machine's load, as MLflow names a system's metrics; that of processors is since the last call."""
+    """Load of the machine under MLflow's names of system metrics. Processor load is since the last call."""
     memory, network = psutil.virtual_memory(), psutil.net_io_counters()
-    found = {
+    load = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
         "system_memory_usage_megabytes": memory.used / MEGA,
         "system_memory_usage_percentage": memory.percent,
@@ -86,20 +86,20 @@ def system(device: torch.device) -> dict[str, float]:
     }
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        found[f"gpu_{device.index}_memory_usage_megabytes"] = (total - free) / MEGA
-        found[f"gpu_{device.index}_memory_usage_percentage"] = 100 * (1 - free / total)
-    return {f"system/{name}": value for name, value in found.items()}
+        load[f"gpu_{device.index}_memory_usage_megabytes"] = (total - free) / MEGA
+        load[f"gpu_{device.index}_memory_usage_percentage"] = 100 * (1 - free / total)
+    return {f"system/{name}": value for name, value in load.items()}
 
 
 def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a large matrix product, the fastest of some: what stands for the device's peak."""
+    """FLOP a second of a large matrix product, the fastest of a few: it stands for the device's peak."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
+    fastest = float("inf")
     for _ in range(PEAK_TRIES):
         begin = time.perf_counter()
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * side**3 / best
+        fastest = min(fastest, time.perf_counter() - begin)
+    return 2 * side**3 / fastest

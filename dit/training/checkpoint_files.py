@@ -1,7 +1,8 @@
-"""Where torch's distributed checkpoints are written to and read from: files of safetensors, and an index.
+"""Files of a distributed checkpoint: safetensors, and an index of the pieces in them.
 
-`torch.distributed.checkpoint` decides which rank writes and reads which piece of which tensor. Its own storage keeps
-pickles, which run the code of whoever wrote them, and nothing that says whether a checkpoint is whole.
+`torch.distributed.checkpoint` decides which rank writes and reads which piece of which tensor. The files are
+ours, since torch's own are pickles, which can run code when they are read, and nothing in them says whether a
+checkpoint is complete.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,16 +35,16 @@ from storage.config import Config
 from storage.manifest import FileEntry
 
 FILE_BYTES = 2**30
-"""A file holds no more, unless of a single tensor: it is in memory as a whole while it is written or read."""
+"""Largest file in bytes, unless a single tensor is larger. A file is held in memory while it is written or read."""
 
 
 class Piece(Config):
-    """Where a part of a tensor lies, or all of it."""
+    """Where a shard of a tensor, or all of it, is stored."""
 
     file: int
-    """Number of the file, in which it has the tensor's name."""
+    """Number of the file. The piece has the tensor's name in it."""
     offset: tuple[int, ...]
-    """Of its first element in the tensor."""
+    """Index of its first element in the tensor."""
     shape: tuple[int, ...]
 
 
@@ -61,8 +62,8 @@ class Writer(StorageWriter):
     """Writes one checkpoint.
 
     Args:
-        put: writes a file of that name, on each rank.
-        commit: what makes it a checkpoint, with all files and the index, on the first rank.
+        put: writes a file of that name; called on each rank.
+        commit: commits the checkpoint, given all files and the index; called on the first rank.
     """
 
     def __init__(
@@ -72,18 +73,18 @@ class Writer(StorageWriter):
         self._rank = 0
 
     def reset(self, checkpoint_id: object = None) -> None:
-        """Nothing: it writes one checkpoint."""
+        """Nothing to do: a writer writes one checkpoint."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Learn the rank."""
+        """Note the rank."""
         self._rank = kwargs["rank"]
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan as it is."""
+        """The plan, unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """The plans as they are."""
+        """The plans, unchanged."""
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -91,7 +92,7 @@ class Writer(StorageWriter):
         written: list[WriteResult] = []
         for number, items in enumerate(_files(plan.items)):
             tensors = {item.index.fqn: _tensor(planner, item) for item in items}
-            assert len(tensors) == len(items), "a rank holds one piece of a tensor"
+            assert len(tensors) == len(items), "a rank has one piece of a tensor"
             entry = self._put(f"state-{self._rank:05d}-{number:03d}.safetensors", save_tensors(tensors))
             for item in items:
                 shape = tensors[item.index.fqn].shape
@@ -99,7 +100,7 @@ class Writer(StorageWriter):
         return _done(written)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Commit what all ranks have written."""
+        """Commit the files of all ranks."""
         numbers: dict[FileEntry, int] = {}
         index: dict[str, list[Piece]] = {}
         for result in (result for part in results for result in part):
@@ -110,16 +111,16 @@ class Writer(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
-        """There are none: who makes a writer knows where it writes."""
+        """Ids are not used: `put` knows the place."""
         return False
 
 
 class Reader(StorageReader):
-    """Reads one checkpoint: of each file that has something for this rank, all.
+    """Reads one checkpoint. A file that holds a piece for this rank is read whole.
 
     Args:
-        read: the bytes of the file with that number.
-        index: what they hold.
+        read: reads the file with that number.
+        index: the pieces of each tensor.
     """
 
     def __init__(self, read: Callable[[int], bytes], index: Index) -> None:
@@ -127,21 +128,21 @@ class Reader(StorageReader):
         self._files = {(name, piece.offset): piece.file for name, pieces in index.items() for piece in pieces}
 
     def reset(self, checkpoint_id: object = None) -> None:
-        """Nothing: it reads one checkpoint."""
+        """Nothing to do: a reader reads one checkpoint."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index, as the planner knows it."""
+        """The index, in torch's terms."""
         return Metadata({name: _metadata(pieces) for name, pieces in self._index.items()})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing is left to do."""
+        """Nothing to do."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """The plan as it is."""
+        """The plan, unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """The plans as they are."""
+        """The plans, unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -154,20 +155,20 @@ class Reader(StorageReader):
             tensors = load_tensors(self._read(file))
             for item in items:
                 begins = zip(item.storage_offsets, item.lengths, strict=True)
-                found = tensors[item.storage_index.fqn][tuple(slice(begin, begin + n) for begin, n in begins)]
+                piece = tensors[item.storage_index.fqn][tuple(slice(begin, begin + n) for begin, n in begins)]
                 target = planner.resolve_tensor(item)
-                target.detach().copy_(found)
+                target.detach().copy_(piece)
                 planner.commit_tensor(item, target)
         return _done(None)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
-        """There are none: who makes a reader knows what it reads."""
+        """Ids are not used: `read` knows the place."""
         return False
 
 
 def _files(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
-    """What goes to a file together. What every rank reads again is apart from the parts that one alone does."""
+    """The items of each file. Tensors that all ranks read are kept apart from shards that one rank reads."""
     for kind in WriteItemType:
         file: list[WriteItem] = []
         filled = 0
@@ -182,23 +183,23 @@ def _files(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
 
 
 def _bytes(item: WriteItem) -> int:
-    assert item.tensor_data is not None, "a state is made of tensors alone"
+    assert item.tensor_data is not None, "the state consists of tensors"
     return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
 def _offset(index: MetadataIndex) -> tuple[int, ...]:
-    assert index.offset is not None, "a state is made of tensors alone"
+    assert index.offset is not None, "the state consists of tensors"
     return tuple(index.offset)
 
 
 def _tensor(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
-    found = planner.resolve_data(item)
-    assert isinstance(found, torch.Tensor)
-    return found.detach().cpu().contiguous()
+    tensor = planner.resolve_data(item)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor.detach().cpu().contiguous()
 
 
 def _metadata(pieces: Sequence[Piece]) -> TensorStorageMetadata:
-    """Its type is that of the file, and not told here."""
+    """Shapes alone: the dtype is that of the file."""
     chunks = [ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape)) for piece in pieces]
     return TensorStorageMetadata(TensorProperties(), size(pieces), chunks)
 

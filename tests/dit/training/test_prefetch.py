@@ -3,8 +3,8 @@ import threading
 import pytest
 import torch
 
-from dit.training.ahead import DEPTH, ahead
 from dit.training.data import Batch
+from dit.training.prefetch import DEPTH, prefetched
 
 
 def batch(step: int) -> Batch:
@@ -13,8 +13,8 @@ def batch(step: int) -> Batch:
 
 
 def test_batches_come_in_order_from_any_step_on() -> None:
-    with ahead(batch, range(5, 12)) as made:
-        assert [made(step).x0.item() for step in range(5, 12)] == list(range(5, 12))
+    with prefetched(batch, range(5, 12)) as batches:
+        assert [batches(step).x0.item() for step in range(5, 12)] == list(range(5, 12))
 
 
 def test_so_many_are_made_before_they_are_asked_for_and_no_more() -> None:
@@ -26,10 +26,10 @@ def test_so_many_are_made_before_they_are_asked_for_and_no_more() -> None:
             enough.set()
         return batch(step)
 
-    with ahead(noted, range(100)) as made:
-        made(0)
+    with prefetched(noted, range(100)) as batches:
+        batches(0)
         assert enough.wait(180)
-        made._pool.submit(int).result()  # by now it would have begun another
+        batches._pool.submit(int).result()  # by now it would have begun another
         assert begun == list(range(1 + DEPTH))
 
 
@@ -41,10 +41,10 @@ def test_waiting_is_measured() -> None:
         go.wait()
         return batch(step)
 
-    with ahead(slow, range(3)) as made:
+    with prefetched(slow, range(3)) as batches:
         timer.start()
-        made(0)
-    assert made.waited > 0.01
+        batches(0)
+    assert batches.waited > 0.01
 
 
 def test_what_making_raises_comes_with_its_own_step_and_leaving_waits_for_nobody() -> None:
@@ -53,9 +53,9 @@ def test_what_making_raises_comes_with_its_own_step_and_leaving_waits_for_nobody
             raise OSError("cannot be read")
         return batch(step)
 
-    with ahead(broken, range(10)) as made:
-        made(0)
-        made(1)
+    with prefetched(broken, range(10)) as batches:
+        batches(0)
+        batches(1)
         with pytest.raises(OSError, match="cannot be read"):
-            made(2)
-    assert not [thread for thread in made._pool._threads if thread.is_alive()]
+            batches(2)
+    assert not [thread for thread in batches._pool._threads if thread.is_alive()]
