@@ -1,4 +1,4 @@
-"""The base of every config: frozen, strict, and with an identity that names what a stage makes."""
+"""The base class of every config: immutable, strict, with an identity that enters a stage's digest."""
 
 import re
 from collections.abc import Callable
@@ -10,16 +10,16 @@ _MESSAGES = {"extra_forbidden": "no such key", "union_tag_not_found": "say which
 
 
 class Config(BaseModel):
-    """An immutable model that refuses unknown keys.
+    """An immutable pydantic model that refuses unknown keys.
 
-    The same class is the check of the YAML and the form in the Prefect UI, so each field carries a
-    description with its unit.
+    The same class validates the YAML and is the form in the Prefect UI. The docstring of each field is
+    its help text, with the unit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def identity(self) -> dict[str, Any]:
-        """The JSON values that decide the bytes a stage makes: all fields but the operational ones."""
+        """The JSON values that determine the stage's output: all fields except the operational ones."""
         return {
             name: _identity(getattr(self, name))
             for name, field in type(self).model_fields.items()
@@ -28,9 +28,9 @@ class Config(BaseModel):
 
 
 def operational(default: Any = ..., **kwargs: Any) -> Any:
-    """A field that says how or from where a stage runs, not what it makes: left out of the digest.
+    """A field that does not change a stage's output and is left out of its digest: workers, batch sizes, locations.
 
-    Locations belong here too, because what lies there enters the digest by its own hash.
+    Locations are not part of the identity; their contents enter the digest by hash.
     """
     extra: dict[str, Any] | Callable[..., None] = {"operational": True}
     return Field(default, json_schema_extra=extra, **kwargs)

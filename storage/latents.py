@@ -1,10 +1,11 @@
-"""What models are trained on, at rest: latents, or the pixels themselves.
+"""Stored training data: latents of an autoencoder, or pixels.
 
-A latent is the posterior's mean and standard deviation, as the VAE gives them. Both are stored
-unscaled; training draws mean + std * noise afresh and then scales.
+A latent is stored as mean and standard deviation of the autoencoder's posterior, both unscaled. At
+each use, training draws mean + std * noise with new noise and then scales it.
 """
 
-# N = images, B = images asked for, F = flips (plain; then mirrored), C = channels, h, w = latent side, H = image side
+# N = images, B = images asked for, F = flips (0: as it is, 1: mirrored), C = channels
+# h, w = sides of a latent, H = side of an image, pixels
 
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -21,43 +22,43 @@ from storage.rows.store import ArraySpec, RowLayout, RowReader
 
 
 class VaeInfo(Config):
-    """The network that made the latents, and how its numbers are scaled."""
+    """The autoencoder that made the latents, and the scale of its latents."""
 
     source: Annotated[str, AfterValidator(uri.redact)] = operational()
-    """Where its weights lie: a hub id, a folder or a URL."""
+    """Location of its weights: a hub id, a folder or a URL."""
     sha256: str
-    """Hash of the weights file."""
+    """SHA-256 of the weights file."""
     downsample: int
-    """Image pixels to a latent pixel, along a side."""
+    """Image pixels for each latent pixel, along a side."""
     channels: int
     """Latent channels."""
     scaling_factor: float
-    """What latents are multiplied by, after the shift, before a model sees them."""
+    """Factor that latents are multiplied by, after the shift, before a model sees them."""
     shift_factor: float = 0.0
-    """What is subtracted from latents first."""
+    """Value that is subtracted from latents before they are scaled."""
 
 
 class LatentManifest(Manifest):
-    """The images of one split as latents, or as pixels for models that need no autoencoder."""
+    """The images of one split as latents, or as pixels for models without an autoencoder."""
 
     STAGE: ClassVar[str] = "encode"
 
     resolution: int
-    """Side of the images that were encoded, pixels."""
+    """Side of the encoded images, pixels."""
     split: str
     """The split of the shards: ``train`` or ``held_out``."""
     flips: int
-    """1: images as they are; 2: also mirrored left to right. Pixels are stored once and mirrored when read."""
+    """1: images as they are; 2: mirrored left to right as well. Pixels are stored once and mirrored when read."""
     latent_shape: tuple[int, int, int]
     """(C, h, w); for pixels (3, H, H)."""
     class_names: tuple[str, ...]
-    """The classes; a label is a position here."""
+    """Names of the classes; a label is an index into them."""
     vae: VaeInfo | None
-    """None if these are pixels."""
+    """The autoencoder; None for pixels."""
 
     @property
     def count(self) -> int:
-        """How many images."""
+        """Number of images."""
         return self.counts["images"]
 
 
@@ -67,8 +68,8 @@ def latent_layout(
     """The arrays of a latent store: ``mean``, ``std`` (N, F, C, h, w) float16, ``label`` int32, ``source_index`` int64.
 
     Args:
-        rows: images.
-        flips: 1 or 2.
+        rows: N.
+        flips: F, 1 or 2.
         shape: (C, h, w).
         block_rows: images of a block, the unit that is committed.
         chunk_rows: images of an inner chunk, the unit that is checksummed and fetched.
@@ -86,7 +87,7 @@ def pixel_layout(rows: int, side: int, block_rows: int = 4096, chunk_rows: int =
     """The arrays of a pixel store: ``image`` (N, H, H, 3) uint8, ``label`` int32, ``source_index`` int64.
 
     Args:
-        rows: images.
+        rows: N.
         side: H.
         block_rows: images of a block, the unit that is committed.
         chunk_rows: images of an inner chunk, the unit that is checksummed and fetched.
@@ -107,9 +108,9 @@ class LatentReader:
     """Random access to the latents of a store.
 
     Args:
-        manifest: of the store.
-        cache: as of `RowReader`.
-        streamed: as of `RowReader`.
+        manifest: the store's manifest.
+        cache: as in `RowReader`.
+        streamed: as in `RowReader`.
 
     Raises:
         InputError: the store holds pixels.
@@ -118,43 +119,43 @@ class LatentReader:
 
     def __init__(self, manifest: LatentManifest, cache: Path | None = None, *, streamed: bool = False) -> None:
         if manifest.vae is None:
-            raise InputError(f"{manifest.url}: holds pixels and no latents")
+            raise InputError(f"{manifest.url}: holds pixels, not latents")
         self.vae = manifest.vae
         self._rows = RowReader(manifest, cache, streamed=streamed)
         self.chunk_rows = self._rows.chunk_rows("mean")
         self.labels: NDArray[np.int32] = self._rows.array("label")
 
     def expect(self, indices: NDArray[np.int64], flips: NDArray[np.int64]) -> None:
-        """Say which images ``indices`` (B,), at which ``flips`` (B,), will be asked for next, as `RowReader.expect`."""
+        """Announce the images (B,) and their flips (B,) that will be read next, as `RowReader.expect`."""
         for name in ("mean", "std"):
             self._rows.expect(name, indices, flips)
 
     def moments(
         self, indices: NDArray[np.int64], flips: NDArray[np.int64] | None = None
     ) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-        """Mean and standard deviation, unscaled.
+        """Mean and standard deviation of the posterior, unscaled.
 
         Args:
             indices: (B,) images.
-            flips: (B,) 0 for the image as it is, 1 for its mirror; all 0 by default.
+            flips: (B,) 0 for the image as it is, 1 for its mirror image; all 0 by default.
 
         Returns:
             Two arrays (B, C, h, w) float16.
 
         Raises:
-            IndexError: an image or flip that the store does not have.
+            IndexError: the store has no such image or flip.
         """
         flips = np.zeros(len(indices), np.int64) if flips is None else flips
         return self._rows.take("mean", indices, flips), self._rows.take("std", indices, flips)
 
 
 class PixelReader:
-    """Random access to the images of a store of pixels.
+    """Random access to the images of a pixel store.
 
     Args:
-        manifest: of the store.
-        cache: as of `RowReader`.
-        streamed: as of `RowReader`.
+        manifest: the store's manifest.
+        cache: as in `RowReader`.
+        streamed: as in `RowReader`.
 
     Raises:
         StorageError: as `RowReader`.
@@ -166,13 +167,13 @@ class PixelReader:
         self.labels: NDArray[np.int32] = self._rows.array("label")
 
     def expect(self, indices: NDArray[np.int64]) -> None:
-        """Say which images ``indices`` (B,) will be asked for next, as `RowReader.expect`."""
+        """Announce the images (B,) that will be read next, as `RowReader.expect`."""
         self._rows.expect("image", indices)
 
     def images(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Images (B, H, H, 3) of ``indices`` (B,).
 
         Raises:
-            IndexError: an image that the store does not have.
+            IndexError: the store has no such image.
         """
         return self._rows.take("image", indices)

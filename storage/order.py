@@ -1,5 +1,6 @@
-"""Orders that depend on nothing but their key: no generator state, no NumPy version, no worker count.
+"""Random orders that depend on their key alone, not on a generator's state, NumPy's version or the workers.
 
+NumPy does not promise its random streams across versions, so the random numbers are made here.
 SplitMix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 """
 
@@ -8,14 +9,14 @@ from numpy.typing import NDArray
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
-_ORDER, _ITEMS, _COINS = 0, 1, 2  # part of every result: add, never change
+_ORDER, _ITEMS, _COINS = 0, 1, 2  # purposes, hashed into the key: to change one changes every order
 
 POOL = 16
-"""Chunks whose items are mixed with each other in the pooled order."""
+"""Chunks whose items are shuffled together in the pooled order."""
 
 
 def splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The output of SplitMix64 for every state: a bijection of the 64-bit words.
+    """The output of SplitMix64 for each state. It maps the 64-bit words one to one.
 
     Args:
         state: (...) uint64.
@@ -23,19 +24,19 @@ def splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     Returns:
         (...) uint64.
     """
-    z = state + np.uint64(_GOLDEN)  # arrays wrap around silently, as the method wants
+    z = state + np.uint64(_GOLDEN)  # unsigned arrays wrap around, as the method needs
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """The order of n items in an epoch: item i is ranked by the i-th output of a keyed SplitMix64.
+    """A random order of n items: item i is sorted by the i-th output of a SplitMix64 keyed by seed and epoch.
 
     Args:
-        seed: any integer; its lowest 64 bits count.
-        epoch: as the seed.
-        n: how many items.
+        seed: any integer; its lowest 64 bits are used.
+        epoch: any integer, as the seed.
+        n: number of items.
 
     Returns:
         (n,) int64: the item at each position.
@@ -44,16 +45,16 @@ def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 
 
 def pooled(seed: int, epoch: int, n: int, chunk: int) -> NDArray[np.int64]:
-    """An order of n items that lie in chunks of so many, in which a chunk is fetched once and soon used up.
+    """A random order of n items stored in chunks, in which few chunks are in use at a time.
 
-    The chunks are permuted, each 16 of them that follow each other are a pool, and the items of a
-    pool are permuted.
+    The chunks are permuted and grouped into pools of `POOL`; then the items of each pool are permuted.
+    So each chunk is fetched once an epoch and dropped when its pool is done.
 
     Args:
-        seed: any integer; its lowest 64 bits count.
-        epoch: as the seed.
-        n: how many items.
-        chunk: items in a chunk; the last one may hold fewer.
+        seed: any integer; its lowest 64 bits are used.
+        epoch: any integer, as the seed.
+        n: number of items.
+        chunk: items of a chunk; the last one may hold fewer.
 
     Returns:
         (n,) int64: the item at each position.
@@ -65,14 +66,14 @@ def pooled(seed: int, epoch: int, n: int, chunk: int) -> NDArray[np.int64]:
 
 
 def coins(seed: int, epoch: int, n: int) -> NDArray[np.bool_]:
-    """A fair coin for each of n things in an epoch, (n,)."""
+    """A fair coin for each of n items in an epoch: (n,) bool."""
     return (_keys(seed, epoch, n, _COINS) >> np.uint64(63)).astype(np.bool_)
 
 
-def _keys(seed: int, epoch: int, n: int, use: int = _ORDER) -> NDArray[np.uint64]:
-    """The first n outputs of a SplitMix64 that is keyed by seed, epoch and what they are for."""
+def _keys(seed: int, epoch: int, n: int, purpose: int = _ORDER) -> NDArray[np.uint64]:
+    """The first n outputs of a SplitMix64 keyed by seed, epoch and purpose."""
     key = splitmix64(np.array([seed & _MASK], np.uint64))
     key = splitmix64(key ^ np.uint64(epoch & _MASK))
-    if use:
-        key = splitmix64(key ^ np.uint64(use))
+    if purpose:
+        key = splitmix64(key ^ np.uint64(purpose))
     return splitmix64(key + np.arange(n, dtype=np.uint64) * np.uint64(_GOLDEN))

@@ -1,4 +1,4 @@
-"""Threads for work that waits on storage or on libraries that release the interpreter's lock."""
+"""Threads for work that waits for storage, or runs in libraries that release Python's global lock."""
 
 import os
 from collections import deque
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that drops what has not begun when its block is left, by an error too.
+    """A thread pool; when its block ends, by an error too, tasks that have not begun are cancelled.
 
     Args:
         count: threads; 0 means one for each core.
@@ -26,20 +26,20 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
-    """The items in their order, made by a thread of their own while the caller works on those before.
+    """The items in order, prepared by a thread while the caller uses the items before them.
 
     Args:
-        items: made one after another; what one raises is raised in its place.
-        depth: how many are made before they are asked for.
+        items: iterated in the thread; an error is raised in the place of the item that raised it.
+        depth: items that are prepared in advance.
     """
     iterator = iter(items)
     with threads(1) as thread:
-        made = deque(thread.submit(_next, iterator) for _ in range(depth))
-        while found := made.popleft().result():
-            made.append(thread.submit(_next, iterator))
-            yield found[0]
+        prepared = deque(thread.submit(_next, iterator) for _ in range(depth))
+        while item := prepared.popleft().result():
+            prepared.append(thread.submit(_next, iterator))
+            yield item[0]
 
 
 def _next(iterator: Iterator[T]) -> tuple[T, ...]:
-    """The next item, or nothing at the end."""
+    """The next item as a tuple of one; empty at the end."""
     return tuple(islice(iterator, 1))

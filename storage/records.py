@@ -1,7 +1,7 @@
-"""Commit records: the proof that one unit of a stage's work is done.
+"""Commit records: each marks one unit of a stage's work as done.
 
-A unit puts its objects whole and then its record, so a unit without a record, or with one that its
-objects do not fit, is done again by the same command, and no other unit is.
+A unit writes its objects and then its record. A unit without a record, or with a record that does not
+match its objects, is done again by the same command; all other units are kept.
 """
 
 from typing import TypeVar
@@ -14,24 +14,24 @@ from storage.errors import StorageError
 from storage.manifest import FileEntry, StageOutput
 
 FOLDER = "records"
-"""Where records lie, below a stage's folder."""
+"""Folder of the records, below the stage's folder."""
 
 
 class Record(Config):
-    """What one unit has put."""
+    """The objects that one unit has written."""
 
     files: tuple[FileEntry, ...]
-    """Its objects with size and hash."""
+    """The objects with size and hash."""
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def load(out: StageOutput, path: str, kind: type[AnyRecord]) -> AnyRecord | None:
-    """The record, or None when the unit is to be done: no record, not a whole one, or no objects of its sizes.
+    """The record of a finished unit; None if it is missing or damaged, or an object has another size.
 
     Raises:
-        StorageError: the record is there and cannot be read.
+        StorageError: the record exists and cannot be read.
     """
     if not uri.exists(out.url(path)):
         return None
@@ -39,19 +39,19 @@ def load(out: StageOutput, path: str, kind: type[AnyRecord]) -> AnyRecord | None
         record = kind.model_validate_json(uri.read(out.url(path)))
     except ValidationError:
         return None
-    fits = all(uri.size(out.url(entry.path)) == entry.size for entry in record.files)
-    return record if fits else None
+    matches = all(uri.size(out.url(entry.path)) == entry.size for entry in record.files)
+    return record if matches else None
 
 
 def commit(out: StageOutput, path: str, record: Record, *, replace: bool) -> None:
-    """Write the record of a unit whose objects are put.
+    """Write the record of a unit whose objects are written.
 
     Args:
-        out: the stage's folder.
-        path: of the record.
-        record: what was put.
-        replace: an unfit record was there before the unit was done. Without one the record is
-            created exclusively, so that two runs doing one unit at once notice each other.
+        out: the stage's output.
+        path: path of the record.
+        record: the record.
+        replace: replace an old record that did not match its objects. Otherwise the record is created
+            exclusively, so that two runs of the same unit notice each other.
 
     Raises:
         StorageError: another run has meanwhile committed other bytes for the unit, or the record
@@ -66,16 +66,16 @@ def commit(out: StageOutput, path: str, record: Record, *, replace: bool) -> Non
 
 
 def sealed(out: StageOutput, paths: list[str], kind: type[AnyRecord]) -> list[tuple[AnyRecord, FileEntry]]:
-    """All records of a stage, each checked against its objects, with their own entries.
+    """All records of a stage, each checked against its objects, with the record's own file entry.
 
     Raises:
         StorageError: a unit is not committed.
     """
-    found = []
+    sealed_records = []
     for path in paths:
         record = load(out, path, kind)
         if record is None:
             raise StorageError(f"{uri.redact(out.url(path))}: not committed; run the same command again")
         data = uri.read(out.url(path))
-        found.append((record, FileEntry(path=path, size=len(data), sha256=uri.sha256(data))))
-    return found
+        sealed_records.append((record, FileEntry(path=path, size=len(data), sha256=uri.sha256(data))))
+    return sealed_records

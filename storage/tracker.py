@@ -1,4 +1,4 @@
-"""What a stage may tell the outside world while it works. It never learns who listens."""
+"""What a stage reports while it works: metrics, artifacts and progress. Where they go is not its concern."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -7,20 +7,20 @@ from storage.manifest import FileEntry, StageOutput
 
 
 class Tracker(Protocol):
-    """A listener of one stage. No method raises, and none blocks for long."""
+    """Receives the reports of one stage. No method raises, and none blocks for long."""
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
-        """Scalars at a step; what a step counts is the stage's own unit."""
+        """Scalars at a step; the stage defines what a step counts."""
 
     def artifact(self, name: str, data: bytes) -> None:
-        """A file that people look at, such as ``grid.png``."""
+        """A file for people to look at, such as ``grid.png``."""
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """How far the stage is, in units of its work."""
+        """Units of work that are done, and in total."""
 
 
 class NullTracker:
-    """Nobody listens."""
+    """A tracker that drops everything."""
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """Drop the metrics."""
@@ -33,7 +33,7 @@ class NullTracker:
 
 
 def publish(out: StageOutput, tracker: Tracker, name: str, data: bytes) -> FileEntry:
-    """Keep a file that people look at among the stage's objects, and show it to the tracker.
+    """Write a file for people to look at to ``artifacts`` in the stage's folder, and send it to the tracker.
 
     Raises:
         StorageError: the disk is full or the store refuses.

@@ -1,7 +1,8 @@
-"""Objects by URL, on any fsspec file system: whole-object reads and atomic writes.
+"""Objects by URL on any fsspec file system: reads, atomic writes, listings.
 
-A URL without a scheme is a local path. Local writes go to a temporary name, are synced and
-renamed, so an object is either absent or whole; object stores give that by themselves.
+A URL without a scheme is a local path. A local write goes to a temporary file, which is synced and
+then renamed, so an object is either absent or complete. Object stores guarantee this by themselves.
+Every error of a store becomes one line that names the object.
 """
 
 import errno
@@ -20,20 +21,20 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import DitflowError, InputError, StorageError
 
-_VERSIONS = ("mtime", "created", "ino", "ETag", "etag", "LastModified", "last_modified", "md5Hash", "generation")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_VERSION_KEYS = ("mtime", "created", "ino", "ETag", "etag", "LastModified", "last_modified", "md5Hash", "generation")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256(data: bytes) -> str:
-    """The hash of the bytes as 64 hex digits."""
+    """SHA-256 of the bytes, 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def file_sha256(url: str) -> str:
-    """The hash of an object of any size, read piece by piece.
+    """SHA-256 of an object, 64 hex digits. The object is read in pieces, so it may be larger than the memory.
 
     Raises:
-        StorageError: it is absent or cannot be read.
+        StorageError: the object is absent or cannot be read.
     """
     fs, path = filesystem(url)
     digest = hashlib.sha256()
@@ -44,9 +45,9 @@ def file_sha256(url: str) -> str:
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL and the path in it.
+    """The file system of a URL, and the path in it.
 
-    It keeps no listings: what another process has put meanwhile would not be seen.
+    Listings are not cached, since other processes write to the same folders.
 
     Raises:
         InputError: the scheme is unknown or its package is not installed.
@@ -59,50 +60,50 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def join(url: str, *parts: str) -> str:
-    """The URL of something below another."""
+    """The URL of an object below a folder."""
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def parent(url: str) -> str:
-    """The URL of the folder that something lies in."""
+    """The URL of the folder that holds an object or folder."""
     return url.rpartition("/")[0] or ("/" if url.startswith("/") else ".")
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute; any other URL as it is."""
+    """The absolute form of a local path; any other URL is returned unchanged."""
     path = local_path(url)
     return url if path is None else str(path)
 
 
 def local_path(url: str) -> Path | None:
-    """The path of a local URL, or None when the object lies elsewhere."""
+    """The path of a local URL; None for a URL of any other file system."""
     fs, path = filesystem(url)
     return Path(path) if isinstance(fs, LocalFileSystem) else None
 
 
 def redact(url: str) -> str:
-    """The URL without user, password and query, fit for logs and manifests."""
+    """The URL without user, password and query, to be shown in logs and stored in manifests."""
     if "://" not in url:
         return url
     return re.sub(r"[?#].*", "", re.sub(r"://[^/\s]*@", "://", url), flags=re.DOTALL)
 
 
 def without_credentials(url: str) -> str:
-    """The URL, which must carry no user and password: parameters are shown and stored in the open.
+    """The URL itself, checked to contain no user or password, since parameters are shown and stored openly.
 
     Raises:
-        ValueError: it does.
+        ValueError: it contains some.
     """
     if re.search(r"://[^/]*@", url):
-        raise ValueError("carries credentials; give them to the store by its environment or fsspec config")
+        raise ValueError("the URL contains credentials; set them in the environment or in fsspec's config instead")
     return url
 
 
 def exists(url: str) -> bool:
-    """Whether an object or folder is there.
+    """Whether an object or folder exists.
 
     Raises:
-        StorageError: the store does not say.
+        StorageError: the store does not answer.
     """
     fs, path = filesystem(url)
     with _reading(url):
@@ -110,10 +111,10 @@ def exists(url: str) -> bool:
 
 
 def size(url: str) -> int | None:
-    """The object's size in bytes, or None when it is absent.
+    """The object's size in bytes; None if it is absent.
 
     Raises:
-        StorageError: the store does not say.
+        StorageError: the store does not answer.
     """
     fs, path = filesystem(url)
     try:
@@ -124,12 +125,12 @@ def size(url: str) -> int | None:
 
 
 def version(url: str) -> dict[str, str] | None:
-    """What changes when an object is written again: its size and what its store tells beside, None when it is absent.
+    """Properties that change when an object is written again: its size, and times, inode or ETag; None if absent.
 
-    Empty where a store tells nothing beside.
+    Empty if the store gives neither times nor an ETag.
 
     Raises:
-        StorageError: the store does not say.
+        StorageError: the store does not answer.
     """
     fs, path = filesystem(url)
     try:
@@ -137,32 +138,37 @@ def version(url: str) -> dict[str, str] | None:
             info = fs.info(path)
     except FileNotFoundError:
         return None
-    found = {name: str(info[name]) for name in _VERSIONS if info.get(name)}
-    return found | {"size": str(info["size"])} if found else {}
+    properties = {key: str(info[key]) for key in _VERSION_KEYS if info.get(key)}
+    return properties | {"size": str(info["size"])} if properties else {}
 
 
 def read_ranges(urls: Sequence[str], starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
-    """Parts of objects of one store, from a byte to that before another; all requests at once where the store can.
+    """Byte ranges of objects of one store, requested concurrently where the store can.
+
+    Args:
+        urls: the object of each range.
+        starts: the first byte of each range.
+        stops: the byte after the last one of each range.
 
     Raises:
-        StorageError: one is absent, shorter or cannot be read; the line names the first.
+        StorageError: an object is absent, too short or cannot be read; the line names the first one.
     """
     fs, _ = filesystem(urls[0])
     paths = [filesystem(url)[1] for url in urls]
     with _explained(urls[0], "read"):
-        found = fs.cat_ranges(paths, list(starts), list(stops), on_error="return")
-    for url, start, stop, data in zip(urls, starts, stops, found, strict=True):
-        reason = data if isinstance(data, Exception) else f"{len(data):,} came"
-        if isinstance(data, Exception) or len(data) != stop - start:
+        results = fs.cat_ranges(paths, list(starts), list(stops), on_error="return")
+    for url, start, stop, result in zip(urls, starts, stops, results, strict=True):
+        reason = result if isinstance(result, Exception) else f"only {len(result):,} bytes"
+        if isinstance(result, Exception) or len(result) != stop - start:
             raise StorageError(f"{redact(url)}: bytes {start:,} to {stop:,} cannot be read ({reason})")
-    return [bytes(data) for data in found]
+    return [bytes(data) for data in results]
 
 
 def read(url: str) -> bytes:
-    """The whole object.
+    """The bytes of an object.
 
     Raises:
-        StorageError: it is absent or cannot be read.
+        StorageError: the object is absent or cannot be read.
     """
     fs, path = filesystem(url)
     with _reading(url):
@@ -170,7 +176,7 @@ def read(url: str) -> bytes:
 
 
 def write(url: str, data: bytes) -> None:
-    """Put the object whole, replacing any older one.
+    """Write an object atomically, replacing any older one.
 
     Raises:
         StorageError: the disk is full or the store refuses.
@@ -179,7 +185,7 @@ def write(url: str, data: bytes) -> None:
 
 
 def create(url: str, data: bytes) -> bool:
-    """Put the object whole if nothing is there; say whether it was put.
+    """Write an object atomically if none exists; return whether it was written.
 
     Raises:
         StorageError: the disk is full or the store refuses.
@@ -189,28 +195,28 @@ def create(url: str, data: bytes) -> bool:
 
 @contextmanager
 def writing(url: str, size: int) -> Iterator[IO[bytes]]:
-    """A file to write piece by piece for the length of the block; the object is there, whole, only when it ends well.
+    """A file to write in pieces; the object appears, complete, when the block ends without an error.
 
     Args:
-        url: where to put it, in the place of any older object.
-        size: bytes that will be written, to name where they do not fit.
+        url: the object; any older one is replaced.
+        size: bytes that will be written, for the error if the disk is full.
 
     Raises:
         StorageError: the disk is full or the store refuses.
     """
     local = local_path(url)
     try:
-        with _placed(local, exclusive=False) if local else _uploaded(url) as file:
+        with _local_file(local, exclusive=False) if local else _upload(url) as file:
             yield file
     except OSError as error:
-        raise _full(url, size, error) from error
+        raise _write_error(url, size, error) from error
 
 
 def names(url: str) -> list[str]:
-    """The sorted names of the objects and folders right below a folder; empty when it is absent.
+    """The sorted names of the objects and folders directly below a folder; empty if the folder is absent.
 
     Raises:
-        StorageError: the store does not say.
+        StorageError: the store does not answer.
     """
     fs, path = filesystem(url)
     try:
@@ -221,7 +227,7 @@ def names(url: str) -> list[str]:
 
 
 def remove_tree(url: str) -> None:
-    """Remove an object, or a folder and all below it, if it is there.
+    """Remove an object, or a folder with all below it, if it exists.
 
     Raises:
         StorageError: the store refuses.
@@ -234,7 +240,7 @@ def remove_tree(url: str) -> None:
 
 @contextmanager
 def _reading(url: str) -> Iterator[None]:
-    """Every error of the block as a `StorageError`, of an absent object too."""
+    """Turn every error of the block into a `StorageError`, including that of an absent object."""
     try:
         with _explained(url, "read"):
             yield
@@ -244,12 +250,17 @@ def _reading(url: str) -> Iterator[None]:
 
 @contextmanager
 def _explained(url: str, done: str) -> Iterator[None]:
-    """Every error of the block but an absent or present object's as a `StorageError`."""
+    """Turn the errors of the block into a `StorageError`, but for those of an absent or an existing object.
+
+    Args:
+        url: the object.
+        done: what cannot be done with it, as a past participle such as ``read``.
+    """
     try:
         yield
     except (FileNotFoundError, FileExistsError, DitflowError):
         raise
-    except Exception as error:  # stores raise kinds of their own when they are away or refuse
+    except Exception as error:  # each store raises its own types when it is down or refuses
         raise StorageError(f"{redact(url)}: cannot be {done} ({error})") from error
 
 
@@ -257,26 +268,22 @@ def _put(url: str, data: bytes, *, exclusive: bool) -> bool:
     local = local_path(url)
     try:
         if local is not None:
-            return _put_local(local, data, exclusive=exclusive)
+            with _local_file(local, exclusive=exclusive) as file:
+                file.write(data)
+            return True
         fs, path = filesystem(url)
         with _explained(url, "written"):
             fs.pipe_file(path, data, mode="create" if exclusive else "overwrite")
     except FileExistsError:
         return False
     except OSError as error:
-        raise _full(url, len(data), error) from error
-    return True
-
-
-def _put_local(path: Path, data: bytes, *, exclusive: bool) -> bool:
-    with _placed(path, exclusive=exclusive) as file:
-        file.write(data)
+        raise _write_error(url, len(data), error) from error
     return True
 
 
 @contextmanager
-def _placed(path: Path, *, exclusive: bool) -> Iterator[IO[bytes]]:
-    """A temporary file that takes its place when the block ends well, and is gone otherwise."""
+def _local_file(path: Path, *, exclusive: bool) -> Iterator[IO[bytes]]:
+    """A temporary file that is renamed to the path if the block ends without an error, and removed otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -285,7 +292,7 @@ def _placed(path: Path, *, exclusive: bool) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         if exclusive:
-            os.link(temporary, path)  # fails when the name is taken, unlike a rename
+            os.link(temporary, path)  # unlike a rename, fails if the path exists
         else:
             temporary.replace(path)
     finally:
@@ -293,8 +300,8 @@ def _placed(path: Path, *, exclusive: bool) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _uploaded(url: str) -> Iterator[IO[bytes]]:
-    """An upload that is completed when the block ends well, and dropped otherwise."""
+def _upload(url: str) -> Iterator[IO[bytes]]:
+    """An upload that is committed if the block ends without an error, and discarded otherwise."""
     fs, path = filesystem(url)
     with _explained(url, "written"):
         file = fs.open(path, "wb", autocommit=False)
@@ -307,8 +314,8 @@ def _uploaded(url: str) -> Iterator[IO[bytes]]:
         file.commit()
 
 
-def _full(url: str, count: int, error: OSError) -> StorageError:
-    if error.errno not in _FULL:
+def _write_error(url: str, count: int, error: OSError) -> StorageError:
+    if error.errno not in _DISK_FULL:
         return StorageError(f"{redact(url)}: cannot be written ({error})")
     local = local_path(url)
     free = ""

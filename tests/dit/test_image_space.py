@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_to_the_same_pixels(tmp_path: Path, pixels: LatentM
 
 
 def test_pixels_are_no_latents(pixels: LatentManifest, latents: LatentManifest) -> None:
-    with pytest.raises(InputError, match="holds pixels and no latents"):
+    with pytest.raises(InputError, match="holds pixels, not latents"):
         LatentReader(pixels)
     with pytest.raises(KeyError):
         PixelReader(latents).images(np.array([0]))

@@ -225,13 +225,13 @@ def test_unusable_root(capsys: pytest.CaptureFixture[str], images: Path, tmp_pat
     assert "File exists" in refused(capsys, ["run", "demo", *tiny(images, tmp_path / "file")])
     assert "not a usable URL" in refused(capsys, ["demo", "--root", "nowhere://x"])
     line = refused(capsys, ["demo", "--root", "ftp://alice:hunter2@127.0.0.1/x"])
-    assert "carries credentials" in line
+    assert "the URL contains credentials" in line
     assert "hunter2" not in line
 
 
 def test_an_archive_url_carries_no_credentials(capsys: pytest.CaptureFixture[str], images: Path, root: Path) -> None:
     line = refused(capsys, ["run", "demo", *tiny(images, root, "archive.train=ftp://alice:hunter2@127.0.0.1/x")])
-    assert "archive.train: carries credentials" in line
+    assert "archive.train: the URL contains credentials" in line
 
 
 def test_recipe_that_is_no_text(capsys: pytest.CaptureFixture[str], tmp_path: Path, root: Path) -> None:

@@ -155,7 +155,7 @@ def test_what_was_found_whole_is_not_read_again(
 def test_a_store_that_tells_no_versions_is_read_at_every_start(
     store: Manifest, reading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uri, "_VERSIONS", ())
+    monkeypatch.setattr(uri, "_VERSION_KEYS", ())
     opened(store, reading, tmp_path)
     damage(store, *ROW_FAULTS["byte flipped"][:2])
     with pytest.raises(StorageError, match=f"{SHARD}: {OTHER_BYTES}"):
