@@ -52,26 +52,30 @@ class EncodeConfig(Config):
     """How images become latents."""
 
     vae: VaeRef | None
-    """The autoencoder; null keeps the pixels, for models that work on images."""
+    """Autoencoder that turns images into latents. Null: keep pixels, for models that work on images."""
     resolution: int = Field(256, ge=8)
-    """Side of the square that an image is cropped to, in pixels."""
+    """Side of the square to which images are resized and cropped, in pixels."""
     split: str = "train"
-    """Which part of the data set to encode."""
+    """Split of the data set to encode, such as ``train``."""
     flips: bool = True
-    """Also encode every image mirrored: the latent of a mirrored image is not the mirrored latent. Not for pixels."""
+    """Also encode the mirror image of every image: the latent of a mirror image is not the mirrored latent. Not used
+    for pixels."""
     precision: Arithmetic = "float32"
-    """Of the autoencoder; tf32 is for GPUs. bfloat16 moves the means by about 1 % of their deviation."""
+    """Arithmetic of the autoencoder. Use tf32 on GPUs only. bfloat16 changes the means by about 1 % of their standard
+    deviation."""
     compile: bool = False
-    """Compile the autoencoder's encoder: minutes at the start, then faster; the last bits differ."""
+    """Compile the autoencoder's encoder: takes minutes at the start, then encoding is faster. The last bits of the
+    latents differ."""
     batch_size: int | None = Field(None, ge=1)
-    """Images in one pass of the autoencoder, on which the last bits can depend; null: as many as the memory holds."""
+    """Images in one pass of the autoencoder. It can change the last bits of the latents. Null: the largest power of two
+    that fits in half of the free GPU memory, or 8 on a CPU."""
     block_rows: int = Field(4096, ge=1)
-    """Latents in one object of the store, the unit of work and resume. 4096 of 32 x 32 are 32 MiB, as are 1024 of
-    64 x 64."""
+    """Images in one object of the store, the unit of work and resume. 4096 latents of 32 x 32 are 32 MiB, as are 1024
+    of 64 x 64."""
     chunk_rows: int = Field(256, ge=1)
-    """Latents in one chunk of an object, the unit of reading. 256 of 32 x 32 are 2 MiB, as are 64 of 64 x 64."""
+    """Images in one chunk of an object, the unit of reading. 256 latents of 32 x 32 are 2 MiB, as are 64 of 64 x 64."""
     threads: int = operational(0, ge=0)
-    """Threads that decode images; 0 means one for each core, shared among the ranks of a machine."""
+    """Threads that decode images. 0: one for each core, shared among the ranks of a machine."""
 
 
 def run(config: EncodeConfig, shards: ShardManifest, *, out: StageOutput, tracker: Tracker) -> LatentManifest:

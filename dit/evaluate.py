@@ -43,7 +43,7 @@ class EvaluateConfig(Config):
     """How samples are judged."""
 
     extractor: ExtractorRef
-    """The network in whose feature space the distance is taken."""
+    """Network in whose feature space samples are compared with the training images."""
     batch_size: int = operational(256, ge=1)
     """Images in one pass of the extractor."""
 
@@ -54,10 +54,10 @@ class MetricsManifest(Manifest):
     STAGE = "evaluate"
 
     distance: str
-    """Name of the distance with its feature space, such as ``FD[demo-digits@1a2b3c4d]``. Only the published
-    weights of Inception make it an FID."""
+    """Name of the distance with its feature space, such as ``FD[demo-digits@1a2b3c4d]``. It is an FID only with the
+    published weights of Inception."""
     conditions: dict[str, str | int | float]
-    """What the numbers must be published with."""
+    """How the numbers were computed: publish it with them."""
 
     @property
     def metric(self) -> str:

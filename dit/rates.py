@@ -36,17 +36,17 @@ class Rates(Config):
     """What a machine does in a second. What is not given is measured where it is needed."""
 
     shard: float | None = Field(None, gt=0)
-    """Images read, checked and packed, on all cores."""
+    """Images read, checked and packed in a second, on all cores."""
     encode: float | None = Field(None, gt=0)
-    """Passes of an image through the autoencoder's encoder, on one rank."""
+    """Images passed through the autoencoder's encoder in a second, on one rank."""
     train: float | None = Field(None, gt=0)
-    """FLOP of training steps, on one rank."""
+    """FLOP of training steps in a second, on one rank."""
     sample: float | None = Field(None, gt=0)
-    """FLOP of the model's forward passes, on one rank."""
+    """FLOP of the model's forward passes in a second, on one rank."""
     decode: float | None = Field(None, gt=0)
-    """Latents decoded to images, on one rank."""
+    """Latents decoded to images in a second, on one rank."""
     evaluate: float | None = Field(None, gt=0)
-    """Images that the extractor takes the features of."""
+    """Images passed through the feature extractor in a second."""
 
 
 def shard_rate(archive: Archive, workers: int) -> tuple[float, float]:

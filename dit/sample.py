@@ -47,44 +47,49 @@ class SampleConfig(Config):
     """How samples are drawn from a trained model."""
 
     count: int = Field(50_000, ge=1)
-    """Images to make."""
+    """Number of images to generate."""
     labels: Literal["balanced", "random"] = "random"
-    """Every class in turn, or each class as likely as the others."""
+    """Class of each image: ``random`` draws it uniformly, ``balanced`` takes the classes in turn."""
     sampler: Literal["ddpm", "ddim", "heun"] = "ddpm"
-    """Ancestral with the learned variance, or implicit; Heun's method for models trained with EDM's process."""
+    """``ddpm`` is ancestral sampling with the learned variance. ``ddim`` is the implicit sampler, deterministic with
+    ``eta`` 0. Models trained with EDM's process need ``heun``."""
     steps: int = Field(250, ge=2)
-    """Steps for one image. Each is one network evaluation, with heun two and in the last one."""
+    """Sampling steps per image. Each is one pass of the network; with heun two, and one in the last step."""
     eta: float = Field(0.0, ge=0, le=1)
-    """Of ddim: the share of the ancestral noise; 0 is deterministic."""
+    """For ddim: share of the ancestral noise added at each step. 0: deterministic."""
     sigma_min: float = Field(0.002, gt=0)
-    """Of heun: the noise level before the last step, which leads to 0."""
+    """For heun: smallest noise level, before the last step goes to 0."""
     sigma_max: float = Field(80.0, gt=0)
-    """Of heun: the noise level of the start."""
+    """For heun: noise level at which sampling starts."""
     rho: float = Field(7.0, gt=0)
-    """Of heun: how much shorter steps are near the data."""
+    """For heun: exponent of the noise levels; larger values make steps shorter near the data."""
     guidance_scale: float = Field(1.5, ge=0)
-    """Classifier-free guidance; 1 is none. An unconditional model is never guided."""
+    """Scale of classifier-free guidance. 1: no guidance. Ignored for unconditional models."""
     guidance_channels: Channels = "first3"
-    """Channels to guide: the first three, as in the published results, or all."""
+    """Latent channels that are guided: the first three, as in the published results of DiT and DiffiT, or all."""
     guidance_schedule: Schedule = "constant"
-    """The same scale at every timestep, or DiffiT's power-cosine from 1 at pure noise to the scale at the data."""
+    """``constant`` uses the same scale at every timestep; ``power_cosine`` (DiffiT) lets it grow from 1 at pure noise
+    to the scale at the data."""
     guidance_interval: tuple[float, float] | None = None
-    """Timesteps of the full process, or EDM's noise levels, outside of which there is no guidance, nor its cost."""
+    """Lowest and highest timestep of the full process (for EDM: noise level) at which to guide; outside of it the
+    second pass is saved. Null: at all timesteps."""
     weights: str = Field("ema", pattern=r"^(raw|ema(-[0-9.e-]+)?)$")
-    """The moving average of the weights, ``raw`` for those of the last step, or a further average that was trained
-    with it (``train.ema_decays``), such as ``ema-0.999``."""
+    """Which weights to sample from: ``ema`` for the moving average, ``raw`` for those of the last step, or a further
+    average of ``train.ema_decays``, such as ``ema-0.999``."""
     vae: VaeRef | None = operational(None)
-    """Another decoder than the autoencoder that made the latents; not for models on pixels."""
+    """Decoder to use instead of the autoencoder that made the latents. Null: that autoencoder. Not for models on
+    pixels."""
     precision: Arithmetic = "float32"
-    """Arithmetic of model and decoder; tf32 is for GPUs."""
+    """Arithmetic of model and decoder. Use tf32 on GPUs only."""
     compile: bool = False
-    """Compile the model: minutes at the start, then faster; the last bits differ."""
+    """Compile the model: takes minutes at the start, then sampling is faster. The last bits of the images differ."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Decides noise and random labels; sample i depends on (seed, i) alone."""
+    """Seed of noise and random labels. Sample i depends only on the seed and i."""
     batch_size: int = Field(128, ge=1)
-    """Images in one pass of the sampler, twice as many rows where it is guided; the last bits can depend on it."""
+    """Images in one pass of the model; guidance doubles the rows. It can change the last bits of the images."""
     decode_batch_size: int = Field(8, ge=1)
-    """Images in one pass of the decoder, which needs far more memory for each; the last bits can depend on it."""
+    """Images in one pass of the decoder, which needs more memory per image than the model. It can change the last bits
+    of the images."""
     block_rows: int = Field(1024, ge=1)
     """Images in one object of the store, the unit of work and resume."""
 
@@ -97,9 +102,9 @@ class SampleManifest(Manifest):
     resolution: int
     """Side of the images, in pixels."""
     class_names: tuple[str, ...]
-    """The classes; a label is a position here."""
+    """Names of the classes; a label is an index into them."""
     conditions: dict[str, str | int | float]
-    """What a number computed from these samples must be published with."""
+    """How the samples were drawn: publish it with every number computed from them."""
 
 
 SAMPLER_FIELDS = {"eta": "ddim", "sigma_min": "heun", "sigma_max": "heun", "rho": "heun"}

@@ -40,66 +40,73 @@ class TrainConfig(Config):
     """How a model is trained."""
 
     model: ModelChoice = DiTChoice()
-    """The model. What the images decide (size, channels, classes) is taken from them."""
+    """Model to train. Image size, channels and number of classes are taken from the data."""
     diffusion: ProcessConfig = DiffusionConfig()
-    """The process that it learns to undo."""
+    """Diffusion process that the model learns to reverse."""
     steps: int = Field(400_000, ge=1)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = Field(256, ge=1)
-    """Images in a step, of all ranks together."""
+    """Images per optimizer step, over all ranks. Must be divisible by the number of ranks."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Of AdamW, at its highest."""
+    """Peak learning rate of AdamW."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate grows from 0, linearly."""
+    """Optimizer steps over which the learning rate rises linearly from 0 to its peak. 0: no warm-up."""
     decay: Literal["none", "linear", "cosine"] = "none"
-    """How the learning rate falls after the warm-up, to 0 behind the last step."""
+    """How the learning rate falls after the warm-up, to 0 after the last step. ``none`` keeps it constant."""
     weight_decay: float = Field(0.0, ge=0)
-    """Of AdamW."""
+    """Weight decay of AdamW. 0: none."""
     gradient_clip: float | None = Field(None, gt=0)
-    """Largest norm of the gradient; a longer one is shortened to it. None leaves it."""
+    """Largest norm of the gradient; longer gradients are scaled down to it. Null: no clipping."""
     ema_decay: float = Field(0.9999, ge=0, le=1)
-    """Of the moving average of the weights, a step."""
+    """Decay per step of the exponential moving average (EMA) of the weights, from which samples are drawn."""
     ema_decays: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
-    """Of further averages, each exported beside that one; ``sample.weights`` names it, such as ``ema-0.999``."""
+    """Decays of further EMAs, exported beside the first. ``sample.weights`` selects one by name, such as
+    ``ema-0.999``."""
     ema_ramp: float | None = Field(None, gt=0)
-    """An average's half-life is at most this share of the steps taken (EDM: 0.05). None has no such limit."""
+    """Upper bound of an EMA's half-life, as a share of the steps taken so far (EDM: 0.05). Null: no bound."""
     flips: bool = True
-    """Train on images and mirror images alike; latents must hold both."""
+    """Train on images and their mirror images, with equal probability. Latents must have been encoded with flips."""
     augmentation: float = Field(0.0, ge=0, le=1)
-    """Probability of each of EDM's distortions of an image, which the model is told; diffit_image on pixels alone."""
+    """Probability of each transformation in EDM's augmentation, of which the model is informed. Only for diffit_image
+    on pixels. 0: none."""
     precision: Arithmetic = "float32"
-    """Arithmetic of the forward pass; weights are float32 in any case. tf32 is for GPUs."""
+    """Arithmetic of the forward pass. Weights are always float32. Use tf32 on GPUs only."""
     micro_batch: int | None = operational(None, ge=1)
-    """Images that a rank takes through the model at once, to save memory; None takes all of its share."""
+    """Images that a rank passes through the model at once; smaller values save memory. Null: the rank's whole share of
+    the batch."""
     compile: bool = False
-    """Compile the model block by block: minutes at the start, then faster; the last bits differ."""
+    """Compile the model block by block: takes minutes at the start, then training is faster. The last bits of the
+    numbers differ."""
     checkpoint_activations: bool = operational(False)
-    """Keep the inputs of each block alone and go through it twice: a third more work, much less memory, the same
-    numbers."""
+    """Keep only the inputs of each block, and recompute the rest in the backward pass: about a third more work, much
+    less memory, the same numbers."""
     parallel: Parallel = operational("ddp")
-    """What each rank holds of weights, moments and averages: with ``ddp`` all, with ``fsdp`` its part, with ``hsdp``
-    its part among the ranks of its machine. It changes the order of sums alone; a run can go on with another."""
+    """How ranks hold weights, optimizer state and averages: ``ddp`` each a copy, ``fsdp`` sharded over all ranks,
+    ``hsdp`` sharded over the ranks of each machine. It changes only the order of sums. A run can resume with another
+    choice."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Decides initial weights, order, noise and dropped labels."""
+    """Seed of initial weights, order of images, noise and label dropout."""
     order: Order = "shuffled"
-    """``shuffled`` permutes all images in every epoch. ``pooled`` permutes chunks of the store (``encode.chunk_rows``),
-    then the images of 16 chunks with each other, and mirrors whole chunks: batches are a little less independent, and
-    each chunk is fetched once an epoch, so the store need not be on this machine."""
+    """``shuffled`` permutes all images anew in every epoch. ``pooled`` permutes the chunks of the store
+    (``encode.chunk_rows``), then the images within each group of 16 chunks, and mirrors a chunk as a whole. Its batches
+    are slightly less independent, but each chunk is fetched once an epoch, so the store can be remote."""
     reading: Literal["auto", "streamed"] = operational("auto")
-    """``auto`` reads a local store where it lies and copies a remote one to this machine first. ``streamed`` fetches
-    each chunk when its turn comes, on every rank; it needs ``order: pooled`` and no disk."""
+    """``auto`` reads a local store in place, and first copies a remote one to this machine. ``streamed`` fetches each
+    chunk when it is needed, on every rank; it needs ``order: pooled`` and no local disk."""
     log_every: int = operational(100, ge=1)
-    """Steps between two records of the loss."""
+    """Optimizer steps between two log records."""
     sample_every: int | None = operational(None, ge=1)
-    """Steps between two grids of samples, drawn by the average from the same noise; None draws none."""
+    """Optimizer steps between two grids of samples, drawn with the EMA from the same noise each time. Null: no
+    grids."""
     checkpoint_every: int = operational(5_000, ge=1)
-    """Steps between two checkpoints: what a kill can cost."""
+    """Optimizer steps between two checkpoints. A killed run repeats the steps since its last complete one."""
     keep_checkpoints: int = operational(2, ge=1)
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
     keep_every: int | None = operational(None, ge=1)
-    """Checkpoints of steps that are multiples of it stay too; None keeps no others."""
+    """Also keep checkpoints of steps that are multiples of this number. Null: keep only the newest."""
     max_skipped: int = operational(10, ge=1)
-    """Steps in a row that may be skipped for a loss or gradient that is not finite."""
+    """Training restarts from the last checkpoint after this many steps in a row were skipped, because loss or gradient
+    was not finite. The second time it fails."""
 
     @model_validator(mode="after")
     def _streams_in_order(self) -> Self:

@@ -38,9 +38,10 @@ class VaeRef(Config):
     """Where an autoencoder lies. Its identity is the hash of its weights, found when they are read."""
 
     source: str = operational()
-    """Folder, fsspec URL of a folder, or hub id of an AutoencoderKL or VQModel of diffusers, weights as safetensors."""
+    """Autoencoder: a folder, an fsspec URL of a folder, or a Hugging Face hub id. It holds an AutoencoderKL or VQModel
+    of diffusers, with weights as safetensors."""
     sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")
-    """Hash that diffusion_pytorch_model.safetensors must have; any file is taken when it is absent."""
+    """SHA-256 that diffusion_pytorch_model.safetensors must have, 64 hex digits. Null: any file is accepted."""
 
 
 @dataclass(frozen=True)

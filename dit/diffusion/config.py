@@ -11,15 +11,15 @@ class DiffusionConfig(Config):
     """Gaussian diffusion in discrete time (Ho et al., arXiv 2006.11239)."""
 
     kind: Literal["gaussian"] = "gaussian"
-    """The family of the process."""
+    """Family of the process."""
     schedule: Literal["linear"] = "linear"
-    """How the noise variance of a step grows from the first to the last."""
+    """How the noise variance (beta) grows from the first step to the last."""
     steps: int = Field(1000, ge=2)
-    """Number of diffusion steps."""
+    """Number of diffusion steps T."""
     beta_start: float = Field(1e-4, gt=0, lt=1)
-    """Noise variance of the first step."""
+    """Noise variance (beta) of the first step."""
     beta_end: float = Field(0.02, gt=0, lt=1)
-    """Noise variance of the last step."""
+    """Noise variance (beta) of the last step."""
 
     @model_validator(mode="after")
     def _grows(self) -> Self:
@@ -32,13 +32,13 @@ class EDMConfig(Config):
     """Diffusion over continuous noise levels (Karras et al., arXiv 2206.00364)."""
 
     kind: Literal["edm"] = "edm"
-    """The family of the process."""
+    """Family of the process."""
     p_mean: float = -1.2
-    """Mean of the logarithm of the noise levels in training."""
+    """Mean of ln(sigma), the logarithm of the noise levels in training."""
     p_std: float = Field(1.2, gt=0)
-    """Standard deviation of the logarithm of the noise levels in training."""
+    """Standard deviation of ln(sigma), the logarithm of the noise levels in training."""
     sigma_data: float = Field(0.5, gt=0)
-    """Standard deviation of the data."""
+    """Standard deviation of the data, from which the scaling of the network's input and output follows."""
 
 
 ProcessConfig = Annotated[DiffusionConfig | EDMConfig, Field(discriminator="kind")]

@@ -48,9 +48,9 @@ class _Choice(Config, ABC):
     """What every model can be asked for."""
 
     conditional: bool = True
-    """Whether the model is told the class."""
+    """Whether the model is conditioned on the class."""
     label_dropout: float = Field(0.1, ge=0, le=1)
-    """Probability that training replaces a label by the null label."""
+    """Probability that a training label is replaced by the null label, as classifier-free guidance needs."""
 
     def _common(self, given: Given) -> dict[str, Any]:
         return {
@@ -65,9 +65,9 @@ class _PatchChoice(_Choice, ABC):
     """What transformers over patches can be asked for."""
 
     size: Size | Shape = "XL"
-    """A published size, or a shape of one's own."""
+    """Published size (S, B, L or XL), or width, depth and heads of your own."""
     patch_size: int = Field(2, ge=1)
-    """Side of the square that becomes one token, in latent pixels."""
+    """Side of the square patch that becomes one token, in latent pixels."""
 
     def _patches(self, given: Given) -> dict[str, Any]:
         if given.augmented:
@@ -81,9 +81,9 @@ class DiTChoice(_PatchChoice):
     """A diffusion transformer (Peebles & Xie, arXiv 2212.09748)."""
 
     kind: Literal["dit"] = "dit"
-    """The family of the model."""
+    """Model family."""
     block: BlockKind = "adaln_zero"
-    """How time and label condition a block."""
+    """How a block is conditioned on time and class. The published results use ``adaln_zero``."""
 
     def config(self, given: Given) -> DiTConfig:
         """The full config.
@@ -98,7 +98,7 @@ class DiffiTChoice(_PatchChoice):
     """A latent DiffiT (Hatamizadeh et al., arXiv 2312.02139)."""
 
     kind: Literal["diffit"] = "diffit"
-    """The family of the model."""
+    """Model family."""
 
     def config(self, given: Given) -> DiffiTConfig:
         """The full config.
@@ -113,13 +113,13 @@ class DiffiTImageChoice(_Choice):
     """An image-space DiffiT (Hatamizadeh et al., arXiv 2312.02139). It learns no variance."""
 
     kind: Literal["diffit_image"] = "diffit_image"
-    """The family of the model."""
+    """Model family."""
     size: ImageSize | ImageShape = "cifar10"
-    """A model for a data set, or a shape of one's own."""
+    """Published model of a data set (``cifar10``, ``ffhq64``), the demo's ``digits16``, or a shape of your own."""
     conditional: bool = False
-    """Whether the model is told the class."""
+    """Whether the model is conditioned on the class."""
     dropout: float | None = Field(None, ge=0, lt=1)
-    """Probability that training drops a channel's value before a block's convolution; None is the size's own."""
+    """Dropout probability before a block's convolution. Null: that of the size."""
 
     def config(self, given: Given) -> DiffiTImageConfig:
         """The full config.

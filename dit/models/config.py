@@ -20,13 +20,13 @@ class TransformerShape(Config, ABC):
     """How large a transformer is. See `SIZES` for the published sizes."""
 
     width: int = Field(1152, ge=4)
-    """Numbers in a token."""
+    """Channels of a token. Must be divisible by 4 and by the number of heads."""
     depth: int = Field(28, ge=1)
     """Number of blocks."""
     heads: int = Field(16, ge=1)
-    """Attention heads in a block."""
+    """Attention heads per block."""
     mlp_ratio: float = Field(4.0, gt=0)
-    """Hidden width of a block's MLP in units of the width."""
+    """Hidden width of a block's MLP, as a multiple of the width."""
 
 
 class PatchTransformerConfig(TransformerShape, ABC):
@@ -35,15 +35,15 @@ class PatchTransformerConfig(TransformerShape, ABC):
     input_size: int = Field(32, ge=1)
     """Height and width of the latent, in latent pixels."""
     patch_size: int = Field(2, ge=1)
-    """Side of the square that becomes one token, in latent pixels."""
+    """Side of the square patch that becomes one token, in latent pixels."""
     in_channels: int = Field(4, ge=1)
     """Channels of the latent."""
     num_classes: int = Field(1000, ge=0)
-    """Number of labels; the null label comes after them. 0 makes the model unconditional."""
+    """Number of classes; the null label is the number after the last class. 0: unconditional."""
     label_dropout: float = Field(0.1, ge=0, le=1)
-    """Probability that training replaces a sample's label by the null label."""
+    """Probability that a training label is replaced by the null label."""
     learn_variance: bool = True
-    """Whether the model also predicts the variance, in as many channels again."""
+    """Whether the model also predicts the variance, with as many output channels again."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -70,52 +70,53 @@ class DiTConfig(PatchTransformerConfig):
     """A diffusion transformer (Peebles & Xie, arXiv 2212.09748). See `dit_config` for the published sizes."""
 
     kind: Literal["dit"] = "dit"
-    """The family of the model."""
+    """Model family."""
     block: BlockKind = "adaln_zero"
-    """How time and label condition a block."""
+    """How a block is conditioned on time and class."""
 
 
 class DiffiTConfig(PatchTransformerConfig):
     """A latent DiffiT (Hatamizadeh et al., arXiv 2312.02139). See `diffit_config` for sizes."""
 
     kind: Literal["diffit"] = "diffit"
-    """The family of the model."""
+    """Model family."""
 
 
 class UShape(Config, ABC):
     """How large the U of an image-space DiffiT is. See `IMAGE_SIZES` for the published ones."""
 
     stem_width: int = Field(128, ge=1)
-    """Channels that the first convolution makes of the image."""
+    """Channels after the first convolution."""
     widths: tuple[int, ...] = Field((128, 256, 256, 256), min_length=1)
-    """Channels at each resolution, each half of the one before; multiples of 32, one attention head for each 32."""
+    """Channels at each resolution, where each resolution is half of the previous. Multiples of 32: one attention head
+    for each 32."""
     depths: tuple[Annotated[int, Field(ge=1)], ...] = (4, 4, 4, 4)
-    """Residual blocks at each resolution on the way down, and as many on the way up."""
+    """Residual blocks at each resolution on the way down, and again on the way up."""
     window: int = Field(8, ge=1)
-    """Side of the squares within which attention works, at every resolution, in its pixels."""
+    """Side of the attention windows at every resolution, in pixels of that resolution."""
     mlp_ratio: float = Field(4.0, gt=0)
-    """Hidden width of a block's MLP in units of its width."""
+    """Hidden width of a block's MLP, as a multiple of its width."""
     time_width: int = Field(512, ge=1)
-    """Numbers in the embedded noise level."""
+    """Channels of the embedded noise level."""
 
 
 class DiffiTImageConfig(UShape):
     """An image-space DiffiT (Hatamizadeh et al., arXiv 2312.02139). See `diffit_image_config` for sizes."""
 
     kind: Literal["diffit_image"] = "diffit_image"
-    """The family of the model."""
+    """Model family."""
     input_size: int = Field(64, ge=1)
     """Height and width of the images, in pixels."""
     in_channels: int = Field(3, ge=1)
     """Channels of the images."""
     dropout: float = Field(0.05, ge=0, lt=1)
-    """Probability that training drops a channel's value before a block's convolution."""
+    """Dropout probability before a block's convolution."""
     num_classes: int = Field(0, ge=0)
-    """Number of labels; the null label comes after them. 0 makes the model unconditional."""
+    """Number of classes; the null label is the number after the last class. 0: unconditional."""
     label_dropout: float = Field(0.1, ge=0, le=1)
-    """Probability that training replaces a sample's label by the null label."""
+    """Probability that a training label is replaced by the null label."""
     augmented: bool = False
-    """Whether the model is told how its image was augmented."""
+    """Whether the model is conditioned on how its image was augmented."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -51,9 +51,9 @@ class ExtractorRef(Config):
         description=f"The network: {', '.join(f'``{name}`` is {row.help}' for name, row in EXTRACTORS.items())}.",
     )
     weights: str = operational()
-    """Weights file of the network, or the folder that it lies in, by path or fsspec URL."""
+    """Weights file of the network, or the folder that contains it, by path or fsspec URL."""
     sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")
-    """SHA-256 that the weights file must have, 64 hex digits. Empty: any file is accepted."""
+    """SHA-256 that the weights file must have, 64 hex digits. Null: any file is accepted."""
 
 
 def weights_sha256(ref: ExtractorRef) -> str:
