@@ -1,4 +1,9 @@
-"""Child processes that never outlive their parent."""
+"""Child processes that never outlive their parent.
+
+`child` runs a command for the length of a ``with`` block. At the end of the block, also when the flow is cancelled,
+the child receives SIGTERM, and SIGKILL after `GRACE_SECONDS`. When the parent is killed and cannot do that, the kernel
+sends SIGTERM to the child instead (PR_SET_PDEATHSIG, Linux alone).
+"""
 
 import ctypes
 import os
@@ -12,10 +17,10 @@ from functools import partial
 from typing import IO
 
 GRACE_SECONDS = 20.0
-"""How long a child may take to save and go after SIGTERM. A Prefect runner kills after 30 s."""
+"""How long a child has between SIGTERM and SIGKILL, to save a checkpoint. Prefect's runner waits 30 s for a flow."""
 
 _PR_SET_PDEATHSIG = 1
-# Looked up once, here: between fork and exec a child must not need any lock.
+# Looked up at import: between fork and exec a child must not take a lock.
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
@@ -25,15 +30,15 @@ def child(
 ) -> Iterator[subprocess.Popen[str]]:
     """Run a command for the length of the block.
 
-    Its output goes to a pipe, never to our own stdout: an inherited stdout keeps a Prefect flow run
-    alive until the child ends. It has a session of its own, so that Ctrl-C reaches us alone and we
-    end things in their order. On Linux the kernel sends it SIGTERM when the thread that runs the
-    block dies, by SIGKILL too. When the block ends, by an exception or not, a child that still runs
-    gets SIGTERM; after `GRACE_SECONDS` it and all processes of its session's group are killed.
+    The output goes to a pipe, because an inherited stdout keeps a Prefect flow run alive until the child ends. The
+    child has its own session, so Ctrl-C reaches the parent alone, which ends its children in order. When the block
+    ends, normally or by an exception, and the child still runs, it receives SIGTERM; after `GRACE_SECONDS` it and its
+    whole process group are killed. On Linux the child also receives SIGTERM when the thread that runs the block dies.
 
     Args:
+        command: program and arguments.
         env: variables to add to the environment.
-        output: where stdout and stderr go, together.
+        output: receives stdout and stderr together.
     """
     process = subprocess.Popen(
         command,
@@ -44,7 +49,7 @@ def child(
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=partial(die_with_parent, os.getpid()),
+        preexec_fn=partial(set_parent_death_signal, os.getpid()),
     )
     try:
         yield process
@@ -52,11 +57,11 @@ def child(
         _stop(process)
 
 
-def die_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
-    """Have the kernel send this process a signal when its parent dies; nothing on systems other than Linux.
+def set_parent_death_signal(parent: int, number: int = signal.SIGTERM) -> None:
+    """Let the kernel send a signal to this process when its parent dies. Does nothing on systems other than Linux.
 
     Args:
-        parent: the parent's pid. If it is no longer the parent, it died already: the signal comes at once.
+        parent: pid of the parent. If this process has another parent by now, the signal is sent at once.
         number: the signal.
     """
     if _PRCTL is not None:
@@ -65,21 +70,21 @@ def die_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
             os.kill(os.getpid(), number)
 
 
-def die_with_worker() -> None:
-    """Have a flow run that a Prefect worker has started end in order when the worker is killed: nobody else ends it."""
+def terminate_with_prefect_worker() -> None:
+    """Send SIGTERM to this flow run when the Prefect worker that started it is killed: Prefect itself does not."""
     if "PREFECT__FLOW_RUN_ID" in os.environ:
-        die_with_parent(os.getppid())
+        set_parent_death_signal(os.getppid())
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:
     if process.poll() is None:
         try:
-            with _deaf_to_sigterm():
+            with _sigterm_ignored():
                 process.terminate()
                 with suppress(subprocess.TimeoutExpired):
-                    process.communicate(timeout=GRACE_SECONDS)  # reads on: a full pipe would hold the child up
-        finally:  # also when a second Ctrl-C cuts the wait short
-            with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a dead group
+                    process.communicate(timeout=GRACE_SECONDS)  # also reads: a full pipe would block the child
+        finally:  # also after a second Ctrl-C during the wait
+            with suppress(ProcessLookupError, PermissionError):  # macOS raises the latter for a dead group
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if process.stdout is not None:
@@ -87,8 +92,8 @@ def _stop(process: "subprocess.Popen[str]") -> None:
 
 
 @contextmanager
-def _deaf_to_sigterm() -> Iterator[None]:
-    """Once is enough: a flow run whose worker is gone gets it from the kernel and from Prefect."""
+def _sigterm_ignored() -> Iterator[None]:
+    """A flow run whose worker was killed receives SIGTERM twice, from the kernel and from Prefect."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

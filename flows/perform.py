@@ -14,7 +14,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
 
-from flows.children import die_with_worker
+from flows.children import terminate_with_prefect_worker
 from flows.contract import Source, Stage
 from flows.launch import start
 from flows.launch.spec import LaunchSpec, LocalLaunch, WorkerSpec
@@ -62,7 +62,7 @@ def perform(
     Returns:
         A completed state with the manifest's URL, named ``Skipped`` when it was there before.
     """
-    die_with_worker()
+    terminate_with_prefect_worker()
     source = stage.source(runs.resolve(given, settings.root) if isinstance(given, str) else given)
     provenance = Provenance(
         pipeline_id=settings.pipeline_id,

@@ -1,4 +1,8 @@
-"""Groups of shards as Prefect tasks, on the task runner that the config names."""
+"""Groups of shards as Prefect tasks, on the task runner that ``shard.runner`` names.
+
+The shard stage plans groups of shards; `spread` runs each group as a task, in threads, in processes or on a Dask or Ray
+cluster. A task that fails is retried twice, unless the input is wrong. Shards that it has written stay.
+"""
 
 import os
 import signal
@@ -14,7 +18,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
-from flows.children import die_with_parent
+from flows.children import set_parent_death_signal
 from storage.errors import DitflowError, InputError, one_line
 from storage.shards.runners import Dask, Processes, Ray, Runner, Threads
 from storage.shards.shard import Build, Built, Spread
@@ -23,23 +27,21 @@ RETRY_SECONDS = [1.0, 10.0]
 
 
 class TaskError(DitflowError):
-    """A task failed by a fault of its own, or its worker is gone."""
+    """A task failed with an unexpected error, or its worker died."""
 
 
 def spread(runner: Runner) -> Spread:
-    """Build groups of shards as tasks of the flow that runs.
-
-    A task that fails is tried twice more, unless the input is wrong: what it has built by then stays.
+    """A function that builds groups of shards as tasks of the running flow, for `storage.shards.shard.run`.
 
     Raises, when called:
-        InputError: a package or the cluster is not there, or a task found the input wrong.
+        InputError: a package is not installed, the cluster does not answer, or a task found the input wrong.
         StorageError: a task could not read or write.
-        TaskError: a task or its worker failed otherwise.
+        TaskError: a task failed with an unexpected error, or its worker died.
     """
     return partial(_spread, runner)
 
 
-def _may_pass(_: Task[Any, Any], __: TaskRun, state: State[Any]) -> bool:
+def _is_worth_a_retry(_: Task[Any, Any], __: TaskRun, state: State[Any]) -> bool:
     return not isinstance(state.result(raise_on_failure=False), InputError)
 
 
@@ -47,12 +49,12 @@ def _may_pass(_: Task[Any, Any], __: TaskRun, state: State[Any]) -> bool:
     task_run_name="shards from {numbers.start} on",
     retries=len(RETRY_SECONDS),
     retry_delay_seconds=RETRY_SECONDS,
-    retry_condition_fn=_may_pass,
+    retry_condition_fn=_is_worth_a_retry,
     cache_policy=NO_CACHE,
     persist_result=False,
 )
 def build_shards(build: Build, numbers: range) -> Built:
-    """Build a few shards."""
+    """Build one group of shards."""
     return build(numbers)
 
 
@@ -68,8 +70,8 @@ def _result(future: PrefectFuture[Built]) -> Built:
         return future.result()
     except DitflowError:
         raise
-    except Exception as error:  # a worker that was killed is reported by each runner in its own way
-        raise TaskError(f"shard: a task failed or lost its worker: {one_line(error)}") from error
+    except Exception as error:  # each runner reports a killed worker with an exception of its own
+        raise TaskError(f"shard: a task failed or its worker died: {one_line(error)}") from error
 
 
 @contextmanager
@@ -78,8 +80,8 @@ def _started(runner: Runner) -> Iterator[TaskRunner[Any]]:
     with ExitStack() as stack:
         try:
             stack.enter_context(made)
-            getattr(made, "client", None)  # Dask's connects when it is first asked for
-        except Exception as error:  # what a cluster says is not of one kind
+            getattr(made, "client", None)  # Dask connects when its client is first read
+        except Exception as error:  # clusters raise exceptions of many types
             raise InputError(f"shard.runner: {runner.kind} cannot be used: {one_line(error)}") from error
         yield made
 
@@ -89,8 +91,10 @@ def _task_runner(runner: Runner) -> TaskRunner[Any]:
         case Threads():
             return ThreadPoolTaskRunner(max_workers=runner.count or os.cpu_count())
         case Processes():
-            orphans = (os.getpid(), signal.SIGKILL)
-            return ProcessPoolTaskRunner(runner.count or None, initializer=die_with_parent, initargs=orphans)
+            parent_and_signal = (os.getpid(), signal.SIGKILL)  # no worker outlives this process
+            return ProcessPoolTaskRunner(
+                runner.count or None, initializer=set_parent_death_signal, initargs=parent_and_signal
+            )
         case Dask():
             here = {"n_workers": os.cpu_count(), "threads_per_worker": 1, "dashboard_address": None}
             place = {"address": runner.address} if runner.address else {"cluster_kwargs": here}

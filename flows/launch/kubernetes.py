@@ -1,4 +1,9 @@
-"""A stage as an indexed Kubernetes Job: one pod a node, torchrun in each, applied and followed with kubectl."""
+"""A stage as an indexed Kubernetes Job with torchrun in each pod, applied and followed with kubectl.
+
+The job has the name of its output. It goes on when its flow is killed, and the next flow for the same output applies
+it again, which changes nothing, and follows it. Kubernetes itself restarts pods that fail. No cluster has run this
+yet: the objects are checked against Kubernetes' own schemas, and kubectl is a script in the tests.
+"""
 
 import json
 import logging
@@ -9,69 +14,64 @@ import time
 from typing import Any
 
 from flows.children import child
-from flows.launch.rank_log import Progress, RankLog, WorkerError
+from flows.launch import torchrun
+from flows.launch.rank_log import Logger, Progress, RankLog, WorkerError
 from flows.launch.spec import KubernetesLaunch, WorkerSpec
 from storage.errors import InputError
 
 LOGGER = logging.getLogger(__name__)
 PORT = 29500
 MOUNT = "/ditflow"
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:]{8}(\.\d+)?Z")
+"""Folder of ``spec.json`` in each pod."""
+_TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT[\d:]{8}(\.\d+)?Z")
 
 Object = dict[str, Any]
 
 
-def run(
-    spec: WorkerSpec,
-    launch: KubernetesLaunch,
-    *,
-    progress: Progress,
-    log: "logging.Logger | logging.LoggerAdapter[logging.Logger]",
-) -> None:
-    """Apply the job, or find it there, and follow it to its end.
+def run(spec: WorkerSpec, launch: KubernetesLaunch, *, progress: Progress, log: Logger) -> None:
+    """Apply the stage's job and follow it to its end.
 
-    When the caller is cancelled the job is deleted; when it is killed the job goes on. No cluster has run this
-    yet: what is applied is checked against Kubernetes' own schemas.
+    When the caller is cancelled the job is deleted; when it is killed the job goes on.
 
     Raises:
-        InputError: there is no kubectl here, the cluster refuses the job, or a rank found the input wrong.
-        WorkerError: a rank failed.
+        InputError: kubectl is not installed here, the cluster refuses the job, or a rank found the input wrong.
+        WorkerError: a rank failed, or somebody deleted the job.
     """
     if shutil.which("kubectl") is None:
-        raise InputError("launch: no kubectl on the path; start the flow where the cluster can be reached")
+        raise InputError("launch: no kubectl on the path; start the flow on a machine that can reach the cluster")
     objects = json.dumps({"apiVersion": "v1", "kind": "List", "items": manifest(spec, launch)})
-    applied = _kubectl(launch, "apply", "-f", "-", given=objects)
+    applied = _kubectl(launch, "apply", "-f", "-", stdin=objects)
     if applied.returncode:
         raise InputError(f"launch: Kubernetes refuses the job: {' '.join(applied.stderr.split())}")
-    name, ranks = job_name(spec), RankLog(progress, log.info)
+    name, ranks = spec.job_name, RankLog(progress, log.info)
     log.info(f"Kubernetes job {name} in {launch.namespace}")
     try:
-        heard = ""
-        while (end := _end(name, launch)) is None:
-            heard = _listen(name, launch, ranks, heard)
+        last = ""
+        while (end := _end_state(name, launch)) is None:
+            last = _follow_log(name, launch, ranks, last)
             time.sleep(launch.poll_seconds)
-    finally:  # also when it ended well: nothing of it is needed any more
+    finally:  # after success, failure and cancellation alike
         _kubectl(launch, "delete", "job,service,configmap", name, "--wait=false")
     if end != "Complete":
         raise ranks.failure(1)
 
 
 def manifest(spec: WorkerSpec, launch: KubernetesLaunch) -> list[Object]:
-    """The objects to apply: what the ranks are to do, how pods find each other, and the job."""
-    name = job_name(spec)
-    about = {"name": name, "namespace": launch.namespace, "labels": {"app.kubernetes.io/managed-by": "ditflow"}}
+    """The objects to apply: a ConfigMap with the spec, a headless Service by which pods find each other, the Job."""
+    name = spec.job_name
+    metadata = {"name": name, "namespace": launch.namespace, "labels": {"app.kubernetes.io/managed-by": "ditflow"}}
     return [
-        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "data": {"spec.json": spec.model_dump_json()}},
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"spec.json": spec.model_dump_json()}},
         {
             "apiVersion": "v1",
             "kind": "Service",
-            "metadata": about,
+            "metadata": metadata,
             "spec": {"clusterIP": "None", "selector": {"job-name": name}, "publishNotReadyAddresses": True},
         },
         {
             "apiVersion": "batch/v1",
             "kind": "Job",
-            "metadata": about,
+            "metadata": metadata,
             "spec": {
                 "completionMode": "Indexed",
                 "completions": launch.nodes,
@@ -83,19 +83,13 @@ def manifest(spec: WorkerSpec, launch: KubernetesLaunch) -> list[Object]:
     ]
 
 
-def job_name(spec: WorkerSpec) -> str:
-    """The job's name, which is the output's, so that whoever asks for the same work finds it."""
-    return f"ditflow-{spec.output.name}"
-
-
 def _pod(name: str, launch: KubernetesLaunch) -> Object:
-    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={name}-0.{name}:{PORT}", f"--rdzv-id={name}"]
-    torchrun = ["python", "-m", "torch.distributed.run", f"--nnodes={launch.nodes}", *meeting]
+    rendezvous = torchrun.rendezvous(f"{name}-0.{name}:{PORT}", name)
     container: Object = {
         "name": "ranks",
         "image": launch.image,
-        "command": [*torchrun, f"--nproc-per-node={launch.nproc}", "-m", "flows.launch.worker", f"{MOUNT}/spec.json"],
-        "env": [{"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"}],
+        "command": torchrun.command("python", rendezvous, launch.nodes, launch.nproc, f"{MOUNT}/spec.json"),
+        "env": [{"name": key, "value": value} for key, value in torchrun.ENV.items()],
         "volumeMounts": [
             {"name": "spec", "mountPath": MOUNT, "readOnly": True},
             *({"name": claim, "mountPath": path} for claim, path in launch.volumes.items()),
@@ -107,7 +101,7 @@ def _pod(name: str, launch: KubernetesLaunch) -> Object:
         container["resources"] = {"limits": {"nvidia.com/gpu": launch.nproc}}
     volumes = [{"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in launch.volumes]
     return {
-        "subdomain": name,  # with it the pods of an indexed job have names that the others can look up
+        "subdomain": name,  # gives each pod of an indexed job a host name in DNS
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": 60,
         "containers": [container],
@@ -115,8 +109,8 @@ def _pod(name: str, launch: KubernetesLaunch) -> Object:
     }
 
 
-def _end(name: str, launch: KubernetesLaunch) -> str | None:
-    """``Complete`` or ``Failed`` when the job has ended, else None, also while the cluster does not answer."""
+def _end_state(name: str, launch: KubernetesLaunch) -> str | None:
+    """``Complete`` or ``Failed``; None while the job runs or the cluster does not answer."""
     done = _kubectl(launch, "get", "job", name, "--output=json")
     if done.returncode:
         if "NotFound" in done.stderr:
@@ -124,40 +118,43 @@ def _end(name: str, launch: KubernetesLaunch) -> str | None:
         LOGGER.warning("Kubernetes does not answer: %s", " ".join(done.stderr.split()))
         return None
     conditions = json.loads(done.stdout).get("status", {}).get("conditions") or []
-    ended = [found["type"] for found in conditions if found["status"] == "True"]
-    return next((end for end in ("Complete", "Failed") if end in ended), None)
+    true = [condition["type"] for condition in conditions if condition["status"] == "True"]
+    return next((end for end in ("Complete", "Failed") if end in true), None)
 
 
-def _listen(name: str, launch: KubernetesLaunch, ranks: RankLog, heard: str) -> str:
-    """Read the log of the first pod, which has all that ranks on its node say, until it ends.
+def _follow_log(name: str, launch: KubernetesLaunch, ranks: RankLog, last: str) -> str:
+    """Read the log of the first pod, which has the lines of all ranks in it, until it ends.
 
     Args:
-        heard: the time of the last line that was read before; empty for none.
+        name: of the job.
+        launch: names the namespace.
+        ranks: takes the lines.
+        last: timestamp of the last line that was read before; empty for none.
 
     Returns:
-        That of the last one by now.
+        The timestamp of the last line that has been read now.
     """
     first = f"job-name={name},batch.kubernetes.io/job-completion-index=0"
     command = ["kubectl", "--namespace", launch.namespace, "logs", f"--selector={first}", "--tail=-1", "--follow"]
-    since = [f"--since-time={heard}"] if heard else []  # of whole seconds
+    since = [f"--since-time={last}"] if last else []  # rounded to seconds: some lines come twice
     with child([*command, "--timestamps", *since]) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            time_of_line, _, text = line.partition(" ")
-            if not _TIME.fullmatch(time_of_line):  # it is kubectl that speaks
-                ranks.take([line])
-            elif _digits(time_of_line) > _digits(heard):
-                ranks.take([text])
-                heard = time_of_line
-    return heard
+            timestamp, _, text = line.partition(" ")
+            if not _TIMESTAMP.fullmatch(timestamp):  # a message of kubectl itself
+                ranks.read([line])
+            elif _sort_key(timestamp) > _sort_key(last):
+                ranks.read([text])
+                last = timestamp
+    return last
 
 
-def _digits(moment: str) -> str:
-    """A time as text that sorts: fractions of seconds have as many digits as they need."""
-    seconds, _, fraction = moment.rstrip("Z").partition(".")
+def _sort_key(timestamp: str) -> str:
+    """A timestamp with nine digits after the second: Kubernetes leaves out trailing zeros."""
+    seconds, _, fraction = timestamp.rstrip("Z").partition(".")
     return f"{seconds}.{fraction:0<9}"
 
 
-def _kubectl(launch: KubernetesLaunch, *command: str, given: str = "") -> "subprocess.CompletedProcess[str]":
-    whole = ["kubectl", "--namespace", launch.namespace, *command]
-    return subprocess.run(whole, capture_output=True, text=True, check=False, input=given)
+def _kubectl(launch: KubernetesLaunch, *arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    command = ["kubectl", "--namespace", launch.namespace, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, input=stdin)

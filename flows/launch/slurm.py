@@ -1,7 +1,8 @@
-"""A stage as a Slurm job: submitted once, followed by whoever asks for it, and cancelled with its flow.
+"""A stage as a Slurm job: submit it, follow its log, and cancel it when the flow is cancelled.
 
-The job outlives the flow that submitted it when that is killed: the next one finds it by its name, which is
-that of the output, and follows it to its end.
+The job has the name of its output. It goes on when its flow is killed, and the next flow for the same output finds it
+by that name and follows it instead of submitting another. A job that reached its time limit, was preempted, or lost a
+rank or a node is replaced by a new one, ``max_restarts`` times at most.
 """
 
 import logging
@@ -12,69 +13,67 @@ import sys
 import time
 from pathlib import Path
 
-from flows.launch.rank_log import LostRankError, Progress, RankLog, WorkerError
+from flows.launch import torchrun
+from flows.launch.rank_log import Logger, LostRankError, Progress, RankLog, WorkerError
 from flows.launch.spec import SlurmLaunch, WorkerSpec
 from storage import uri
 from storage.errors import DitflowError, InputError, PreemptedError
 
 LOGGER = logging.getLogger(__name__)
-WAITS = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "RESIZING", "SIGNALING"}
-AGAIN = {"TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL"}
-"""Ends after which a new job goes on from the last checkpoint."""
+ACTIVE_STATES = frozenset(
+    ["PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "RESIZING", "SIGNALING"]
+)
+"""The job has not ended."""
+RESUBMIT_STATES = {"TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL"}
+"""The job has ended, and a new one resumes from the last checkpoint."""
 
 SCRIPT = """\
 #!/bin/bash
 {options}
 {setup}
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export {env}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$head" --oneliner | grep -o ' NodeAddr=[^ ]*' | cut -d = -f 2)
-exec srun --kill-on-bad-exit=1 {python} -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" \\
-    --nproc-per-node={nproc} --rdzv-backend=c10d --rdzv-endpoint="$address:$((20000 + SLURM_JOB_ID % 20000))" \\
-    --rdzv-id="$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}" -m flows.launch.worker {spec}
+exec srun --kill-on-bad-exit=1 {command}
 """
+# Shell expressions: the port differs between jobs, the id also between requeues of one job.
+ENDPOINT, JOB_ID = '"$address:$((20000 + SLURM_JOB_ID % 20000))"', '"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"'
 
 
-def run(
-    spec: WorkerSpec,
-    launch: SlurmLaunch,
-    *,
-    progress: Progress,
-    log: "logging.Logger | logging.LoggerAdapter[logging.Logger]",
-) -> None:
-    """Bring a stage to its end on the cluster: by a job that is there already, or by a new one.
+def run(spec: WorkerSpec, launch: SlurmLaunch, *, progress: Progress, log: Logger) -> None:
+    """Follow the stage's job to its end; submit one if none is queued or running.
 
     When the caller is cancelled the job is cancelled; when it is killed the job goes on.
 
     Raises:
-        InputError: there is no Slurm here, it refuses the job, or a rank found the user's input wrong.
-        WorkerError: a rank failed.
-        DitflowError: the job was cancelled, or ended too often before its time.
+        InputError: Slurm is not installed here, it refuses the job, or a rank found the user's input wrong.
+        WorkerError: a rank failed, or ``max_restarts`` is used up.
+        DitflowError: the job was cancelled, or Slurm does not answer.
     """
-    folder, name = _folder(spec, launch), f"ditflow-{spec.output.name}"
+    folder, name = _folder(spec, launch), spec.job_name
     for _ in range(launch.max_restarts + 1):
         job = _find(name)
         if job is None:
             job = _submit(spec, launch, folder, name)
             log.info(f"Slurm job {job} submitted; its log is {folder / 'job.log'}")
         else:
-            log.info(f"Slurm job {job} is at it already; following it")
+            log.info(f"Slurm job {job} for this stage is queued or running; following it")
         state, ranks = _follow(job, folder / "job.log", launch.poll_seconds, progress, log)
         if state == "COMPLETED":
             return
         error = ranks.failure(1) if state == "FAILED" else DitflowError(f"Slurm job {job} ended as {state}")
-        if state not in AGAIN and not isinstance(error, LostRankError | PreemptedError):
+        if state not in RESUBMIT_STATES and not isinstance(error, LostRankError | PreemptedError):
             raise error
-        log.info(f"{error}; going on from the last checkpoint")
-    raise WorkerError(f"{error}, as {launch.max_restarts} jobs before it; see {folder / 'job.log'}")
+        log.info(f"{error}; resuming from the last checkpoint")
+    raise WorkerError(f"{error}; launch.max_restarts ({launch.max_restarts}) is used up; see {folder / 'job.log'}")
 
 
 def _folder(spec: WorkerSpec, launch: SlurmLaunch) -> Path:
     if shutil.which("sbatch") is None:
-        raise InputError("launch: no Slurm here (no sbatch on the path); start the flow where jobs can be submitted")
+        raise InputError("launch: no sbatch on the path; start the flow on a machine that can submit Slurm jobs")
     given = uri.local_path(launch.folder) if launch.folder else uri.local_path(spec.output.uri)
     if given is None:
-        raise InputError("launch.folder: name a folder that all nodes see, for the job's script and log")
+        raise InputError("launch.folder: the output is remote; name a folder on all nodes for the job's script and log")
     folder = given.absolute() / "slurm" / spec.output.header.folder_name if launch.folder else given / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -85,7 +84,7 @@ def _submit(spec: WorkerSpec, launch: SlurmLaunch, folder: Path, name: str) -> s
     values.write_text(spec.model_dump_json())
     options: dict[str, str | int] = {
         "nodes": launch.nodes,
-        "signal": "TERM@120",  # before time is up: ranks save and go
+        "signal": "TERM@120",  # 120 s before the time limit, to save a checkpoint
         **launch.options,
         "ntasks-per-node": 1,
         "job-name": name,
@@ -96,9 +95,8 @@ def _submit(spec: WorkerSpec, launch: SlurmLaunch, folder: Path, name: str) -> s
     text = SCRIPT.format(
         options="\n".join(lines),
         setup="\n".join(launch.setup),
-        python=shlex.quote(sys.executable),
-        nproc=launch.nproc,
-        spec=shlex.quote(str(values)),
+        env=" ".join(f"{name}={value}" for name, value in torchrun.ENV.items()),
+        command=" ".join(_command(launch, values)),
     )
     script.write_text(text)
     done = _slurm("sbatch", "--parsable", str(script))
@@ -107,8 +105,15 @@ def _submit(spec: WorkerSpec, launch: SlurmLaunch, folder: Path, name: str) -> s
     return done.stdout.strip().partition(";")[0]
 
 
+def _command(launch: SlurmLaunch, spec: Path) -> list[str]:
+    """The torchrun command, quoted for the script."""
+    python, nodes = shlex.quote(sys.executable), '"$SLURM_JOB_NUM_NODES"'
+    options = torchrun.rendezvous(ENDPOINT, JOB_ID)
+    return torchrun.command(python, options, nodes, launch.nproc, shlex.quote(str(spec)))
+
+
 def _find(name: str) -> str | None:
-    """The job of that name that waits or runs, if there is one."""
+    """The id of the queued or running job of that name, if there is one."""
     done = _slurm("squeue", "--me", "--noheader", "--format=%i", f"--name={name}")
     if done.returncode:
         raise DitflowError(f"Slurm does not answer: {' '.join(done.stderr.split())}")
@@ -121,20 +126,20 @@ def _follow(
     path: Path,
     seconds: float,
     progress: Progress,
-    log: "logging.Logger | logging.LoggerAdapter[logging.Logger]",
+    log: Logger,
 ) -> tuple[str, RankLog]:
-    """Log what a job says until it ends, one record a look; return the state it ended in."""
-    said: list[str] = []
-    ranks, place = RankLog(progress, said.append), path.stat().st_size if path.exists() else 0
+    """Log a job's new output until it ends, one log record for each poll; return the state that it ended in."""
+    output: list[str] = []
+    ranks, offset = RankLog(progress, output.append), path.stat().st_size if path.exists() else 0
     try:
         while True:
             state = _state(job)
-            lines, place = _new_lines(path, place, last=state not in WAITS)
-            ranks.take(lines)
-            if said:
-                log.info("\n".join(said))
-                said.clear()
-            if state not in WAITS:
+            lines, offset = _new_lines(path, offset, last=state not in ACTIVE_STATES)
+            ranks.read(lines)
+            if output:
+                log.info("\n".join(output))
+                output.clear()
+            if state not in ACTIVE_STATES:
                 return state, ranks
             time.sleep(seconds)
     except BaseException:
@@ -143,26 +148,26 @@ def _follow(
 
 
 def _state(job: str) -> str:
-    """The state of a job. A controller that is away is waited for: the job does not need it."""
+    """The state of a job; ``PENDING`` while the controller does not answer, because jobs go on without it."""
     done = _slurm("scontrol", "show", "job", job, "--oneliner")
     for word in done.stdout.split():
         if word.startswith("JobState="):
             return word.removeprefix("JobState=")
-    if "Invalid job id" in done.stderr:  # ended minutes ago, while nobody looked: its output tells how
+    if "Invalid job id" in done.stderr:  # Slurm has forgotten it; without a manifest the stage fails later
         return "COMPLETED"
     LOGGER.warning("Slurm does not answer: %s", " ".join(done.stderr.split()))
     return "PENDING"
 
 
-def _new_lines(path: Path, place: int, *, last: bool) -> tuple[list[str], int]:
-    """The whole lines of a file behind a place, at its end also one that is not whole, and the place behind them."""
+def _new_lines(path: Path, offset: int, *, last: bool) -> tuple[list[str], int]:
+    """The complete lines of a file from an offset on, and the offset after them; with ``last`` also a partial line."""
     if not path.exists():
-        return [], place
+        return [], offset
     with path.open("rb") as file:
-        file.seek(place)
+        file.seek(offset)
         data = file.read()
-    whole = data if last else data[: data.rfind(b"\n") + 1]
-    return whole.decode(errors="replace").splitlines(), place + len(whole)
+    complete = data if last else data[: data.rfind(b"\n") + 1]
+    return complete.decode(errors="replace").splitlines(), offset + len(complete)
 
 
 def _slurm(*command: str) -> "subprocess.CompletedProcess[str]":

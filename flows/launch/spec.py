@@ -1,4 +1,4 @@
-"""Where the ranks of a stage run, and what each of them is told."""
+"""The config of a launch (`LaunchSpec`: where the ranks of a stage run), and the job of a rank (`WorkerSpec`)."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,69 +10,69 @@ from storage.config import Config
 from storage.manifest import StageOutput
 
 LAUNCHER = "DITFLOW_LAUNCHER"
-"""Names the environment variable with the pid of the process that started torchrun."""
+"""The environment variable that holds the pid of the process that started torchrun."""
 
 
 class LocalLaunch(Config):
     """Ranks on this machine, under one torchrun."""
 
     kind: Literal["local"] = "local"
-    """Where ranks run."""
+    """Where the ranks run: on this machine."""
     nproc: int = Field(1, ge=0)
-    """Ranks to start: one a GPU, or on CPU any number; 0 means one for each GPU of this machine."""
+    """Number of ranks: one for each GPU, or any number on a CPU. 0: one for each GPU of this machine."""
     max_restarts: int = Field(3, ge=0)
-    """How often all ranks start again, from their last checkpoint, when one is lost or told to stop."""
+    """How many times all ranks are restarted from the last checkpoint after one was lost or received SIGTERM."""
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Number of ranks."""
         return self.nproc or max(1, torch.cuda.device_count())
 
 
 class NodesLaunch(Config):
-    """Ranks on several machines that see the same files; the same command is given on each of them."""
+    """Ranks on several nodes that see the same files. Run the same command on every node."""
 
     kind: Literal["nodes"]
-    """Where ranks run."""
+    """Where the ranks run: on several nodes."""
     nodes: int = Field(2, ge=1)
-    """Machines. None begins before all have come, for which they have ten minutes, at first and after a loss."""
+    """Number of nodes. Work starts when all have joined; each waits 600 s for the others, also after a restart."""
     nproc: int = Field(1, ge=1)
-    """Ranks on each machine."""
+    """Ranks on each node: one for each GPU, or any number on a CPU."""
     address: str = Field(pattern=r"^[^\s:/]+:\d{1,5}$")
-    """``host:port`` of the first machine, where the others find each other."""
+    """host:port of the first node, where the nodes find each other (torchrun's rendezvous endpoint)."""
     max_restarts: int = Field(3, ge=0)
-    """How often the ranks of this machine start again, from their last checkpoint, when one is lost or told to stop
-    anywhere."""
+    """How many times this node restarts its ranks from the last checkpoint after any rank was lost or received
+    SIGTERM."""
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Ranks on all nodes."""
         return self.nodes * self.nproc
 
 
 class SlurmLaunch(Config):
-    """Ranks on the nodes of a Slurm cluster, which runs this same Python and sees the same files."""
+    """Ranks on nodes of a Slurm cluster, which have this Python and these files at the same paths."""
 
     kind: Literal["slurm"]
-    """Where ranks run."""
+    """Where the ranks run: on a Slurm cluster."""
     nodes: int = Field(1, ge=1)
-    """Nodes of the job."""
+    """Number of nodes of the job."""
     nproc: int = Field(1, ge=1)
-    """Ranks on each node: one a GPU, or on CPU any number."""
+    """Ranks on each node: one for each GPU, or any number on a CPU."""
     options: dict[str, str | int] = Field(default_factory=dict)
-    """Further options of sbatch by their long names, such as partition, time, gpus-per-node."""
+    """More options of sbatch by their long names, such as partition, time, gpus-per-node."""
     setup: tuple[str, ...] = ()
-    """Lines of shell before the ranks start, such as ``module load cuda``."""
+    """Shell commands to run before the ranks start, such as: module load cuda."""
     folder: str | None = None
-    """Where script and log go, a folder that all nodes see; by default the output's own, if it is a local path."""
+    """Folder for the job's script and log, which all nodes see. Default: below the output, if that is a local path."""
     max_restarts: int = Field(10, ge=0)
-    """How often a job that ran out of time, was preempted, or lost a rank or a node is followed by another."""
+    """How many times a new job is submitted after one reached its time limit, was preempted, or lost a rank or node."""
     poll_seconds: float = Field(5.0, gt=0)
-    """Time between two looks at the job."""
+    """Seconds between two queries of the job's state and log."""
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Ranks on all nodes."""
         return self.nodes * self.nproc
 
     @field_validator("options")
@@ -80,37 +80,38 @@ class SlurmLaunch(Config):
     def _one_line_each(cls, options: dict[str, str | int]) -> dict[str, str | int]:
         for key, value in options.items():
             if not key.replace("-", "").isalnum() or "\n" in str(value):
-                raise ValueError(f"{key}: not an option of sbatch by its long name, with a value of one line")
+                raise ValueError(f"{key}: must be the long name of an sbatch option, with a value of one line")
         return options
 
 
 class KubernetesLaunch(Config):
-    """Ranks in pods of a Kubernetes cluster, which sees the root as an object store or a mounted volume."""
+    """Ranks in pods of a Kubernetes cluster, where the root is an object store or a mounted volume."""
 
     kind: Literal["kubernetes"]
-    """Where ranks run."""
+    """Where the ranks run: on a Kubernetes cluster."""
     image: str = Field(pattern=r"^\S+$")
-    """The container image, in which ditflow is installed."""
+    """Container image in which ditflow is installed."""
     nodes: int = Field(1, ge=1)
-    """Pods, each on a node."""
+    """Number of pods."""
     nproc: int = Field(1, ge=1)
-    """Ranks in each pod, one a GPU."""
+    """Ranks in each pod: one for each GPU."""
     gpus: bool = True
-    """Ask for as many GPUs a pod as it has ranks."""
+    """Whether each pod requests as many GPUs as it has ranks."""
     namespace: str = "default"
-    """Where the job lives."""
+    """Kubernetes namespace of the job."""
     secret: str | None = None
-    """A Secret whose entries become the pods' environment: credentials of the object store."""
+    """Name of a Secret whose entries become environment variables of the pods, such as the credentials of the object
+    store. Default: none."""
     volumes: dict[str, str] = Field(default_factory=dict)
-    """Persistent volume claims and the paths at which the pods see them."""
+    """Paths at which the pods mount persistent volumes, by the name of the volume claim."""
     max_restarts: int = Field(10, ge=0)
-    """How often all pods may be started again."""
+    """How many restarts the job may use for each pod."""
     poll_seconds: float = Field(5.0, gt=0)
-    """Time between two looks at the job."""
+    """Seconds between two queries of the job's state."""
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Ranks on all nodes."""
         return self.nodes * self.nproc
 
 
@@ -122,15 +123,24 @@ LaunchSpec = Annotated[
     Annotated[LocalLaunch | NodesLaunch | SlurmLaunch | KubernetesLaunch, Field(discriminator="kind")],
     BeforeValidator(_local_by_default),
 ]
-"""Any way to start ranks, told apart by ``kind``; without one it is ``local``."""
+"""Where the ranks of a stage run, as ``kind`` says; ``local`` without one."""
 
 
 class WorkerSpec(Config):
-    """Everything a rank needs to run one stage."""
+    """Everything that a rank needs to run one stage; the launcher passes it as a JSON file."""
 
     stage: str
+    """Name of the stage, such as train."""
     config: dict[str, Any]
+    """The stage's config, as JSON values."""
     source: str
-    """URL of the manifest that the stage starts from."""
+    """URL of the manifest that the stage reads."""
     output: StageOutput
+    """The folder that the stage writes."""
     tracking: TrackingSpec
+    """The MLflow run that rank 0 writes."""
+
+    @property
+    def job_name(self) -> str:
+        """Name of the Slurm or Kubernetes job; that of the output, so that a later launch finds a running job."""
+        return f"ditflow-{self.output.name}"

@@ -1,6 +1,11 @@
-"""Start a stage on its ranks, wherever those run, and bring back its log, its progress and its error."""
+"""Start the ranks of a stage, wherever they run, and restart them when one is lost.
 
-import logging
+`run` hands the stage to Slurm or Kubernetes, or starts torchrun on this machine. It reads the output of the ranks
+through a pipe, and `RankLog` sorts it into log lines, progress and errors. When a rank is killed, fails with an
+unexpected error or receives SIGTERM, `run` starts a new torchrun, ``max_restarts`` times at most, and the stage
+resumes from what it has committed. Any other error ends the stage.
+"""
+
 import os
 import sys
 import tempfile
@@ -8,33 +13,33 @@ import time
 from pathlib import Path
 
 from flows.children import child
-from flows.launch import kubernetes, slurm
-from flows.launch.rank_log import LostRankError, Progress, RankLog
+from flows.launch import kubernetes, slurm, torchrun
+from flows.launch.rank_log import Logger, LostRankError, Progress, RankLog
 from flows.launch.spec import LAUNCHER, KubernetesLaunch, LaunchSpec, LocalLaunch, NodesLaunch, SlurmLaunch, WorkerSpec
 from storage.errors import PreemptedError
 
-SHUTDOWN_SECONDS = 15  # that torchrun gives its ranks, within what we give torchrun
-SETTLING_SECONDS = SHUTDOWN_SECONDS + 5  # until all machines' torchruns have ended: a new one must not meet an old one
-MEETING_SECONDS = 600  # that a machine waits for the others, at first and when they come again
+SHUTDOWN_SECONDS = 15
+"""How long torchrun waits for its ranks after SIGTERM; less than `children.GRACE_SECONDS`, which torchrun has."""
+RESTART_DELAY_SECONDS = SHUTDOWN_SECONDS + 5
+"""Before a restart on several nodes: by then every old torchrun has ended, and none joins the new rendezvous."""
 
 
-def run(
-    spec: WorkerSpec,
-    launch: LaunchSpec,
-    *,
-    progress: Progress,
-    log: "logging.Logger | logging.LoggerAdapter[logging.Logger]",
-) -> None:
-    """Run a stage on all ranks and wait for them.
+def run(spec: WorkerSpec, launch: LaunchSpec, *, progress: Progress, log: Logger) -> None:
+    """Run a stage on all ranks and wait for its end.
 
-    Lines of all ranks go to ``log``. When the caller is cancelled, the ranks end too. When it is killed,
-    those on this machine end, and a cluster's go on. When a rank is lost, or told to stop, all start again: a
-    whole new torchrun, since a torchrun that restarts can hang.
+    When the caller is cancelled, the ranks end too. When it is killed, the ranks on this machine end, and a Slurm or
+    Kubernetes job goes on. Restarts use a new torchrun, because torchrun's own restart can hang.
+
+    Args:
+        spec: the stage.
+        launch: where its ranks run.
+        progress: called with done, total and unit.
+        log: receives the log lines of all ranks.
 
     Raises:
         InputError: a rank found the user's input wrong, or the cluster cannot be used.
-        PreemptedError: the ranks were told to stop too often; they have saved.
-        WorkerError: a rank failed or was killed; if it failed, its traceback is in the log. Or machines did not come.
+        PreemptedError: the ranks received SIGTERM more than ``max_restarts`` times; their work is saved.
+        WorkerError: a rank failed, and its traceback is in the log; or it was killed; or nodes are missing.
     """
     if isinstance(launch, SlurmLaunch):
         return slurm.run(spec, launch, progress=progress, log=log)
@@ -42,22 +47,22 @@ def run(
         return kubernetes.run(spec, launch, progress=progress, log=log)
     for attempt in range(launch.max_restarts + 1):
         try:
-            return _torchrun(spec, launch, RankLog(progress, log.info))
+            return _run_torchrun(spec, launch, RankLog(progress, log.info))
         except (LostRankError, PreemptedError) as error:
             if attempt == launch.max_restarts:
                 raise
-            log.warning(f"{error}; starting all ranks again, {attempt + 1} of {launch.max_restarts} times")
-            time.sleep(SETTLING_SECONDS if isinstance(launch, NodesLaunch) else 0)
+            log.warning(f"{error}; restarting all ranks ({attempt + 1} of {launch.max_restarts})")
+            time.sleep(RESTART_DELAY_SECONDS if isinstance(launch, NodesLaunch) else 0)
     return None
 
 
-def _torchrun(spec: WorkerSpec, launch: LocalLaunch | NodesLaunch, ranks: RankLog) -> None:
+def _run_torchrun(spec: WorkerSpec, launch: LocalLaunch | NodesLaunch, ranks: RankLog) -> None:
     with tempfile.TemporaryDirectory(prefix="ditflow-") as folder:
         path = Path(folder) / "spec.json"
         path.write_text(spec.model_dump_json())
         with child(_command(launch, path, spec.output.header.folder_name), env=_env()) as process:
             assert process.stdout is not None
-            ranks.take(process.stdout)
+            ranks.read(process.stdout)
             code = process.wait()
     if code != 0:
         raise ranks.failure(code)
@@ -65,19 +70,11 @@ def _torchrun(spec: WorkerSpec, launch: LocalLaunch | NodesLaunch, ranks: RankLo
 
 def _command(launch: LocalLaunch | NodesLaunch, spec: Path, run_id: str) -> list[str]:
     if isinstance(launch, LocalLaunch):
-        meeting, nproc = ["--standalone", "--nnodes=1", "--local-addr=127.0.0.1"], launch.world_size
+        options, nodes, nproc = ["--standalone", "--local-addr=127.0.0.1"], 1, launch.world_size
     else:
-        meeting = [f"--nnodes={launch.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={launch.address}"]
-        meeting += [f"--rdzv-id={run_id}", f"--rdzv-conf=join_timeout={MEETING_SECONDS}"]
-        nproc = launch.nproc
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={nproc}"]
-    return [*torchrun, "-m", "flows.launch.worker", str(spec)]
+        options, nodes, nproc = torchrun.rendezvous(launch.address, run_id), launch.nodes, launch.nproc
+    return torchrun.command(sys.executable, options, nodes, nproc, str(spec))
 
 
 def _env() -> dict[str, str]:
-    return {
-        LAUNCHER: str(os.getpid()),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
-        # A shared store can hang the ranks: https://github.com/pytorch/pytorch/issues/135712
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
+    return {LAUNCHER: str(os.getpid()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **torchrun.ENV}

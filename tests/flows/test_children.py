@@ -112,7 +112,7 @@ with child([sys.executable, "-c", {STUBBORN!r}]) as running:
 
 
 def test_a_killed_parent_takes_children_and_ranks_with_it() -> None:
-    rank = "import os; from flows.children import die_with_parent; die_with_parent(os.getppid(), 9); " + STUBBORN
+    rank = "import os; from flows.children import set_parent_death_signal as arm; arm(os.getppid(), 9); " + STUBBORN
     agent = (
         "import signal, subprocess, sys; "
         f"subprocess.Popen([sys.executable, '-c', {rank!r}], start_new_session=True).wait()"
@@ -135,7 +135,7 @@ with child([sys.executable, "-c", {agent!r}]) as running:
 
 def test_a_parent_that_died_before_the_kernel_was_told_counts() -> None:
     call = (
-        "import sys; from flows.children import die_with_parent; die_with_parent(int(sys.argv[1]), 15); print('lives')"
+        "import sys; from flows.children import set_parent_death_signal as arm; arm(int(sys.argv[1])); print('lives')"
     )
     orphan = subprocess.run(python(call, "1"), capture_output=True, text=True, check=False)
     assert (orphan.returncode, orphan.stdout) == (-signal.SIGTERM, "")

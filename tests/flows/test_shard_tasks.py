@@ -151,7 +151,7 @@ class Fails:
 @pytest.mark.parametrize(("kill", "said"), [(False, "RuntimeError: first line"), (True, "BrokenProcessPool: ")])
 def test_a_lost_worker_is_one_line(kill: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_shards, "retries", 0)
-    with pytest.raises(TaskError, match=rf"^shard: a task failed or lost its worker: {said}") as caught:
+    with pytest.raises(TaskError, match=rf"^shard: a task failed or its worker died: {said}") as caught:
         building(Fails(kill=kill), Processes(count=1))
     assert "\n" not in str(caught.value)
 

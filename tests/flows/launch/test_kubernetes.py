@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 
 from flows.launch import start as launcher
-from flows.launch.kubernetes import job_name, manifest
+from flows.launch.kubernetes import manifest
 from flows.launch.rank_log import MARK, WorkerError
 from flows.launch.spec import KubernetesLaunch, WorkerSpec
 from flows.tracking.spec import TrackingSpec
@@ -43,12 +43,12 @@ def test_objects_fit_their_schemas(spec: KubernetesLaunch) -> None:
 def test_every_pod_runs_torchrun_on_the_spec_and_finds_the_first() -> None:
     values, service, job = manifest(SPEC, EIGHT)
     assert WorkerSpec.model_validate_json(values["data"]["spec.json"]) == SPEC
-    assert {found["metadata"]["name"] for found in (values, service, job)} == {job_name(SPEC)}
-    assert len(job_name(SPEC)) <= 63 - len("-00")  # a label, of which each pod's host name is made
+    assert {found["metadata"]["name"] for found in (values, service, job)} == {SPEC.job_name}
+    assert len(SPEC.job_name) <= 63 - len("-00")  # a label, of which each pod's host name is made
     assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (2, 2)
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert f"--rdzv-endpoint={job_name(SPEC)}-0.{service['metadata']['name']}:29500" in container["command"]
+    assert f"--rdzv-endpoint={SPEC.job_name}-0.{service['metadata']['name']}:29500" in container["command"]
     assert pod["subdomain"] == service["metadata"]["name"]
     assert container["command"][-2:] == ["flows.launch.worker", "/ditflow/spec.json"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
@@ -128,7 +128,7 @@ def test_a_job_is_applied_followed_and_deleted(tmp_path: Path, caplog: pytest.Lo
     first, second = (asked for asked, _ in kubectl.asked("logs"))
     assert [each for each in second if each not in first] == ["--since-time=2026-11-21T10:00:01.51Z"]
     ((deleted, _),) = kubectl.asked("delete")
-    assert deleted == ["delete", "job,service,configmap", job_name(SPEC), "--wait=false"]
+    assert deleted == ["delete", "job,service,configmap", SPEC.job_name, "--wait=false"]
 
 
 def test_what_a_rank_found_wrong_is_told(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from test_start import HOUSE, TINY, Noted, job, latents, lines, nothing_left  # 
 from flows import servers
 from flows.contract import STAGES
 from flows.launch import start as launcher
+from flows.launch import torchrun
 from flows.launch.rank_log import WorkerError
 from flows.launch.spec import LocalLaunch, NodesLaunch
 from storage.latents import LatentManifest
@@ -32,7 +33,7 @@ from pathlib import Path
 from flows.launch import start as launcher
 from flows.launch.spec import WorkerSpec
 
-launcher.SETTLING_SECONDS = 1
+launcher.RESTART_DELAY_SECONDS = 1
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 spec = WorkerSpec.model_validate_json(Path(sys.argv[1]).read_text())
 nodes = launcher.NodesLaunch(kind="nodes", nodes=2, nproc=1, address=sys.argv[2], max_restarts=1)
@@ -100,7 +101,7 @@ def test_a_killed_machine_comes_back_or_is_gone_for_good(
     machines.start("two")
     machines.kill(machines.reached(100))
     (other,) = machines.running
-    wait_until(lambda: "starting all ranks again, 1 of 1 times" in machines.said(other))
+    wait_until(lambda: "restarting all ranks (1 of 1)" in machines.said(other))
     machines.start("three")
     machines.reached(200)
     machines.kill("three")
@@ -120,8 +121,8 @@ def test_a_machine_does_not_wait_for_the_others_for_ever(
     nothing_left: None,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launcher, "MEETING_SECONDS", 2)
+    monkeypatch.setattr(torchrun, "JOIN_TIMEOUT_SECONDS", 2)
     address = f"{servers.HOST}:{servers.free_port()}"
-    with pytest.raises(WorkerError, match="not all machines have come; give the same command on each"):
+    with pytest.raises(WorkerError, match="not all nodes joined within 2 s; run the same command on every node"):
         launcher.run(job(latents, TINY), NodesLaunch(kind="nodes", address=address), progress=Noted(), log=HOUSE)
-    assert not any("starting all ranks again" in line for line in lines.messages)
+    assert not any("restarting all ranks" in line for line in lines.messages)

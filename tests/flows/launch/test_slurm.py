@@ -104,7 +104,7 @@ def test_a_killed_flow_is_followed_by_the_next(
     before = queue()
     assert len(before) == 1
     launcher.run(spec, TWO_NODES, progress=Noted(), log=HOUSE)
-    assert f"Slurm job {before[0].split()[0]} is at it already; following it" in said.messages
+    assert f"Slurm job {before[0].split()[0]} for this stage is queued or running; following it" in said.messages
     assert STAGES["train"].kind.read(spec.output.uri).counts["steps"] == LONG.steps
 
 

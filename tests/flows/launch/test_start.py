@@ -168,7 +168,7 @@ def test_a_killed_rank_fails_the_stage(latents: LatentManifest, nothing_left: No
             killed.extend(process.pid for process in ranks())
             os.kill(killed[1], signal.SIGKILL)
 
-    with pytest.raises(WorkerError, match=r"^rank 1 was killed by SIGKILL, perhaps for want of memory$"):
+    with pytest.raises(WorkerError, match=r"^rank 1 was killed by SIGKILL, perhaps because memory ran out$"):
         launcher.run(job(latents, ENDLESS), LocalLaunch(nproc=2, max_restarts=0), progress=kill_one, log=HOUSE)
     assert len(killed) == 2
     assert all_gone(killed)
@@ -177,7 +177,7 @@ def test_a_killed_rank_fails_the_stage(latents: LatentManifest, nothing_left: No
 @pytest.mark.parametrize(
     ("number", "why"),
     [
-        (signal.SIGKILL, r"rank 1 was killed by SIGKILL, perhaps for want of memory"),
+        (signal.SIGKILL, r"rank 1 was killed by SIGKILL, perhaps because memory ran out"),
         pytest.param(
             signal.SIGTERM,
             r"stopped by SIGTERM at step \d+; run the same command to continue",
@@ -201,7 +201,7 @@ def test_a_stage_that_loses_a_rank_starts_again_from_its_checkpoint(
         noted.append(done)
 
     launcher.run(spec, LocalLaunch(nproc=2), progress=kill_once, log=HOUSE)
-    assert any(re.fullmatch(f"{why}; starting all ranks again, 1 of 3 times", line) for line in lines.messages)
+    assert any(re.fullmatch(rf"{why}; restarting all ranks \(1 of 3\)", line) for line in lines.messages)
     resumed = next(int(line.split()[-1]) for line in lines.messages if "resuming after step" in line)
     # When one is being saved, the one before it has been.
     assert resumed in (10, 20, 30) if number == signal.SIGKILL else resumed >= 25
@@ -285,7 +285,7 @@ def test_a_rank_does_not_begin_when_its_launcher_is_gone(tmp_path: Path, monkeyp
 
 def take(*lines: str) -> tuple[list[str], list[tuple[int, int, str]]]:
     noted, logged = Noted(), list[str]()
-    RankLog(noted, logged.append).take(lines)
+    RankLog(noted, logged.append).read(lines)
     return logged, noted.progress
 
 
@@ -308,7 +308,7 @@ def test_the_cause_is_told_and_not_its_effects() -> None:
 
     def failure(code: int, *lines: str) -> DitflowError:
         ranks = RankLog(Noted(), lambda _: None)
-        ranks.take("\n".join(lines).splitlines())
+        ranks.read("\n".join(lines).splitlines())
         return ranks.failure(code)
 
     effect, cause = error("RuntimeError", 0), error("InputError", 1, foreseen=True)
@@ -322,5 +322,5 @@ def test_the_cause_is_told_and_not_its_effects() -> None:
     assert isinstance(failure(75, effect, error("PreemptedError", 1, foreseen=True)), PreemptedError)
     assert str(failure(1, effect, killed)) == "rank 1 was killed by SIGBUS"
     assert str(failure(1, effect)) == "rank 0 failed: RuntimeError: what happened"
-    assert "rank 1 ended with code 3" in str(failure(1, report.format(1, 1, 3)))
+    assert "rank 1 exited with code 3" in str(failure(1, report.format(1, 1, 3)))
     assert "code -9" in str(failure(-9))
