@@ -1,25 +1,21 @@
-"""Manifests: what a stage made, from what, and the proof that it is whole.
+"""Manifests: what a stage made, from which inputs, and the hashes of all its files.
 
-``root/<stage>/<digest>`` holds a stage's output. Its manifest is written last, so a folder with
-a manifest is done and a folder without one is work in progress that the same command resumes.
-The digest covers the config, the digests of the inputs and the stage's version, and so names the
-output before it exists. It does not depend on where things lie.
+A stage writes its output to ``root/<stage>/<first 16 digits of the digest>``. The manifest is written
+last: a folder with a manifest is finished, and a folder without one is resumed by the same command.
+The digest covers the stage's version, the config and the digests of the inputs, so an output has its
+name before it exists. Locations are not part of the digest.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import version as package_version
-from pathlib import Path
-from shutil import which
-from subprocess import run
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from storage import uri
+from storage.code_version import code_version
 from storage.config import Config, problem
 from storage.errors import InputError, StorageError
 from storage.parallel import threads
@@ -29,32 +25,33 @@ OTHER_BYTES = "does not hold the bytes that were committed"
 
 
 class FileEntry(Config):
-    """One committed object of a stage."""
+    """A committed object of a stage."""
 
     path: str
     """Path below the stage's folder."""
     size: int = Field(ge=0)
-    """Bytes."""
+    """Size in bytes."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Hash of the bytes."""
+    """SHA-256 of the bytes, 64 hex digits."""
 
     @field_validator("path")
     @classmethod
     def _stays_below(cls, path: str) -> str:
         if not path or path.startswith("/") or ".." in path.split("/"):
-            raise ValueError(f"{path!r} leads out of the stage's folder")
+            raise ValueError(f"{path!r} is outside the stage's folder")
         return path
 
 
 class Parent(Config):
-    """Another stage's output that this one was made from."""
+    """Another stage's output that an output was made from."""
 
     digest: str
     uri: str
+    """Its folder at that time."""
 
 
 class Provenance(Config):
-    """Who made an output. Never part of a digest."""
+    """The runs that made an output. Not part of the digest."""
 
     mlflow_run_id: str | None = None
     prefect_flow_run_id: str | None = None
@@ -63,19 +60,19 @@ class Provenance(Config):
 
 
 class Header(Config):
-    """What is known of a stage's output before the work begins."""
+    """The part of a manifest that is known before the work begins."""
 
-    model_config = ConfigDict(extra="ignore")  # so that any stage's manifest can be read for what all have
+    model_config = ConfigDict(extra="ignore")  # so that the manifest of any stage can be read as a header
 
     stage: str
     version: int
     digest: str
     config: dict[str, Any]
     inputs: dict[str, str]
-    """Digest of every input by name: parents' manifests, archives, weights."""
+    """Digest of each input by name: parents' manifests, archives, weights."""
     parents: dict[str, Parent]
     rerun: int = 0
-    """Which forced repetition of the same work this is."""
+    """Number of this forced repetition of the same work; 0 for the first output."""
     provenance: Provenance = Provenance()
 
     @property
@@ -85,7 +82,10 @@ class Header(Config):
 
 
 class Manifest(Header):
-    """The record of a finished stage. Each stage adds its own fields in a subclass."""
+    """The record of a finished stage. Each stage adds its own fields in a subclass.
+
+    ``counts`` are numbers of images, shards and the like; ``metrics`` are the results of an evaluation.
+    """
 
     STAGE: ClassVar[str] = ""
 
@@ -100,7 +100,7 @@ class Manifest(Header):
 
     @property
     def uri(self) -> str:
-        """The folder that the manifest was read from or written to."""
+        """The stage's folder, which the manifest was read from."""
         return self._uri
 
     @property
@@ -124,20 +124,23 @@ class Manifest(Header):
 
     @classmethod
     def read(cls, url: str) -> Self:
-        """Read a committed manifest, given its URL or its folder's.
+        """Read a committed manifest.
+
+        Args:
+            url: URL of the manifest or of its folder.
 
         Raises:
-            InputError: there is none, it is not a manifest, or it belongs to another stage.
+            InputError: there is no manifest, the file is not one, or it belongs to another stage.
         """
         folder = output_folder(url)
         try:
             data = uri.read(uri.join(folder, MANIFEST))
             stage = Header.model_validate_json(data).stage
             if cls.STAGE and stage != cls.STAGE:
-                raise InputError(f"{uri.redact(folder)}: holds the output of {stage!r}, but {cls.STAGE!r} is needed")
+                raise InputError(f"{uri.redact(folder)}: an output of {stage!r}; one of {cls.STAGE!r} is needed")
             manifest = cls.model_validate_json(data)
         except StorageError as error:
-            raise InputError(f"{uri.redact(folder)}: no committed manifest there ({error})") from error
+            raise InputError(f"{uri.redact(folder)}: no finished output ({error})") from error
         except ValidationError as error:
             text = f"{uri.redact(folder)}: not a stage manifest: {problem(error)}"
             raise InputError(f"{text}; delete {MANIFEST} there and run the stage again") from error
@@ -147,67 +150,72 @@ class Manifest(Header):
     def parent(self, name: str, kind: "type[AnyManifest]") -> "AnyManifest":
         """The manifest of a stage that this output was made from.
 
-        It is looked for where it was, then beside this output, so a root can be moved as a whole.
-
-        Raises:
-            InputError: there is no such parent, it is gone, or something else lies in its place.
-        """
-        if name not in self.parents:
-            raise InputError(f"{uri.redact(self.uri)}: was not made from any {name!r}")
-        recorded = self.parents[name]
-        candidates = (recorded.uri, kind.folder(self.root, recorded.digest))
-        here = next((folder for folder in candidates if is_finished(folder)), recorded.uri)
-        found = kind.read(here)
-        if found.digest != recorded.digest:
-            raise InputError(f"{uri.redact(here)}: is not the {name} that {uri.redact(self.uri)} was made from")
-        return found
-
-    def damaged(self, whole: Callable[[FileEntry], bool]) -> Iterator[tuple[FileEntry, str]]:
-        """The committed objects that are not as they were, each with what is wrong with it.
+        The parent is searched for at its recorded URL, then below the same root as this output, so a
+        root can be moved as a whole.
 
         Args:
-            whole: which objects to read and compare with their hash; of the others the size alone is seen.
+            name: the parent's name among the inputs.
+            kind: the parent's type of manifest.
+
+        Raises:
+            InputError: this output has no such parent, or the parent is gone or was replaced.
+        """
+        if name not in self.parents:
+            raise InputError(f"{uri.redact(self.uri)}: has no parent {name!r}")
+        recorded = self.parents[name]
+        candidates = (recorded.uri, kind.folder(self.root, recorded.digest))
+        folder = next((folder for folder in candidates if is_finished(folder)), recorded.uri)
+        manifest = kind.read(folder)
+        if manifest.digest != recorded.digest:
+            raise InputError(f"{uri.redact(folder)}: not the {name} that {uri.redact(self.uri)} was made from")
+        return manifest
+
+    def damaged(self, full: Callable[[FileEntry], bool]) -> Iterator[tuple[FileEntry, str]]:
+        """The damaged objects, each with what is wrong with it.
+
+        Args:
+            full: which objects to read and compare with their hash; of all others only the size is checked.
 
         Raises:
             StorageError: the store does not answer.
         """
         with threads(16) as pool:
-            states = pool.map(lambda entry: self._state(entry, whole=whole(entry)), self.files)
-            yield from ((entry, state) for entry, state in zip(self.files, states, strict=True) if state)
+            damages = pool.map(lambda entry: self._damage(entry, full=full(entry)), self.files)
+            yield from ((entry, damage) for entry, damage in zip(self.files, damages, strict=True) if damage)
 
     def check_sizes(self) -> None:
-        """See that every committed object is there with its size.
+        """Check that every committed object exists with its size.
 
         Raises:
-            StorageError: an object is missing or has another size; the line names it.
+            StorageError: an object is missing or has another size; the line names the first.
         """
-        for entry, state in self.damaged(lambda _: False):
-            raise self.fault(entry.path, state)
+        for entry, damage in self.damaged(lambda _: False):
+            raise self.fault(entry.path, damage)
 
     def verify(self) -> None:
-        """Read every committed object and compare its hash.
+        """Read every committed object and compare it with its hash.
 
         Raises:
             StorageError: an object is missing or holds other bytes; the line names the first.
         """
-        for entry, state in self.damaged(lambda _: True):
-            raise self.fault(entry.path, state)
+        for entry, damage in self.damaged(lambda _: True):
+            raise self.fault(entry.path, damage)
 
     def read_object(self, path: str) -> bytes:
         """The bytes of a committed object, compared with its hash.
 
         Raises:
-            StorageError: the manifest has no such object, or it is missing or holds other bytes.
+            StorageError: the manifest does not list the object, or it is missing or holds other bytes.
         """
         entry = next((entry for entry in self.files if entry.path == path), None)
         if entry is None:
-            raise self.fault(path, "was never committed")
+            raise self.fault(path, "is not in the manifest")
         data = uri.read(uri.join(self.uri, path))
         if uri.sha256(data) != entry.sha256:
             raise self.fault(path, OTHER_BYTES)
         return data
 
-    def _state(self, entry: FileEntry, *, whole: bool) -> str | None:
+    def _damage(self, entry: FileEntry, *, full: bool) -> str | None:
         """What is wrong with an object, or None."""
         url = uri.join(self.uri, entry.path)
         size = uri.size(url)
@@ -215,19 +223,24 @@ class Manifest(Header):
             return "is missing"
         if size != entry.size:
             return f"has {size:,} bytes instead of {entry.size:,}"
-        return OTHER_BYTES if whole and uri.file_sha256(url) != entry.sha256 else None
+        return OTHER_BYTES if full and uri.file_sha256(url) != entry.sha256 else None
 
-    def fault(self, path: str, state: str) -> StorageError:
-        """The error to raise for a committed object that is in this state."""
-        where, here = uri.redact(uri.join(self.uri, path)), uri.redact(self.uri)
-        return StorageError(f"{where}: {state}; run `ditflow verify --full {here}` and then {self.stage} again")
+    def fault(self, path: str, damage: str) -> StorageError:
+        """The error for a damaged object.
+
+        Args:
+            path: path of the object.
+            damage: what is wrong with it, such as ``is missing``.
+        """
+        url, folder = uri.redact(uri.join(self.uri, path)), uri.redact(self.uri)
+        return StorageError(f"{url}: {damage}; run `ditflow verify --full {folder}`, then {self.stage} again")
 
 
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 
 
 class StageOutput(Config):
-    """The folder that a stage writes into, and the only way to commit it."""
+    """The folder that a stage writes to, with the header of its future manifest."""
 
     uri: str
     header: Header
@@ -239,20 +252,20 @@ class StageOutput(Config):
 
     @property
     def name(self) -> str:
-        """A name for jobs that make this output, the same whenever the same work is asked for."""
+        """Name for jobs that make this output; the same work always has the same name."""
         return f"{self.header.stage}-{self.header.folder_name}"
 
     def with_mlflow_run(self, run_id: str) -> "StageOutput":
-        """The same folder, with the MLflow run of the work noted."""
+        """The same output with an MLflow run in its provenance."""
         provenance = self.header.provenance.model_copy(update={"mlflow_run_id": run_id})
         return self.model_copy(update={"header": self.header.model_copy(update={"provenance": provenance})})
 
     def url(self, *parts: str) -> str:
-        """The URL of something in this folder."""
+        """The URL of an object or folder in this folder."""
         return uri.join(self.uri, *parts)
 
     def put(self, path: str, data: bytes) -> FileEntry:
-        """Write an object whole and describe it.
+        """Write an object and return its entry for the manifest.
 
         Raises:
             StorageError: the disk is full or the store refuses.
@@ -261,10 +274,10 @@ class StageOutput(Config):
         return FileEntry(path=path, size=len(data), sha256=uri.sha256(data))
 
     def describe(self, path: str) -> FileEntry:
-        """The entry of an object that is there already.
+        """The manifest's entry for an object that is already written.
 
         Raises:
-            StorageError: it is not there.
+            StorageError: the object is missing.
         """
         data = uri.read(self.url(path))
         return FileEntry(path=path, size=len(data), sha256=uri.sha256(data))
@@ -285,7 +298,7 @@ class StageOutput(Config):
         return kind.read(self.uri)
 
     def committed(self, kind: type[AnyManifest]) -> AnyManifest | None:
-        """The manifest if this output is finished."""
+        """The manifest; None if this output is not finished."""
         return kind.read(self.uri) if is_finished(self.uri) else None
 
 
@@ -300,17 +313,17 @@ def stage_output(
     force: bool = False,
     provenance: Provenance = Provenance(),  # noqa: B008  frozen
 ) -> StageOutput:
-    """Name the output of a stage: ``root/<stage>/<first 16 digits of the digest>``.
+    """The output of a stage, in ``root/<stage>/<first 16 digits of the digest>``. Nothing is written.
 
     Args:
         root: folder of all outputs.
         stage: the stage's name.
-        version: the version of what it makes from the same inputs.
+        version: the stage's version, raised when the same inputs give other bytes.
         config: the stage's config.
-        parents: manifests that the stage reads.
-        inputs: digests of what else it reads, such as archives and weights.
-        force: name a new output beside the finished ones instead of the first.
-        provenance: who makes it.
+        parents: manifests that the stage reads, by name.
+        inputs: digests of all other inputs by name, such as archives and weights.
+        force: name a new output beside the finished ones, instead of the first.
+        provenance: the runs that make it.
     """
     digests = {name: parent.digest for name, parent in parents.items()} | dict(inputs)
     identity = {"stage": stage, "version": version, "config": config.identity(), "inputs": digests}
@@ -370,7 +383,7 @@ def _folder(root: str, stage: str, digest: str) -> str:
 
 
 def _redacted(value: Any) -> Any:
-    """A JSON value whose URLs keep no user, password or query."""
+    """A JSON value whose URLs are without user, password and query."""
     if isinstance(value, dict):
         return {_redacted(key): _redacted(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -379,21 +392,5 @@ def _redacted(value: Any) -> Any:
 
 
 def json_digest(value: Any) -> str:
-    """The sha256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    """SHA-256 of a JSON value in canonical form (sorted keys, no spaces), 64 hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-@cache
-def code_version() -> str:
-    """The package's version, with the git commit (and ``+dirty``) when run from a checkout."""
-    name = package_version("ditflow")
-    checkout = Path(__file__).parents[1]
-    if not (checkout / ".git").exists() or which("git") is None:
-        return name
-    described = run(
-        ["git", "-C", str(checkout), "describe", "--always", "--dirty=+dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return f"{name}-g{described.stdout.strip()}" if described.returncode == 0 else name

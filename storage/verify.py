@@ -1,4 +1,4 @@
-"""Is an output still what was committed? If not, it is taken back, and its stage makes anew what is damaged."""
+"""Checks whether outputs still are what was committed, and withdraws damaged ones so that their stage repairs them."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ from storage.manifest import FileEntry, Manifest, finished_outputs, is_finished,
 from storage.parallel import threads
 
 WITHDRAWN = "manifest.withdrawn.json"
-"""Where the manifest of a damaged output is kept."""
+"""Name that the manifest of a damaged output is kept under."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One damaged object."""
+    """A damaged object."""
 
     entry: FileEntry
-    state: str
-    """What is wrong with it, as in: the object *is missing*."""
+    damage: str
+    """What is wrong with it, such as ``is missing``."""
 
 
 class _AnyRecord(records.Record):
@@ -27,10 +27,13 @@ class _AnyRecord(records.Record):
 
 
 def outputs(url: str) -> list[Manifest]:
-    """The finished outputs at a URL: the one whose manifest or folder it is, or all of a root.
+    """The finished outputs at a URL.
+
+    Args:
+        url: a manifest or its folder, for one output; or a root, for all outputs below it.
 
     Raises:
-        InputError: there is none, or a manifest cannot be read.
+        InputError: there is no output, or a manifest cannot be read.
         StorageError: the store does not answer.
     """
     folder = output_folder(url)
@@ -38,7 +41,7 @@ def outputs(url: str) -> list[Manifest]:
         return [Manifest.read(folder)]
     manifests = [Manifest.read(output) for stage in uri.names(folder) for output in finished_outputs(folder, stage)]
     if not manifests:
-        raise InputError(f"{uri.redact(url)}: no finished output there; name a manifest, its folder, or a root")
+        raise InputError(f"{uri.redact(url)}: no finished output found; give a manifest, its folder, or a root")
     return manifests
 
 
@@ -46,30 +49,31 @@ def faults(manifest: Manifest, *, full: bool) -> list[Fault]:
     """The damaged objects of an output.
 
     Args:
-        manifest: of the output.
-        full: read everything and compare hashes; without it the commit records alone, and all else's sizes.
+        manifest: the output's manifest.
+        full: compare every object with its hash. Otherwise only the commit records are compared, and of
+            all other objects only the size is checked.
 
     Raises:
         StorageError: the store does not answer.
     """
-    return [Fault(entry, state) for entry, state in manifest.damaged(lambda entry: full or _is_record(entry))]
+    return [Fault(entry, damage) for entry, damage in manifest.damaged(lambda entry: full or _is_record(entry))]
 
 
 def withdraw(manifest: Manifest, found: list[Fault]) -> None:
-    """Take a damaged output back: it has no manifest any more, and its damaged units no record.
+    """Remove the manifest of a damaged output and the records of its damaged units.
 
-    So no reader takes it, and the command that made it makes those units anew and all others not.
-    The old manifest is kept beside, for whom it may concern.
+    Readers then refuse the output, and the command that made it repeats the damaged units and no others.
+    The manifest is kept as `WITHDRAWN`.
 
     Raises:
         StorageError: the store refuses.
     """
     damaged = {fault.entry.path for fault in found}
-    undone = [entry.path for entry in manifest.files if _is_record(entry) and _covers(manifest, entry, damaged)]
+    to_repeat = [entry.path for entry in manifest.files if _is_record(entry) and _covers(manifest, entry, damaged)]
     uri.write(uri.join(manifest.uri, WITHDRAWN), uri.read(manifest.url))
     with threads(16) as pool:
-        list(pool.map(lambda path: uri.remove_tree(uri.join(manifest.uri, path)), undone))
-    uri.remove_tree(manifest.url)  # last: a kill before leaves an output that is still found to be damaged
+        list(pool.map(lambda path: uri.remove_tree(uri.join(manifest.uri, path)), to_repeat))
+    uri.remove_tree(manifest.url)  # last: if this is killed before, the output is still found damaged
 
 
 def _is_record(entry: FileEntry) -> bool:
@@ -77,11 +81,11 @@ def _is_record(entry: FileEntry) -> bool:
 
 
 def _covers(manifest: Manifest, entry: FileEntry, damaged: set[str]) -> bool:
-    """Whether a record is damaged, or one of its objects is."""
+    """Whether a record or one of its objects is damaged."""
     if entry.path in damaged:
         return True
     try:
         record = _AnyRecord.model_validate_json(manifest.read_object(entry.path))
-    except StorageError:  # damaged since it was looked at
+    except StorageError:  # damaged since the check
         return True
     return any(file.path in damaged for file in record.files)

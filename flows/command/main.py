@@ -199,7 +199,7 @@ def _damaged(manifest: "Manifest", *, full: bool) -> bool:
 
     found, where = faults(manifest, full=full), uri.redact(manifest.uri)
     for fault in found:
-        print(f"{uri.join(where, fault.entry.path)}: {fault.state}")
+        print(f"{uri.join(where, fault.entry.path)}: {fault.damage}")
     if found:
         withdraw(manifest, found)
     seen = "all bytes" if full else "sizes and records"

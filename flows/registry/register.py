@@ -25,9 +25,10 @@ from flows.registry.config import VERSION, ModelManifest, RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, Evaluation, consider
 from flows.tracking.runs import DIGEST_TAG, MANIFEST_TAG, tracking_uri
 from storage import uri
+from storage.code_version import code_version
 from storage.errors import DitflowError
 from storage.latents import LatentManifest
-from storage.manifest import StageOutput, code_version
+from storage.manifest import StageOutput
 from storage.shards.shard import ShardManifest
 from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish

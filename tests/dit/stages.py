@@ -12,8 +12,9 @@ import torch
 
 from dit.vae import VaeRef
 from storage.archives.open import ArchiveRef
+from storage.code_version import code_version
 from storage.latents import LatentManifest
-from storage.manifest import code_version, stage_output
+from storage.manifest import stage_output
 from storage.shards import shard
 from storage.shards.runners import Threads
 from storage.shards.shard import ShardConfig, ShardManifest

@@ -174,7 +174,7 @@ def test_what_holds_no_images(
             ran(source, shards.url)
     with pytest.raises(InputError, match="holds the output of 'train', and no images to compare with"):
         ran(samples.url, checkpoint.url)
-    with pytest.raises(InputError, match="holds the output of 'train', but 'sample' is needed"):
+    with pytest.raises(InputError, match="an output of 'train'; one of 'sample' is needed"):
         ran(checkpoint.url, shards.url)
 
 

@@ -348,7 +348,7 @@ def test_a_root_may_move(tmp_path: Path, pictures: Path, vae: object, judge: Eva
 def test_a_lost_parent_is_named(tmp_path: Path, pictures: Path, vae: object, judge: EvaluateConfig, lost: str) -> None:
     samples = pipeline(tmp_path, pictures, vae, held_out=False)
     shutil.rmtree(tmp_path / lost)
-    with pytest.raises(InputError, match=f"{tmp_path}/{lost}/.*no committed manifest there"):
+    with pytest.raises(InputError, match=f"{tmp_path}/{lost}/.*no finished output"):
         tiny.run_evaluate(tmp_path, judge, samples)
 
 

@@ -74,13 +74,13 @@ def test_a_fault_is_named_and_the_same_command_mends_it_and_nothing_else(
         uri.write(url, damage(whole[path]))
     quick, found = verify.faults(manifest, full=False), verify.faults(manifest, full=True)
     assert [fault.entry.path for fault in found] == [path]
-    assert state in found[0].state
+    assert state in found[0].damage
     assert quick == (found if fast else [])
     with pytest.raises(StorageError, match=path):
         manifest.verify()
 
     verify.withdraw(manifest, found)
-    with pytest.raises(InputError, match="no committed manifest"):
+    with pytest.raises(InputError, match="no finished output"):
         ShardManifest.read(manifest.uri)
     built = []
     pack = shard.pack
@@ -121,5 +121,5 @@ def test_outputs_of_a_url(root: str, archive: ArchiveRef) -> None:
     uri.write(uri.join(root, "encode", "0123456789abcdef", "records", "rows-00000.json"), b"{}")  # work in progress
     for url in (manifest.url, manifest.uri, f"{manifest.uri}/", root):
         assert [found.digest for found in verify.outputs(url)] == [manifest.digest]
-    with pytest.raises(InputError, match="no finished output there"):
+    with pytest.raises(InputError, match="no finished output found"):
         verify.outputs(uri.join(root, "elsewhere"))

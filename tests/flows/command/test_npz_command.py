@@ -40,4 +40,4 @@ def test_the_file_is_named_and_never_replaced(samples: str, tmp_path: Path, caps
 
 def test_a_folder_without_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["npz", str(tmp_path), str(tmp_path / "a.npz")]) == 2
-    assert "no committed manifest there" in capsys.readouterr().err
+    assert "no finished output" in capsys.readouterr().err

@@ -27,7 +27,7 @@ def test_damage_is_named_withdrawn_and_mended_by_the_same_command(
     said = capsys.readouterr().out.splitlines()
     assert f"{tar}: does not hold the bytes that were committed" in said
     assert said[-1].endswith("1 damaged, withdrawn")
-    assert "no committed manifest there" in refused(capsys, ["encode", "demo", "--from", str(output), *shard[2:]])
+    assert "no finished output" in refused(capsys, ["encode", "demo", "--from", str(output), *shard[2:]])
 
     assert main(shard) == 0
     assert tar.read_bytes() == whole
@@ -36,4 +36,4 @@ def test_damage_is_named_withdrawn_and_mended_by_the_same_command(
 
 
 def test_nothing_to_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "no finished output there" in refused(capsys, ["verify", str(tmp_path / "nowhere")])
+    assert "no finished output found" in refused(capsys, ["verify", str(tmp_path / "nowhere")])
