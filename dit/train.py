@@ -21,7 +21,7 @@ from dit.rates import at_once, training_rate
 from dit.training.data import Batches, Order, open_data
 from dit.training.ema import EMA
 from dit.training.layers import compile_blocks, recompute_blocks
-from dit.training.loop import StepConfig, StepResult, TrainState, train
+from dit.training.loop import StepConfig, StepResult, TrainState, eager_loss, train
 from dit.training.parallelize import Parallel, gathered, shard
 from dit.training.preemption import preemption
 from dit.training.prefetch import prefetched
@@ -255,6 +255,8 @@ def _train(
         meter.begin(state.step)
         for result in train(state, process, next_batch, step_config, stop=config.steps, ranks=ranks):
             saver.check()
+            if config.compile and result.step == steps.start + 1 and not result.terms["loss"].isfinite():
+                _blame_compiler(eager_loss(state.model, process, batches(steps.start), step_config, ranks))
             last = result.step == config.steps
             stops = stop.requested() and not last
             logs = result.step % config.log_every == 0 or last
@@ -275,6 +277,17 @@ def _train(
     if not history:
         raise DivergedError("training diverged: no logged loss is finite; lower train.learning_rate")
     return state, history
+
+
+def _blame_compiler(loss: float) -> None:
+    """Raise if the first loss is finite without compiled code, since with it this run can only diverge.
+
+    Raises:
+        DitflowError: it is.
+    """
+    if math.isfinite(loss):
+        compiled = "train.compile: the first loss of the compiled model is not finite"
+        raise DitflowError(f"{compiled}, without compilation it is {loss:.4g}; set train.compile=false on this machine")
 
 
 def _log(
