@@ -5,10 +5,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from forked import Template
 from PIL import Image
+from safetensors.torch import save
 from sklearn.datasets import load_digits
 
+from dit.evaluate import EvaluateConfig
 from dit.export import CheckpointManifest
+from dit.metrics.extractors.demo_digits import DigitsClassifier
+from dit.metrics.extractors.load import ExtractorRef
 from dit.sample import SampleManifest
 from dit.vae import VaeRef
 from storage.archives.open import ArchiveRef
@@ -26,6 +31,14 @@ def few_threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Template]:
+    """Where ranks come from."""
+    process = Template(lambda: tmp_path_factory.mktemp("ranks"))
+    yield process
+    process.end()
 
 
 @pytest.fixture(scope="session")
@@ -77,3 +90,17 @@ def checkpoint(root: Path, latents: LatentManifest) -> CheckpointManifest:
 @pytest.fixture(scope="session")
 def samples(root: Path, checkpoint: CheckpointManifest) -> SampleManifest:
     return tiny.run_sample(root, tiny.SAMPLING, checkpoint)
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
+    """An extractor with random weights, which takes every image for a 5."""
+    folder = tmp_path_factory.mktemp("classifier")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = DigitsClassifier()
+    state = network.state_dict()
+    state["head.weight"].zero_()
+    state["head.bias"].copy_(torch.arange(10) == 5)
+    (folder / "model.safetensors").write_bytes(save(state))
+    return EvaluateConfig(extractor=ExtractorRef(weights=str(folder)), batch_size=16)

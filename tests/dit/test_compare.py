@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from judging import Coarse, fd, pixels
 from PIL import Image
-from test_evaluate import Coarse, fd, judge, pixels
 
 from dit import compare as module
 from dit.compare import Judgement
@@ -20,8 +20,6 @@ from storage.errors import InputError
 from storage.latents import LatentManifest
 from storage.rows.store import RowReader
 from storage.shards.shard import ShardManifest
-
-__all__ = ["judge"]
 
 
 @pytest.fixture

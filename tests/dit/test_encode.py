@@ -9,8 +9,8 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKL
+from forked import Job, Template
 from PIL import Image
-from ranked import torchrun
 
 from dit import encode
 from dit.encode import fitting_batch
@@ -247,13 +247,12 @@ def test_a_block_that_cannot_be_written_stops_the_next_within_a_batch(
     assert len(recorder.steps) <= 5
 
 
-@pytest.mark.distributed
 def test_two_ranks_share_the_blocks_and_make_the_same_bytes(
-    tmp_path: Path, latents: LatentManifest, shards: ShardManifest, vae: VaeRef
+    tmp_path: Path, latents: LatentManifest, shards: ShardManifest, vae: VaeRef, template: Template
 ) -> None:
     config = tiny.encode_config(vae)
     out = tiny.output(tmp_path, LatentManifest, config, shards=shards)
-    told = torchrun(tmp_path, 2, config, shards, out)
+    told = template.finish(Job(out, config, shards)).progress
     assert tiny.objects(LatentManifest.read(out.uri)) == tiny.objects(latents)
     assert {rank: sum(r == rank for r, *_ in told) for rank in (0, 1)} == {0: 6, 1: 4}  # batches: 4 and 2; 4
     assert [done for rank, done, _ in told if rank == 0] == [8, 16, 24, 26, 34, 42]

@@ -1,23 +1,19 @@
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
+from forked import Job, Template
+from judging import LEFT, Coarse, as_samples, fd, pixels
 from PIL import Image
-from ranked import torchrun
-from safetensors.torch import save
 
-from dit import evaluate, sample
+from dit import evaluate
 from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.export import CheckpointManifest
 from dit.metrics import summary
-from dit.metrics.extractors.base import Images, Outputs
-from dit.metrics.extractors.demo_digits import DigitsClassifier, load_digits_classifier
-from dit.metrics.extractors.load import ExtractorRef
+from dit.metrics.extractors.demo_digits import load_digits_classifier
 from dit.metrics.frechet import Statistics
 from dit.metrics.inception_score import InceptionScore
 from dit.metrics.kernel import kernel_distance
@@ -31,66 +27,10 @@ from storage.errors import InputError, StorageError
 from storage.images import transforms
 from storage.latents import LatentManifest
 from storage.manifest import stage_output
-from storage.rows.store import RowReader, RowWriter
+from storage.rows.store import RowReader
 from storage.shards import shard as shard
 from storage.shards.shard import ShardConfig, ShardManifest
 from storage.tracker import NullTracker
-
-LEFT = (tiny.WIDTH - tiny.SIDE) // 2
-
-
-@pytest.fixture(scope="session")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
-    """An extractor with random weights, which takes every image for a 5."""
-    folder = tmp_path_factory.mktemp("classifier")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = DigitsClassifier()
-    state = network.state_dict()
-    state["head.weight"].zero_()
-    state["head.bias"].copy_(torch.arange(10) == 5)
-    (folder / "model.safetensors").write_bytes(save(state))
-    return EvaluateConfig(extractor=ExtractorRef(weights=str(folder)), batch_size=16)
-
-
-def pixels(pictures: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a split, read without the product."""
-    files = sorted((pictures / split).rglob("*.png"))
-    images = [np.asarray(Image.open(path))[:, LEFT : LEFT + tiny.SIDE] for path in files]
-    return np.stack(images), np.array([tiny.CLASSES.index(path.parent.name) for path in files], np.int32)
-
-
-def as_samples(
-    root: Path,
-    checkpoint: CheckpointManifest,
-    images: np.ndarray,
-    labels: np.ndarray,
-    class_names: tuple[str, ...] = tiny.CLASSES,
-) -> SampleManifest:
-    """Any images in the place of a model's samples."""
-    out = tiny.output(root, SampleManifest, tiny.SAMPLING, checkpoint=checkpoint)
-    writer = RowWriter(out, sample.layout(len(images), 64, tiny.SIDE), {})
-    for block in writer.missing():
-        start, stop = writer.bounds(block)
-        writer.write(block, {"image": images[start:stop], "label": labels[start:stop]})
-    counts, conditions = {"images": len(images)}, {"count": len(images)}
-    return out.commit(
-        SampleManifest,
-        writer.finish(),
-        counts=counts,
-        resolution=tiny.SIDE,
-        class_names=class_names,
-        conditions=conditions,
-    )
-
-
-def fd(config: EvaluateConfig, one: np.ndarray, other: np.ndarray) -> float:
-    """The Fréchet distance of the extractor's features, by NumPy."""
-    extractor = load_digits_classifier(config.extractor.weights)
-    a, b = (extractor(images).double().numpy() for images in (one, other))
-    s1, s2, gap = np.cov(a.T), np.cov(b.T), a.mean(0) - b.mean(0)
-    roots = np.sqrt(np.linalg.eigvals(s1 @ s2).real.clip(0))
-    return float(gap @ gap + np.trace(s1) + np.trace(s2) - 2 * roots.sum())
 
 
 def test_training_images_are_at_no_distance_from_themselves(
@@ -156,26 +96,6 @@ def test_numbers_of_a_models_samples(
         "infinity_sizes": 15,
         "interval": "95 %, normal, from 32 bootstrap resamples of the samples",
     }
-
-
-@dataclass(frozen=True)
-class Coarse:
-    """An extractor without weights: a picture's mean by place and colour, in three layers."""
-
-    published: bool
-    name: str = "inception-tf"
-    version: int = 1
-    dims: int = 12
-    preprocessing: str = "none"
-    sha256: str = "6726825d" + 56 * "0"
-
-    def outputs(self, images: Images) -> Outputs:
-        pixels = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
-        features = F.adaptive_avg_pool2d(pixels, 2).flatten(1)
-        return Outputs(features, 9 * features[:, :5], F.adaptive_avg_pool2d(pixels, 3).flatten(1))
-
-    def __call__(self, images: Images) -> torch.Tensor:
-        return self.outputs(images).features
 
 
 def test_published_inception_gives_the_names_of_the_papers(
@@ -260,9 +180,8 @@ def test_batches_do_not_matter(tmp_path: Path, samples: SampleManifest, judge: E
     assert runs[0].metrics == pytest.approx(runs[1].metrics, rel=1e-4)
 
 
-@pytest.mark.distributed
 def test_any_number_of_ranks_gives_the_same_bits(
-    tmp_path: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig
+    tmp_path: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig, template: Template
 ) -> None:
     """Samples and noise are two stretches, the rest is one; a kept reference is named by its bytes."""
     count = STRETCH + 100
@@ -271,7 +190,7 @@ def test_any_number_of_ranks_gives_the_same_bits(
     alone, together = tmp_path / "alone", tmp_path / "together"
     expected = tiny.run_evaluate(alone, judge, samples)
     out = tiny.output(together, MetricsManifest, judge, samples=samples)
-    told = torchrun(tmp_path, 2, judge, samples, out)
+    told = template.finish(Job(out, judge, samples)).progress
     total = tiny.COUNT + 2 * count + 18
     assert [line for line in told if line[0] == 0][-1] == [0, total, total]
     assert MetricsManifest.read(out.uri).metrics == expected.metrics

@@ -3,14 +3,16 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
-import elastic
 import numpy as np
 import pytest
 import synthetic
 import tiny
+from forked import Faults, Job, Template
 
 from dit.export import CheckpointManifest
+from dit.train import TrainConfig
 from storage.latents import LatentManifest
 
 CONFIG = tiny.TRAINING.model_copy(update={"checkpoint_every": 2, "keep_checkpoints": 9})
@@ -32,21 +34,28 @@ def losses(manifest: CheckpointManifest) -> list[float]:
     return [entry["values"]["loss"] for entry in record["history"]] + [manifest.metrics["final_loss"]]
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "cut"), [(1, False), (2, True), (4, False)])
+def trained(
+    template: Template, root: Path, config: TrainConfig, store: LatentManifest, **shape: Any
+) -> CheckpointManifest:
+    out = tiny.output(root, CheckpointManifest, config, latents=store)
+    template.finish(Job(out, config, store, **shape))
+    return CheckpointManifest.read(out.uri)
+
+
+@pytest.mark.parametrize(("count", "cut"), [(1, False), (2, True), pytest.param(4, False, marks=pytest.mark.full)])
 def test_ranks_micro_batches_and_kills(
-    tmp_path: Path, store: LatentManifest, alone: CheckpointManifest, ranks: int, cut: bool
+    tmp_path: Path, template: Template, store: LatentManifest, alone: CheckpointManifest, count: int, cut: bool
 ) -> None:
     """Bit-identical on so many ranks, in micro-batches or not, and near what one rank does without."""
-    chance = random.Random(ranks)
-    kills = [(chance.randrange(ranks), step) for step in sorted(chance.sample(range(3, 13), 2))]
-    halves = CONFIG.model_copy(update={"micro_batch": 8 // ranks // 2})
+    chance = random.Random(count)
+    kills = [(chance.randrange(count), step) for step in sorted(chance.sample(range(3, 13), 2))]
+    halves = CONFIG.model_copy(update={"micro_batch": 8 // count // 2})
     config, other = (halves, CONFIG) if cut else (CONFIG, halves)
-    killed = elastic.trained(tmp_path / "killed", store, config, ranks, kills)
-    undisturbed = alone if ranks == 1 else elastic.trained(tmp_path / "undisturbed", store, config, ranks, [])
-    assert tiny.objects(killed) == tiny.objects(undisturbed)
+    faults = Faults(kills, restarts=2)
+    killed = trained(template, tmp_path / "killed", config, store, ranks=count, faults=faults)
+    calm = alone if count == 1 else trained(template, tmp_path / "calm", config, store, ranks=count)
+    assert tiny.objects(killed) == tiny.objects(calm)
     expected = losses(alone)
     assert len(expected) == 11
-    for found in (killed, elastic.trained(tmp_path / "other", store, other, ranks, [])):
+    for found in (killed, trained(template, tmp_path / "other", other, store, ranks=count)):
         np.testing.assert_allclose(losses(found), expected, rtol=1e-5)

@@ -1,61 +1,65 @@
-"""Shard and encode, killed again and again."""
+"""Every stage, killed again and again as it opens, renames or removes a file."""
 
 import hashlib
 import json
-import logging
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import stages
+import tiny
+from forked import Faults, Job, Template
 
+from dit.evaluate import EvaluateConfig, MetricsManifest
+from dit.export import CheckpointManifest
+from dit.sample import SampleManifest
 from dit.vae import VaeRef
+from storage.archives.open import ArchiveRef
+from storage.latents import LatentManifest
+from storage.manifest import stage_output
+from storage.shards import shard
+from storage.shards.runners import Threads
+from storage.shards.shard import ShardConfig, ShardManifest
 
-LOGGER = logging.getLogger(__name__)
-KILLS, SEED = 30, 4
-
-
-class Worker:
-    """A process that runs the stages on demand."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self._process = process
-
-    def start(self, root: Path) -> int:
-        """Begin, and give the number of the process that works."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{root}\n")
-        self._process.stdin.flush()
-        return self._line()
-
-    def wait(self) -> int:
-        """The exit code, or minus the signal that ended it."""
-        return self._line()
-
-    def finish(self, root: Path) -> float:
-        """Run undisturbed; the seconds that took."""
-        begin = time.monotonic()
-        self.start(root)
-        assert self.wait() == 0
-        return time.monotonic() - begin
-
-    def _line(self) -> int:
-        assert self._process.stdout is not None
-        return int(self._process.stdout.readline())
+MakeJob = Callable[[Path], Job]
+SEED = 4
 
 
 @pytest.fixture
-def worker(pictures: Path, vae: VaeRef) -> Iterator[Worker]:
-    command = [sys.executable, stages.__file__, str(pictures), vae.source]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield Worker(process)
+def jobs(
+    pictures: Path,
+    vae: VaeRef,
+    shards: ShardManifest,
+    latents: LatentManifest,
+    checkpoint: CheckpointManifest,
+    samples: SampleManifest,
+    judge: EvaluateConfig,
+) -> dict[str, MakeJob]:
+    """Each stage in a root."""
+
+    def make_shards(root: Path) -> Job:
+        archive = ArchiveRef(train=str(pictures / "train"), held_out=str(pictures / "held_out"))
+        config = ShardConfig(images_per_shard=2, runner=Threads(count=2))
+        inputs = shard.input_digests(archive)
+        out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
+        return Job(out, config, archive, ranks=1)
+
+    def encode(root: Path) -> Job:
+        config = tiny.encode_config(vae)
+        return Job(tiny.output(root, LatentManifest, config, shards=shards), config, shards, ranks=1)
+
+    def train(root: Path) -> Job:
+        return Job(tiny.output(root, CheckpointManifest, tiny.TRAINING, latents=latents), tiny.TRAINING, latents, 1)
+
+    def sample(root: Path) -> Job:
+        out = tiny.output(root, SampleManifest, tiny.SAMPLING, checkpoint=checkpoint)
+        return Job(out, tiny.SAMPLING, checkpoint, ranks=1)
+
+    def evaluate(root: Path) -> Job:
+        return Job(tiny.output(root, MetricsManifest, judge, samples=samples), judge, samples, ranks=1)
+
+    return {"shard": make_shards, "encode": encode, "train": train, "sample": sample, "evaluate": evaluate}
 
 
 def contents(root: Path) -> dict[str, object]:
@@ -70,47 +74,20 @@ def contents(root: Path) -> dict[str, object]:
     return found
 
 
-def commits(folder: Path) -> tuple[float, float]:
-    """When a stage committed its first unit, and itself."""
-    records = [path.stat().st_mtime for path in folder.glob("*/records/*.json")]
-    (manifest,) = folder.glob("*/manifest.json")
-    return min(records), manifest.stat().st_mtime
-
-
-def stopped_in(root: Path) -> str:
-    """The stage that has begun to commit and is not done, if there is one."""
-    for stage in ("encode", "shard"):
-        (folder,) = (root / stage).glob("*") if (root / stage).exists() else (None,)
-        if folder is not None:
-            records = len(list((folder / "records").glob("*.json")))
-            return stage if records and not (folder / "manifest.json").exists() else ""
-    return ""
-
-
-@pytest.mark.slow
-def test_thirty_kills_and_the_stores_are_those_of_an_undisturbed_run(tmp_path: Path, worker: Worker) -> None:
-    worker.finish(tmp_path / "calm")
-    began = time.time()
-    seconds = worker.finish(tmp_path / "timed")
-    first, last = (each - began for each in commits(tmp_path / "timed" / "shard"))
-    calm = contents(tmp_path / "calm")
-    assert contents(tmp_path / "timed") == calm
-    rng, stopped = random.Random(SEED), list[str]()
-    for round_ in range(10 * KILLS):
-        root, code = tmp_path / str(round_), -1
-        while code != 0:
-            fresh = not root.exists()
-            delay = rng.uniform(first, last) if fresh else rng.uniform(0, seconds)  # the first stage is short
-            pid = worker.start(root)
-            time.sleep(delay)
-            with suppress(ProcessLookupError):  # it was done before
-                os.kill(pid, signal.SIGKILL)
-            code = worker.wait()
-            assert code in (0, -signal.SIGKILL)
-            if code:
-                stopped.append(stopped_in(root))
-                LOGGER.info(f"killed after {delay:.3f} of {seconds:.3f} s in {stopped[-1] or 'between units'}")
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.full)])
+@pytest.mark.parametrize("stage", ["shard", "encode", "train", "sample", "evaluate"])
+def test_what_is_made_through_kills_is_what_an_undisturbed_run_makes(
+    tmp_path: Path, template: Template, jobs: dict[str, MakeJob], stage: str, kills: int
+) -> None:
+    events = template.finish(jobs[stage](tmp_path / "calm")).events
+    calm, rng, killed = contents(tmp_path / "calm"), random.Random(SEED), 0
+    assert events > kills
+    while killed < kills:
+        root, code = tmp_path / str(killed), -1
+        while code:
+            job = jobs[stage](root)._replace(faults=Faults(event=rng.randint(1, events)))
+            ended = template.run(job)
+            ((code,),) = ended.codes
+            assert code in (0, -signal.SIGKILL), ended.errors
+            killed += code != 0
         assert contents(root) == calm
-        if len(stopped) >= KILLS and {"shard", "encode"} <= set(stopped):
-            return
-    raise AssertionError(f"killed {len(stopped)} times, in {set(stopped)}")

@@ -1,5 +1,6 @@
 import io
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,9 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKL
+from forked import Faults, Job, Template
 from PIL import Image
 from pydantic import ValidationError
-from ranked import torchrun
 
 import dit
 from dit.export import RAW_WEIGHTS, CheckpointManifest
@@ -146,15 +147,20 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert picture.size == (3 * tiny.SIDE + 4, 2 * tiny.SIDE + 2)
 
 
-@pytest.mark.distributed
 def test_two_ranks_share_the_blocks_and_make_the_same_bytes_through_a_kill(
-    tmp_path: Path, checkpoint: CheckpointManifest, samples: SampleManifest
+    tmp_path: Path, checkpoint: CheckpointManifest, samples: SampleManifest, template: Template
 ) -> None:
     out = tiny.output(tmp_path, SampleManifest, tiny.SAMPLING, checkpoint=checkpoint)
-    told = torchrun(tmp_path, 2, tiny.SAMPLING, checkpoint, out, killed_at=8)
-    assert [line for line in told if line[0] == 0] == [[0, 5, COUNT], [0, 6, COUNT], [0, 11, COUNT]]  # 3, 4, 7 of its 7
+    job = Job(out, tiny.SAMPLING, checkpoint)
+    killed = template.run(job._replace(faults=Faults(kills=[(0, 8)])))
+    assert killed.codes[0][0] == -signal.SIGKILL
+    assert [line for line in killed.progress if line[0] == 0] == [
+        [0, 5, COUNT],
+        [0, 6, COUNT],
+        [0, 11, COUNT],
+    ]  # 3, 4, 7 of its 7
     assert out.committed(SampleManifest) is None
-    torchrun(tmp_path, 2, tiny.SAMPLING, checkpoint, out)
+    template.finish(job)
     assert tiny.objects(SampleManifest.read(out.uri)) == tiny.objects(samples)
 
 

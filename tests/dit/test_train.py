@@ -4,9 +4,6 @@ import math
 import os
 import resource
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ import pytest
 import synthetic
 import tiny
 import torch
+from forked import Job, Template
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -33,24 +31,8 @@ from dit.training.data import Batch, Batches, Latents
 from dit.vae import VaeRef
 from storage.errors import DitflowError, InputError, PreemptedError, StorageError
 from storage.latents import LatentManifest, LatentReader
-from storage.manifest import StageOutput
 from storage.order import permutation
 from storage.shards.shard import ShardManifest
-
-WORKER = """
-import json, sys, logging
-from pathlib import Path
-import torch
-from dit import train
-from dit.train import TrainConfig, learning_rate, model_for
-from storage.latents import LatentManifest
-from storage.manifest import StageOutput
-from storage.tracker import NullTracker
-torch.set_num_threads(1)
-spec = json.loads(Path(sys.argv[1]).read_text())
-latents, out = LatentManifest.read(spec["latents"]), StageOutput.model_validate(spec["out"])
-train.run(TrainConfig.model_validate(spec["config"]), latents, out=out, tracker=NullTracker())
-"""
 
 
 def through(tmp_path: Path, config: TrainConfig, latents: LatentManifest) -> tuple[tiny.Recorder, CheckpointManifest]:
@@ -274,22 +256,6 @@ def test_blocks_gone_through_twice_change_no_bit(
     manifest = tiny.run_train(tmp_path, config, latents)
     assert manifest.digest == whole[1].digest
     assert tiny.objects(manifest) == tiny.objects(whole[1])
-
-
-def test_a_compiler_that_makes_nan_is_named_after_the_first_step(
-    latents: LatentManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def spoiled(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
-        return lambda *given: tuple(value * math.nan for value in graph(*given))
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=spoiled))
-    torch.compiler.reset()
-    config = tiny.TRAINING.model_copy(update={"compile": True, "steps": 4})
-    line = (
-        r"^train\.compile: the first loss .* is not finite, without compilation it is [\d.]+; set train\.compile=false"
-    )
-    with pytest.raises(DitflowError, match=line):
-        tiny.run_train(tmp_path, config, latents)
 
 
 def test_a_compiled_run_is_near_and_goes_on_in_the_same_bits(
@@ -539,35 +505,19 @@ def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
         TrainConfig(seed=seed)
 
 
-def torchrun(tmp_path: Path, ranks: int, out: StageOutput, config: TrainConfig, latents: LatentManifest) -> Any:
-    spec, worker = tmp_path / "spec.json", tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    values = {"latents": latents.uri, "out": out.model_dump(mode="json"), "config": config.model_dump(mode="json")}
-    spec.write_text(json.dumps(values))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run(
-        [*command, str(worker), str(spec)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
-
-
 def history(manifest: CheckpointManifest) -> dict[int, float]:
     """Losses of the steps up to the last checkpoint."""
     records = sorted(Path(manifest.uri).rglob("record.json"))
     return {entry["step"]: entry["values"]["loss"] for entry in json.loads(records[-1].read_text())["history"]}
 
 
-@pytest.mark.distributed
 def test_two_ranks_train_as_one_and_go_on_alone(
-    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+    tmp_path: Path, template: Template, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
 ) -> None:
+    """Under the real torchrun."""
     out = tiny.output(tmp_path, CheckpointManifest, tiny.TRAINING, latents=latents)
-    done = torchrun(tmp_path, 2, out, tiny.TRAINING, latents)
-    assert done.returncode == 0, done.stderr
+    done = template.torchrun(Job(out, tiny.TRAINING, latents))
+    assert done.codes == [[0]], done.errors
     manifest = CheckpointManifest.read(out.uri)
     losses = history(manifest)
     assert list(losses) == list(range(1, 9))
@@ -582,11 +532,12 @@ def test_two_ranks_train_as_one_and_go_on_alone(
     assert alone.metrics["final_loss"] == pytest.approx(whole[1].metrics["final_loss"], rel=1e-4)
 
 
-@pytest.mark.distributed
-def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path: Path, latents: LatentManifest) -> None:
+def test_a_batch_that_the_ranks_cannot_share_is_refused(
+    tmp_path: Path, template: Template, latents: LatentManifest
+) -> None:
     config = tiny.TRAINING.model_copy(update={"batch_size": 7})
     out = tiny.output(tmp_path, CheckpointManifest, config, latents=latents)
-    done = torchrun(tmp_path, 2, out, config, latents)
-    assert done.returncode != 0
-    assert "InputError: train.batch_size: 7 does not divide among 2 ranks" in done.stderr
+    done = template.run(Job(out, config, latents))
+    assert done.codes == [[1, 1]]
+    assert done.errors.count("InputError: train.batch_size: 7 does not divide among 2 ranks") == 2
     assert not Path(out.uri).exists()

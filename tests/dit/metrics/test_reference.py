@@ -9,7 +9,6 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_evaluate import judge
 
 from dit import evaluate
 from dit.evaluate import EvaluateConfig
@@ -18,8 +17,6 @@ from dit.metrics.extractors.demo_digits import DemoDigits, load_digits_classifie
 from dit.sample import SampleManifest
 from storage.manifest import Manifest
 from storage.shards.shard import ShardManifest
-
-__all__ = ["judge"]
 
 
 class Counting:

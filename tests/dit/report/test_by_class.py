@@ -3,8 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import tiny
+from judging import as_samples
 from PIL import Image
-from test_evaluate import as_samples
 
 from dit.export import CheckpointManifest
 from dit.report.by_class import by_class

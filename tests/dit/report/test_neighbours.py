@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from judging import as_samples, pixels
 from PIL import Image
-from test_evaluate import as_samples, judge, pixels
 
 from dit.evaluate import EvaluateConfig
 from dit.export import CheckpointManifest
@@ -13,8 +13,6 @@ from dit.metrics.extractors.demo_digits import load_digits_classifier
 from dit.report.neighbours import neighbours
 from storage.images.transforms import load
 from storage.shards.shard import ShardManifest, read_images
-
-__all__ = ["judge"]
 
 
 def test_a_copy_of_a_training_image_is_found(

@@ -2,14 +2,15 @@
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import elastic
 import pytest
 import synthetic
 import tiny
 import torch
+from forked import Faults, Job, Template
 from safetensors.torch import load
 
 from dit.export import CheckpointManifest
@@ -28,7 +29,19 @@ CONFIG = tiny.TRAINING.model_copy(
         "sample_every": 20,
     }
 )
-SPOILT = [(1, 6)]
+SPOILT = Faults(spoilt=[(1, 6)])
+
+pytestmark = pytest.mark.xdist_group("parallelize")
+
+
+def job(root: Path, store: LatentManifest, config: TrainConfig, **shape: Any) -> Job:
+    out = tiny.output(root, CheckpointManifest, config, latents=store)
+    return Job(out, config, store, **{"ranks": RANKS, "faults": SPOILT} | shape)
+
+
+def trained(template: Template, job: Job) -> CheckpointManifest:
+    template.finish(job)
+    return CheckpointManifest.read(job.out.uri)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +50,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> LatentManifest:
 
 
 @pytest.fixture(scope="module")
-def copies(tmp_path_factory: pytest.TempPathFactory, store: LatentManifest) -> CheckpointManifest:
-    return elastic.trained(tmp_path_factory.mktemp("ddp"), store, CONFIG, RANKS, spoilt=SPOILT)
+def copies(template: Template, tmp_path_factory: pytest.TempPathFactory, store: LatentManifest) -> CheckpointManifest:
+    return trained(template, job(tmp_path_factory.mktemp("ddp"), store, CONFIG))
 
 
 def like(parallel: str) -> TrainConfig:
@@ -46,8 +59,8 @@ def like(parallel: str) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory, store: LatentManifest) -> CheckpointManifest:
-    return elastic.trained(tmp_path_factory.mktemp("fsdp"), store, like("fsdp"), RANKS, spoilt=SPOILT)
+def parts(template: Template, tmp_path_factory: pytest.TempPathFactory, store: LatentManifest) -> CheckpointManifest:
+    return trained(template, job(tmp_path_factory.mktemp("fsdp"), store, like("fsdp")))
 
 
 @dataclass(frozen=True)
@@ -76,23 +89,24 @@ def assert_near(found: Kept, expected: Kept) -> None:
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_parts_train_as_copies_do(
-    tmp_path: Path, store: LatentManifest, copies: CheckpointManifest, parts: CheckpointManifest
-) -> None:
-    """With micro-batches, clipped gradients and a step that one rank spoils; among all, and within two machines."""
+def test_parts_train_as_copies_do(copies: CheckpointManifest, parts: CheckpointManifest) -> None:
+    """With micro-batches, clipped gradients and a step that one rank spoils."""
     assert_near(kept(parts), kept(copies))
-    config = like("hsdp").model_copy(update={"micro_batch": 1})
-    assert_near(kept(elastic.trained(tmp_path, store, config, 4, spoilt=SPOILT, machine=2)), kept(copies))
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_parts_go_on_in_the_same_bits_after_a_kill_and_as_copies(
-    tmp_path: Path, store: LatentManifest, parts: CheckpointManifest
+@pytest.mark.full
+def test_parts_within_each_of_two_machines_train_as_copies_do(
+    tmp_path: Path, template: Template, store: LatentManifest, copies: CheckpointManifest
 ) -> None:
-    killed = elastic.trained(tmp_path, store, like("fsdp"), RANKS, [(0, 18)], spoilt=SPOILT)
+    config = like("hsdp").model_copy(update={"micro_batch": 1})
+    assert_near(kept(trained(template, job(tmp_path, store, config, ranks=4, machine=2))), kept(copies))
+
+
+def test_parts_go_on_in_the_same_bits_after_a_kill_and_as_copies(
+    tmp_path: Path, template: Template, store: LatentManifest, parts: CheckpointManifest
+) -> None:
+    faults = replace(SPOILT, kills=[(0, 18)], restarts=1)
+    killed = trained(template, job(tmp_path, store, like("fsdp"), faults=faults))
     assert tiny.objects(killed) == tiny.objects(parts)
     (step,) = (Path(killed.uri) / "checkpoints").glob("step-000000016")
     files = {path.name: set(load(path.read_bytes())) for path in step.glob("*.safetensors")}
@@ -107,12 +121,19 @@ def test_parts_go_on_in_the_same_bits_after_a_kill_and_as_copies(
     assert_near(kept(alone), kept(parts))
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("parallel", "count", "machine"), [("fsdp", 2, 2), pytest.param("hsdp", 4, 2, marks=pytest.mark.full)]
+)
 def test_a_part_that_is_damaged_takes_all_ranks_one_checkpoint_back(
-    tmp_path: Path, store: LatentManifest, parts: CheckpointManifest
+    tmp_path: Path,
+    template: Template,
+    store: LatentManifest,
+    parts: CheckpointManifest,
+    parallel: str,
+    count: int,
+    machine: int,
 ) -> None:
-    """Whichever rank reads it; they go on as parts of two machines."""
+    """Whichever rank reads it, also when they go on as parts of two machines."""
     shutil.copytree(Path(parts.uri), tmp_path / "train" / Path(parts.uri).name)
     (manifest,) = tmp_path.rglob("manifest.json")
     manifest.unlink()
@@ -120,26 +141,23 @@ def test_a_part_that_is_damaged_takes_all_ranks_one_checkpoint_back(
     part.write_bytes(part.read_bytes()[:-1] + b"!")
     (record,) = tmp_path.rglob("step-000000012/record.json")
     before = record.stat().st_mtime_ns
-    assert_near(kept(elastic.trained(tmp_path, store, like("hsdp"), 4, spoilt=SPOILT, machine=2)), kept(parts))
+    again = job(tmp_path, store, like(parallel), ranks=count, machine=machine)
+    assert_near(kept(trained(template, again)), kept(parts))
     assert record.stat().st_mtime_ns == before
     assert len(list(tmp_path.rglob("step-000000016/*.safetensors"))) == 3
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_a_full_disk_of_one_rank_is_told_by_all(tmp_path: Path, store: LatentManifest) -> None:
-    with pytest.raises(AssertionError) as failure:
-        elastic.trained(tmp_path, store, like("fsdp"), RANKS, full=(1, 6))
+def test_a_full_disk_of_one_rank_is_told_by_all(tmp_path: Path, template: Template, store: LatentManifest) -> None:
+    ended = template.run(job(tmp_path, store, like("fsdp"), faults=Faults(full=(1, 6))))
+    assert ended.codes == [[1, 1]]
     line = "storage.errors.StorageError: .*step-000000008/state-00001-000.safetensors: the disk is full"
-    assert len(re.findall(line, str(failure.value))) == RANKS
+    assert len(re.findall(line, ended.errors)) == RANKS
     assert [path.parent.name for path in tmp_path.rglob("record.json")] == ["step-000000004"]
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_copies_go_on_as_parts(tmp_path: Path, store: LatentManifest) -> None:
+def test_copies_go_on_as_parts(tmp_path: Path, template: Template, store: LatentManifest) -> None:
     """Whose blocks are gone through twice."""
     alone = kept(tiny.run_train(tmp_path, CONFIG, store))
     Path(alone.manifest.url).unlink()
     config = like("fsdp").model_copy(update={"checkpoint_activations": True})
-    assert_near(kept(elastic.trained(tmp_path, store, config, RANKS)), alone)
+    assert_near(kept(trained(template, job(tmp_path, store, config, faults=Faults()))), alone)

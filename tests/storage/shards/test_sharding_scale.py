@@ -39,7 +39,7 @@ print(made.uri, peak_mib())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_twenty_thousand_images_of_a_thousand_classes(tmp_path: Path) -> None:
     write_archive(tmp_path / "train.tar", IMAGES, CLASSES, SIZE)
     command = [sys.executable, "-c", SHARD, str(tmp_path / "train.tar"), str(tmp_path / "root")]
