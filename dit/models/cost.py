@@ -84,8 +84,10 @@ def activations(
         kept.append(tensor)
         return tensor
 
-    with FakeTensorMode():
+    with torch.device("meta"):  # where initial values are not drawn: torch cannot draw all of them without data
         model = build(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
         if prepare is not None:
             prepare(model)
         x = torch.empty(batch, config.in_channels, config.input_size, config.input_size)
