@@ -20,10 +20,12 @@ from pydantic import Field
 
 from dit.devices import Arithmetic, arithmetic, device, dtype
 from dit.ranks import Ranks, Share, cores, joined
-from dit.vae import Vae, VaeRef, load_vae, vae_inputs
+from dit.rates import at_once, encoder_rate
+from dit.vae import Vae, VaeRef, info, load_vae, vae_inputs
 from storage import uri
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
+from storage.estimate import PlanContext, StageCost, store_objects
 from storage.images import transforms
 from storage.images.grid import image_grid
 from storage.latents import LatentManifest, VaeInfo, latent_layout, pixel_layout
@@ -86,11 +88,10 @@ def run(config: EncodeConfig, shards: ShardManifest, *, out: StageOutput, tracke
         StorageError: a tar is not what was committed, or the disk is full.
         DitflowError: the autoencoder's latents are not finite.
     """
-    if config.split not in shards.splits:
-        raise InputError(f"encode.split: {config.split!r} is not in the data; it has {', '.join(shards.splits)}")
+    _count(config, shards)
     with joined(TIMEOUT) as ranks, arithmetic(config.precision):
         work = _work(config, shards, out)
-        writer = RowWriter(out, _layout(work), _attributes(work))
+        writer = RowWriter(out, _layout(config, work.rows, work.shape), _attributes(work))
         _encode(work, writer, ranks, tracker)
         ranks.wait()
         if ranks.first:
@@ -113,12 +114,7 @@ class _Work:
     @property
     def rows(self) -> int:
         """Images of the split."""
-        return self.shards.splits[self.config.split].count
-
-    @property
-    def flips(self) -> int:
-        """Views of an image."""
-        return 2 if self.config.flips and self.vae else 1
+        return _count(self.config, self.shards)
 
 
 def _work(config: EncodeConfig, shards: ShardManifest, out: StageOutput) -> _Work:
@@ -138,13 +134,22 @@ def _commit(work: _Work, writer: RowWriter, out: StageOutput, tracker: Tracker) 
         [*writer.finish(), picture],
         counts={"images": work.rows},
         metrics=metrics,
-        resolution=config.resolution,
-        split=config.split,
-        flips=work.flips,
-        latent_shape=work.shape,
-        class_names=work.shards.class_names,
-        vae=_vae_info(config.vae, vae) if config.vae and vae else None,
+        **_facts(config, work.shards, work.shape, _vae_info(config.vae, vae) if config.vae and vae else None),
     )
+
+
+def _facts(
+    config: EncodeConfig, shards: ShardManifest, shape: tuple[int, int, int], vae: VaeInfo | None
+) -> dict[str, Any]:
+    """The manifest's own fields."""
+    return {
+        "resolution": config.resolution,
+        "split": config.split,
+        "flips": _flips(config),
+        "latent_shape": shape,
+        "class_names": shards.class_names,
+        "vae": vae,
+    }
 
 
 def _batch_size(config: EncodeConfig, vae: Vae | None, out: StageOutput) -> int:
@@ -217,7 +222,19 @@ def _unless(
         yield batch
 
 
-def _shape(config: EncodeConfig, vae: Vae | None) -> tuple[int, int, int]:
+def _count(config: EncodeConfig, shards: ShardManifest) -> int:
+    """Images of the split."""
+    if config.split not in shards.splits:
+        raise InputError(f"encode.split: {config.split!r} is not in the data; it has {', '.join(shards.splits)}")
+    return shards.splits[config.split].count
+
+
+def _flips(config: EncodeConfig) -> int:
+    """Views of an image."""
+    return 2 if config.flips and config.vae else 1
+
+
+def _shape(config: EncodeConfig, vae: Vae | VaeInfo | None) -> tuple[int, int, int]:
     """(C, h, h) of a latent, or of the pixels."""
     if vae is None:
         return 3, config.resolution, config.resolution
@@ -227,11 +244,10 @@ def _shape(config: EncodeConfig, vae: Vae | None) -> tuple[int, int, int]:
     return vae.channels, side, side
 
 
-def _layout(work: _Work) -> RowLayout:
-    config = work.config
-    if work.vae is None:
-        return pixel_layout(work.rows, config.resolution, config.block_rows, config.chunk_rows)
-    return latent_layout(work.rows, work.flips, work.shape, config.block_rows, config.chunk_rows)
+def _layout(config: EncodeConfig, rows: int, shape: tuple[int, int, int]) -> RowLayout:
+    if config.vae is None:
+        return pixel_layout(rows, config.resolution, config.block_rows, config.chunk_rows)
+    return latent_layout(rows, _flips(config), shape, config.block_rows, config.chunk_rows)
 
 
 def _encoded(work: _Work, bounds: list[tuple[int, int]]) -> Iterator[dict[str, NDArray[Any]]]:
@@ -320,4 +336,37 @@ def _with_decoded(vae: Vae, images: torch.Tensor) -> torch.Tensor:
     return torch.stack([images, vae.decode((mean - vae.shift_factor) * vae.scaling_factor).cpu()], 1)
 
 
-DEFINITION = StageDefinition(EncodeConfig, LatentManifest, VERSION, run, lambda config, _: vae_inputs(config.vae))
+def estimate(config: EncodeConfig, shards: ShardManifest, plan: PlanContext) -> StageCost:
+    """What it takes to encode the split.
+
+    Raises:
+        InputError: resolution, split or autoencoder cannot be used.
+    """
+    vae, ref = info(config.vae) if config.vae else None, config.vae
+    rows, shape = _count(config, shards), _shape(config, vae)
+    layout = _layout(config, rows, shape)
+    seconds = rows / plan.rates["shard"]
+    if ref:
+        rate = plan.rate("encode", lambda: encoder_rate(ref, config.resolution, config.precision))
+        seconds = rows * _flips(config) / rate / at_once(plan.world_size)
+    return StageCost(
+        images=rows,
+        objects=store_objects(layout),
+        size=layout.size,
+        units=layout.blocks,
+        done=plan.records(),
+        seconds=seconds,
+        leaves={"counts": {"images": rows}, **_facts(config, shards, shape, vae)},
+        save_disk="encode.flips=false, half the latents" if config.flips else "",
+    )
+
+
+DEFINITION = StageDefinition(
+    EncodeConfig,
+    LatentManifest,
+    VERSION,
+    run,
+    lambda config, _: vae_inputs(config.vae),
+    estimate,
+    {"encode": "images passed through the autoencoder's encoder in a second, on one rank"},
+)

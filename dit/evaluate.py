@@ -16,15 +16,17 @@ from dit.devices import device
 from dit.export import CheckpointManifest
 from dit.metrics.comparison import Estimate
 from dit.metrics.extractors.base import FeatureExtractor, Images
-from dit.metrics.extractors.load import ExtractorRef, load_extractor
+from dit.metrics.extractors.load import ExtractorRef, load_extractor, weights_sha256
 from dit.metrics.frechet import Statistics
 from dit.metrics.measure import KEPT_REFERENCE, Measure, conditions, modes, names, title
 from dit.metrics.reference import reference
 from dit.metrics.sets import NOISE_SEED, NoiseImages, SplitImages, StoredImages
 from dit.metrics.summary import Summary, compare
 from dit.ranks import joined
+from dit.rates import at_once, extractor_rate
 from dit.sample import SampleManifest
 from storage.config import Config, operational
+from storage.estimate import PlanContext, StageCost
 from storage.images import transforms
 from storage.latents import LatentManifest
 from storage.manifest import Manifest, StageOutput
@@ -102,7 +104,8 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
         extractor = load_extractor(config.extractor, device())
         latents = samples.parent("checkpoint", CheckpointManifest).parent("latents", LatentManifest)
         sets = _sets(samples, latents.parent("shards", ShardManifest), latents.split)
-        counts = _counts(sets)
+        held_out = sets.held_out.count if sets.held_out else 0
+        counts = _counts(sets.samples.count, sets.training.count, held_out)
         measure = Measure(extractor, tracker, _total(counts), config.batch_size, ranks)
         found = _measured(measure, sets, counts, out.root)
         if ranks.first:
@@ -134,9 +137,7 @@ def _sets(samples: SampleManifest, shards: ShardManifest, split: str) -> _Sets:
     return _Sets(stored, SplitImages(shards, split, side), held_out)
 
 
-def _counts(sets: _Sets) -> dict[str, int]:
-    samples, training = sets.samples.count, sets.training.count
-    held_out = sets.held_out.count if sets.held_out else 0
+def _counts(samples: int, training: int, held_out: int) -> dict[str, int]:
     floor = min(held_out, samples) if held_out > 1 else 0  # one image has no covariance
     return {
         "samples": samples,
@@ -214,8 +215,32 @@ def _of_sets(sets: _Sets) -> dict[str, str | int | float]:
     }
 
 
-def _inputs(config: EvaluateConfig, _: SampleManifest) -> dict[str, str]:
-    return {"extractor": load_extractor(config.extractor).sha256}
+def estimate(config: EvaluateConfig, samples: SampleManifest, plan: PlanContext) -> StageCost:
+    """What it takes to measure the samples.
+
+    Raises:
+        InputError: the extractor cannot be loaded.
+    """
+    held_out = plan.manifest(ShardManifest).splits.get(HELD_OUT)
+    counts = _counts(samples.counts["images"], plan.manifest(LatentManifest).count, held_out.count if held_out else 0)
+    rate = plan.rate("evaluate", lambda: extractor_rate(config.extractor, samples.resolution))
+    return StageCost(
+        images=counts["reference_kept"] + counts["samples"],
+        objects=2,
+        size=10_000,
+        units=1,
+        done=0,
+        seconds=_total(counts) / rate / at_once(plan.world_size),
+        leaves={"distance": "", "conditions": {}},
+    )
 
 
-DEFINITION = StageDefinition(EvaluateConfig, MetricsManifest, VERSION, run, _inputs)
+DEFINITION = StageDefinition(
+    EvaluateConfig,
+    MetricsManifest,
+    VERSION,
+    run,
+    lambda config, _: {"extractor": weights_sha256(config.extractor)},
+    estimate,
+    {"evaluate": "images passed through the feature extractor in a second"},
+)

@@ -4,11 +4,10 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
-from pydantic import Field
+from torch import nn
 
 from dit.devices import Arithmetic, arithmetic, device, dtype
 from dit.metrics.extractors.load import ExtractorRef, load_extractor
@@ -16,87 +15,78 @@ from dit.models.build import build
 from dit.models.config import ModelConfig
 from dit.models.cost import cost
 from dit.vae import VaeRef, load_vae
-from storage import uri
-from storage.archives.open import Archive
-from storage.config import Config
-from storage.images.transforms import UnreadableImage, inspect
-from storage.parallel import threads
 
 SECONDS = 1.0
 """How long a piece of work is repeated for, after the first time."""
-IMAGES = 256
-"""Images that are read to see how fast that goes."""
 BLOCKS = 2
 """Transformer blocks that stand for all: they are alike."""
 CPU_FLOPS = 10**11
 """Work of one step that a CPU is measured with."""
 
 
-class Rates(Config):
-    """What a machine does in a second. What is not given is measured where it is needed."""
-
-    shard: float | None = Field(None, gt=0)
-    """Images read, checked and packed in a second, on all cores."""
-    encode: float | None = Field(None, gt=0)
-    """Images passed through the autoencoder's encoder in a second, on one rank."""
-    train: float | None = Field(None, gt=0)
-    """FLOP of training steps in a second, on one rank."""
-    sample: float | None = Field(None, gt=0)
-    """FLOP of the model's forward passes in a second, on one rank."""
-    decode: float | None = Field(None, gt=0)
-    """Latents decoded to images in a second, on one rank."""
-    evaluate: float | None = Field(None, gt=0)
-    """Images passed through the feature extractor in a second."""
+def at_once(world_size: int) -> int:
+    """Ranks that work at the same time: on a CPU they share its cores."""
+    return world_size if device().type == "cuda" else 1
 
 
-def shard_rate(archive: Archive, workers: int) -> tuple[float, float]:
-    """Images a second read, checked and hashed, spread over the archive, and their mean size in bytes.
-
-    Raises:
-        StorageError: one cannot be read.
-    """
-    members = archive.members[:: max(1, len(archive.members) // IMAGES)][:IMAGES]
-
-    def look(number: int) -> int:
-        data = archive.read(members[number])
-        with suppress(UnreadableImage):  # which the stage will list
-            inspect(data)
-        uri.sha256(data)  # as a part of its tar
-        return len(data)
-
-    begin = time.perf_counter()
-    with threads(workers) as pool:
-        sizes = list(pool.map(look, range(len(members))))
-    return len(members) / (time.perf_counter() - begin), sum(sizes) / len(sizes)
-
-
-def autoencoder_rates(ref: VaeRef, resolution: int, precision: Arithmetic) -> tuple[float, float]:
-    """Images encoded and latents decoded a second.
+def encoder_rate(ref: VaeRef, resolution: int, precision: Arithmetic) -> float:
+    """Images encoded a second.
 
     Raises:
         InputError: the autoencoder is missing or broken.
     """
-    vae = load_vae(ref, device(), dtype(precision))
-    batch = 8 if device().type == "cuda" else 1
-    images = torch.zeros(batch, resolution, resolution, 3, dtype=torch.uint8)
+    vae, images = load_vae(ref, device(), dtype(precision)), _images(8 if device().type == "cuda" else 1, resolution)
     with arithmetic(precision):
-        latents, _ = vae.encode(images)
-        return batch * _rate(lambda: vae.encode(images)), batch * _rate(lambda: vae.decode(latents))
+        return len(images) * _rate(lambda: vae.encode(images))
 
 
-def model_rates(config: ModelConfig, batch: int, precision: Arithmetic) -> tuple[float, float]:
-    """FLOP a second in training steps and in forward passes of a model, found on some of its blocks.
+def decoder_rate(ref: VaeRef, resolution: int, precision: Arithmetic) -> float:
+    """Latents of images of this side decoded a second.
+
+    Raises:
+        InputError: the autoencoder is missing or broken.
+    """
+    vae, batch = load_vae(ref, device(), dtype(precision)), 8 if device().type == "cuda" else 1
+    side = resolution // vae.downsample
+    latents = torch.zeros(batch, vae.channels, side, side)
+    with arithmetic(precision):
+        return batch * _rate(lambda: vae.decode(latents))
+
+
+def training_rate(config: ModelConfig, batch: int, precision: Arithmetic) -> float:
+    """FLOP a second in training steps of a model, found on some of its blocks.
 
     Args:
         config: the model.
         batch: images of a rank in a step; a CPU does no more of them than it can in a second or so.
         precision: of the forward pass.
     """
+    config, batch, forward, model = _piece(config, batch, precision)
+
+    def step() -> None:
+        forward().float().square().mean().backward()
+        model.zero_grad()
+
+    with arithmetic(precision):
+        return _rate(step) * batch * cost(config).training_flops
+
+
+def forward_rate(config: ModelConfig, batch: int, precision: Arithmetic) -> float:
+    """FLOP a second in forward passes of a model, found on some of its blocks. Arguments as of `training_rate`."""
+    config, batch, forward, _ = _piece(config, batch, precision)
+    with arithmetic(precision), torch.no_grad():
+        return _rate(forward) * batch * 2 * cost(config).macs
+
+
+def _piece(
+    config: ModelConfig, batch: int, precision: Arithmetic
+) -> tuple[ModelConfig, int, Callable[[], torch.Tensor], nn.Module]:
+    """A model of some of the blocks, how many images it takes here at once, its forward pass of so many, and itself."""
     if hasattr(config, "depth"):
         config = config.model_copy(update={"depth": min(config.depth, BLOCKS)})
-    where, work = device(), cost(config)
+    where = device()
     if where.type == "cpu":
-        batch = min(batch, max(1, CPU_FLOPS // work.training_flops))
+        batch = min(batch, max(1, CPU_FLOPS // cost(config).training_flops))
     model = build(config).to(where)
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size, device=where)
     y = torch.zeros(batch, dtype=torch.long, device=where) if config.num_classes else None
@@ -107,14 +97,7 @@ def model_rates(config: ModelConfig, batch: int, precision: Arithmetic) -> tuple
             out: torch.Tensor = model(x, torch.ones(batch, device=where), y)
         return out
 
-    def step() -> None:
-        forward().float().square().mean().backward()
-        model.zero_grad()
-
-    with arithmetic(precision):
-        training = _rate(step)
-        with torch.no_grad():
-            return training * batch * work.training_flops, _rate(forward) * batch * 2 * work.macs
+    return config, batch, forward, model
 
 
 def extractor_rate(ref: ExtractorRef, resolution: int) -> float:
@@ -123,9 +106,12 @@ def extractor_rate(ref: ExtractorRef, resolution: int) -> float:
     Raises:
         InputError: its weights are missing or broken, or it cannot read such images.
     """
-    extractor, batch = load_extractor(ref, device()), 32 if device().type == "cuda" else 8
-    images = torch.zeros(batch, resolution, resolution, 3, dtype=torch.uint8)
-    return batch * _rate(lambda: extractor.outputs(images))
+    extractor, images = load_extractor(ref, device()), _images(32 if device().type == "cuda" else 8, resolution)
+    return len(images) * _rate(lambda: extractor.outputs(images))
+
+
+def _images(count: int, resolution: int) -> torch.Tensor:
+    return torch.zeros(count, resolution, resolution, 3, dtype=torch.uint8)
 
 
 def _rate(work: Callable[[], Any]) -> float:

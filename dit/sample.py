@@ -19,17 +19,21 @@ from dit.diffusion.edm import EDM
 from dit.diffusion.gaussian import GaussianDiffusion
 from dit.diffusion.process import Denoiser
 from dit.export import CheckpointManifest, ModelCard, Trained, load, weights_file
+from dit.models.config import ModelConfig
+from dit.models.cost import cost
 from dit.pixels import to_bytes
 from dit.ranks import Ranks, Share, joined
+from dit.rates import at_once, decoder_rate, forward_rate
 from dit.samplers.ddim import ddim
 from dit.samplers.ddpm import ddpm
-from dit.samplers.guidance import Channels, Guided, Schedule
+from dit.samplers.guidance import UNGUIDED, Channels, Guided, Schedule
 from dit.samplers.heun import heun
 from dit.samplers.noise import SampleNoise
 from dit.samplers.state import State, StepNoise, last
 from dit.vae import Vae, VaeRef, load_vae, vae_inputs
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
+from storage.estimate import PlanContext, StageCost, store_objects
 from storage.images.grid import image_grid
 from storage.manifest import Manifest, StageOutput
 from storage.parallel import ahead
@@ -254,9 +258,13 @@ def _guided(config: SampleConfig, trained: Trained) -> Guided:
     card, interval = trained.card, config.guidance_interval
     if interval and isinstance(card.diffusion, EDMConfig):
         interval = (EDM.network_time(interval[0]), EDM.network_time(interval[1]))
-    scale = config.guidance_scale if card.model.num_classes else 1.0
-    null = card.model.num_classes
+    scale, null = _scale(config, card.model), card.model.num_classes
     return Guided(trained.model, scale, null, config.guidance_channels, config.guidance_schedule, interval)
+
+
+def _scale(config: SampleConfig, model: ModelConfig) -> float:
+    """The guidance scale, which is none for a model without classes."""
+    return config.guidance_scale if model.num_classes else UNGUIDED
 
 
 def layout(count: int, block_rows: int, resolution: int) -> RowLayout:
@@ -328,15 +336,13 @@ def _check(vae: Vae, card: ModelCard) -> None:
 def _conditions(config: SampleConfig, card: ModelCard, vae: Vae | None) -> dict[str, str | int | float]:
     """The config without what does not bear on the images, and what else made them."""
     unused = {name for name, sampler in SAMPLER_FIELDS.items() if sampler != config.sampler}
-    guided = card.model.num_classes > 0 and config.guidance_scale != 1
-    if not guided:
+    scale = _scale(config, card.model)
+    if scale == UNGUIDED:
         unused |= {name for name in SampleConfig.model_fields if name.startswith("guidance_")}
-    conditions: dict[str, Any] = config.model_dump(exclude={"vae", *CUTTING, *unused})
+    conditions: dict[str, Any] = config.model_dump(exclude={"vae", *CUTTING, *unused}) | {"guidance_scale": scale}
     interval = conditions.pop("guidance_interval", None)
     if interval:
         conditions["guidance_interval"] = f"{interval[0]:g} to {interval[1]:g}"
-    if not guided:
-        conditions["guidance_scale"] = 1.0
     if card.model.num_classes == 0:
         conditions["labels"] = "none"
     if vae:
@@ -350,8 +356,38 @@ def picture(images: NDArray[np.uint8], card: ModelCard) -> bytes:
     return image_grid(images[: 8 * columns], columns=columns, gap=2)
 
 
-def _inputs(config: SampleConfig, checkpoint: CheckpointManifest) -> dict[str, str]:
-    return vae_inputs(config.vae or checkpoint.card.vae_ref)
+def estimate(config: SampleConfig, checkpoint: CheckpointManifest, plan: PlanContext) -> StageCost:
+    """What it takes to draw the samples."""
+    card, ref = checkpoint.card, config.vae or checkpoint.card.vae_ref
+    passes = config.steps * (2 if config.sampler == "heun" else 1)
+    if _scale(config, card.model) != UNGUIDED:
+        passes *= 2  # within the interval alone, if there is one
+    rate = plan.rate("sample", lambda: forward_rate(card.model, config.batch_size, config.precision))
+    seconds = config.count * passes * 2 * cost(card.model).macs / rate
+    if ref:
+        seconds += config.count / plan.rate("decode", lambda: decoder_rate(ref, card.resolution, config.precision))
+    rows = layout(config.count, config.block_rows, card.resolution)
+    facts = {"resolution": card.resolution, "class_names": card.class_names, "conditions": {}}
+    return StageCost(
+        images=config.count,
+        objects=store_objects(rows),
+        size=rows.size,
+        units=rows.blocks,
+        done=plan.records(),
+        seconds=seconds / at_once(plan.world_size),
+        leaves={"counts": {"images": config.count}, **facts},
+    )
 
 
-DEFINITION = StageDefinition(SampleConfig, SampleManifest, VERSION, run, _inputs)
+DEFINITION = StageDefinition(
+    SampleConfig,
+    SampleManifest,
+    VERSION,
+    run,
+    lambda config, checkpoint: vae_inputs(config.vae or checkpoint.card.vae_ref),
+    estimate,
+    {
+        "sample": "FLOP of the model's forward passes in a second, on one rank",
+        "decode": "latents decoded to images in a second, on one rank",
+    },
+)

@@ -15,19 +15,23 @@ from dit.export import RAW_WEIGHTS, CheckpointManifest, ModelCard, export, weigh
 from dit.models.build import build
 from dit.models.choice import DiTChoice, Given, ModelChoice
 from dit.models.config import DiffiTImageConfig, ModelConfig
+from dit.models.cost import activations, cost
 from dit.ranks import Ranks, joined
+from dit.rates import at_once, training_rate
 from dit.training.data import Batches, Order, open_data
 from dit.training.ema import EMA
 from dit.training.layers import compile_blocks, recompute_blocks
-from dit.training.loop import StepConfig, StepResult, TrainState, train
+from dit.training.loop import StepConfig, StepResult, TrainState, eager_loss, train
 from dit.training.parallelize import Parallel, gathered, shard
 from dit.training.preemption import preemption
 from dit.training.prefetch import prefetched
 from dit.training.sample_grid import SampleGrid
 from dit.training.throughput import LoggedStep, ThroughputMeter
+from storage import uri
 from storage.config import Config, operational, problem
 from storage.errors import DitflowError, InputError, PreemptedError
-from storage.latents import LatentManifest
+from storage.estimate import PlanContext, StageCost
+from storage.latents import LatentManifest, bytes_to_stage
 from storage.manifest import StageOutput
 from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
@@ -251,6 +255,8 @@ def _train(
         meter.begin(state.step)
         for result in train(state, process, next_batch, step_config, stop=config.steps, ranks=ranks):
             saver.check()
+            if config.compile and result.step == steps.start + 1 and not result.terms["loss"].isfinite():
+                _blame_compiler(eager_loss(state.model, process, batches(steps.start), step_config, ranks))
             last = result.step == config.steps
             stops = stop.requested() and not last
             logs = result.step % config.log_every == 0 or last
@@ -271,6 +277,17 @@ def _train(
     if not history:
         raise DivergedError("training diverged: no logged loss is finite; lower train.learning_rate")
     return state, history
+
+
+def _blame_compiler(loss: float) -> None:
+    """Raise if the first loss is finite without compiled code, since with it this run can only diverge.
+
+    Raises:
+        DitflowError: it is.
+    """
+    if math.isfinite(loss):
+        compiled = "train.compile: the first loss of the compiled model is not finite"
+        raise DitflowError(f"{compiled}, without compilation it is {loss:.4g}; set train.compile=false on this machine")
 
 
 def _log(
@@ -345,4 +362,52 @@ def _commit(
     out.commit(CheckpointManifest, [*files, picture], counts=counts, metrics=metrics, card=card)
 
 
-DEFINITION = StageDefinition(TrainConfig, CheckpointManifest, VERSION, run)
+def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) -> StageCost:
+    """What it takes to train the model.
+
+    Raises:
+        InputError: model and latents do not fit each other.
+    """
+    card, ranks = _card(config, latents), plan.world_size
+    share = -(-config.batch_size // ranks)
+    batch = min(share, config.micro_batch or share)
+    work, images = cost(card.model), config.steps * config.batch_size
+    held = work.memory | {"ema": (1 + len(config.ema_decays)) * work.memory["ema"]}
+    checkpoint = held["weights"] + held["adamw"] + held["ema"]
+    rate = plan.rate("train", lambda: training_rate(card.model, batch, config.precision))
+    uneven = f"train.batch_size: {config.batch_size} does not divide among {ranks} ranks"
+    return StageCost(
+        images=images,
+        objects=2 * config.keep_checkpoints + 5,
+        size=config.keep_checkpoints * checkpoint + held["weights"] + held["ema"],
+        units=config.steps,
+        done=int(max(uri.names(plan.out.url("checkpoints")), default="step-0").rpartition("-")[2]),
+        seconds=images * work.training_flops / rate / at_once(ranks),
+        leaves={"card": card},
+        unit="steps",
+        memory=sum(held.values()) // _parts(config, plan) + _activations(config, card.model, batch),
+        copied=None if config.reading == "streamed" else bytes_to_stage(latents),
+        save_memory="train.micro_batch, train.checkpoint_activations, train.parallel=fsdp or more ranks (launch)",
+        problems=(uneven,) if config.batch_size % ranks else (),
+    )
+
+
+def _parts(config: TrainConfig, plan: PlanContext) -> int:
+    """Ranks among which what training holds is divided."""
+    machines = plan.nodes if config.parallel == "hsdp" else 1
+    return 1 if config.parallel == "ddp" else plan.world_size // machines
+
+
+def _activations(config: TrainConfig, model: ModelConfig, batch: int) -> int:
+    lower, prepare = dtype(config.precision), recompute_blocks if config.checkpoint_activations else None
+    return activations(model, batch, None if lower == torch.float32 else lower, prepare)
+
+
+DEFINITION = StageDefinition(
+    TrainConfig,
+    CheckpointManifest,
+    VERSION,
+    run,
+    estimate=estimate,
+    rates={"train": "FLOP of training steps in a second, on one rank"},
+)

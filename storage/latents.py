@@ -18,6 +18,8 @@ from storage import uri
 from storage.config import Config, operational
 from storage.errors import InputError
 from storage.manifest import Manifest
+from storage.rows.format import stored_arrays
+from storage.rows.staging import to_copy
 from storage.rows.store import ArraySpec, RowLayout, RowReader
 
 
@@ -97,6 +99,20 @@ def pixel_layout(rows: int, side: int, block_rows: int = 4096, chunk_rows: int =
     """
     image = ArraySpec("image", "uint8", (side, side, 3), chunk_rows=chunk_rows)
     return RowLayout(rows=rows, block_rows=block_rows, arrays=(image, *_keys(chunk_rows)))
+
+
+def bytes_to_stage(manifest: LatentManifest) -> int | None:
+    """Bytes of a store that reading it here will copy to this machine, if it is there or, without files, once it is.
+
+    None for a store that is read where it lies.
+    """
+    if uri.local_path(manifest.uri) is not None:
+        return None
+    if manifest.files:
+        return to_copy(manifest, stored_arrays(manifest)[1])
+    if manifest.vae is None:
+        return pixel_layout(manifest.count, manifest.resolution).data_bytes
+    return latent_layout(manifest.count, manifest.flips, manifest.latent_shape).data_bytes
 
 
 def _keys(chunk_rows: int) -> list[ArraySpec]:

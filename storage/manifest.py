@@ -282,11 +282,8 @@ class StageOutput(Config):
         data = uri.read(self.url(path))
         return FileEntry(path=path, size=len(data), sha256=uri.sha256(data))
 
-    def commit(self, kind: type[AnyManifest], files: Iterable[FileEntry], **fields: Any) -> AnyManifest:
-        """Write the manifest, which makes the output exist, and return it as readers will see it.
-
-        Two workers that finish the same work are harmless: the first manifest stays.
-        """
+    def manifest(self, kind: type[AnyManifest], files: Iterable[FileEntry] = (), **fields: Any) -> AnyManifest:
+        """The manifest that this output has or will have; nothing is written."""
         manifest = kind(
             **dict(self.header),
             files=tuple(sorted(files, key=lambda entry: entry.path)),
@@ -294,6 +291,15 @@ class StageOutput(Config):
             created=datetime.now(UTC),
             **fields,
         )
+        manifest._uri = self.uri
+        return manifest
+
+    def commit(self, kind: type[AnyManifest], files: Iterable[FileEntry], **fields: Any) -> AnyManifest:
+        """Write the manifest, which makes the output exist, and return it as readers will see it.
+
+        Two workers that finish the same work are harmless: the first manifest stays.
+        """
+        manifest = self.manifest(kind, files, **fields)
         uri.create(self.url(MANIFEST), manifest.model_dump_json(indent=1).encode())
         return kind.read(self.uri)
 

@@ -1,10 +1,11 @@
 """What a stage tells of itself. Each stage's module holds one `StageDefinition`, called ``DEFINITION``."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from storage.config import Config
+from storage.estimate import PlanContext, StageCost
 from storage.manifest import Manifest, StageOutput
 from storage.tracker import Tracker
 
@@ -45,6 +46,8 @@ class StageDefinition(Generic[ConfigT, SourceT, MadeT]):
         version: raised when the same config and inputs make other bytes than before.
         run: does the work.
         inputs: digests, by name, of what decides the bytes besides config and source.
+        estimate: reckons what the stage costs; None for a stage that costs too little to be planned.
+        rates: what a machine does in a second, as the estimate asks for it, by name and each with its unit.
     """
 
     config: type[ConfigT]
@@ -52,3 +55,5 @@ class StageDefinition(Generic[ConfigT, SourceT, MadeT]):
     version: int
     run: Run[ConfigT, SourceT, MadeT]
     inputs: Callable[[ConfigT, SourceT], dict[str, str]] = no_inputs
+    estimate: Callable[[ConfigT, SourceT, PlanContext], StageCost] | None = None
+    rates: Mapping[str, str] = field(default_factory=dict)

@@ -14,6 +14,8 @@ from storage.errors import InputError
 
 Channels = Literal["first3", "all"]
 Schedule = Literal["constant", "power_cosine"]
+UNGUIDED = 1.0
+"""The scale at which there is no guidance."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Guided:
         Raises:
             InputError: there are no labels to guide towards.
         """
-        if self.scale == 1:
+        if self.scale == UNGUIDED:
             return self.model(x, t, y)
         if y is None:
             raise InputError(f"guidance scale {self.scale:g} needs labels; set it to 1 for an unconditional model")

@@ -100,6 +100,16 @@ def train(
         yield StepResult(state.step, terms, quartiles, norm, state.skipped, skipped_in_a_row)
 
 
+def eager_loss(model: nn.Module, process: Process, batch: Batch, config: StepConfig, ranks: Ranks) -> float:
+    """The mean loss over the global batch, computed without compiled code."""
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        losses = [_terms(model, process, part, config)["loss"].double() for part in batch.split(config.micro_batch)]
+    mean = torch.cat(losses).mean() / ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_reduce(mean)
+    return mean.item()
+
+
 def _step(state: TrainState, learning_rate: float, finite: Tensor) -> None:
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate

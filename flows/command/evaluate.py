@@ -1,43 +1,62 @@
-"""Samples from anywhere against a reference from anywhere, with no recipe and no server."""
+"""``ditflow evaluate``: a recipe's stage; or any samples against any reference, with no recipe and no server."""
 
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from dit.compare import Judgement, judge
-from dit.evaluate import EvaluateConfig
-from dit.metrics.extractors.inception import WEIGHTS
-from flows.recipe import config_alone
-from flows.tracking.progress import StageProgress
-from flows.tracking.sink import StageTracker
+from flows.command.stage import StageCommand
+from flows.command.tables import aligned
+from flows.contract import STAGES
+from storage.errors import InputError
+
+if TYPE_CHECKING:
+    from dit.compare import Judgement
+
+STAGE = StageCommand(STAGES["evaluate"])
+HELP = f"{STAGE.HELP}; or compare any samples with any reference"
 
 
-def judged(samples: str, reference: str, overrides: Sequence[str], root: str, *, as_json: bool = False) -> str:
-    """The numbers of `dit.compare.judge` as a text, with Inception from this folder unless the overrides say otherwise.
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of the stage, and those of comparing without a recipe."""
+    STAGE.add_arguments(parser, optional=True)
+    group = parser.add_argument_group("without a recipe", "Print the metrics of samples against a reference.")
+    group.add_argument("--samples", metavar="SOURCE", help="manifest of samples, folder of images, or npz with arr_0")
+    group.add_argument("--reference", metavar="SOURCE", help="npz with arr_0 or mu and sigma, manifest, or folder")
 
-    Args:
-        samples: what to judge.
-        reference: what to compare with.
-        overrides: ``evaluate.extractor.weights=...`` and the like.
-        root: where statistics of reference images are kept.
-        as_json: one JSON object instead of a table.
 
-    Raises:
-        InputError: something is wrong or missing, or the two do not compare; the line says what.
-    """
+def run(options: Namespace) -> None:
+    """Run a recipe's evaluate stage, or compare any samples with any reference."""
+    alone = (options.samples, options.reference)
+    if (options.recipe is None) != all(alone) or any(alone) != all(alone):
+        raise InputError("evaluate: name a recipe, or give --samples and --reference")
+    if options.recipe:
+        STAGE.run(options)
+        return
+    found = _judged(options)
+    for line in [found.model_dump_json()] if options.json else _lines(found):
+        print(line)
+
+
+def _judged(options: Namespace) -> "Judgement":
+    """With Inception from this folder, unless ``--set`` names another extractor."""
+    from dit.compare import judge
+    from dit.evaluate import EvaluateConfig
+    from dit.metrics.extractors.inception import WEIGHTS
+    from flows.recipe import config_alone
+    from flows.tracking.progress import StageProgress
+    from flows.tracking.sink import StageTracker
+
     inception = {"name": "inception-tf", "weights": WEIGHTS}
-    config = config_alone(EvaluateConfig, "evaluate", {"extractor": inception}, overrides)
+    config = config_alone(EvaluateConfig, "evaluate", {"extractor": inception}, options.set)
     with StageProgress("evaluate").shown() as progress:
-        found = judge(samples, reference, config, root=root, tracker=StageTracker(None, progress.update))
-    return found.model_dump_json() if as_json else "\n".join(_table(found))
+        tracker = StageTracker(None, progress.update)
+        return judge(options.samples, options.reference, config, root=options.root, tracker=tracker)
 
 
-def _table(found: Judgement) -> Iterator[str]:
+def _lines(found: "Judgement") -> Iterator[str]:
     """The distance's name, the metrics, and all conditions, a line each."""
-    numbers = {name: f"{value:.6g}" for name, value in found.metrics.items()}
-    facts = {name: f"{count:,}" for name, count in found.counts.items()}
-    conditions = {name: str(value) for name, value in found.conditions.items()}
-    width = max(map(len, [*numbers, *facts, *conditions]))
     yield found.distance
-    for part in (numbers, facts, conditions):
-        yield ""
-        for name, value in part.items():
-            yield f"{name.ljust(width)}  {value}"
+    numbers = [(name, f"{value:.6g}") for name, value in found.metrics.items()]
+    counts = [(name, f"{count:,}") for name, count in found.counts.items()]
+    conditions = [(name, str(value)) for name, value in found.conditions.items()]
+    yield from aligned([("", ""), *numbers, ("", ""), *counts, ("", ""), *conditions])

@@ -1,15 +1,33 @@
-"""The models that there are and what each costs, for people and for programs."""
+"""``ditflow models``: the models that there are and what each costs, for people and for programs."""
 
 import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dit.models.config import ModelConfig
-from dit.models.cost import Cost, catalogue, cost
+from flows.command.options import add_json
 
+if TYPE_CHECKING:
+    from dit.models.config import ModelConfig
+    from dit.models.cost import Cost
+
+HELP = "list every model with its parameters, compute and memory"
 HEADER = ("model", "params M", "GMAC", "GFLOP/image", "weights", "gradients", "AdamW", "EMA GiB")
 WIDTHS = (24, 9, 8, 12, 8, 10, 7, 8)
 NOTE = "params M: with DiT's fixed position table and without DiffiT's, as the papers count them"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The size of the latents."""
+    text = "side of the latents, in latent pixels (default: 32, for images of 256 pixels)"
+    parser.add_argument("--latent", type=int, default=32, metavar="SIDE", help=text)
+    add_json(parser)
+
+
+def run(options: Namespace) -> None:
+    """Print them."""
+    for line in [as_json(options.latent)] if options.json else table(options.latent):
+        print(line)
 
 
 def table(latent: int) -> Iterator[str]:
@@ -20,6 +38,8 @@ def table(latent: int) -> Iterator[str]:
     Raises:
         InputError: the latent does not divide into the largest patches.
     """
+    from dit.models.cost import catalogue, cost
+
     models = list(catalogue(latent))
     yield _line(HEADER)
     for name, config in models:
@@ -36,11 +56,13 @@ def as_json(latent: int) -> str:
     Raises:
         InputError: the latent does not divide into the largest patches.
     """
+    from dit.models.cost import catalogue, cost
+
     rows = [{"model": name} | _row(config, cost(config)) for name, config in catalogue(latent)]
     return json.dumps({"latent": latent, "models": rows})
 
 
-def _row(config: ModelConfig, found: Cost) -> dict[str, Any]:
+def _row(config: "ModelConfig", found: "Cost") -> dict[str, Any]:
     counted, parameters = _published(config, found)
     return {
         "config": config.model_dump(),
@@ -52,13 +74,13 @@ def _row(config: ModelConfig, found: Cost) -> dict[str, Any]:
     }
 
 
-def _cells(config: ModelConfig, found: Cost) -> list[str]:
+def _cells(config: "ModelConfig", found: "Cost") -> list[str]:
     _, parameters = _published(config, found)
     counts = (f"{parameters / 1e6:.2f}", f"{found.macs / 1e9:.2f}", f"{found.training_flops / 1e9:.1f}")
     return [*counts, *(f"{size / 2**30:.2f}" for size in found.memory.values())]
 
 
-def _published(config: ModelConfig, found: Cost) -> tuple[str, int]:
+def _published(config: "ModelConfig", found: "Cost") -> tuple[str, int]:
     """Which parameters the model's paper counts, and how many they are."""
     return ("all", found.parameters) if config.kind == "dit" else ("trained", found.trained)
 

@@ -1,11 +1,14 @@
-"""What became of a run, for people and for programs."""
+"""What became of a run, for people and for programs. Imported by a command that has run: MLflow comes with it."""
 
+import json
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dit.evaluate import MetricsManifest
+from flows.command.tables import aligned
 from flows.contract import Outcome
 from flows.registry.config import ModelManifest
 from flows.report.page import place
@@ -14,8 +17,16 @@ from storage import uri
 from storage.manifest import Manifest
 
 
-def as_json(outcomes: list[Outcome], root: str) -> dict[str, Any]:
-    """One object: stages, metrics, and the ids of the MLflow runs by stage and of the pipeline's."""
+def show(options: Namespace, recipe: str, outcomes: list[Outcome]) -> None:
+    """Print what became of a recipe's stages, as a table or as one JSON object."""
+    if options.json:
+        print(json.dumps({"recipe": recipe} | _as_json(outcomes, options.root)), flush=True)
+    else:
+        _show(recipe, outcomes, options.root)
+
+
+def _as_json(outcomes: list[Outcome], root: str) -> dict[str, Any]:
+    """Stages, metrics, and the ids of the MLflow runs by stage and of the pipeline's."""
     manifests = [Manifest.read(outcome.manifest) for outcome in outcomes]
     runs = {manifest.stage: manifest.provenance.mlflow_run_id for manifest in manifests}
     pipeline = manifests[-1].provenance.pipeline_id
@@ -26,9 +37,9 @@ def as_json(outcomes: list[Outcome], root: str) -> dict[str, Any]:
     }
 
 
-def show(recipe: str, outcomes: list[Outcome], root: str) -> None:
+def _show(recipe: str, outcomes: list[Outcome], root: str) -> None:
     """Print a recipe's name, a table of the stages, the metrics, and where to look."""
-    sys.stdout.write(f"{recipe}\n")
+    print(recipe)
     manifests = [Manifest.read(outcome.manifest) for outcome in outcomes]
     _print_table([[o.name, o.state, f"{o.seconds:.1f} s", o.manifest] for o in outcomes])
     _print_table([[name, f"{value:.4g}"] for name, value in _metrics(manifests).items()])
@@ -64,10 +75,7 @@ def _installed(command: str) -> str:
 
 
 def _print_table(rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        sys.stdout.write("  ".join(map(str.ljust, row, widths)).rstrip() + "\n")
-    sys.stdout.write("\n")
+    print(*aligned(rows), "", sep="\n")
 
 
 def _metrics(manifests: list[Manifest]) -> dict[str, float]:

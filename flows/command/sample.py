@@ -1,16 +1,44 @@
-"""Samples straight from a checkpoint, with no recipe and no server."""
+"""``ditflow sample``: a recipe's stage; or straight from a checkpoint, with no recipe and no server."""
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from dit.diffusion.config import EDMConfig
-from dit.draw import open_checkpoint, preview
-from dit.export import ModelCard
-from dit.sample import SampleConfig
-from flows.recipe import config_alone
-from flows.tracking.progress import StageProgress
-from flows.tracking.sink import StageTracker
+from flows.command.options import add_heads
+from flows.command.stage import StageCommand
+from flows.contract import STAGES
+from storage.errors import InputError
 
+if TYPE_CHECKING:
+    from dit.export import ModelCard
+    from dit.sample import SampleConfig
+
+STAGE = StageCommand(STAGES["sample"])
+HELP = f"{STAGE.HELP}; or draw from any checkpoint"
 COUNT = 16
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of the stage, and those of sampling without a recipe."""
+    STAGE.add_arguments(parser, optional=True)
+    group = parser.add_argument_group("without a recipe", "Draw a picture and an npz file from a checkpoint.")
+    text = "folder of a trained model, .pt or .safetensors file of a published DiT, or diffusers folder"
+    group.add_argument("--checkpoint", metavar="SOURCE", help=text)
+    group.add_argument("--out", default="samples", help="folder for samples.png and samples.npz (default: samples)")
+    text = "folder, URL or hub id of the autoencoder; needed if the checkpoint does not name it"
+    group.add_argument("--vae", metavar="SOURCE", help=text)
+    add_heads(group)
+
+
+def run(options: Namespace) -> None:
+    """Run a recipe's sample stage, or draw straight from a checkpoint."""
+    if (options.recipe is None) == (options.checkpoint is None):
+        raise InputError("sample: name a recipe, or give --checkpoint")
+    if options.recipe:
+        STAGE.run(options)
+        return
+    for place in draw(options.checkpoint, options.set, options.out, vae=options.vae, heads=options.heads):
+        print(place)
 
 
 def draw(
@@ -23,17 +51,25 @@ def draw(
         overrides: ``sample.steps=50`` and the like; without any, 16 images with the sampler that fits.
         out: the folder.
         vae: folder, URL or hub id of the autoencoder, where the checkpoint does not name it.
-        heads: attention heads, where the checkpoint does not tell them.
+        heads: attention heads, where the checkpoint does not record them.
 
     Raises:
         InputError: the checkpoint, an override or the folder is wrong; the line says what.
     """
+    from dit.draw import open_checkpoint, preview
+    from flows.tracking.progress import StageProgress
+    from flows.tracking.sink import StageTracker
+
     trained = open_checkpoint(checkpoint, vae=vae, heads=heads)
     config = _config(trained.card, overrides)
     with StageProgress("sample").shown() as progress:
         return preview(trained, config, out, StageTracker(None, progress.update))
 
 
-def _config(card: ModelCard, overrides: Sequence[str]) -> SampleConfig:
+def _config(card: "ModelCard", overrides: Sequence[str]) -> "SampleConfig":
+    from dit.diffusion.config import EDMConfig
+    from dit.sample import SampleConfig
+    from flows.recipe import config_alone
+
     fitting = {"sampler": "heun", "steps": 18} if isinstance(card.diffusion, EDMConfig) else {}
     return config_alone(SampleConfig, "sample", {"count": COUNT, **fitting}, overrides)

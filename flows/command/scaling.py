@@ -1,139 +1,42 @@
-"""How the distance falls as models grow: the finished runs of a sweep, and a line through them."""
+"""``ditflow scaling``: how the distance falls as models grow."""
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from dit.evaluate import MetricsManifest
-from dit.export import CheckpointManifest
-from dit.metrics.comparison import Estimate, differing
-from dit.metrics.power_law import PowerLaw, fit
-from dit.models.cost import cost
-from dit.report.plots import scaling as plot
-from dit.sample import SampleManifest
-from flows.recipe import Recipe
-from flows.report.page import FOLDER
-from flows.sweep import load_recipes
+from flows.command.options import RECIPE, add_json, add_root, add_set
+from flows.command.tables import aligned
 from storage import uri
-from storage.errors import InputError
-from storage.manifest import json_digest, short_digest
 
+if TYPE_CHECKING:
+    from flows.report.scaling import Scaling
+
+HELP = "fit the distance against training FLOPs and GMAC over the finished runs of a sweep"
 HEAD = ("run", "params M", "GMAC", "images seen", "training FLOPs", "distance (95 % interval)")
 
 
-@dataclass(frozen=True)
-class Run:
-    """A trained model, what it costs, and how far its samples are from the images."""
-
-    name: str
-    parameters: int
-    gmac: float
-    """10^9 multiply-accumulates of one forward pass of one image."""
-    images_seen: int
-    training_flops: float
-    distance: Estimate
-    samples: int
-    manifest: str
-    """URL of the metrics."""
-
-    def cells(self) -> tuple[str, ...]:
-        """A row of the table."""
-        counts = f"{self.parameters / 1e6:.3g}", f"{self.gmac:.3g}", f"{self.images_seen:,}"
-        return self.name, *counts, f"{self.training_flops:.3g}", str(self.distance)
+def add_arguments(parser: ArgumentParser) -> None:
+    """The recipes as they were run."""
+    parser.add_argument("recipe", nargs="+", help=f"sweep or single recipe: {RECIPE}")
+    add_root(parser)
+    add_set(parser, "the same KEY=VALUE that the recipes were run with")
+    add_json(parser)
 
 
-@dataclass(frozen=True)
-class Scaling:
-    """What a sweep says."""
+def run(options: Namespace) -> None:
+    """Fit, draw and print."""
+    from flows.report.scaling import scaling
 
-    distance: str
-    """Its name and space."""
-    runs: list[Run]
-    missing: list[str]
-    """Recipes whose metrics are not there."""
-    fits: dict[str, PowerLaw]
-    """By what the distance is a function of."""
-    picture: str
-    """URL of a PNG."""
-
-    def as_json(self) -> str:
-        """One object."""
-        return json.dumps(asdict(self))
-
-    def lines(self) -> Iterator[str]:
-        """For people."""
-        rows = [HEAD, *(run.cells() for run in self.runs)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            yield "  ".join(map(str.ljust, row, widths)).rstrip()
-        yield ""
-        for x, law in self.fits.items():
-            yield f"{self.distance} of {self.runs[0].samples:,} samples against x = {x}: {law}"
-        for name in self.missing:
-            yield f"missing: {name} has no metrics below this root"
-        yield f"picture: {uri.redact(self.picture)}"
+    found = scaling(options.recipe, options.set, options.root)
+    for line in [found.as_json()] if options.json else _lines(found):
+        print(line)
 
 
-def scaling(names: Sequence[str], overrides: Sequence[str], root: str) -> Scaling:
-    """The finished runs of some recipes or sweeps, and the lines through them.
-
-    The distance is fitted against the training FLOPs, and against the GMAC of the model if all have
-    seen equally many images. Training takes six FLOPs for each multiply-accumulate of each image seen.
-
-    Raises:
-        InputError: a recipe is wrong or has no metrics, fewer than two sizes are done, or the runs do not compare.
-    """
-    recipes = [recipe for name in names for recipe in load_recipes(name, overrides, root)]
-    found = [(recipe.name, _metrics(recipe, root)) for recipe in recipes]
-    missing = list(dict.fromkeys(name for name, metrics in found if metrics is None))
-    done = {metrics.digest: (name, metrics) for name, metrics in found if metrics}
-    _check(list(done.values()))
-    runs = sorted((_run(*each) for each in done.values()), key=lambda run: run.training_flops)
-    if len({run.gmac for run in runs}) < 2 or len({run.training_flops for run in runs}) < 2:
-        raise InputError(
-            f"scaling: a line needs two sizes of model, and {len(runs)} of {len(found)} runs are done; "
-            f"run the rest first ({', '.join(missing) or 'none is missing'})"
-        )
-    _, first = next(iter(done.values()))
-    laws = _laws(runs)
-    picture = uri.join(uri.absolute(root), FOLDER, f"scaling-{short_digest(json_digest(sorted(done)))}.png")
-    uri.write(picture, plot([run.name for run in runs], [run.distance for run in runs], first.distance, laws))
-    return Scaling(first.distance, runs, missing, {x: law for x, (_, law) in laws.items()}, picture)
-
-
-def _metrics(recipe: Recipe, root: str) -> MetricsManifest | None:
-    recipe.config_of(MetricsManifest.STAGE)
-    done = recipe.finished(root, before="register")
-    return MetricsManifest.read(done[-1].url) if done else None
-
-
-def _check(done: Sequence[tuple[str, MetricsManifest]]) -> None:
-    """See that all numbers may be compared."""
-    for name, metrics in done[1:]:
-        first, other = done[0]
-        different = differing(metrics.conditions, other.conditions)
-        if different:
-            raise InputError(f"scaling: {first} and {name} do not compare; they differ in {', '.join(different)}")
-
-
-def _run(name: str, metrics: MetricsManifest) -> Run:
-    checkpoint = metrics.parent("samples", SampleManifest).parent("checkpoint", CheckpointManifest)
-    found, seen = cost(checkpoint.card.model), checkpoint.counts["images_seen"]
-    return Run(
-        name=name,
-        parameters=found.parameters,
-        gmac=found.macs / 1e9,
-        images_seen=seen,
-        training_flops=float(found.training_flops * seen),
-        distance=metrics.estimate,
-        samples=metrics.counts["samples"],
-        manifest=metrics.url,
-    )
-
-
-def _laws(runs: Sequence[Run]) -> dict[str, tuple[list[float], PowerLaw]]:
-    """For each x its values and the line."""
-    places = {"training FLOPs": [run.training_flops for run in runs]}
-    if len({run.images_seen for run in runs}) == 1:
-        places["GMAC"] = [run.gmac for run in runs]
-    return {name: (x, fit(x, [run.distance.value for run in runs])) for name, x in places.items()}
+def _lines(found: "Scaling") -> Iterator[str]:
+    yield from aligned([HEAD, *(run.cells() for run in found.runs)])
+    yield ""
+    for x, law in found.fits.items():
+        yield f"{found.distance} of {found.runs[0].samples:,} samples against x = {x}: {law}"
+    for name in found.missing:
+        yield f"missing: {name} has no metrics below this root"
+    yield f"picture: {uri.redact(found.picture)}"

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -13,14 +14,31 @@ import psutil
 
 from flows import servers
 from flows.children import GRACE_SECONDS, child
+from flows.command.options import add_root
 from storage import uri
 from storage.errors import DitflowError, InputError
 
 if TYPE_CHECKING:
     from flows.recipe import Recipe
 
+HELP = "serve Prefect, MLflow and a worker, with all flows deployed"
+PORTS = range(1, 65536)
 POOL = "ditflow"
 PROJECT = Path("prefect.yaml")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What the forms show, and where the servers listen."""
+    parser.add_argument("--recipe", default="demo", help="recipe whose values fill the forms in the Prefect UI")
+    for server, port in (("Prefect", 4200), ("MLflow", 5000)):
+        option, text = f"--{server.lower()}-port", f"port of the {server} server (default: {port})"
+        parser.add_argument(option, type=int, default=port, choices=PORTS, metavar="PORT", help=text)
+    add_root(parser)
+
+
+def run(options: Namespace) -> None:
+    """Serve until Ctrl-C."""
+    serve(options.root, options.recipe, prefect_port=options.prefect_port, mlflow_port=options.mlflow_port)
 
 
 def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> None:

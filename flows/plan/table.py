@@ -3,8 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dit.rates import Rates
-
 
 @dataclass(frozen=True)
 class Line:
@@ -41,8 +39,8 @@ class Plan:
 
     recipe: str
     lines: tuple[Line, ...]
-    rates: Rates
-    """By which the hours are reckoned."""
+    rates: dict[str, float]
+    """What the machine does in a second, by which the hours are reckoned."""
     memory: int
     """Bytes that training holds on each rank: weights, gradients, optimizer, average, activations."""
     memory_there: int
@@ -50,7 +48,7 @@ class Plan:
     disk: int
     """Bytes to be written yet."""
     disk_there: int | None
-    """Bytes that are free where the root lies; None where nobody tells."""
+    """Bytes that are free where the root lies; None where it is unknown."""
     copy: Copy | None
     """None where latents are read where they lie, or streamed, or the model is there."""
     problems: tuple[str, ...]
@@ -58,26 +56,23 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """All of it, in JSON's types."""
-        return asdict(self) | {"rates": self.rates.model_dump()}
+        return asdict(self)
 
-    def table(self) -> list[str]:
-        """Lines for people."""
-        rows = [("stage", "state", "images", "objects", "GB", "hours")]
+    def rows(self) -> list[tuple[str, ...]]:
+        """For people: a head, a row for each stage, and the sum of the hours."""
+        rows: list[tuple[str, ...]] = [("stage", "state", "images", "objects", "GB", "hours")]
         for line in self.lines:
             numbers = (f"{line.images:,}", f"{line.objects:,}", f"{line.size / 1e9:,.2f}", f"{line.hours:,.2f}")
             rows.append((line.stage, line.state, *numbers))
         rows.append(("all", "", "", "", "", f"{sum(line.hours for line in self.lines):,.2f}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        cells = [
-            [cell.ljust(width) if place < 2 else cell.rjust(width) for place, (cell, width) in enumerate(zipped)]
-            for zipped in (list(zip(row, widths, strict=True)) for row in rows)
-        ]
-        there = "nobody tells how much is free" if self.disk_there is None else f"{self.disk_there / 1e9:,.1f} GB free"
+        return rows
+
+    def needs(self) -> list[str]:
+        """For people: a line each for disk, cache and memory."""
+        there = "free space unknown" if self.disk_there is None else f"{self.disk_there / 1e9:,.1f} GB free"
         copy = self.copy and f"{self.copy.size / 1e9:,.2f} GB of latents to copy to {self.copy.folder}, "
-        memory = f"{self.memory / 2**30:,.1f} GiB a rank, {self.memory_there / 2**30:,.1f} GiB there"
+        memory = f"{self.memory / 2**30:,.1f} GiB a rank, {self.memory_there / 2**30:,.1f} GiB available"
         return [
-            self.recipe,
-            *("  ".join(row).rstrip() for row in cells),
             f"disk    {self.disk / 1e9:,.2f} GB to write, {there}",
             *([f"cache   {copy}{self.copy.there / 1e9:,.1f} GB free"] if self.copy else []),
             f"memory  {memory}, for training",

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dit.evaluate import MetricsManifest
 from dit.report.plots import GuidanceLine
 from dit.sample import SampleManifest
+from dit.samplers.guidance import UNGUIDED
 from storage.errors import InputError
 from storage.manifest import finished_outputs
 
 LOGGER = logging.getLogger(__name__)
 GUIDANCE = "guidance_"
 HOW = ("channels", "schedule", "interval")
-UNGUIDED = 1.0
 Fixed = tuple[str, int, str, dict[str, str | int | float]]
 """What must be the same: distance, version of the stage, digest of the checkpoint, conditions."""
 

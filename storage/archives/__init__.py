@@ -1,1 +1,1 @@
-"""The forms that labelled images come in, each read where it lies and none unpacked."""
+"""Archives of labelled images. Each is read in place, without unpacking it to a disk."""

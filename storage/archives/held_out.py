@@ -1,6 +1,6 @@
-"""Images alone in a tar, whose classes lie beside it: in a list, or in ImageNet's devkit as it is published.
+"""A tar of images without class folders, whose classes are in a text file or in ImageNet's published devkit.
 
-Of a devkit nothing is unpacked to a disk, and no more than `LARGEST` bytes in memory.
+A devkit is unpacked in memory, never to a disk, and up to `MAX_DEVKIT_BYTES`.
 """
 
 import gzip
@@ -9,46 +9,47 @@ import struct
 import zlib
 
 from storage import uri
-from storage.archives.listing import Archive, Found, first_line
-from storage.archives.tars import Span, fetch, index, listed
+from storage.archives.listing import Archive, ListedFile, first_line
+from storage.archives.tars import Span, index, list_tars, span_reader
 from storage.errors import InputError
 
-LARGEST = 1 << 26
-"""Bytes of a devkit, packed or unpacked; the published one has a few million."""
+MAX_DEVKIT_BYTES = 1 << 26
+"""Largest devkit in bytes, packed and unpacked; the published one has a few million."""
 
 _DEVKITS = (".tar.gz", ".tgz")
 _META = "meta.mat"
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
-_AGAIN = "fetch ILSVRC2012_devkit_t12.tar.gz again"
-_MAT = slice(124, 128)  # a file's version and byte order
-_MAT5 = b"\x00\x01IM"
+_FIX = "fetch ILSVRC2012_devkit_t12.tar.gz again"
+_MAT_VERSION = slice(124, 128)  # bytes of the header with version and byte order
+_MAT5 = b"\x00\x01IM"  # version 5, little-endian
 _MAT_HEADER = 128
-_COMPRESSED = 15  # the kind of an element
+_COMPRESSED = 15  # type of a data element
 
 
-def open_flat(url: str, labels: str, class_names: tuple[str, ...] | None = None) -> Archive:
-    """A tar of images whose classes lie beside it.
+def open_labelled_tar(url: str, labels: str, class_names: tuple[str, ...] | None = None) -> Archive:
+    """A tar of images without class folders, with the labels from another file.
 
     Args:
-        url: of the tar.
-        labels: URL of a text with one class name a line, in the order of the sorted file names, or of
-            ImageNet's devkit (``.tar.gz``), whose ground truth is in that order too.
-        class_names: the classes to label by.
+        url: URL of the tar.
+        labels: URL of a text file with one class name a line, in the order of the sorted file names; or
+            of ImageNet's devkit (``.tar.gz``), whose ground truth has the same order.
+        class_names: the classes of the training images.
 
     Raises:
-        InputError: there are more classes than images or fewer, it is no such devkit, or as `open_tar`.
-        StorageError: there is no such text or devkit.
+        InputError: the numbers of labels and images differ, the devkit is damaged, or as `open_tar`.
+        StorageError: the file with the labels is missing.
     """
     fs, _ = uri.filesystem(url)
     where = uri.redact(url)
-    (tar,), _ = listed(fs, [url])
+    (tar,), _ = list_tars(fs, [url])
     entries = sorted(tar.entries)
     lines = _devkit(labels) if uri.redact(labels).lower().endswith(_DEVKITS) else _lines(uri.read(labels))
     if len(lines) != len(entries):
-        text = f"{len(lines):,} class names for the {len(entries):,} files of {where}"
-        raise InputError(f"{uri.redact(labels)}: {text}; it needs one a line, in the order of the sorted names")
-    found = [Found(line, entry.name, entry.span.size, entry.span) for line, entry in zip(lines, entries, strict=True)]
-    return Archive(where, found, fetch(fs), class_names)
+        counts = f"{len(lines):,} class names for the {len(entries):,} files of {where}"
+        raise InputError(f"{uri.redact(labels)}: {counts}; write one a line, in the order of the sorted file names")
+    labelled = zip(lines, entries, strict=True)
+    files = [ListedFile(line, entry.name, entry.span.size, entry.span) for line, entry in labelled]
+    return Archive(where, files, span_reader(fs), class_names)
 
 
 def _lines(text: bytes) -> list[str]:
@@ -59,68 +60,70 @@ def _devkit(url: str) -> list[str]:
     """The synsets of ImageNet's validation images, in the order of their names.
 
     Raises:
-        InputError: it is not a devkit, or its two files do not fit each other; the line names it.
+        InputError: the file is not a devkit, or its two files do not match; the line names the devkit.
     """
     where = uri.redact(url)
     files = _files(where, _unpacked(where, url))
     synsets, numbers = _synsets(where, files[_META]), _lines(files[_TRUTH])
     for line, number in enumerate(numbers, 1):
         if number not in synsets:
-            raise InputError(f"{where}: line {line:,} of {_TRUTH}: {number[:20]!a} is no class in {_META}; {_AGAIN}")
+            raise InputError(f"{where}: line {line:,} of {_TRUTH}: {number[:20]!a} is not a class in {_META}; {_FIX}")
     return [synsets[number] for number in numbers]
 
 
 def _unpacked(where: str, url: str) -> bytes:
-    if (uri.size(url) or 0) <= LARGEST:
+    if (uri.size(url) or 0) <= MAX_DEVKIT_BYTES:
         try:
             with gzip.open(io.BytesIO(uri.read(url))) as packed:
-                data = packed.read(LARGEST + 1)
+                data = packed.read(MAX_DEVKIT_BYTES + 1)
         except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{where}: not a whole gzip file ({first_line(error)}); {_AGAIN}") from error
-        if len(data) <= LARGEST:
+            raise InputError(f"{where}: damaged or not a gzip file ({first_line(error)}); {_FIX}") from error
+        if len(data) <= MAX_DEVKIT_BYTES:
             return data
-    raise InputError(f"{where}: more than {LARGEST:,} bytes, where ImageNet's devkit has a few million; {_AGAIN}")
+    raise InputError(f"{where}: more than {MAX_DEVKIT_BYTES:,} bytes, too large for ImageNet's devkit; {_FIX}")
 
 
 def _files(where: str, data: bytes) -> dict[str, bytes]:
-    """The two files that tell the classes, wherever in the tar they lie."""
+    """The two files that define the classes, from any folder of the tar."""
     tar = index(lambda _, start, size: data[start : start + size], where, Span(where, 0, len(data)))
-    found = {}
+    files = {}
     for name in (_META, _TRUTH):
         spans = [entry.span for entry in tar.entries if entry.name.rpartition("/")[2] == name]
         if len(spans) != 1:
-            raise InputError(f"{where}: {len(spans)} files {name} in it instead of one; {_AGAIN}")
-        found[name] = data[spans[0].start :][: spans[0].size]
-    return found
+            raise InputError(f"{where}: {len(spans)} files {name} instead of one; {_FIX}")
+        files[name] = data[spans[0].start :][: spans[0].size]
+    return files
 
 
 def _synsets(where: str, meta: bytes) -> dict[str, str]:
-    """The WNID of each class, by its ILSVRC2012_ID in digits. Inner nodes of WordNet's tree are no classes."""
-    from scipy.io import loadmat  # a tenth of a second that nobody else needs
+    """The WNID of each class by its ILSVRC2012_ID in digits. Inner nodes of WordNet's tree are not classes."""
+    from scipy.io import loadmat  # here, since the import takes a tenth of a second
 
     try:
         _check_unpacked(meta)
         table = loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"]
         rows = zip(table["ILSVRC2012_ID"], table["WNID"], table["num_children"], strict=True)
         return {str(int(number)): str(wnid) for number, wnid, children in rows if children == 0}
-    except Exception as error:  # what is damaged comes up as an error of any kind
-        raise InputError(f"{where}: {_META} has no table of synsets ({first_line(error)}); {_AGAIN}") from error
+    except Exception as error:  # damaged files raise errors of any type
+        raise InputError(f"{where}: {_META} has no table of synsets ({first_line(error)}); {_FIX}") from error
 
 
 def _check_unpacked(meta: bytes) -> None:
-    """See that nothing in a MATLAB file grows beyond `LARGEST`, since its reader would take any size.
+    """Check that no element of a MATLAB file unpacks to more than `MAX_DEVKIT_BYTES`; scipy has no such limit.
 
     Raises:
-        ValueError: something does, or it is not such a file.
-        struct.error, zlib.error: it is cut off or damaged.
+        ValueError: an element does, or this is not a MATLAB file of version 5.
+        struct.error, zlib.error: the file is truncated or damaged.
     """
-    if meta[_MAT] != _MAT5:
+    if meta[_MAT_VERSION] != _MAT5:
         raise ValueError("not a MATLAB file of version 5")
-    at = _MAT_HEADER
-    while at < len(meta):
-        kind, size = struct.unpack_from("<II", meta, at)
-        at += 8
-        unpacker = zlib.decompressobj()
-        if kind == _COMPRESSED and unpacker.decompress(meta[at : at + size], LARGEST) and unpacker.unconsumed_tail:
-            raise ValueError(f"more than {LARGEST:,} bytes when unpacked")
-        at += size
+    position = _MAT_HEADER
+    while position < len(meta):
+        kind, size = struct.unpack_from("<II", meta, position)
+        position += 8
+        if kind == _COMPRESSED:
+            unpacker = zlib.decompressobj()
+            unpacker.decompress(meta[position : position + size], MAX_DEVKIT_BYTES)
+            if unpacker.unconsumed_tail:
+                raise ValueError(f"more than {MAX_DEVKIT_BYTES:,} bytes when unpacked")
+        position += size

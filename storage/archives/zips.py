@@ -1,4 +1,4 @@
-"""A zip of class folders: its directory is read once, and then each file by its range."""
+"""A zip of class folders. Its central directory is read once, and then each file by one range."""
 
 import struct
 import zipfile
@@ -9,29 +9,34 @@ from typing import NamedTuple
 import fsspec
 
 from storage import uri
-from storage.archives.listing import MAX_BYTES, Archive, Found, first_line, path_parts
+from storage.archives.listing import MAX_BYTES, Archive, ListedFile, first_line, path_parts
 from storage.errors import InputError
 
-_LOCAL = struct.Struct("<4s5H3I2H")  # a file's own header: signature, ..., lengths of name and extra field
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # signature, ..., lengths of name and extra field
+_SIGNATURE = b"PK\x03\x04"
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
+    """The bytes of a file: local header, name, extra field, data."""
+
     start: int
     stop: int
-    packed: int
-    """Compressed bytes."""
+    """First byte of what follows."""
+    compressed: int
+    """Bytes of the data, compressed."""
     size: int
     crc: int
-    stored: bool
+    is_stored: bool
+    """Whether the data is not compressed."""
 
 
 def open_zip(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
-    """A zip whose first folders are classes, or those below the folder of ``zip://folder::url``.
+    """A zip of class folders, at its top or below the folder of a URL ``zip://folder::url``.
 
-    Files may be stored or deflated. Files in no folder and hidden ones are passed over.
+    Files may be stored or deflated. Files outside the class folders and hidden files are skipped.
 
     Raises:
-        InputError: it is not a whole zip, packed otherwise, encrypted, has names that lead out of it
+        InputError: the zip is damaged, encrypted or compressed by another method, has unsafe file names,
             or files that overlap or are too large, or as `Archive`.
     """
     inside, _, outer = url.rpartition("::")
@@ -39,17 +44,18 @@ def open_zip(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
     where = uri.redact(outer)
     top = path_parts(where, inside.removeprefix("zip://").lstrip("/"))
     try:
-        with fs.open(path, "rb") as file, zipfile.ZipFile(file) as packed:
-            infos, directory = packed.infolist(), packed.start_dir
+        with fs.open(path, "rb") as file, zipfile.ZipFile(file) as zip_file:
+            infos, directory = zip_file.infolist(), zip_file.start_dir
     except FileNotFoundError as error:
-        raise InputError(f"{where}: no such file of images") from error
+        raise InputError(f"{where}: no such file") from error
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        raise InputError(f"{where}: not a whole zip ({first_line(error)}); fetch or pack it again") from error
-    found = _found(where, infos, directory, top)
-    return Archive(where, found, lambda place: _fetch(fs, path, place), class_names)
+        raise InputError(f"{where}: damaged or not a zip ({first_line(error)}); fetch or pack it again") from error
+    files = _listed(where, infos, directory, top)
+    return Archive(where, files, lambda location: _fetch(fs, path, location), class_names)
 
 
-def _found(where: str, infos: list[zipfile.ZipInfo], directory: int, top: list[str]) -> Iterator[Found]:
+def _listed(where: str, infos: list[zipfile.ZipInfo], directory: int, top: list[str]) -> Iterator[ListedFile]:
+    """The files of class folders below the folder `top`; `directory` is the first byte of the central directory."""
     infos = sorted(infos, key=lambda info: info.header_offset)
     stops = [*(info.header_offset for info in infos[1:]), directory]
     for info, stop in zip(infos, stops, strict=True):
@@ -57,7 +63,7 @@ def _found(where: str, infos: list[zipfile.ZipInfo], directory: int, top: list[s
         if info.is_dir() or parts[: len(top)] != top or len(parts) < len(top) + 2:
             continue
         _check(f"{where}/{info.filename}", info, stop)
-        place = _Place(
+        location = _Location(
             info.header_offset,
             stop,
             info.compress_size,
@@ -65,35 +71,40 @@ def _found(where: str, infos: list[zipfile.ZipInfo], directory: int, top: list[s
             info.CRC,
             info.compress_type == zipfile.ZIP_STORED,
         )
-        yield Found(parts[len(top)], "/".join(parts[len(top) + 1 :]), info.file_size, place)
+        yield ListedFile(parts[len(top)], "/".join(parts[len(top) + 1 :]), info.file_size, location)
 
 
 def _check(where: str, info: zipfile.ZipInfo, stop: int) -> None:
     if info.flag_bits & 1:
-        raise InputError(f"{where}: encrypted; pack it again without a password")
+        raise InputError(f"{where}: encrypted; pack the zip again without a password")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise InputError(f"{where}: packed by method {info.compress_type}; pack it again, stored or deflated")
-    if info.header_offset + _LOCAL.size + info.compress_size > stop:
-        raise InputError(f"{where}: overlaps what follows, as in no honest zip; fetch or pack it again")
+        raise InputError(f"{where}: compression method {info.compress_type}; pack the zip again, stored or deflated")
+    if info.header_offset + _LOCAL_HEADER.size + info.compress_size > stop:
+        raise InputError(f"{where}: overlaps the next file, so the zip is damaged; fetch or pack it again")
     if stop - info.header_offset > 2 * MAX_BYTES:
-        raise InputError(f"{where}: {stop - info.header_offset:,} bytes up to the next file; pack it again")
+        raise InputError(f"{where}: {stop - info.header_offset:,} bytes up to the next file; pack the zip again")
 
 
-def _fetch(fs: fsspec.AbstractFileSystem, path: str, place: _Place) -> bytes:
+def _fetch(fs: fsspec.AbstractFileSystem, path: str, location: _Location) -> bytes:
     """The bytes of a file.
 
     Raises:
-        ValueError: they are not what the directory says.
+        ValueError: the file does not match the central directory.
     """
-    raw = fs.cat_file(path, start=place.start, end=place.stop)
-    if len(raw) < _LOCAL.size or raw[:4] != b"PK\x03\x04":
-        raise ValueError(f"byte {place.start:,} begins no file")
-    *_, name, extra = _LOCAL.unpack_from(raw)
-    packed = raw[_LOCAL.size + name + extra :][: place.packed]
-    try:
-        data = packed if place.stored else zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, place.size + 1)
-    except zlib.error as error:
-        raise ValueError(f"damaged from byte {place.start:,} on: {error}") from error
-    if len(data) != place.size or zlib.crc32(data) != place.crc:
-        raise ValueError(f"damaged from byte {place.start:,} on: another size or checksum than listed")
+    raw = fs.cat_file(path, start=location.start, end=location.stop)
+    if len(raw) < _LOCAL_HEADER.size or raw[:4] != _SIGNATURE:
+        raise ValueError(f"no file begins at byte {location.start:,}")
+    *_, name, extra = _LOCAL_HEADER.unpack_from(raw)
+    data = raw[_LOCAL_HEADER.size + name + extra :][: location.compressed]
+    if not location.is_stored:
+        data = _inflated(data, location)
+    if len(data) != location.size or zlib.crc32(data) != location.crc:
+        raise ValueError(f"damaged from byte {location.start:,} on: size or checksum differs from the listed one")
     return bytes(data)
+
+
+def _inflated(data: bytes, location: _Location) -> bytes:
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, location.size + 1)  # never more than listed
+    except zlib.error as error:
+        raise ValueError(f"damaged from byte {location.start:,} on: {error}") from error

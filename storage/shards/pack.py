@@ -2,15 +2,21 @@
 
 import io
 import tarfile
+import time
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from storage import uri
 from storage.archives.open import Archive, Member
 from storage.config import Config
 from storage.images.transforms import UnreadableImage, inspect
+from storage.parallel import threads
 
+TIMED_IMAGES = 256
+"""Images that are read to see how fast that goes."""
 _OWNER = "ditflow"
 _SIZE, _CHECKSUM = slice(124, 135), slice(148, 155)  # of a header's bytes
 
@@ -73,6 +79,32 @@ def pack(source: Archive, split: str, indices: NDArray[np.int64], min_side: int)
     tar.write(bytes(2 * tarfile.BLOCKSIZE))  # the mark of the end
     tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
     return Packed(tar.getvalue(), tuple(entries), tuple(unreadable))
+
+
+def packed_size(sizes: list[int]) -> int:
+    """Bytes of images with their labels in a tar, but for its end: three headers' blocks and the data's, for each."""
+    return tarfile.BLOCKSIZE * sum(3 - -size // tarfile.BLOCKSIZE for size in sizes)
+
+
+def timed(archive: Archive, workers: int) -> tuple[float, float]:
+    """Images a second read, checked and hashed, spread over the archive, and their mean size in bytes.
+
+    Raises:
+        StorageError: one cannot be read.
+    """
+    members = archive.members[:: max(1, len(archive.members) // TIMED_IMAGES)][:TIMED_IMAGES]
+
+    def look(number: int) -> int:
+        data = archive.read(members[number])
+        with suppress(UnreadableImage):  # which the stage will list
+            inspect(data)
+        uri.sha256(data)  # as a part of its tar
+        return len(data)
+
+    begin = time.perf_counter()
+    with threads(workers) as pool:
+        sizes = list(pool.map(look, range(len(members))))
+    return len(members) / (time.perf_counter() - begin), sum(sizes) / len(sizes)
 
 
 def _add(tar: io.BytesIO, name: str, data: bytes) -> None:

@@ -21,12 +21,13 @@ from storage import records, uri
 from storage.archives.open import Archive, ArchiveRef, open_archive
 from storage.config import Config, operational
 from storage.errors import InputError
+from storage.estimate import PlanContext, StageCost
 from storage.images.grid import image_grid
 from storage.images.transforms import load as load_image
 from storage.manifest import Manifest, StageOutput
 from storage.order import permutation
 from storage.parallel import threads
-from storage.shards.pack import Entry, Unreadable, pack
+from storage.shards.pack import Entry, Unreadable, pack, packed_size, timed
 from storage.shards.runners import Runner, Threads, here
 from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
@@ -344,4 +345,36 @@ def _read_shard(manifest: ShardManifest, task: _Task, first: int) -> Iterator[Sa
         yield Sample(first + position, entry.source_index, entry.name, entry.label, image["data"])
 
 
-DEFINITION = StageDefinition(ShardConfig, ShardManifest, VERSION, run, lambda _, archive: input_digests(archive))
+def estimate(config: ShardConfig, archive: ArchiveRef, plan: PlanContext) -> StageCost:
+    """What it takes to pack the archive.
+
+    Raises:
+        InputError: as `open_archive`.
+        StorageError: an image cannot be read.
+    """
+    archives = _opened(archive)
+    rate, mean_size = timed(archives["train"], here(config.runner))
+    counts = {split: len(source.members) for split, source in archives.items()}
+    shards, images = sum(-(-count // config.images_per_shard) for count in counts.values()), sum(counts.values())
+    members = (member for source in archives.values() for member in source.members)
+    splits = {split: Split(count=count, shards=()) for split, count in counts.items()}
+    return StageCost(
+        images=images,
+        objects=2 * shards + 2,
+        size=packed_size([member.size or round(mean_size) for member in members]),
+        units=shards,
+        done=plan.records(),
+        seconds=images / plan.rate("shard", lambda: rate),
+        leaves={"class_names": archives["train"].class_names, "splits": splits, "unreadable": ()},
+    )
+
+
+DEFINITION = StageDefinition(
+    ShardConfig,
+    ShardManifest,
+    VERSION,
+    run,
+    lambda _, archive: input_digests(archive),
+    estimate,
+    {"shard": "images read, checked and packed in a second, on all cores"},
+)

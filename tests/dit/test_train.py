@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -256,6 +257,22 @@ def test_blocks_gone_through_twice_change_no_bit(
     manifest = tiny.run_train(tmp_path, config, latents)
     assert manifest.digest == whole[1].digest
     assert tiny.objects(manifest) == tiny.objects(whole[1])
+
+
+def test_a_compiler_that_makes_nan_is_named_after_the_first_step(
+    latents: LatentManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        return lambda *given: tuple(value * math.nan for value in graph(*given))
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=spoiled))
+    torch.compiler.reset()
+    config = tiny.TRAINING.model_copy(update={"compile": True, "steps": 4})
+    line = (
+        r"^train\.compile: the first loss .* is not finite, without compilation it is [\d.]+; set train\.compile=false"
+    )
+    with pytest.raises(DitflowError, match=line):
+        tiny.run_train(tmp_path, config, latents)
 
 
 def test_a_compiled_run_is_near_and_goes_on_in_the_same_bits(

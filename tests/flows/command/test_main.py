@@ -254,3 +254,20 @@ def test_usage_error_exits_with_2() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["trian"])
     assert caught.value.code == 2
+
+
+HELP = """
+import io, sys
+from contextlib import redirect_stdout, suppress
+from flows.command.main import COMMANDS, main
+for arguments in ([], *([name] for name in COMMANDS)):
+    with suppress(SystemExit), redirect_stdout(io.StringIO()) as shown:
+        main([*arguments, "--help"])
+    assert shown.getvalue().startswith(" ".join(["usage: ditflow", *arguments])), arguments
+print(*{"torch", "prefect", "mlflow", "rich", "jinja2"} & sys.modules.keys())
+"""
+
+
+def test_help_comes_before_anything_heavy_is_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stdout + done.stderr

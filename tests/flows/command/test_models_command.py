@@ -41,7 +41,7 @@ def test_every_published_size(latent: int, monkeypatch: pytest.MonkeyPatch, caps
     def those(side: int) -> Iterator[tuple[str, ModelConfig]]:
         return (model for model in every(side) if model[0] in expected)
 
-    monkeypatch.setattr(models, "catalogue", those)
+    monkeypatch.setattr(costs, "catalogue", those)
     assert main(["models", "--latent", str(latent), "--json"]) == 0
     rows = {row["model"]: row for row in json.loads(capsys.readouterr().out)["models"]}
     assert rows.keys() == expected.keys()

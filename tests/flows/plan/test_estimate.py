@@ -218,7 +218,8 @@ def test_faults_of_late_stages_show_before_the_first(
 
 
 def test_rates_that_are_not_given_are_measured(images: Path, root: Path) -> None:  # noqa: F811
-    found = plan(recipe_of(images, root), str(root), read_rates(None)).rates.model_dump()
+    found = plan(recipe_of(images, root), str(root), read_rates(None)).rates
+    assert set(found) == {"shard", "encode", "train", "sample", "decode", "evaluate"}
     assert all(rate > 0 for rate in found.values())
     with pytest.raises(InputError, match="cannot be read"):
         read_rates("nowhere.yaml")

@@ -80,8 +80,8 @@ def test_another_list_is_another_input(split: ArchiveRef) -> None:
     [
         (b"dog\ncat\n", r"val\.txt: 2 class names for the 3 files of .*val\.tar"),
         (b"dog\ncat\ndog\ncat\n", "4 class names for the 3 files"),
-        (b"dog\nant\ndog\n", "class 'ant' is none of the 2 classes to train on"),
-        (b"2\n1\n2\n", "class '1' is none of the 2 classes to train on"),
+        (b"dog\nant\ndog\n", "class 'ant' is not one of the 2 classes to train on"),
+        (b"2\n1\n2\n", "class '1' is not one of the 2 classes to train on"),
     ],
 )
 def test_lists_that_do_not_fit(split: ArchiveRef, text: bytes, message: str) -> None:
@@ -92,7 +92,7 @@ def test_lists_that_do_not_fit(split: ArchiveRef, text: bytes, message: str) -> 
 
 
 def test_a_list_needs_to_be_there_and_a_tar_beside_it(split: ArchiveRef) -> None:
-    with pytest.raises(InputError, match="class names beside it are for a tar"):
+    with pytest.raises(InputError, match="held_out_labels needs a .tar of images without class folders"):
         open_archive(split.train, None, split.held_out_labels)
     Path(str(split.held_out_labels)).unlink()
     with pytest.raises(StorageError, match=r"val\.txt: no such object"):
@@ -119,24 +119,24 @@ def mat(kind: int, body: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (devkit(meta=None), r"0 files meta\.mat in it instead of one"),
-        (devkit(truth=None), r"0 files ILSVRC2012_validation_ground_truth\.txt in it instead of one"),
-        (devkit(**{"old/meta.mat": b""}), r"2 files meta\.mat in it"),
-        (devkit(truth=b"2\n1\n5\n"), r"line 3 of ILSVRC2012_validation_ground_truth\.txt: '5' is no class"),
-        (devkit(truth=b"2\n3\n2\n"), r"line 2 of .*: '3' is no class in meta\.mat"),  # an inner node
-        (devkit(truth=b"2\ndog\n2\n"), "'dog' is no class"),
+        (devkit(meta=None), r"0 files meta\.mat instead of one"),
+        (devkit(truth=None), r"0 files ILSVRC2012_validation_ground_truth\.txt instead of one"),
+        (devkit(**{"old/meta.mat": b""}), r"2 files meta\.mat instead of one"),
+        (devkit(truth=b"2\n1\n5\n"), r"line 3 of ILSVRC2012_validation_ground_truth\.txt: '5' is not a class"),
+        (devkit(truth=b"2\n3\n2\n"), r"line 2 of .*: '3' is not a class in meta\.mat"),  # an inner node
+        (devkit(truth=b"2\ndog\n2\n"), "'dog' is not a class"),
         (devkit(truth=b"2\n1\n"), r"2 class names for the 3 files of .*val\.tar"),
-        (devkit(truth=b"2\n1\n4\n"), "class 'fox' is none of the 2 classes to train on"),
+        (devkit(truth=b"2\n1\n4\n"), "class 'fox' is not one of the 2 classes to train on"),
         (devkit(meta=b""), r"meta\.mat has no table of synsets \(not a MATLAB file of version 5\)"),
         (devkit(meta=meta_mat("others")), "no table of synsets"),
         (devkit(meta=meta_mat()[:400]), "no table of synsets"),
         (devkit(meta=mat(15, b"not zlib")), "no table of synsets"),
         (devkit(meta=mat(14, b"")), "no table of synsets"),
-        (gzip.compress(b"words", mtime=0), "not a whole tar, from byte 0 on"),
-        (b"words", "not a whole gzip file"),
-        (devkit()[:-20], "not a whole gzip file"),
-        (devkit()[:40] + bytes(20) + devkit()[60:], "not a whole gzip file"),
-        (b"", "not a whole tar"),
+        (gzip.compress(b"words", mtime=0), "damaged or not a tar, from byte 0 on"),
+        (b"words", "damaged or not a gzip file"),
+        (devkit()[:-20], "damaged or not a gzip file"),
+        (devkit()[:40] + bytes(20) + devkit()[60:], "damaged or not a gzip file"),
+        (b"", "damaged or not a tar"),
     ],
 )
 def test_what_is_no_devkit(published: ArchiveRef, data: bytes, message: str) -> None:
@@ -149,12 +149,12 @@ def test_what_is_no_devkit(published: ArchiveRef, data: bytes, message: str) -> 
 
 def test_nothing_grows_without_bound(published: ArchiveRef, monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(str(published.held_out_labels))
-    monkeypatch.setattr(held_out, "LARGEST", 1 << 20)
+    monkeypatch.setattr(held_out, "MAX_DEVKIT_BYTES", 1 << 20)
     assert input_digests(published)
     zeros = bytes((1 << 20) + 1)
     for data in (zeros, gzip.compress(zeros), devkit(other=zeros)):
         path.write_bytes(data)
-        with pytest.raises(InputError, match="more than 1,048,576 bytes, where ImageNet's devkit has a few million"):
+        with pytest.raises(InputError, match="more than 1,048,576 bytes, too large for ImageNet's devkit"):
             input_digests(published)
     path.write_bytes(devkit(meta=mat(15, zlib.compress(zeros))))
     with pytest.raises(InputError, match=r"meta\.mat .*\(more than 1,048,576 bytes when unpacked\)"):

@@ -98,7 +98,7 @@ def test_held_out_follows_the_trained_classes(tmp_path: Path, files: dict[str, b
     url = (FORMS | PARQUET)[form](f"{tmp_path}/packed", files)
     archive = open_archive(url, ("ant", "cat", "dog"))
     assert {member.name[:3]: member.label for member in archive.members} == {"cat": 1, "dog": 2}
-    with pytest.raises(InputError, match="class 'dog' is none of the 2 classes to train on"):
+    with pytest.raises(InputError, match="class 'dog' is not one of the 2 classes to train on"):
         open_archive(url, ("ant", "cat"))
 
 
@@ -107,7 +107,7 @@ def test_held_out_follows_the_trained_classes(tmp_path: Path, files: dict[str, b
 def test_a_truncated_file_is_one_line(tmp_path: Path, files: dict[str, bytes], form: str, share: float) -> None:
     path = Path((FORMS | PARQUET)[form](f"{tmp_path}/packed", files))
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(InputError, match=f"{path}.*: not a whole ") as caught:
+    with pytest.raises(InputError, match=f"{path}.*: damaged or not a ") as caught:
         open_archive(str(path))
     assert "\n" not in str(caught.value)
 
@@ -132,9 +132,9 @@ def test_nothing_there(tmp_path: Path, ending: str) -> None:
 
 
 def test_what_is_no_archive(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"x\.tar\.gz: compressed"):
+    with pytest.raises(InputError, match=r"x\.tar\.gz: a compressed tar"):
         open_archive(put(f"{tmp_path}/x.tar.gz", b""))
-    with pytest.raises(InputError, match="its name ends as no file of images"):
+    with pytest.raises(InputError, match="neither a folder nor a .tar, .zip or .parquet file"):
         open_archive(put(f"{tmp_path}/x.rar", b""))
     with pytest.raises(ValueError, match="held_out_labels needs held_out"):
         ArchiveRef(train="/a", held_out_labels="/b")
@@ -146,7 +146,7 @@ def test_names_that_lead_elsewhere_are_refused(
     tmp_path: Path, pack: Callable[[packing.Files], bytes], name: str
 ) -> None:
     url = put(f"{tmp_path}/x.{'tar' if pack is packing.tar else 'zip'}", pack({"a/1.png": b"1", name: b"2"}))
-    with pytest.raises(InputError, match="a name that leads elsewhere") as caught:
+    with pytest.raises(InputError, match="is absolute or leads upwards") as caught:
         open_archive(url)
     assert "\n" not in str(caught.value)
 
@@ -156,12 +156,12 @@ def test_a_file_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("storage.archives.listing.MAX_BYTES", 4)
     open_archive(url)
     monkeypatch.setattr("storage.archives.listing.MAX_BYTES", 3)
-    with pytest.raises(InputError, match=r"a/1\.png: 4 bytes, more than 3"):
+    with pytest.raises(InputError, match=r"a/1\.png: 4 bytes, more than the 3 allowed"):
         open_archive(url)
 
 
 def test_names_that_would_break_a_line_are_refused(tmp_path: Path) -> None:
     url = put(f"{tmp_path}/x.tar", packing.tar({"a/1\n2.png": b"1"}))
-    with pytest.raises(InputError, match=r"1\\n2\.png.*rename it") as caught:
+    with pytest.raises(InputError, match=r"1\\n2\.png.*rename the file") as caught:
         open_archive(url)
     assert "\n" not in str(caught.value)

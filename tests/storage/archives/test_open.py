@@ -65,7 +65,7 @@ def test_held_out_follows_the_trained_classes(tmp_path: Path) -> None:
     folder = str(write(tmp_path, "b/1.png"))
     archive = open_archive(folder, ("a", "b", "c"))
     assert archive.members[0].label == 1
-    with pytest.raises(InputError, match="class 'b' is none of the 2 classes to train on"):
+    with pytest.raises(InputError, match="class 'b' is not one of the 2 classes to train on"):
         open_archive(folder, ("a", "c"))
 
 
@@ -73,8 +73,8 @@ def test_held_out_follows_the_trained_classes(tmp_path: Path) -> None:
     ("names", "below", "message"),
     [
         (["a/1.png"], "none", "/none: no such folder of images"),
-        (["a/1.png"], "a/1.png", "/a/1.png: not a folder"),
-        (["1.png", ".hidden/2.png"], "", "no class folders in it"),
+        (["a/1.png"], "a/1.png", "/a/1.png: neither a folder"),
+        (["1.png", ".hidden/2.png"], "", "no class folders; put"),
         (["a/1.png", "b/.keep"], "", "/b: class folder without files"),
     ],
 )
@@ -112,7 +112,7 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         Path(os.fsdecode(os.fsencode(tmp_path / "a") + b"/\xff.png")).write_bytes(b"x")
     except OSError:
         pytest.skip("this file system has UTF-8 names only")
-    with pytest.raises(InputError, match="not UTF-8; rename it"):
+    with pytest.raises(InputError, match="not printable UTF-8; rename the file"):
         open_archive(str(tmp_path))
 
 

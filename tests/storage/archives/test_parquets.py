@@ -76,10 +76,10 @@ def test_row_groups_are_kept_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.M
         return read_row_group(self, number, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", recorded)
-    monkeypatch.setattr(parquets, "KEPT", 130_000)  # three groups of four images
+    monkeypatch.setattr(parquets, "CACHE_BYTES", 130_000)  # three groups of four images
     for member in archive.members * 2:
         archive.read(member)
-        kept.append(sum(images.nbytes for images in groups._kept.values()))
+        kept.append(sum(images.nbytes for images in groups._cache.values()))
     assert 80_000 < max(kept) <= 130_000
     assert reads == list(range(10)) * 2
     with ThreadPoolExecutor(4) as pool:
@@ -90,11 +90,11 @@ def test_row_groups_are_kept_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("rows", "names", "message"),
     [
-        ([(b"1", "1", 2)], ["a", "b"], "row group 0: 2 is no label"),
-        ([(b"1", "1", -1)], None, "-1 is no label"),
-        ([(b"1", "1", 0), (b"2", "2", None)], None, "None is no label"),
-        ([(b"1", "1", 0.5)], None, "0.5 is no label"),
-        ([(b"1", "1", 0)], ["a", "a"], "two classes of one name"),
+        ([(b"1", "1", 2)], ["a", "b"], "row group 0: 2 is not a label"),
+        ([(b"1", "1", -1)], None, "-1 is not a label"),
+        ([(b"1", "1", 0), (b"2", "2", None)], None, "None is not a label"),
+        ([(b"1", "1", 0.5)], None, "0.5 is not a label"),
+        ([(b"1", "1", 0)], ["a", "a"], "two classes in its metadata have the same name"),
     ],
 )
 def test_unusable_labels(tmp_path: Path, rows: Rows, names: list[str] | None, message: str) -> None:
@@ -113,7 +113,7 @@ def test_other_columns_are_named(tmp_path: Path) -> None:
 def test_no_rows_are_no_images(tmp_path: Path) -> None:
     table = pq.read_table(put(tmp_path, [(b"1", "1", 0)]))
     pq.write_table(table.slice(0, 0), tmp_path / "x.parquet")
-    with pytest.raises(InputError, match="no images in it"):
+    with pytest.raises(InputError, match="no images; put the images of each class"):
         open_archive(f"{tmp_path}/x.parquet")
 
 
@@ -124,7 +124,7 @@ def test_a_row_group_too_large_is_refused(
     url = put(tmp_path, [(b"1" * 1000, "1", 0), (b"2" * 1000, "2", 0)])
     monkeypatch.setattr(parquets, bound, value)
     with pytest.raises(
-        InputError, match=r"row group 0 has 2 rows with \d,\d{3} bytes of images, more than .* write it"
+        InputError, match=r"row group 0 has 2 rows with \d,\d{3} bytes of images, more than .* write the file"
     ):
         open_archive(url)
 
@@ -134,12 +134,12 @@ def test_bytes_that_are_stored_once_are_held_once(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(packing.parquet([(bytes(100_000), None, 0)] * 300, group=300))
     archive = open_archive(f"{tmp_path}/x.parquet")
     assert len(archive.read(archive.members[299])) == 100_000
-    assert sum(images.nbytes for images in archive._fetch.__self__._kept.values()) < 200_000
+    assert sum(images.nbytes for images in archive._fetch.__self__._cache.values()) < 200_000
 
 
 def test_a_row_with_a_path_only_is_named(tmp_path: Path) -> None:
     archive = open_archive(put(tmp_path, [(b"1", "1.png", 0), (None, "2.png", 0)]))
-    with pytest.raises(StorageError, match=r"0/2\.png: cannot be read \(the row holds no bytes"):
+    with pytest.raises(StorageError, match=r"0/2\.png: cannot be read \(the row holds no image bytes"):
         archive.read(archive.members[1])
 
 

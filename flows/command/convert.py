@@ -1,0 +1,27 @@
+"""``ditflow convert``: a checkpoint of a DiT in another layout."""
+
+from argparse import ArgumentParser, Namespace
+
+from flows.command.options import add_heads
+
+HELP = "convert a DiT checkpoint into another layout"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """From where to where."""
+    text = ".pt or .safetensors file, diffusers folder, or folder of a trained model; path or URL"
+    parser.add_argument("source", help=text)
+    text = "new .pt or .safetensors file for --to reference, else a new folder"
+    parser.add_argument("destination", help=text)
+    parser.add_argument("--to", required=True, choices=("reference", "diffusers", "pipeline"), help="the layout")
+    add_heads(parser)
+    parser.add_argument("--vae", metavar="SOURCE", help="folder, URL or hub id of the autoencoder for --to pipeline")
+
+
+def run(options: Namespace) -> None:
+    """Write it, and say what was written."""
+    from dit.convert import read, summary, write
+
+    found = read(options.source, heads=options.heads)
+    write(found, options.destination, options.to, vae=options.vae)
+    print(summary(found, options.destination, options.to))

@@ -1,0 +1,67 @@
+"""Arguments that several commands share. Imports nothing heavy, so that help comes at once."""
+
+import os
+from argparse import ArgumentParser
+from typing import TYPE_CHECKING
+
+from storage import uri
+from storage.errors import InputError
+
+if TYPE_CHECKING:
+    from argparse import _ActionsContainer
+
+RECIPE = "name of a preset, or path of a YAML file"
+
+
+def add_recipe(parser: ArgumentParser, *, optional: bool = False) -> None:
+    """The recipe that a command is about."""
+    parser.add_argument("recipe", nargs="?" if optional else None, help=RECIPE)
+
+
+def add_root(parser: ArgumentParser) -> None:
+    """``--root``, which `check_root` checks."""
+    default = os.environ.get("DITFLOW_ROOT", "runs")
+    parser.add_argument("--root", default=default, help="folder or URL of all outputs (default: %(default)s)")
+
+
+def add_set(parser: ArgumentParser, text: str = "change one value of the recipe, such as train.steps=2000") -> None:
+    """``--set``, any number of times."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"{text}; repeatable")
+
+
+def add_json(parser: ArgumentParser) -> None:
+    """``--json``."""
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else, one object a line")
+
+
+def add_running(parser: ArgumentParser) -> None:
+    """What all commands take that run stages."""
+    add_root(parser)
+    add_set(parser)
+    add_json(parser)
+    text = "run finished stages again, into new folders; an interrupted pipeline starts over"
+    parser.add_argument("--force", action="store_true", help=text)
+
+
+def add_heads(parser: "_ActionsContainer") -> None:
+    """``--heads``: no checkpoint of a DiT records it."""
+    text = "number of attention heads; needed unless the model has the width of a published size"
+    parser.add_argument("--heads", type=int, help=text)
+
+
+def check_root(root: str) -> None:
+    """See that outputs can be written there, and make the folder.
+
+    Raises:
+        InputError: they cannot.
+    """
+    try:
+        home = uri.local_path(uri.without_credentials(root))
+        if home is None:
+            uri.exists(root)
+            return
+        home.mkdir(parents=True, exist_ok=True)
+        if not os.access(home, os.W_OK):
+            raise InputError("cannot be written to")
+    except Exception as error:  # stores of all kinds have their own ways to say no
+        raise InputError(f"--root {uri.redact(root)}: {getattr(error, 'strerror', None) or error}") from error

@@ -1,0 +1,46 @@
+"""``ditflow plan``: what a recipe will cost, and whether it fits."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from flows.command.options import add_json, add_recipe, add_root, add_set
+from flows.command.tables import aligned
+from storage.errors import InputError
+
+if TYPE_CHECKING:
+    from flows.plan.table import Plan
+
+HELP = "estimate what a recipe will cost before it runs"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The recipe, and how fast the machine is."""
+    add_recipe(parser)
+    text = "YAML file with the rates of another machine (default: measured on this one)"
+    parser.add_argument("--rates", metavar="FILE", help=text)
+    add_root(parser)
+    add_set(parser)
+    add_json(parser)
+
+
+def run(options: Namespace) -> None:
+    """Print the plan; refuse what cannot fit."""
+    from flows.plan.estimate import plan, read_rates
+    from flows.sweep import load_recipes
+
+    rates = read_rates(options.rates)
+    plans = [plan(recipe, options.root, rates) for recipe in load_recipes(options.recipe, options.set, options.root)]
+    for found in plans:
+        for line in [json.dumps(found.as_json())] if options.json else _lines(found):
+            print(line)
+    problems = [problem for found in plans for problem in found.problems]
+    if problems:
+        raise InputError("; ".join(dict.fromkeys(problems)))
+
+
+def _lines(found: "Plan") -> Iterator[str]:
+    yield found.recipe
+    yield from aligned(found.rows(), numbers=range(2, 6))
+    yield from found.needs()

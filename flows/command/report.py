@@ -1,0 +1,27 @@
+"""``ditflow report``: the page of a finished recipe."""
+
+from argparse import ArgumentParser, Namespace
+
+from flows.command.options import add_recipe, add_root, add_set
+from storage.errors import InputError
+
+HELP = "write the HTML report of a finished recipe"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The recipe as it was run."""
+    add_recipe(parser)
+    add_root(parser)
+    add_set(parser, "the same KEY=VALUE that the recipe was run with")
+
+
+def run(options: Namespace) -> None:
+    """Write the page if it is not there."""
+    from flows.recipe import load_recipe
+    from flows.report.page import write_page
+
+    recipe = load_recipe(options.recipe, options.set, options.root)
+    done = recipe.finished(options.root)
+    if done is None:
+        raise InputError(f"report: recipe {recipe.name} is not finished; run it first")
+    print(write_page(recipe.name, done, options.root))

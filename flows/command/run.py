@@ -1,0 +1,55 @@
+"""``ditflow run``: the pipeline of a recipe, or one after the other those of a sweep."""
+
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
+
+from flows.command.options import add_recipe, add_running
+from flows.command.prefect_server import serving_prefect
+
+if TYPE_CHECKING:
+    from flows.recipe import Recipe
+    from storage.manifest import Manifest
+
+HELP = "run the whole pipeline of a recipe, or of each recipe of a sweep"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The recipe, and how to run."""
+    add_recipe(parser)
+    add_running(parser)
+
+
+def run(options: Namespace) -> None:
+    """Run what is not done; of what is done, show where it lies."""
+    from flows.sweep import load_recipes
+
+    todo: list[Recipe] = []
+    for recipe in load_recipes(options.recipe, options.set, options.root):
+        done = None if options.force else recipe.finished(options.root)
+        if done is None:
+            todo.append(recipe)
+        else:
+            _skip(options, recipe, done)
+    if todo:
+        _run(options, todo)
+
+
+def _skip(options: Namespace, recipe: "Recipe", done: "list[Manifest]") -> None:
+    from flows.command.outcomes import show
+    from flows.contract import Outcome
+    from flows.report import page
+    from flows.tracking import runs
+
+    runs.settle_unsent(done, options.root)
+    page.settle(recipe.name, done, options.root)
+    show(options, recipe.name, [Outcome(found.stage, "skipped", 0.0, found.url) for found in done])
+
+
+def _run(options: Namespace, recipes: "list[Recipe]") -> None:
+    with serving_prefect(options.root, quiet=options.json):
+        from flows.command.outcomes import show
+        from flows.perform import RunSettings
+        from flows.pipeline import pipeline
+
+        for recipe in recipes:
+            show(options, recipe.name, pipeline(recipe, RunSettings(root=options.root, force=options.force)))

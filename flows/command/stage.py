@@ -1,0 +1,37 @@
+"""The commands of the stages: what ``flows.contract.STAGES`` says of each."""
+
+from argparse import ArgumentParser, Namespace
+
+from flows.command.options import add_recipe, add_running
+from flows.command.prefect_server import serving_prefect
+from flows.contract import Stage
+
+
+class StageCommand:
+    """The command that runs one stage of a recipe."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.HELP = f"run one stage: {stage.help}"
+        self._stage = stage
+
+    def add_arguments(self, parser: ArgumentParser, *, optional: bool = False) -> None:
+        """The recipe, which may be left out if optional; where the stage starts, and how to run."""
+        add_recipe(parser, optional=optional)
+        if self._stage.reads is not None:
+            text = f"manifest or MLflow run id of the {self._stage.reads} stage (default: the recipe's own)"
+            parser.add_argument("--from", dest="source", metavar="MANIFEST", help=text)
+        add_running(parser)
+
+    def run(self, options: Namespace) -> None:
+        """Run the stage."""
+        from flows.recipe import load_recipe
+
+        recipe = load_recipe(options.recipe, options.set, options.root)
+        source = recipe.source_of(self._stage.name, getattr(options, "source", None), options.root)
+        with serving_prefect(options.root, quiet=options.json):
+            from flows.command.outcomes import show
+            from flows.perform import RunSettings
+            from flows.pipeline import run_stage
+
+            settings = RunSettings(root=options.root, force=options.force)
+            show(options, recipe.name, [run_stage(self._stage.name, recipe, source, settings)])

@@ -1,0 +1,124 @@
+"""How the distance falls as models grow: the finished runs of a sweep, and a line through them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from dit.evaluate import MetricsManifest
+from dit.export import CheckpointManifest
+from dit.metrics.comparison import Estimate, differing
+from dit.metrics.power_law import PowerLaw, fit
+from dit.models.cost import cost
+from dit.report.plots import scaling as plot
+from dit.sample import SampleManifest
+from flows.recipe import Recipe
+from flows.report.page import FOLDER
+from flows.sweep import load_recipes
+from storage import uri
+from storage.errors import InputError
+from storage.manifest import json_digest, short_digest
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model, what it costs, and how far its samples are from the images."""
+
+    name: str
+    parameters: int
+    gmac: float
+    """10^9 multiply-accumulates of one forward pass of one image."""
+    images_seen: int
+    training_flops: float
+    distance: Estimate
+    samples: int
+    manifest: str
+    """URL of the metrics."""
+
+    def cells(self) -> tuple[str, ...]:
+        """Name, million parameters, GMAC, images seen, training FLOPs and distance, for people."""
+        counts = f"{self.parameters / 1e6:.3g}", f"{self.gmac:.3g}", f"{self.images_seen:,}"
+        return self.name, *counts, f"{self.training_flops:.3g}", str(self.distance)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a sweep says."""
+
+    distance: str
+    """Its name and space."""
+    runs: list[Run]
+    missing: list[str]
+    """Recipes whose metrics are not there."""
+    fits: dict[str, PowerLaw]
+    """By what the distance is a function of."""
+    picture: str
+    """URL of a PNG."""
+
+    def as_json(self) -> str:
+        """One object."""
+        return json.dumps(asdict(self))
+
+
+def scaling(names: Sequence[str], overrides: Sequence[str], root: str) -> Scaling:
+    """The finished runs of some recipes or sweeps, and the lines through them.
+
+    The distance is fitted against the training FLOPs, and against the GMAC of the model if all have
+    seen equally many images. Training takes six FLOPs for each multiply-accumulate of each image seen.
+
+    Raises:
+        InputError: a recipe is wrong or has no metrics, fewer than two sizes are done, or the runs do not compare.
+    """
+    recipes = [recipe for name in names for recipe in load_recipes(name, overrides, root)]
+    found = [(recipe.name, _metrics(recipe, root)) for recipe in recipes]
+    missing = list(dict.fromkeys(name for name, metrics in found if metrics is None))
+    done = {metrics.digest: (name, metrics) for name, metrics in found if metrics}
+    _check(list(done.values()))
+    runs = sorted((_run(*each) for each in done.values()), key=lambda run: run.training_flops)
+    if len({run.gmac for run in runs}) < 2 or len({run.training_flops for run in runs}) < 2:
+        raise InputError(
+            f"scaling: a line needs two sizes of model, and {len(runs)} of {len(found)} runs are done; "
+            f"run the rest first ({', '.join(missing) or 'none is missing'})"
+        )
+    _, first = next(iter(done.values()))
+    laws = _laws(runs)
+    picture = uri.join(uri.absolute(root), FOLDER, f"scaling-{short_digest(json_digest(sorted(done)))}.png")
+    uri.write(picture, plot([run.name for run in runs], [run.distance for run in runs], first.distance, laws))
+    return Scaling(first.distance, runs, missing, {x: law for x, (_, law) in laws.items()}, picture)
+
+
+def _metrics(recipe: Recipe, root: str) -> MetricsManifest | None:
+    recipe.config_of(MetricsManifest.STAGE)
+    done = recipe.finished(root, before="register")
+    return MetricsManifest.read(done[-1].url) if done else None
+
+
+def _check(done: Sequence[tuple[str, MetricsManifest]]) -> None:
+    """See that all numbers may be compared."""
+    for name, metrics in done[1:]:
+        first, other = done[0]
+        different = differing(metrics.conditions, other.conditions)
+        if different:
+            raise InputError(f"scaling: {first} and {name} do not compare; they differ in {', '.join(different)}")
+
+
+def _run(name: str, metrics: MetricsManifest) -> Run:
+    checkpoint = metrics.parent("samples", SampleManifest).parent("checkpoint", CheckpointManifest)
+    found, seen = cost(checkpoint.card.model), checkpoint.counts["images_seen"]
+    return Run(
+        name=name,
+        parameters=found.parameters,
+        gmac=found.macs / 1e9,
+        images_seen=seen,
+        training_flops=float(found.training_flops * seen),
+        distance=metrics.estimate,
+        samples=metrics.counts["samples"],
+        manifest=metrics.url,
+    )
+
+
+def _laws(runs: Sequence[Run]) -> dict[str, tuple[list[float], PowerLaw]]:
+    """For each x its values and the line."""
+    places = {"training FLOPs": [run.training_flops for run in runs]}
+    if len({run.images_seen for run in runs}) == 1:
+        places["GMAC"] = [run.gmac for run in runs]
+    return {name: (x, fit(x, [run.distance.value for run in runs])) for name, x in places.items()}
