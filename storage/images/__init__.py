@@ -1,1 +1,1 @@
-"""Image files: how they are decoded, cropped, checked and shown."""
+"""Decoding, cropping and checking of image files, and image grids."""

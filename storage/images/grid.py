@@ -1,6 +1,6 @@
-"""Pictures for people to look at."""
+"""Grids of images for people to look at."""
 
-# N = images, H, W = pixels, C = 3 colours
+# N = images, H, W = height and width in pixels
 
 import io
 
@@ -12,24 +12,24 @@ GREY = 128
 
 
 def image_grid(images: NDArray[np.uint8], columns: int, gap: int = 0) -> bytes:
-    """Images side by side in reading order, as a PNG; the cells left over are black.
+    """A grid of images in reading order, as a PNG. Unused cells are black.
 
     Args:
         images: (N, H, W, 3) uint8, N >= 1.
-        columns: images in a row; fewer images than that make a narrower grid.
+        columns: images in a row; with fewer images the grid is narrower.
         gap: grey pixels between neighbours.
 
     Returns:
-        The PNG, the same bytes for the same images.
+        Bytes of the PNG; the same images give the same bytes.
     """
-    count, height, width, colours = images.shape
+    count, height, width, channels = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
-    cells = np.full((rows * columns, height + gap, width + gap, colours), GREY, np.uint8)
+    cells = np.full((rows * columns, height + gap, width + gap, channels), GREY, np.uint8)
     cells[:, :height, :width] = 0
     cells[:count, :height, :width] = images
-    grid = cells.reshape(rows, columns, height + gap, width + gap, colours).swapaxes(1, 2)
-    picture = grid.reshape(rows * (height + gap), columns * (width + gap), colours)
+    grid = cells.reshape(rows, columns, height + gap, width + gap, channels).swapaxes(1, 2)
+    picture = grid.reshape(rows * (height + gap), columns * (width + gap), channels)
     buffer = io.BytesIO()
     Image.fromarray(picture[: len(picture) - gap, : picture.shape[1] - gap]).save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,83 +1,84 @@
-"""Whether a JPEG can be decoded, told from its markers, without decoding it.
+"""Checks from its markers, without decoding it, that a JPEG can be decoded.
 
-ITU-T T.81, annex B. A decoder fails on a baseline JPEG only where its headers are wrong or its data
-ends too soon: what lies between a scan's markers is always some picture, however damaged.
+ITU-T T.81, annex B. A decoder fails on a baseline JPEG only if its headers are wrong or its data ends
+too early: the entropy-coded data of a scan, however damaged, always decodes to some picture.
 """
 
 import re
 from collections.abc import Iterator
 from functools import lru_cache
 
-_SOF, _HUFFMAN, _EOI, _SCAN, _QUANTA, _INTERVAL = 0xC0, 0xC4, 0xD9, 0xDA, 0xDB, 0xDD
-_SKIPPED = frozenset({*range(0xE0, 0xF0), 0xFE})  # application data and comments
-_IN_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # a marker that is neither stuffing nor a restart
-_CODES = frozenset({*range(4), *range(0x10, 0x14)})  # of DC, of AC
+_FRAME, _HUFFMAN, _END, _SCAN, _QUANTIZATION, _RESTART_INTERVAL = 0xC0, 0xC4, 0xD9, 0xDA, 0xDB, 0xDD
+_SKIPPED = frozenset({*range(0xE0, 0xF0), 0xFE})  # APPn and comments
+_IN_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # a marker that is neither a stuffed byte nor a restart
+_HUFFMAN_TABLES = frozenset({*range(4), *range(0x10, 0x14)})  # class and number: DC 0 to 3, AC 0 to 3
 _SAMPLINGS = ((0x11,), (0x11, 0x11, 0x11), (0x21, 0x11, 0x11), (0x12, 0x11, 0x11), (0x22, 0x11, 0x11))
 
 
-def is_whole(data: bytes) -> bool:
-    """Whether this is a plain baseline JPEG, grey or of three components in one scan, whole to its last marker.
+def is_complete(data: bytes) -> bool:
+    """Whether this is a complete baseline JPEG, grey or of three components, with a single scan.
 
-    False says nothing but that decoding must tell: a JPEG of another kind may well be whole.
+    If it is False, the file may still be a complete JPEG of another type: only decoding can tell.
     """
     defined, components = set[int](), b""
     for marker, segment, after in _segments(data):
-        if marker in (_QUANTA, _HUFFMAN) and (tables := _tables(marker, segment)) is not None:
+        if marker in (_QUANTIZATION, _HUFFMAN) and (tables := _tables(marker, segment)) is not None:
             defined |= tables
-        elif marker == _SOF and not components and _plain_frame(segment):
+        elif marker == _FRAME and not components and _plain_frame(segment):
             components = segment[6:]
         elif marker == _SCAN:
             return _plain_scan(segment, components, defined) and _ends(data, after)
-        elif marker not in _SKIPPED and not (marker == _INTERVAL and len(segment) == 2):
+        elif marker not in _SKIPPED and not (marker == _RESTART_INTERVAL and len(segment) == 2):
             return False
     return False
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """Marker, content and the byte behind it of the segments, up to the first that is not one."""
-    at = 2
+    """Marker, contents and end of each segment, up to the first damaged one."""
+    start = 2
     if data[:2] != b"\xff\xd8":
         return
-    while len(data) >= at + 4 and data[at] == 0xFF:
-        size = int.from_bytes(data[at + 2 : at + 4])
-        end = at + 2 + size
+    while len(data) >= start + 4 and data[start] == 0xFF:
+        size = int.from_bytes(data[start + 2 : start + 4])
+        end = start + 2 + size
         if size < 2 or end > len(data):
             return
-        yield data[at + 1], data[at + 4 : end], end
-        at = end
+        yield data[start + 1], data[start + 4 : end], end
+        start = end
 
 
-@lru_cache(maxsize=64)  # most files have those of the standard
+@lru_cache(maxsize=64)  # most files have the same tables
 def _tables(marker: int, segment: bytes) -> set[int] | None:
-    return _quanta(segment) if marker == _QUANTA else _huffman(segment)
+    return _quantization(segment) if marker == _QUANTIZATION else _huffman(segment)
 
 
-def _quanta(segment: bytes) -> set[int] | None:
-    """The tables that a segment defines, as 0x100 + number; None if it is damaged or of 16 bits."""
+def _quantization(segment: bytes) -> set[int] | None:
+    """The quantization tables that a segment defines, as 0x100 + number; None if it is damaged or has 16 bits."""
     if len(segment) % 65 or any(number > 3 for number in segment[::65]):
         return None
     return {0x100 + number for number in segment[::65]}
 
 
 def _huffman(segment: bytes) -> set[int] | None:
-    """The tables that a segment defines, as class and number; None if one is no prefix code."""
-    found = set[int]()
+    """The Huffman tables that a segment defines, as class and number; None if one is not a prefix code."""
+    tables = set[int]()
     while segment:
-        which, counts = segment[0], segment[1:17]
+        table, counts = segment[0], segment[1:17]
         total = sum(counts)
         symbols = segment[17 : 17 + total]
-        used = sum(count << (16 - length) for length, count in enumerate(counts, 1))
-        if which not in _CODES or not 0 < total == len(symbols) <= 256:
+        used = sum(count << (16 - length) for length, count in enumerate(counts, 1))  # of all codes of 16 bits
+        if table not in _HUFFMAN_TABLES or not 0 < total == len(symbols) <= 256:
             return None
-        if used >= 1 << 16 or (which < 0x10 and max(symbols) > 15):  # no code is all ones; a DC is of 15 bits at most
+        # the code of all ones is reserved, and a DC difference has at most 15 bits
+        if used >= 1 << 16 or (table < 0x10 and max(symbols) > 15):
             return None
-        found.add(which)
+        tables.add(table)
         segment = segment[17 + total :]
-    return found
+    return tables
 
 
 def _plain_frame(segment: bytes) -> bool:
-    """Eight bits, some pixels, and grey or three components sampled as usual."""
+    """Whether a frame has eight bits, some pixels, and one or three components with a common sampling."""
     if len(segment) < 9 or segment[0] != 8 or len(segment) != 6 + 3 * segment[5]:
         return False
     if not any(segment[1:3]) or not any(segment[3:5]):
@@ -86,7 +87,7 @@ def _plain_frame(segment: bytes) -> bool:
 
 
 def _plain_scan(segment: bytes, components: bytes, defined: set[int]) -> bool:
-    """All components of the frame, in its order, each with the tables that it needs."""
+    """Whether a scan holds all components of the frame, in its order, and all their tables are defined."""
     count = len(components) // 3
     if not count or len(segment) != 4 + 2 * count or segment[0] != count or segment[1:-3:2] != components[::3]:
         return False
@@ -96,6 +97,6 @@ def _plain_scan(segment: bytes, components: bytes, defined: set[int]) -> bool:
 
 
 def _ends(data: bytes, scan: int) -> bool:
-    """Whether the first marker in the scan's data is that of the image's end."""
+    """Whether the first marker in the scan's data is the end of the image."""
     marker = _IN_SCAN.search(data, scan)
-    return marker is not None and data[marker.start() + 1] == _EOI
+    return marker is not None and data[marker.start() + 1] == _END

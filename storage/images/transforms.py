@@ -1,7 +1,7 @@
-"""From the bytes of an image file to the square that the models see.
+"""From the bytes of an image file to the square crop that models are trained on.
 
-Bytes are untrusted: only plain raster formats are tried, each with a bound on its pixels, and a
-file that is not whole is refused rather than half shown.
+The bytes are untrusted: only raster formats are tried, the number of pixels is limited, and a
+truncated file is refused instead of decoded in part.
 """
 
 import io
@@ -12,19 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from storage.images.jpeg import is_whole
+from storage.images.jpeg import is_complete
 
 CROP_ID = "box-bicubic-centre"
-"""Names `center_crop` in conditions and caches; changes when the pixels would."""
+"""Identifies `center_crop` in conditions and caches; it changes when the pixels change."""
 
 FAST_CROP_ID = "box-bicubic-centre-fast"
-"""Names `fast_crop`."""
+"""Identifies `fast_crop`."""
 
 MAX_PIXELS = 89_478_485
-"""Pixels that one image may have, Pillow's own bound: 256 MB as RGB."""
+"""Largest image in pixels, as Pillow's own limit: 256 MB as RGB."""
 
 MAX_ASPECT = 50
-"""Long side to short side: the crop scales the whole image, so a thin one of few bytes would fill the memory."""
+"""Largest ratio of long to short side. The crop scales the whole image, so a very thin one would fill the memory."""
 
 _EXTENSIONS = {
     "JPEG": "jpg",
@@ -37,52 +37,52 @@ _EXTENSIONS = {
 }
 
 
-class UnreadableImage(Exception):  # noqa: N818  a finding about an image, to be listed, not a crash
-    """The bytes are no image that can be used; the text says why, in a few words."""
+class UnreadableImage(Exception):  # noqa: N818  listed as a finding, not a failure
+    """The bytes are not a usable image; the text says why, in a few words."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the bytes of a whole image say about it."""
+    """Size and format of a complete image."""
 
     width: int
     height: int
     extension: str
-    """The usual ending of its format, whatever the file is called: ``jpg``, ``png``."""
+    """File extension of its format, whatever the file's name: ``jpg``, ``png``."""
 
 
 def decode(data: bytes) -> Image.Image:
-    """The image as RGB, fully decoded, converted as Pillow converts and without turning it by EXIF.
+    """The image as RGB, fully decoded and converted by Pillow. Its EXIF orientation is ignored.
 
-    Transparency is dropped. Sixteen bits of grey become eight by their upper half, where Pillow
-    alone would make nearly all of them white.
+    Transparency is dropped. Of 16-bit grey the upper eight bits are kept; Pillow's own conversion
+    would clip nearly all values to white.
 
     Raises:
-        UnreadableImage: the bytes are truncated, corrupt, too large, or no image.
+        UnreadableImage: the bytes are truncated, damaged, too large, or not an image.
     """
     return _decoded(data)[0]
 
 
 def inspect(data: bytes) -> Facts:
-    """Size and format of an image that `decode` can decode, found by doing so where its markers do not tell.
+    """Size and format of an image that can be decoded: checked by its markers if it is a plain JPEG, else by decoding.
 
     Raises:
         UnreadableImage: as `decode`.
     """
-    image, name = _decoded(data, header=is_whole(data))
-    return Facts(image.width, image.height, _EXTENSIONS.get(name, "jpg"))  # MPO: a JPEG with more behind it
+    image, name = _decoded(data, header_only=is_complete(data))
+    return Facts(image.width, image.height, _EXTENSIONS.get(name, "jpg"))  # MPO: a JPEG followed by more images
 
 
 def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The centre square: halve while twice as large, scale the short side to size, cut.
+    """The central square: halve the image while it is at least twice as large, scale its short side to size, crop.
 
-    The crop of Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2021), which
-    the published Fréchet distances of class-conditional ImageNet rest on: BOX for the halvings,
-    BICUBIC for the last step.
+    This is the crop of Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2021), used
+    for the published Fréchet distances of class-conditional ImageNet: BOX for the halvings, BICUBIC for
+    the last step.
 
     Args:
         image: RGB.
-        size: pixels of a side.
+        size: side of the crop, pixels.
 
     Returns:
         (size, size, 3) uint8.
@@ -95,13 +95,13 @@ def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 
 def fast_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """As `center_crop` but for a rounding in one value of thousands: what is cut off is not scaled.
+    """As `center_crop`, but only the pixels of the crop are scaled, which rounds a few values differently.
 
-    Pillow takes the box in float32. The rounding is one level, in one value of many millions two.
+    Pillow holds the box in float32. One value in thousands differs by one level, one in many millions by two.
 
     Args:
         image: RGB.
-        size: pixels of a side.
+        size: side of the crop, pixels.
 
     Returns:
         (size, size, 3) uint8.
@@ -109,16 +109,17 @@ def fast_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
     image = _halved(image, size)
     width, height = _scaled(image, size)
     top, left = (height - size) // 2, (width - size) // 2
+    # the crop in pixels of the image before it is scaled, and all rows that the filter reads for it
     x0, x1 = (edge * image.width / width for edge in (left, left + size))
     y0, y1 = (edge * image.height / height for edge in (top, top + size))
-    reach = 2 * max(1, image.height / height) + 1  # of the filter, in rows
+    reach = 2 * max(1, image.height / height) + 1  # rows: BICUBIC's radius of 2, and one for rounding
     first, last = max(0, math.floor(y0 - reach)), min(image.height, math.ceil(y1 + reach))
     rows = image if last - first == image.height else image.crop((0, first, image.width, last))
     return np.asarray(_resized(rows, (size, size), Image.Resampling.BICUBIC, (x0, y0 - first, x1, y1 - first)))
 
 
 def load(data: bytes, size: int) -> NDArray[np.uint8]:
-    """Decode and crop as the reference does: (size, size, 3) uint8.
+    """Decode, then `center_crop`: (size, size, 3) uint8.
 
     Raises:
         UnreadableImage: as `decode`.
@@ -127,7 +128,7 @@ def load(data: bytes, size: int) -> NDArray[np.uint8]:
 
 
 def load_fast(data: bytes, size: int) -> NDArray[np.uint8]:
-    """Decode and crop as the reference does but for roundings: (size, size, 3) uint8.
+    """Decode, then `fast_crop`: (size, size, 3) uint8.
 
     Raises:
         UnreadableImage: as `decode`.
@@ -136,7 +137,7 @@ def load_fast(data: bytes, size: int) -> NDArray[np.uint8]:
 
 
 def _halved(image: Image.Image, size: int) -> Image.Image:
-    """The image, halved for as long as its short side is at least twice the size."""
+    """The image, halved while its short side is at least twice the size."""
     while min(image.size) >= 2 * size:
         image = _resized(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
     return image
@@ -148,33 +149,33 @@ def _resized(
     resample: Image.Resampling,
     box: tuple[float, float, float, float] | None = None,
 ) -> Image.Image:
-    """A box of the image, scaled across and then down.
+    """A box of the image, scaled horizontally and then vertically.
 
-    Each direction is rounded to bytes, and Pillow 13 goes down first where an image is tall: up to
-    tens of levels from the older Pillow of the published numbers.
+    Pillow rounds to bytes after each direction, so their order matters. Pillow 13 scales a tall image
+    vertically first, which differs by tens of levels from the older Pillow of the published results.
     """
     x0, y0, x1, y1 = box or (0, 0, *image.size)
-    across = image.resize((size[0], image.height), resample, (x0, 0, x1, image.height))
-    return across.resize(size, resample, (0, y0, size[0], y1))
+    horizontal = image.resize((size[0], image.height), resample, (x0, 0, x1, image.height))
+    return horizontal.resize(size, resample, (0, y0, size[0], y1))
 
 
 def _scaled(image: Image.Image, size: int) -> tuple[int, int]:
-    """Width and height once the short side has the size."""
+    """Width and height of the image when its short side is scaled to size."""
     scale = size / min(image.size)
     return round(image.width * scale), round(image.height * scale)
 
 
-def _decoded(data: bytes, *, header: bool = False) -> tuple[Image.Image, str]:
-    """The image, or only its header, and the name of its format."""
+def _decoded(data: bytes, *, header_only: bool = False) -> tuple[Image.Image, str]:
+    """The image and the name of its format; if header_only, the pixels are not decoded."""
     try:
         image = _opened(data)
-        if header:
+        if header_only:
             return image, str(image.format)
         image.load()
         return _rgb(image), str(image.format)
     except UnreadableImage:
         raise
-    except Exception as error:  # Pillow's plugins raise nearly every kind on damaged bytes
+    except Exception as error:  # Pillow's plugins raise exceptions of many types on damaged bytes
         raise UnreadableImage(_reason(data, error)) from error
 
 

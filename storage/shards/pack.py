@@ -1,4 +1,4 @@
-"""One tar: images of an archive, looked at and packed with their labels, in memory."""
+"""Packs images of an archive with their labels into one webdataset tar, in memory, and checks each image."""
 
 import io
 import tarfile
@@ -16,36 +16,37 @@ from storage.images.transforms import UnreadableImage, inspect
 from storage.parallel import threads
 
 TIMED_IMAGES = 256
-"""Images that are read to see how fast that goes."""
+"""Images that are read to measure the rate."""
 _OWNER = "ditflow"
-_SIZE, _CHECKSUM = slice(124, 135), slice(148, 155)  # of a header's bytes
+_SIZE, _CHECKSUM = slice(124, 135), slice(148, 155)  # bytes of a tar header
 
 
 class Unreadable(Config):
-    """A file that was left out."""
+    """A file that is not a usable image and was left out."""
 
     split: str
     """``train`` or ``held_out``."""
     name: str
-    """Path below the archive."""
+    """Class name and path below the class."""
     reason: str
-    """Why, in a few words."""
+    """What is wrong with it, in a few words."""
 
 
 class Entry(Config):
-    """One image of a tar, as its record lists it."""
+    """An image of a tar, as listed in the tar's record."""
 
     source_index: int
-    """Position among the archive's sorted files."""
+    """Index among the archive's sorted files."""
     name: str
-    """Path below the archive."""
+    """Class name and path below the class."""
     label: int
+    """Index of its class."""
     extension: str
-    """The format: ``jpg``, ``png``."""
+    """File extension of its format, such as ``jpg``."""
 
 
 class Packed(NamedTuple):
-    """A tar and what is in it."""
+    """A tar and the list of its images."""
 
     data: bytes
     entries: tuple[Entry, ...]
@@ -53,12 +54,12 @@ class Packed(NamedTuple):
 
 
 def pack(source: Archive, split: str, indices: NDArray[np.int64], min_side: int) -> Packed:
-    """Read images and make a webdataset tar of their own bytes, the same for the same images.
+    """A webdataset tar of images, with the image files' own bytes. The same images give the same tar.
 
     Args:
-        source: where they are.
-        split: what to call it in the list of those left out.
-        indices: positions among the archive's files, in the tar's order.
+        source: the archive.
+        split: name of the split, for the list of unreadable files.
+        indices: indices among the archive's files, in the tar's order.
         min_side: shortest side of a usable image, pixels.
 
     Raises:
@@ -76,39 +77,44 @@ def pack(source: Archive, split: str, indices: NDArray[np.int64], min_side: int)
         _add(tar, f"{index:08d}.cls", str(member.label).encode())
         _add(tar, f"{index:08d}.{entry.extension}", data)
         entries.append(entry)
-    tar.write(bytes(2 * tarfile.BLOCKSIZE))  # the mark of the end
+    tar.write(bytes(2 * tarfile.BLOCKSIZE))  # end-of-archive mark
     tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
     return Packed(tar.getvalue(), tuple(entries), tuple(unreadable))
 
 
 def packed_size(sizes: list[int]) -> int:
-    """Bytes of images with their labels in a tar, but for its end: three headers' blocks and the data's, for each."""
+    """Bytes of images and labels in tars, without the tars' ends.
+
+    Each image takes two headers, a block for its label, and the blocks of its data.
+    """
     return tarfile.BLOCKSIZE * sum(3 - -size // tarfile.BLOCKSIZE for size in sizes)
 
 
 def timed(archive: Archive, workers: int) -> tuple[float, float]:
-    """Images a second read, checked and hashed, spread over the archive, and their mean size in bytes.
+    """Measure images a second that are read, checked and hashed, and their mean size in bytes.
+
+    The images are spread over the archive.
 
     Raises:
-        StorageError: one cannot be read.
+        StorageError: an image cannot be read.
     """
     members = archive.members[:: max(1, len(archive.members) // TIMED_IMAGES)][:TIMED_IMAGES]
 
-    def look(number: int) -> int:
+    def process(number: int) -> int:
         data = archive.read(members[number])
-        with suppress(UnreadableImage):  # which the stage will list
+        with suppress(UnreadableImage):  # the stage will list it
             inspect(data)
-        uri.sha256(data)  # as a part of its tar
+        uri.sha256(data)  # the stage hashes the whole tar
         return len(data)
 
     begin = time.perf_counter()
     with threads(workers) as pool:
-        sizes = list(pool.map(look, range(len(members))))
+        sizes = list(pool.map(process, range(len(members))))
     return len(members) / (time.perf_counter() - begin), sum(sizes) / len(sizes)
 
 
 def _add(tar: io.BytesIO, name: str, data: bytes) -> None:
-    """A file of no time and no owner, headed as `tarfile` would, which takes ten times as long for it."""
+    """Append a file without time and owner. The header is what `tarfile` writes, in a tenth of its time."""
     header = bytearray(_HEADER)
     header[: len(name)] = name.encode()
     header[_SIZE] = b"%011o" % len(data)
@@ -119,7 +125,7 @@ def _add(tar: io.BytesIO, name: str, data: bytes) -> None:
 
 
 def _blank() -> bytes:
-    """The header of a file without a name, with spaces for its checksum, as it is summed."""
+    """A header without name and size; its checksum field holds spaces, as the sum is defined over them."""
     info = tarfile.TarInfo()
     info.mode, info.uname, info.gname = 0o444, _OWNER, _OWNER
     header = info.tobuf(tarfile.USTAR_FORMAT)

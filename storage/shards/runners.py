@@ -1,6 +1,6 @@
-"""Where the units of a stage are worked on: here in threads or processes, or on a cluster.
+"""Configs of the workers that build shards: threads or processes of this machine, or a cluster.
 
-Only what a recipe says; the flows know how.
+`flows.shard_tasks` starts them.
 """
 
 from typing import Annotated, Literal
@@ -16,7 +16,7 @@ class Threads(Config):
 
     kind: Literal["threads"] = "threads"
     count: int = Field(0, ge=0)
-    """How many; 0 means one for each core."""
+    """Number of threads; 0 means one for each core."""
 
 
 class Processes(Config):
@@ -24,28 +24,28 @@ class Processes(Config):
 
     kind: Literal["processes"] = "processes"
     count: int = Field(0, ge=0)
-    """How many; 0 means one for each core."""
+    """Number of processes; 0 means one for each core."""
 
 
 class Dask(Config):
-    """A Dask cluster, whose workers have this package and see archive and root at the same URLs."""
+    """A Dask cluster. Its workers need this package, and the archive and the root under the same URLs."""
 
     kind: Literal["dask"] = "dask"
     address: Annotated[str, AfterValidator(uri.without_credentials)] | None = None
-    """Of the scheduler, such as ``tcp://10.0.0.1:8786``; without one, a cluster on this machine for the run."""
+    """Address of the scheduler, such as ``tcp://10.0.0.1:8786``; null starts a cluster on this machine for the run."""
 
 
 class Ray(Config):
-    """A Ray cluster, whose workers have this package and see archive and root at the same URLs."""
+    """A Ray cluster. Its workers need this package, and the archive and the root under the same URLs."""
 
     kind: Literal["ray"] = "ray"
     address: Annotated[str, AfterValidator(uri.without_credentials)] | None = None
-    """Such as ``ray://10.0.0.1:10001``; without one, a cluster on this machine for the run."""
+    """Address of the cluster, such as ``ray://10.0.0.1:10001``; null starts one on this machine for the run."""
 
 
 Runner = Annotated[Threads | Processes | Dask | Ray, Field(discriminator="kind")]
 
 
-def here(runner: Runner) -> int:
-    """How many workers of this machine it has; 0 means one for each core."""
+def local_workers(runner: Runner) -> int:
+    """Workers on this machine; 0 means one for each core."""
     return runner.count if isinstance(runner, Threads | Processes) else 0

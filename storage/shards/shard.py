@@ -1,8 +1,8 @@
-"""The stage `shard`: images of an archive, checked and shuffled, become webdataset tars.
+"""The stage `shard`: the images of an archive are checked, shuffled and packed into webdataset tars.
 
-Shard k of a split is slice k of a keyed permutation of its sorted files, so shards are independent
-of each other: each is built in memory, put whole and committed by its record. The image bytes are
-passed through, and the same images give the same tars, byte for byte.
+Shard k of a split is slice k of a keyed permutation of the split's sorted files, so shards do not
+depend on each other. Each is built in memory, written whole and committed by its record. The bytes of
+the image files are not changed, and the same images give the same tars, byte for byte.
 """
 
 import io
@@ -28,61 +28,62 @@ from storage.manifest import Manifest, StageOutput
 from storage.order import permutation
 from storage.parallel import threads
 from storage.shards.pack import Entry, Unreadable, pack, packed_size, timed
-from storage.shards.runners import Runner, Threads, here
+from storage.shards.runners import Runner, Threads, local_workers
 from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
 
 STAGE = "shard"
 VERSION = 2
 
-_SHEET, _THUMBNAIL, _COLUMNS = 64, 64, 8  # images, pixels, images
-_GROUP, _CALLS = 4096, 32  # images that one call builds at most, and calls that few images are dealt to
+_SHEET, _THUMBNAIL, _COLUMNS = 64, 64, 8  # contact sheet: images, pixels of a side, images in a row
+_GROUP_IMAGES = 4096  # most images of a group of shards
+_MIN_GROUPS = 32  # fewer images make smaller groups, so that every worker has some
 _PLANNING = Lock()
 
 
 class ShardConfig(Config):
-    """How images are gathered into tars."""
+    """How images are packed into tars."""
 
     images_per_shard: int = Field(1024, ge=1)
-    """Images in a tar; the last of a split may hold fewer."""
+    """Images in one tar; the last tar of a split may hold fewer."""
     seed: int = 0
-    """Key of the order that images are dealt in."""
+    """Seed of the order that images are shuffled in."""
     max_unreadable: float = Field(0.001, ge=0, le=1)
-    """Largest share of the images, from 0 to 1, that may be unreadable and left out."""
+    """Largest fraction of the images, 0 to 1, that may be unreadable and left out; more is an error."""
     min_side: int = Field(8, ge=1)
-    """Shortest side of a usable image, pixels."""
+    """Shortest allowed side of an image, pixels; smaller images count as unreadable."""
     runner: Runner = operational(Threads())
-    """Who builds the shards, each worker one at a time in memory."""
+    """Workers that build the shards; each holds one tar in memory."""
 
 
 class ShardFile(Config):
-    """One tar."""
+    """A tar of a split."""
 
     path: str
     """Path below the stage's folder."""
     count: int
-    """Images in it."""
+    """Images in the tar."""
 
 
 class Split(Config):
-    """The tars of one archive."""
+    """The tars of one archive, in order."""
 
     count: int
-    """Images in all of them."""
+    """Images in all tars."""
     shards: tuple[ShardFile, ...]
 
 
 class ShardManifest(Manifest):
-    """The images as tars."""
+    """The manifest of the stage `shard`."""
 
     STAGE: ClassVar[str] = STAGE
 
     class_names: tuple[str, ...]
-    """The classes; a label is a position here."""
+    """Names of the classes; a label is an index into them."""
     splits: dict[str, Split]
-    """By name: ``train`` and, if there are such images, ``held_out``."""
+    """Splits by name: ``train`` and, if there are held-out images, ``held_out``."""
     unreadable: tuple[Unreadable, ...]
-    """The files left out."""
+    """Files that were left out."""
 
 
 class ShardRecord(records.Record):
@@ -91,43 +92,44 @@ class ShardRecord(records.Record):
     entries: tuple[Entry, ...]
     """The images, in the tar's order."""
     unreadable: tuple[Unreadable, ...]
-    """The files of this slice that were left out."""
+    """Files of this slice that were left out."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as it lies in a tar."""
+    """An image of a split."""
 
     index: int
-    """Position in the split, in the tars' order."""
+    """Index in the split, in the tars' order."""
     source_index: int
-    """Position among the archive's sorted files."""
+    """Index among the archive's sorted files."""
     name: str
-    """Path below the archive."""
+    """Class name and path below the class."""
     label: int
+    """Index of its class."""
     data: bytes
-    """The image file's own bytes."""
+    """Bytes of the image file."""
 
 
 class Built(Config):
-    """What became of some shards."""
+    """The result of building a group of shards."""
 
     images: int
-    """Files gone through."""
+    """Files that were read."""
     unreadable: tuple[Unreadable, ...]
-    """Those that were left out."""
+    """Files that were left out."""
 
 
 Build = Callable[[range], Built]
-"""Builds the shards of these numbers; it can be pickled, and done again it does only what is missing."""
+"""Builds the shards of these numbers. It can be pickled, and called again it builds only the missing ones."""
 
 Spread = Callable[[Build, Sequence[range]], Iterable[Built]]
-"""Calls the first with each of the second, anywhere and in any order, and gives what comes back."""
+"""Calls the function with each of the ranges, on any worker and in any order, and yields the results."""
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One tar to build."""
+    """A tar to build."""
 
     split: str
     number: int
@@ -144,7 +146,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that is to be built, and from what."""
+    """The archives by split, and all tars to build from them."""
 
     archives: dict[str, Archive]
     tasks: list[_Task]
@@ -162,36 +164,36 @@ def input_digests(archive: ArchiveRef) -> dict[str, str]:
 def run(
     config: ShardConfig, archive: ArchiveRef, *, out: StageOutput, tracker: Tracker, spread: Spread | None = None
 ) -> ShardManifest:
-    """Build the tars that are missing and commit the stage.
+    """Build the missing tars and commit the stage.
 
     Args:
-        config: how.
-        archive: of what.
-        out: the stage's folder.
-        tracker: who listens.
-        spread: gives groups of shards to workers; by default to threads of this process.
+        config: the stage's config.
+        archive: the images.
+        out: the stage's output.
+        tracker: receives progress and the contact sheet.
+        spread: distributes groups of shards to workers; by default to threads of this process.
 
     Raises:
         InputError: an archive is unusable, has changed since the output was named, or has more
-            unreadable images than the config allows; the shards built by then stay.
-        StorageError: bytes could not be read or written.
+            unreadable images than the config allows. Shards that are built by then stay.
+        StorageError: bytes cannot be read or written.
     """
     try:
         plan = _plan(config, archive, out)
         _build_all(config, archive, plan, out, tracker, spread or partial(_in_threads, config.runner))
         return _finish(plan, out, tracker)
     finally:
-        _planned.cache_clear()  # of a million images it is large
+        _planned.cache_clear()  # a plan of a million images is large
 
 
 def build(config: ShardConfig, archive: ArchiveRef, out: StageOutput, numbers: range) -> Built:
-    """Build those of some shards that are not committed, in any process that sees archive and output.
+    """Build the shards of these numbers that are not committed, in any process that can read the archive.
 
-    The archive is listed once a process.
+    Each process lists the archive once.
 
     Raises:
-        InputError: the archive is not what the output was named after.
-        StorageError: bytes could not be read or written.
+        InputError: the archive has changed since the output was named.
+        StorageError: bytes cannot be read or written.
     """
     plan = _plan(config, archive, out)
     tasks = plan.tasks[numbers.start : numbers.stop]
@@ -200,16 +202,16 @@ def build(config: ShardConfig, archive: ArchiveRef, out: StageOutput, numbers: r
 
 
 def read_images(manifest: ShardManifest, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
-    """The images of a split in the tars' order, from position start up to stop.
+    """The images of a split from index start up to stop, in the tars' order.
 
-    Only the tars that hold such positions are read, each whole and compared with its hash.
+    Only the tars that hold these images are read, each completely and compared with its hash.
 
     Raises:
         InputError: there is no such split.
         StorageError: a tar or its record is missing or damaged; the line names it.
     """
     if split not in manifest.splits:
-        raise InputError(f"{uri.redact(manifest.uri)}: no {split!r} images there, only {', '.join(manifest.splits)}")
+        raise InputError(f"{uri.redact(manifest.uri)}: has no split {split!r}, only {', '.join(manifest.splits)}")
     first = 0
     for number, shard in enumerate(manifest.splits[split].shards):
         last = first + shard.count
@@ -237,7 +239,7 @@ def _planned(images_per_shard: int, seed: int, archive: ArchiveRef, inputs: tupl
     archives = _opened(archive)
     for split, source in archives.items():
         if dict(inputs).get(split, source.digest) != source.digest:
-            raise InputError(f"the {split} archive has changed since this run began; run the same command again")
+            raise InputError(f"the {split} archive has changed since the run began; run the same command again")
     orders = {split: permutation(seed, 0, len(source.members)) for split, source in archives.items()}
     return _Plan(
         archives,
@@ -250,13 +252,16 @@ def _planned(images_per_shard: int, seed: int, archive: ArchiveRef, inputs: tupl
 
 
 def _groups(config: ShardConfig, count: int) -> list[range]:
-    """The numbers of the shards that one worker builds at a call: to call costs some time, and to wait for it too."""
-    size = max(1, min(_GROUP // config.images_per_shard, -(-count // _CALLS)))
+    """The numbers of all shards in groups, each for one call of a worker.
+
+    Larger groups cost fewer calls; smaller groups keep all workers busy to the end.
+    """
+    size = max(1, min(_GROUP_IMAGES // config.images_per_shard, -(-count // _MIN_GROUPS)))
     return [range(count)[start : start + size] for start in range(0, count, size)]
 
 
 def _in_threads(runner: Runner, build: Build, groups: Sequence[range]) -> Iterator[Built]:
-    with threads(here(runner)) as pool:
+    with threads(local_workers(runner)) as pool:
         yield from pool.map(build, groups)
 
 
@@ -273,7 +278,7 @@ def _build_all(
 
 
 def _build(config: ShardConfig, source: Archive, out: StageOutput, task: _Task) -> tuple[Unreadable, ...]:
-    """Build one tar unless it is committed, and say which files were left out of it."""
+    """Build one tar unless it is committed; return the files that were left out of it."""
     record = records.load(out, task.record, ShardRecord)
     if record is None:
         replace = uri.exists(out.url(task.record))
@@ -309,7 +314,7 @@ def _check_limit(unreadable: list[Unreadable], done: int, total: int, limit: flo
     first = "; ".join(f"{item.split} {item.name}: {item.reason}" for item in unreadable[:3])
     raise InputError(
         f"{len(unreadable):,} of the first {done:,} images are unreadable, more than max_unreadable = {limit:g} "
-        f"of {total:,} allows; mend or remove them, or raise the limit: {first}"
+        f"of {total:,} allows; repair or remove them, or raise max_unreadable: {first}"
     )
 
 
@@ -317,7 +322,7 @@ def _check_classes(train: Archive, done: list[ShardRecord]) -> None:
     seen = {entry.label for record in done for entry in record.entries}
     empty = [name for label, name in enumerate(train.class_names) if label not in seen]
     if empty:
-        raise InputError(f"class {empty[0]!r}: not one of its files is a readable image; mend or remove it")
+        raise InputError(f"class {empty[0]!r}: none of its files is a readable image; repair or remove it")
 
 
 def _split(split: str, tasks: list[_Task], done: list[ShardRecord]) -> Split:
@@ -346,14 +351,14 @@ def _read_shard(manifest: ShardManifest, task: _Task, first: int) -> Iterator[Sa
 
 
 def estimate(config: ShardConfig, archive: ArchiveRef, plan: PlanContext) -> StageCost:
-    """What it takes to pack the archive.
+    """The cost of packing the archive.
 
     Raises:
         InputError: as `open_archive`.
         StorageError: an image cannot be read.
     """
     archives = _opened(archive)
-    rate, mean_size = timed(archives["train"], here(config.runner))
+    rate, mean_size = timed(archives["train"], local_workers(config.runner))
     counts = {split: len(source.members) for split, source in archives.items()}
     shards, images = sum(-(-count // config.images_per_shard) for count in counts.values()), sum(counts.values())
     members = (member for source in archives.values() for member in source.members)

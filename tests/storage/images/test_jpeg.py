@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from storage.images import jpeg
-from storage.images.jpeg import is_whole
+from storage.images.jpeg import is_complete
 from storage.images.transforms import UnreadableImage, decode, inspect
 
 
@@ -38,18 +38,18 @@ def test_plain_ones_are_told_without_decoding(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(Image.Image, "load", None)
     facts = inspect(PLAIN[name])
     assert (facts.width, facts.height, facts.extension) == (*image.size, "jpg")
-    assert is_whole(PLAIN[name] + b"what a camera appends")
+    assert is_complete(PLAIN[name] + b"what a camera appends")
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_of_others_decoding_tells(name: str) -> None:
-    assert not is_whole(OTHER[name])
+    assert not is_complete(OTHER[name])
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_every_truncation_is_found(name: str) -> None:
     data = PLAIN[name]
-    assert not any(is_whole(data[:end]) for end in range(len(data)))
+    assert not any(is_complete(data[:end]) for end in range(len(data)))
     for end in range(0, len(data), 97):
         with pytest.raises(UnreadableImage):
             inspect(data[:end])
@@ -83,7 +83,7 @@ def test_what_is_called_whole_always_decodes(name: str) -> None:
     rng = random.Random(name)
     whole = 0
     for _, data in zip(range(1500), damaged(PLAIN[name], rng), strict=False):
-        if is_whole(data):
+        if is_complete(data):
             whole += 1
             try:
                 inspect(data)
@@ -97,7 +97,7 @@ def test_a_decoder_is_not_asked_where_its_tables_are_wrong() -> None:
     data = PLAIN["colour"]
     table = data.index(b"\xff\xc4")
     oversubscribed = data[: table + 5] + b"\x03" + data[table + 6 :]
-    assert not is_whole(oversubscribed)
+    assert not is_complete(oversubscribed)
     assert jpeg._huffman(bytes([0, 1, 0, 2, *[0] * 13, 0, 1, 2])) == {0}
     assert jpeg._huffman(bytes([0, 1, 2, *[0] * 14, 0, 1, 2])) is None  # a code of all ones
     assert jpeg._huffman(bytes([0, 1, 0, 2, *[0] * 13, 0, 1, 16])) is None  # a difference of 16 bits

@@ -262,7 +262,7 @@ def test_damage_is_named_at_reading(tmp_path: Path, archive: ArchiveRef) -> None
     path.unlink()
     with pytest.raises(StorageError, match=r"train/00001\.tar: no such object"):
         list(read_images(manifest, "train"))
-    with pytest.raises(InputError, match="no 'test' images there, only train, held_out"):
+    with pytest.raises(InputError, match="has no split 'test', only train, held_out"):
         list(read_images(manifest, "test"))
 
 
