@@ -1,4 +1,4 @@
-"""What a stage will cost, as the stage itself reckons before it runs."""
+"""What a stage will cost, estimated by the stage itself before it runs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,67 +13,68 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage has to do and what it leaves behind."""
+    """The work of a stage and the size of its output."""
 
     images: int
+    """Images that the stage processes."""
     objects: int
-    """Objects written, commit records and manifest among them."""
+    """Objects that the stage writes, including commit records and the manifest."""
     size: int
-    """Bytes that they have."""
+    """Bytes of all objects."""
     units: int
-    """Units that commit themselves."""
+    """Units of work, each with a commit record of its own."""
     done: int
-    """How many of them are there."""
+    """Units that are committed already."""
     seconds: float
-    """For all units, on the machine of the rates."""
+    """Seconds for all units, on the machine that the rates are of."""
     leaves: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the stage's manifest, as far as the next stages' estimates read them."""
+    """Fields of the stage's future manifest that the estimates of the next stages read."""
     unit: str = "units"
-    """What people call a unit."""
+    """Name of a unit, for people."""
     memory: int = 0
-    """Bytes that each rank holds; 0 where that is of no weight."""
+    """Bytes that each rank needs in memory; 0 if that is little."""
     copied: int | None = None
-    """Bytes to copy to this machine's cache yet; None where the stage copies nothing."""
+    """Bytes that are still to be copied to this machine's cache; None if the stage copies nothing."""
     save_disk: str = ""
-    """What to change in the config for a smaller size."""
+    """What to change in the config for a smaller output."""
     save_memory: str = ""
     """What to change in the config for less memory."""
     problems: tuple[str, ...] = ()
-    """What else will stop the stage."""
+    """Other problems that will stop the stage."""
 
 
 @dataclass(frozen=True)
 class PlanContext:
-    """What an estimate may ask for besides the stage's config and source."""
+    """What an estimate needs besides the stage's config and source."""
 
     out: StageOutput
-    """The stage's folder, with what earlier starts have left there."""
+    """The stage's output, with the units that earlier runs have committed."""
     rates: dict[str, float]
-    """What the machine does in a second, by name; what is not given is measured and added."""
+    """Rates of a machine by name, work a second; a rate that is missing is measured and added."""
     world_size: int
     """Ranks that share the work."""
     nodes: int
-    """Machines that they run on."""
+    """Machines that the ranks run on."""
     before: Mapping[str, Manifest]
-    """Manifests of the stages before by their names, as they are or, without files, as they will be."""
+    """Manifests of the previous stages by name. The manifest of an unfinished stage is an estimate, without files."""
 
     def rate(self, name: str, measure: Callable[[], float]) -> float:
-        """A rate, measured if it is not known."""
+        """A rate by name, measured if it is not known."""
         if name not in self.rates:
             self.rates[name] = measure()
         return self.rates[name]
 
     def manifest(self, kind: type[AnyManifest]) -> AnyManifest:
-        """The manifest of a stage before."""
-        found = self.before[kind.STAGE]
-        assert isinstance(found, kind)
-        return found
+        """The manifest of a previous stage."""
+        manifest = self.before[kind.STAGE]
+        assert isinstance(manifest, kind)
+        return manifest
 
     def records(self) -> int:
-        """Units of this stage that have left a commit record."""
+        """Commit records of this stage."""
         return sum(name.endswith(".json") for name in uri.names(self.out.url(records.FOLDER)))
 
 
 def store_objects(layout: "RowLayout") -> int:
-    """Objects that a stage writes to fill a row store: also records, metadata, a picture and the manifest."""
+    """Objects that a stage writes for a row store, including records, metadata, one artifact and the manifest."""
     return layout.objects + layout.blocks + len(layout.arrays) + 3

@@ -77,7 +77,7 @@ def latent_layout(
         chunk_rows: images of an inner chunk, the unit that is checksummed and fetched.
 
     Raises:
-        InputError: block_rows is no multiple of chunk_rows.
+        InputError: block_rows is not a multiple of chunk_rows.
     """
     moments = [
         ArraySpec(name, "float16", (flips, *shape), chunk_rows=chunk_rows, split_axis0=True) for name in ("mean", "std")
@@ -95,16 +95,17 @@ def pixel_layout(rows: int, side: int, block_rows: int = 4096, chunk_rows: int =
         chunk_rows: images of an inner chunk, the unit that is checksummed and fetched.
 
     Raises:
-        InputError: block_rows is no multiple of chunk_rows.
+        InputError: block_rows is not a multiple of chunk_rows.
     """
     image = ArraySpec("image", "uint8", (side, side, 3), chunk_rows=chunk_rows)
     return RowLayout(rows=rows, block_rows=block_rows, arrays=(image, *_keys(chunk_rows)))
 
 
 def bytes_to_stage(manifest: LatentManifest) -> int | None:
-    """Bytes of a store that reading it here will copy to this machine, if it is there or, without files, once it is.
+    """Bytes that a reader still has to copy to this machine; None for a local store, which is read in place.
 
-    None for a store that is read where it lies.
+    Args:
+        manifest: the store's manifest, or an estimate of it without files.
     """
     if uri.local_path(manifest.uri) is not None:
         return None

@@ -283,7 +283,7 @@ class StageOutput(Config):
         return FileEntry(path=path, size=len(data), sha256=uri.sha256(data))
 
     def manifest(self, kind: type[AnyManifest], files: Iterable[FileEntry] = (), **fields: Any) -> AnyManifest:
-        """The manifest that this output has or will have; nothing is written."""
+        """The manifest of this output with these files and fields; nothing is written."""
         manifest = kind(
             **dict(self.header),
             files=tuple(sorted(files, key=lambda entry: entry.path)),
@@ -295,9 +295,12 @@ class StageOutput(Config):
         return manifest
 
     def commit(self, kind: type[AnyManifest], files: Iterable[FileEntry], **fields: Any) -> AnyManifest:
-        """Write the manifest, which makes the output exist, and return it as readers will see it.
+        """Write the manifest, which finishes the output, and return it as readers will see it.
 
-        Two workers that finish the same work are harmless: the first manifest stays.
+        If another run has written a manifest meanwhile, that one is kept and returned.
+
+        Raises:
+            StorageError: the disk is full or the store refuses.
         """
         manifest = self.manifest(kind, files, **fields)
         uri.create(self.url(MANIFEST), manifest.model_dump_json(indent=1).encode())
@@ -344,7 +347,7 @@ def stage_output(
         stage=stage,
         version=version,
         digest=digest,
-        config=_redacted(json.loads(config.model_dump_json())),
+        config=uri.redact_json(json.loads(config.model_dump_json())),
         inputs=digests,
         parents={name: parent.as_parent() for name, parent in parents.items()},
         rerun=rerun,
@@ -386,15 +389,6 @@ def short_digest(digest: str) -> str:
 
 def _folder(root: str, stage: str, digest: str) -> str:
     return uri.join(uri.absolute(root), stage, short_digest(digest))
-
-
-def _redacted(value: Any) -> Any:
-    """A JSON value whose URLs are without user, password and query."""
-    if isinstance(value, dict):
-        return {_redacted(key): _redacted(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_redacted(item) for item in value]
-    return uri.redact(value) if isinstance(value, str) else value
 
 
 def json_digest(value: Any) -> str:

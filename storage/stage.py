@@ -1,4 +1,4 @@
-"""What a stage tells of itself. Each stage's module holds one `StageDefinition`, called ``DEFINITION``."""
+"""The definition of a stage. Each stage's module has one `StageDefinition`, named ``DEFINITION``."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,36 +18,36 @@ MadeOut = TypeVar("MadeOut", bound=Manifest, covariant=True)
 
 
 class Run(Protocol[ConfigIn, SourceIn, MadeOut]):
-    """Does the work that is not done yet and commits the manifest."""
+    """The function that does a stage's work."""
 
     def __call__(self, config: ConfigIn, source: SourceIn, /, *, out: StageOutput, tracker: Tracker) -> MadeOut:
-        """Bring the output to its manifest.
+        """Do the units that are not committed yet, then commit the manifest.
 
         Args:
-            config: of the stage.
-            source: what the stage starts from.
-            out: the folder to write into and to commit.
-            tracker: who listens.
+            config: the stage's config.
+            source: the archive, or the manifest of the stage before.
+            out: the output to write and commit.
+            tracker: receives metrics, artifacts and progress.
         """
 
 
 def no_inputs(_: Any, __: Any) -> dict[str, str]:
-    """Nothing but config and source decides the stage's bytes."""
+    """No inputs besides config and source."""
     return {}
 
 
 @dataclass(frozen=True)
 class StageDefinition(Generic[ConfigT, SourceT, MadeT]):
-    """A stage, told by the module that does its work.
+    """A stage.
 
     Args:
-        config: its config.
-        manifest: the manifest that it writes; its ``STAGE`` is the stage's name.
-        version: raised when the same config and inputs make other bytes than before.
+        config: its type of config.
+        manifest: its type of manifest, whose ``STAGE`` is the stage's name.
+        version: raised when the same config and inputs give other bytes than before.
         run: does the work.
-        inputs: digests, by name, of what decides the bytes besides config and source.
-        estimate: reckons what the stage costs; None for a stage that costs too little to be planned.
-        rates: what a machine does in a second, as the estimate asks for it, by name and each with its unit.
+        inputs: digests by name of all inputs besides config and source, such as weights.
+        estimate: estimates the cost; None for a stage that costs too little to be planned.
+        rates: the rates that the estimate asks for, by name, each with a description and its unit.
     """
 
     config: type[ConfigT]

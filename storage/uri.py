@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -86,6 +86,15 @@ def redact(url: str) -> str:
     if "://" not in url:
         return url
     return re.sub(r"[?#].*", "", re.sub(r"://[^/\s]*@", "://", url), flags=re.DOTALL)
+
+
+def redact_json(value: Any) -> Any:
+    """A JSON value with `redact` applied to every string."""
+    if isinstance(value, dict):
+        return {redact_json(key): redact_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [redact_json(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def without_credentials(url: str) -> str:

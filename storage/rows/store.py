@@ -65,7 +65,7 @@ class RowLayout:
     """The arrays of a store and how their rows are cut into blocks.
 
     Raises:
-        InputError: block_rows is no multiple of an array's chunk_rows.
+        InputError: block_rows is not a multiple of an array's chunk_rows.
     """
 
     rows: int
