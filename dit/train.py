@@ -13,7 +13,7 @@ from dit.diffusion.build import build_process
 from dit.diffusion.config import DiffusionConfig, ProcessConfig
 from dit.export import RAW_WEIGHTS, CheckpointManifest, ModelCard, export, weights_file
 from dit.models.build import build
-from dit.models.choice import DiTChoice, Given, ModelChoice
+from dit.models.choice import DataSpec, DiTChoice, ModelChoice
 from dit.models.config import DiffiTImageConfig, ModelConfig
 from dit.models.cost import activations, cost
 from dit.ranks import Ranks, joined
@@ -160,7 +160,7 @@ def model_for(config: TrainConfig, latents: LatentManifest) -> ModelConfig:
     channels, side, _ = latents.latent_shape
     classes, learn_variance = len(latents.class_names), isinstance(config.diffusion, DiffusionConfig)
     try:
-        return config.model.config(Given(channels, side, classes, learn_variance, config.augmentation > 0))
+        return config.model.config(DataSpec(channels, side, classes, learn_variance, config.augmentation > 0))
     except ValidationError as error:
         raise InputError(f"train.model: does not fit the latents: {problem(error)}") from error
 

@@ -1,1 +1,1 @@
-"""Diffusion processes: what noise does to data and what a prediction is worth. They know no network and no file."""
+"""Diffusion processes: how noise is added to data, and the loss of a prediction. They know no network and no file."""

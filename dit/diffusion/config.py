@@ -1,4 +1,4 @@
-"""What a diffusion process is made of."""
+"""Configs of the diffusion processes."""
 
 from typing import Annotated, Literal, Self
 
@@ -42,4 +42,4 @@ class EDMConfig(Config):
 
 
 ProcessConfig = Annotated[DiffusionConfig | EDMConfig, Field(discriminator="kind")]
-"""Any process, told apart by ``kind``."""
+"""Any process; ``kind`` says which."""

@@ -1,4 +1,19 @@
-"""Diffusion over continuous noise levels (Karras et al., "Elucidating the Design Space", arXiv 2206.00364, EDM)."""
+"""Diffusion over continuous noise levels (EDM: Karras et al., arXiv 2206.00364).
+
+Noise is added and nothing is shrunk: x = x0 + sigma eps. A denoiser D(x; sigma) that minimises E |D - x0|^2 is all
+that sampling needs, since it gives the score: grad log p(x; sigma) = (D(x; sigma) - x) / sigma^2 (equation 3).
+
+The scale of x and of the noise in it varies by orders of magnitude, so D wraps a network F (equation 7):
+
+    D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)
+    c_in = 1 / sqrt(sigma^2 + sigma_data^2)                         F's input has unit variance
+    c_skip = sigma_data^2 / (sigma^2 + sigma_data^2)                the choice with the smallest c_out,
+    c_out = sigma sigma_data / sqrt(sigma^2 + sigma_data^2)         so D amplifies errors of F least
+    c_noise = ln(sigma) / 4                                         (table 1; derived in appendix B.6)
+
+F's target (x0 - c_skip x) / c_out then has unit variance too. The loss (equation 8) weights |D - x0|^2 by 1 / c_out^2,
+which makes it |F - target|^2: equal at all levels for an untrained F. In training ln(sigma) is N(p_mean, p_std^2).
+"""
 
 # B = batch, C = channels, H, W = height and width, sigma = standard deviation of the noise
 
@@ -13,15 +28,12 @@ from dit.diffusion.config import EDMConfig
 from dit.diffusion.process import Denoiser
 
 SMALLEST_U = 2.0**-54
+"""Replaces a uniform 0, whose normal quantile would be minus infinity."""
 
 
 @dataclass(frozen=True)
 class EDM:
-    """Preconditioning, noise levels and loss of EDM (table 1, last column).
-
-    Its times are noise levels sigma. The network is given ln(sigma) / 4 and data of unit variance,
-    and its output, called F, is mixed with the noisy data to expected data.
-    """
+    """Preconditioning, noise levels and loss of EDM (table 1, last column). Its times are noise levels sigma."""
 
     p_mean: float
     p_std: float
@@ -34,7 +46,7 @@ class EDM:
 
     @staticmethod
     def network_time(sigma: float) -> float:
-        """What the network is given for a noise level: ln(sigma) / 4; minus infinity for none."""
+        """c_noise of a noise level: ln(sigma) / 4; minus infinity for sigma = 0."""
         return math.log(sigma) / 4 if sigma > 0 else -math.inf
 
     def sample_t(self, u: Tensor) -> Tensor:
@@ -47,7 +59,7 @@ class EDM:
         return x0 + _at(sigma, x0) * noise
 
     def denoise(self, model: Denoiser, x: Tensor, sigma: Tensor, y: Tensor | None) -> Tensor:
-        """Data expected behind noisy data (equation 7).
+        """The expected data D(x; sigma) of noisy data (equation 7).
 
         Args:
             model: the network F, possibly guided.
@@ -59,17 +71,17 @@ class EDM:
             (B, C, H, W) in the dtype of x.
         """
         s, data = sigma.double(), self.sigma_data
-        spread = (s**2 + data**2).sqrt()
-        output = model(_at(1 / spread, x) * x, (s.log() / 4).to(x.dtype), y).to(x.dtype)
-        return _at(data**2 / spread**2, x) * x + _at(s * data / spread, x) * output
+        total = (s**2 + data**2).sqrt()  # standard deviation of x
+        c_in, c_noise, c_skip, c_out = 1 / total, s.log() / 4, data**2 / total**2, s * data / total
+        output = model(_at(c_in, x) * x, c_noise.to(x.dtype), y).to(x.dtype)
+        return _at(c_skip, x) * x + _at(c_out, x) * output
 
     def training_terms(
         self, model: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, y: Tensor | None
     ) -> dict[str, Tensor]:
-        """See `Process`. "mse" is the squared error of the data; "loss" is that times the level's weight (equation 8).
+        """See `Process`. "mse" is |D - x0|^2; "loss" is that times the weight of the level, 1 / c_out^2 (equation 8).
 
-        With the weight, (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, the loss of an untrained
-        network, whose F is 0, is expected to be 1 at every level.
+        The loss of an untrained network, whose F is 0, is 1 at every level, if the data has variance sigma_data^2.
         """
         expected = self.denoise(model, self.q_sample(x0, t, noise), t, y)
         mse = ((expected - x0) ** 2).flatten(1).mean(1)

@@ -1,11 +1,20 @@
-"""Gaussian diffusion in discrete time with learned-range variance.
+"""Gaussian diffusion in discrete time (DDPM: Ho et al., arXiv 2006.11239), with learned variance (IDDPM: Nichol &
+Dhariwal, arXiv 2102.09672).
 
-Ho et al., "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239, DDPM below) and Nichol &
-Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672, IDDPM below).
+Forward. The steps of `dit.diffusion.schedule` compose to q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), so
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,  eps ~ N(0, I)                                  (DDPM, 4)
+Posterior. By Bayes' rule the step back is Gaussian too, if x_0 is known (DDPM, 6 and 7):
+    mean      sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0 + sqrt(1 - beta_t) (1 - abar_{t-1}) / (1 - abar_t) x_t
+    variance  btilde_t = beta_t (1 - abar_{t-1}) / (1 - abar_t)
+Reverse. The network predicts eps. Solved for x_0, equation 4 gives the expected data, which the posterior mean
+takes for x_0. The best variance lies between btilde_t (right if the data is a point) and beta_t (right if it is
+N(0, I)). The network's second output v interpolates: log var = (v+1)/2 log beta_t + (1-v)/2 log btilde_t (IDDPM, 15)
+Loss. |eps - predicted eps|^2 trains the mean. The variational bound (`dit.diffusion.losses`) trains v alone, since
+its mean is held constant (IDDPM, 16). t counts from 0, and abar before the first step is 1.
 """
 
 # B = batch, C = channels, H, W = height and width, T = steps of this process
-# x0 = data, x_t = noisy data, t = index into this process's steps, eps = noise
+# x0 = data, x_t = noisy data, t = index into this process's steps, eps = noise, alphas_cumprod = abar
 
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Self
@@ -22,7 +31,7 @@ from storage.errors import InputError
 
 
 class Prediction(NamedTuple):
-    """What a network's output says of the step before, each (B, C, H, W)."""
+    """The distribution of x_{t-1} that a network's output stands for; each (B, C, H, W)."""
 
     mean: Tensor
     log_variance: Tensor
@@ -32,11 +41,11 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class GaussianDiffusion:
-    """Tables (T,) of the process, in float64, and the formulae that read them.
+    """Tables (T,) of the process, in float64, and the formulas that read them.
 
     Every ``t`` here is an index (B,) into these T steps. The network is given ``timesteps[t]``,
-    the timestep of the full process, which differs once the process is respaced.
-    Results have the dtype of the data that they are about.
+    the timestep of the full process; the two differ once the process is respaced.
+    Results have the dtype of the data that they are computed from.
     """
 
     timesteps: Tensor
@@ -45,7 +54,7 @@ class GaussianDiffusion:
     alphas_cumprod_prev: Tensor
     posterior_variance: Tensor
     posterior_log_variance: Tensor
-    """With the first, which is minus infinity, replaced by the second."""
+    """Its first entry, which would be minus infinity, is a copy of the second."""
     posterior_mean_x0: Tensor
     """Weight of x0 in the posterior mean."""
     posterior_mean_xt: Tensor
@@ -98,26 +107,26 @@ class GaussianDiffusion:
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noisy data after step t (DDPM, equation 4)."""
-        kept = self.alphas_cumprod
-        return _at(kept.sqrt(), t, x0) * x0 + _at((1 - kept).sqrt(), t, x0) * noise
+        abar = self.alphas_cumprod
+        return _at(abar.sqrt(), t, x0) * x0 + _at((1 - abar).sqrt(), t, x0) * noise
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and clipped log-variance of the state before x_t if x0 is known (DDPM, equations 6 and 7)."""
+        """Mean and clipped log-variance of x_{t-1} given x_t and x0 (DDPM, equations 6 and 7)."""
         mean = _at(self.posterior_mean_x0, t, x_t) * x0 + _at(self.posterior_mean_xt, t, x_t) * x_t
         return mean, _at(self.posterior_log_variance, t, x_t)
 
     def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Data from noisy data and its noise: `q_sample` solved for x0."""
-        kept = self.alphas_cumprod
-        return _at(kept.rsqrt(), t, x_t) * x_t - _at((1 / kept - 1).sqrt(), t, x_t) * eps
+        """The data in noisy data whose noise is known: `q_sample` solved for x0."""
+        abar = self.alphas_cumprod
+        return _at(abar.rsqrt(), t, x_t) * x_t - _at((1 / abar - 1).sqrt(), t, x_t) * eps
 
     def log_variance(self, v: Tensor, t: Tensor) -> Tensor:
-        """Between the posterior's variance at v = -1 and beta at v = 1 (IDDPM, equation 15)."""
+        """Log-variance from the posterior's at v = -1 to that of beta at v = 1 (IDDPM, equation 15)."""
         share = (v + 1) / 2
         return share * _at(self.betas.log(), t, v) + (1 - share) * _at(self.posterior_log_variance, t, v)
 
     def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """The state before x_t according to a network's output.
+        """The distribution of x_{t-1} according to a network's output.
 
         Args:
             output: noise (B, C, H, W), or noise and variance interpolation (B, 2C, H, W); without
@@ -153,7 +162,7 @@ class GaussianDiffusion:
     def training_terms(
         self, model: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, y: Tensor | None
     ) -> dict[str, Tensor]:
-        """`training_loss` of what the model says of the noisy data (see `Process`)."""
+        """`training_loss` of the model's output for the noisy data (see `Process`)."""
         output = model(self.q_sample(x0, t, noise), self.timesteps.to(t.device)[t], y)
         return self.training_loss(output, x0, noise, t)
 
@@ -177,4 +186,4 @@ def _split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
         return output, None
     if output.shape[1] == 2 * channels:
         return output[:, :channels], output[:, channels:]
-    raise InputError(f"the model's output has {output.shape[1]} channels; {channels} or {2 * channels} fit the data")
+    raise InputError(f"model output: has {output.shape[1]} channels; the data needs {channels} or {2 * channels}")

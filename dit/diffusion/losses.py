@@ -1,4 +1,16 @@
-"""Terms of the variational bound, in nats."""
+"""Terms of the variational bound on -log p(x_0), in nats per element (Ho et al., arXiv 2006.11239, equation 5).
+
+    L = L_T + L_{T-1} + ... + L_0
+    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))    both Gaussian, so in closed form:
+    KL(N(m1, s1^2) || N(m2, s2^2)) = (log s2^2 - log s1^2 + (s1^2 + (m1 - m2)^2) / s2^2 - 1) / 2
+    L_0 = -log p(x_0 | x_1)
+
+L_T has nothing to learn. In L_0 the data is one of 256 levels, mapped to -1 .. 1 with a distance of 2/255, so its
+probability is that of a bin: Phi((x + 1/255 - m) / s) - Phi((x - 1/255 - m) / s) (equation 13), with Phi the
+normal distribution function. Nats divided by ln 2 are bits.
+"""
+
+# B = batch
 
 import math
 
@@ -7,7 +19,8 @@ from torch import Tensor
 
 HALF_BIN = 1 / 255
 LAST_BIN = 0.999
-SMALLEST = 1e-12
+"""Numbers beyond belong to the outermost bins."""
+MIN_PROBABILITY = 1e-12
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
@@ -24,11 +37,11 @@ def discretised_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: T
     """
     inverse_std, gap = torch.exp(-0.5 * log_variance), x - mean
     ndtr = torch.special.ndtr
-    # A bin above the mean is read as its mirror image below, where small probabilities keep their digits.
+    # Phi(b) - Phi(a) loses its digits far above the mean, so each bin is mirrored to below the mean.
     inside = ndtr((HALF_BIN - gap.abs()) * inverse_std) - ndtr((-HALF_BIN - gap.abs()) * inverse_std)
     lowest, highest = ndtr((HALF_BIN + gap) * inverse_std), ndtr((HALF_BIN - gap) * inverse_std)
     probability = torch.where(x < -LAST_BIN, lowest, torch.where(x > LAST_BIN, highest, inside))
-    return probability.clamp(min=SMALLEST).log()
+    return probability.clamp(min=MIN_PROBABILITY).log()
 
 
 def mean_bits(nats: Tensor) -> Tensor:

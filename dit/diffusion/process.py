@@ -1,4 +1,4 @@
-"""What training knows of a diffusion process, whichever it is."""
+"""The interface of a diffusion process, as training sees it."""
 
 # B = batch, C = channels, H, W = height and width
 
@@ -11,11 +11,11 @@ class Denoiser(Protocol):
     """A network, or a wrapper of one, as a process and a sampler see it."""
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None, /) -> Tensor:
-        """Noisy data (B, C, H, W), the network's time (B,) and labels (B,) to a prediction."""
+        """A prediction from noisy data (B, C, H, W), the network's time (B,) and labels (B,)."""
 
 
 class Process(Protocol):
-    """A way to turn data into noise, and a loss for undoing it.
+    """A way to turn data into noise, and a loss for learning the reverse.
 
     The times that `sample_t` returns and `training_terms` takes are the process's own (an index, a
     noise level); the process itself translates them into the time that the network is given.

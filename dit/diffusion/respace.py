@@ -1,4 +1,13 @@
-"""Fewer steps from the same process (Nichol & Dhariwal, arXiv 2102.09672, section 4)."""
+"""Sampling in fewer steps than a model was trained with (Nichol & Dhariwal, arXiv 2102.09672, section 4).
+
+A network trained on T timesteps knows the noise at each. The marginals q(x_t | x_0) depend on abar_t alone (see
+`dit.diffusion.gaussian`). So a process that visits only the timesteps S_0 < S_1 < ... keeps their abar, and its
+noise variances follow from abar_{S_i} = (1 - beta_i) abar_{S_{i-1}}:
+
+    beta_i = 1 - abar_{S_i} / abar_{S_{i-1}}    (abar before the first step is 1)
+
+Everything else is derived from these betas as before. The network is still given the original timestep S_i.
+"""
 
 import torch
 from torch import Tensor
@@ -12,16 +21,16 @@ def kept_timesteps(total: int, spacing: int | str) -> list[int]:
     Args:
         total: timesteps of the full process.
         spacing: a number of steps such as 250 or "250", spread evenly over the whole range with a
-            fractional stride, rounded; or "ddimN" for N steps from 0 at a whole stride.
+            fractional stride, rounded; or "ddimN" for N steps from 0 at an integer stride.
 
     Raises:
-        InputError: the spacing is not readable, or no such number of steps fits.
+        InputError: the spacing is no such text, or no stride gives this number of steps.
     """
     text = str(spacing)
     count = text.removeprefix("ddim")
     if not count.isdecimal() or not 2 <= int(count) <= total:
-        raise InputError(f"steps {text!r}: write a number from 2 to {total}, or 'ddim' and a number")
-    return _whole(total, int(count)) if text.startswith("ddim") else _spread(total, int(count))
+        raise InputError(f"steps: {text!r} is neither a number from 2 to {total} nor 'ddim' and such a number")
+    return _integer_stride(total, int(count)) if text.startswith("ddim") else _evenly_spaced(total, int(count))
 
 
 def respaced_betas(alphas_cumprod: Tensor, kept: Tensor) -> Tensor:
@@ -30,12 +39,12 @@ def respaced_betas(alphas_cumprod: Tensor, kept: Tensor) -> Tensor:
     return 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
 
 
-def _spread(total: int, count: int) -> list[int]:
+def _evenly_spaced(total: int, count: int) -> list[int]:
     return [round(i * (total - 1) / (count - 1)) for i in range(count)]
 
 
-def _whole(total: int, count: int) -> list[int]:
+def _integer_stride(total: int, count: int) -> list[int]:
     for stride in range(1, total):
         if len(range(0, total, stride)) == count:
             return list(range(0, total, stride))
-    raise InputError(f"steps 'ddim{count}': no whole stride through {total} timesteps gives {count}; leave 'ddim' out")
+    raise InputError(f"steps: no integer stride through {total} timesteps gives 'ddim{count}'; write {count} instead")

@@ -1,4 +1,15 @@
-"""Fréchet distance between Gaussians fitted to features (Heusel et al., arXiv 1706.08500)."""
+"""Fréchet distance between two sets of images in a feature space (FID in Inception's: Heusel et al., arXiv 1706.08500).
+
+A Gaussian is fitted to the features of each set. The distance is the squared 2-Wasserstein distance of the two:
+
+    |mean1 - mean2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
+
+The root needs no root of a matrix. With S1 = L L', S1 S2 = L (L' S2) has the eigenvalues of (L' S2) L, which is
+symmetric, so tr (S1 S2)^(1/2) is the sum of the square roots of its eigenvalues: real, and much faster.
+
+Statistics of a stream of batches are the count n, the mean, and M2, the sum of (x - mean)(x - mean)'. Two parts a and
+b, with means d apart, merge to M2 = M2_a + M2_b + d d' n_a n_b / n (Chan, Golub & LeVeque 1983); S = M2 / (n - 1).
+"""
 
 # N = samples, D = features
 
@@ -13,10 +24,10 @@ from storage.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Count, mean (D,) and sum of outer products of deviations (D, D) of features, in float64.
+    """Count, mean (D,) and M2 (D, D) of features, in float64.
 
-    Parts merge by Chan, Golub & LeVeque (1983), so batches and ranks may be cut anyhow. To get the
-    same bits again, merge in the same order.
+    The result does not depend on how the stream is split into batches and ranks, up to rounding. The same
+    order of merging gives the same bits.
     """
 
     count: int
@@ -25,26 +36,26 @@ class Statistics:
 
     @classmethod
     def empty(cls, dims: int) -> Self:
-        """Of no samples."""
+        """Statistics of no samples."""
         return cls(0, torch.zeros(dims, dtype=torch.float64), torch.zeros(dims, dims, dtype=torch.float64))
 
     @classmethod
     def of(cls, features: Tensor) -> Self:
-        """Of features (N, D), which may be none.
+        """Statistics of features (N, D); N may be 0.
 
         Raises:
             InputError: a feature is not finite.
         """
         x = features.detach().double()
         if not x.isfinite().all():
-            raise InputError("features: some are not finite; look at the samples and the extractor's weights")
+            raise InputError("features: some are not finite; check the samples and the extractor's weights")
         if not len(x):
             return cls.empty(x.shape[1])
         mean = x.mean(0)
         return cls(len(x), mean.cpu(), ((x - mean).T @ (x - mean)).cpu())
 
     def merge(self, other: Self) -> Self:
-        """Of both sets together."""
+        """Statistics of both sets together."""
         count = self.count + other.count
         if not count:
             return self
@@ -53,7 +64,7 @@ class Statistics:
         return type(self)(count, self.mean + gap * share, m2)
 
     def update(self, features: Tensor) -> Self:
-        """Of these samples and features (N, D) together."""
+        """Statistics of these samples and of features (N, D) together."""
         return self.merge(self.of(features))
 
     @property
@@ -64,7 +75,7 @@ class Statistics:
             InputError: there are fewer than two samples.
         """
         if self.count < 2:
-            raise InputError(f"statistics: {self.count} samples have no covariance; at least 2 are needed")
+            raise InputError(f"statistics: a covariance needs at least 2 samples, not {self.count}")
         return self.m2 / (self.count - 1)
 
     def distance(self, other: Self) -> float:
@@ -73,16 +84,13 @@ class Statistics:
 
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
-    """|mean1 - mean2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means (D,) and covariances (D, D).
-
-    With S1 = L L', the trace of the root is the sum of the square roots of the eigenvalues of
-    L' S2 L, which is symmetric: much faster than the root of a matrix, and always real.
+    """|mean1 - mean2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means (D,) and covariances S1, S2 (D, D).
 
     Raises:
         InputError: the dimensions differ.
     """
     if mean1.shape != mean2.shape:
-        raise InputError(f"Fréchet distance: features of {len(mean1)} and {len(mean2)} dimensions do not compare")
+        raise InputError(f"Fréchet distance: the features have different dimensions, {len(mean1)} and {len(mean2)}")
     s1, s2, gap = covariance1.double(), covariance2.double(), mean1.double() - mean2.double()
     factor = _factor(s1)
     roots = torch.linalg.eigvalsh(factor.T @ s2 @ factor).clamp(min=0).sqrt()
@@ -90,7 +98,7 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
 
 
 def _factor(s: Tensor) -> Tensor:
-    """L with L L' = s, also for a covariance of low rank, which has no Cholesky factor."""
+    """L with L L' = s; by eigenvectors where a covariance of low rank has no Cholesky factor."""
     lower: Tensor
     lower, fault = torch.linalg.cholesky_ex(s)
     if not fault:

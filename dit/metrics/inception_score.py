@@ -1,4 +1,13 @@
-"""Inception score (Salimans et al., arXiv 1606.03498) from logits that arrive in batches."""
+"""Inception score (Salimans et al., arXiv 1606.03498), from logits that arrive in batches.
+
+A classifier gives p(y|x) of each sample x. Samples are good if p(y|x) is sharp, and varied if its mean p(y) is broad:
+
+    score = exp(E_x KL(p(y|x) || p(y))),    from 1 to the number of classes
+
+Since E_x p(y|x) = p(y), the exponent is E_x sum_y p(y|x) log p(y|x) - sum_y p(y) log p(y). So two sums over the
+samples are enough: that of p(y|x), and that of p(y|x) log p(y|x), the negative entropy. Published scores are means over
+splits of 5,000 consecutive samples.
+"""
 
 # B = batch, C = classes
 
@@ -10,14 +19,14 @@ from torch import Tensor
 from storage.errors import InputError
 
 SPLIT = 5000
-"""Samples of a split in the published numbers."""
+"""Samples of a split in published scores."""
 
 
 class InceptionScore:
-    """The mean over contiguous splits, in the order of arrival, of exp(E KL(p(y|x) || p(y))).
+    """The mean of the scores of consecutive splits, in the order of arrival. The last split may be short.
 
-    The last split may be short. What is kept of a split is the sum of its probabilities and of their
-    p log p, in float64, since E KL is E sum p log p minus sum q log q with q the mean of p.
+    Args:
+        split: samples of a split.
     """
 
     def __init__(self, split: int = SPLIT) -> None:
@@ -32,7 +41,7 @@ class InceptionScore:
             InputError: a logit is not finite.
         """
         if not logits.isfinite().all():
-            raise InputError("logits: some are not finite; look at the samples and the extractor's weights")
+            raise InputError("logits: some are not finite; check the samples and the extractor's weights")
         logs = logits.detach().double().log_softmax(1)
         while len(logs):
             part, logs = logs.tensor_split([self._split - self._count])
@@ -60,5 +69,5 @@ class InceptionScore:
             self._count, self._negentropy = 0, 0.0
 
     def _current(self) -> float:
-        q = self._sum / self._count
+        q = self._sum / self._count  # p(y)
         return exp(self._negentropy / self._count - float(torch.xlogy(q, q).sum()))

@@ -1,4 +1,11 @@
-"""A straight line between logarithms: how a number falls as something grows."""
+"""Power laws: how a distance y falls as the compute x grows.
+
+    y = a x^b    is a straight line in logarithms:    ln y = ln a + b ln x
+
+Least squares over n points gives b = S_xy / S_xx, with S the sums of products of deviations from the means of ln x
+and ln y. With residuals r_i, b has the variance s^2 / S_xx, s^2 = sum r_i^2 / (n - 2), and its 95 % interval is
+b +- t sqrt(s^2 / S_xx), with t the 0.975 quantile of Student's t distribution with n - 2 degrees of freedom.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,33 +21,34 @@ class PowerLaw:
     coefficient: float
     exponent: float
     margin: float | None
-    """Half the width of the exponent's 95 % interval (Student's t); None from two points, which any line fits."""
+    """Half the width of the exponent's 95 % interval; None of two points, through which a line always goes."""
     correlation: float
-    """Of the logarithms (Pearson's r)."""
+    """Pearson's r of the logarithms."""
     points: int
 
     def __call__(self, x: float) -> float:
-        """The y of the line."""
+        """The y of an x."""
         return float(self.coefficient * x**self.exponent)
 
     def __str__(self) -> str:
-        low_high = ""
+        interval = ""
         if self.margin is not None:
-            low_high = f" (exponent {self.exponent - self.margin:.2f} to {self.exponent + self.margin:.2f}, 95 %)"
-        return f"{self.coefficient:.3g} * x^{self.exponent:.2f}{low_high}, r {self.correlation:.2f}, {self.points} runs"
+            interval = f" (exponent {self.exponent - self.margin:.2f} to {self.exponent + self.margin:.2f}, 95 %)"
+        return f"{self.coefficient:.3g} * x^{self.exponent:.2f}{interval}, r {self.correlation:.2f}, {self.points} runs"
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
-    """The line of least squares between log x and log y, every point with the same weight.
+    """The power law of least squares in logarithms. Every point has the same weight.
 
     Raises:
         ValueError: there are fewer than two different x, or a number is not positive.
     """
     if min(*x, *y) <= 0 or len(set(x)) < 2:
-        raise ValueError("a power law needs positive numbers at two different places at least")
-    across, up = np.log(x), np.log(y)
-    slope, start = np.polyfit(across, up, 1)
-    free = len(x) - 2
-    spread = np.square(up - slope * across - start).sum() / np.square(across - across.mean()).sum()
-    margin = float(stdtrit(free, 0.975) * np.sqrt(spread / free)) if free else None
-    return PowerLaw(float(np.exp(start)), float(slope), margin, float(np.corrcoef(across, up)[0, 1]), len(x))
+        raise ValueError("a power law needs positive numbers and at least two different x")
+    log_x, log_y = np.log(x), np.log(y)
+    slope, intercept = np.polyfit(log_x, log_y, 1)
+    freedom = len(x) - 2
+    ratio = np.square(log_y - slope * log_x - intercept).sum() / np.square(log_x - log_x.mean()).sum()
+    margin = float(stdtrit(freedom, 0.975) * np.sqrt(ratio / freedom)) if freedom else None
+    correlation = float(np.corrcoef(log_x, log_y)[0, 1])
+    return PowerLaw(float(np.exp(intercept)), float(slope), margin, correlation, len(x))

@@ -1,4 +1,14 @@
-"""Precision and recall of samples (Kynkäänniemi et al., arXiv 1904.06991), as ADM's evaluation suite computes them."""
+"""Precision and recall of samples (Kynkäänniemi et al., arXiv 1904.06991), as ADM's evaluation suite computes them.
+
+The manifold of a set is estimated by balls: one around each of its features, whose radius is the distance to the
+k-th nearest neighbour in the set, k = 3 (equation 1). A feature lies in the manifold if it lies in any ball.
+
+    precision = share of samples in the manifold of the reference: are they realistic?
+    recall = share of the reference in the manifold of the samples: do they cover the data?    (equation 2)
+
+Squared distances are compared, |u - v|^2 = |u|^2 - 2 u.v + |v|^2, so that a product of matrices gives a block of them.
+In float16, as ADM's suite computes them, their rounding is a part of the published numbers.
+"""
 
 # N = reference images, M = samples, D = features, R = rows and K = columns of a block
 
@@ -13,17 +23,15 @@ from storage.errors import InputError
 Mode = Literal["adm-fp16", "fp32"]
 """Precision of the distances. The papers' numbers are ``adm-fp16``."""
 NEIGHBOUR = 3
-"""A ball reaches to this neighbour of its centre."""
+"""k: a ball reaches to this neighbour of its centre."""
 BLOCK = 10_000
-"""Rows and columns of a block of distances in ADM's suite; with ``adm-fp16`` it is a part of the result."""
+"""Rows and columns of a block of distances in ADM's suite. With ``adm-fp16`` it changes the result."""
 
 
 def precision_recall(reference: Tensor, samples: Tensor, mode: Mode, block: int = BLOCK) -> tuple[float, float]:
-    """The share of samples within the reference's manifold, and the other way round.
+    """Precision and recall, each in 0 .. 1. The surface of a ball belongs to it.
 
-    A set's manifold is the union of balls around its features that reach to the third neighbour,
-    the surface included. Distances are squared. With ``adm-fp16`` they are float16; a block of them
-    with an overflow is computed again in float32.
+    With ``adm-fp16`` distances are float16, and a block that overflows is computed again in float32.
 
     Args:
         reference: features (N, D).
@@ -36,23 +44,23 @@ def precision_recall(reference: Tensor, samples: Tensor, mode: Mode, block: int 
     """
     if min(len(reference), len(samples)) <= NEIGHBOUR:
         raise InputError(
-            f"precision and recall: {len(reference)} reference images and {len(samples)} samples; "
-            f"at least {NEIGHBOUR + 1} of each are needed"
+            f"precision and recall: need at least {NEIGHBOUR + 1} reference images and samples, not {len(reference)} "
+            f"and {len(samples)}"
         )
     with exact_float32():
-        around_reference, around_samples = _radii(reference, mode, block), _radii(samples, mode, block)
-        precise = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
-        recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+        reference_radii, sample_radii = _radii(reference, mode, block), _radii(samples, mode, block)
+        in_reference = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+        in_samples = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
         for rows in _blocks(reference, block):
             for columns in _blocks(samples, block):
                 distances = _distances(reference[rows], samples[columns], mode)
-                precise[columns] |= (distances <= around_reference[rows, None]).any(0)
-                recalled[rows] |= (distances <= around_samples[None, columns]).any(1)
-    return float(precise.double().mean()), float(recalled.double().mean())
+                in_reference[columns] |= (distances <= reference_radii[rows, None]).any(0)
+                in_samples[rows] |= (distances <= sample_radii[None, columns]).any(1)
+    return float(in_reference.double().mean()), float(in_samples.double().mean())
 
 
 def _radii(features: Tensor, mode: Mode, block: int) -> Tensor:
-    """Squared distances float32 (N,) to the third neighbour; the nearest of all is the feature itself."""
+    """Squared radii float32 (N,): distances to the third neighbour. The nearest of all is the feature itself."""
     return torch.cat([_radius(features[rows], features, mode, block) for rows in _blocks(features, block)])
 
 

@@ -15,7 +15,7 @@ from dit.metrics.frechet import Statistics
 from dit.metrics.inception_score import SPLIT, InceptionScore
 from dit.metrics.kernel import kernel_distance
 from dit.metrics.precision_recall import NEIGHBOUR, Mode, precision_recall
-from dit.metrics.resample import DRAWS, POINTS, fd_infinity, fd_spread
+from dit.metrics.resample import DRAWS, POINTS, fd_infinity, fd_standard_error
 
 SEED: Final = 0
 CONDITIONS: Final[dict[str, str | int | float]] = {
@@ -133,7 +133,7 @@ def compare(reference: Summary, samples: Summary, names: Names, modes: tuple[Mod
     """
     fd, near, found = names.distance, reference.features(), samples.features()
     value = reference.statistics.distance(samples.statistics)
-    margin = 1.96 * fd_spread(reference.statistics, found, SEED)
+    margin = 1.96 * fd_standard_error(reference.statistics, found, SEED)
     metrics = {fd: value, f"{fd}_low": value - margin, f"{fd}_high": value + margin}
     metrics[f"{fd}_infinity"] = fd_infinity(reference.statistics, found, SEED)
     if len(near):

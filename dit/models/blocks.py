@@ -1,4 +1,17 @@
-"""The ways to condition a transformer block (arXiv 2212.09748, section 3.2), by name."""
+"""Four ways to condition a transformer block on time and label (Peebles & Xie, arXiv 2212.09748, section 3.2).
+
+A plain block adds to the tokens x what attention and MLP make of their layer norm (LN):
+
+    x = x + Attention(LN(x));  x = x + MLP(LN(x))
+
+in_context       the condition joins the tokens, and is taken away after the last block
+cross_attention  x = x + CrossAttention(LN(x), c) between the two: + 4 D^2 parameters
+adaln            LN(x) becomes LN(x) (1 + scale(c)) + shift(c) in both: + 4 D^2
+adaln_zero       moreover each sum becomes x + gate(c) Attention(...): + 6 D^2
+
+Shift, scale and gate are a Linear layer of SiLU(c). In adaln_zero it starts at zero, so a block starts as the
+identity, which makes deep models train better.
+"""
 
 # B = batch, N = tokens, K = tokens of the condition, D = width
 
@@ -22,7 +35,7 @@ from dit.models.layers import (
 
 
 class InContextBlock(nn.Module):
-    """A plain transformer block: the condition is among the tokens."""
+    """A plain transformer block. The condition is among the tokens."""
 
     FINAL_LAYER: ClassVar = PlainFinalLayer
 
@@ -34,7 +47,7 @@ class InContextBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, N + K, D) to the same. The condition (B, K, D) is not looked at."""
+        """(B, N + K, D) to the same. The condition (B, K, D) is not used: it is among the tokens."""
         x = x + self.attn(self.norm1(x))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -83,7 +96,7 @@ class AdaLNBlock(SelfInitialised):
         return out
 
     def init_weights(self) -> None:
-        """Start without the condition."""
+        """Zero modulation: the condition has no effect at first."""
         zero_modulation(self.adaLN_modulation)
 
 
@@ -108,7 +121,7 @@ class AdaLNZeroBlock(SelfInitialised):
         return out
 
     def init_weights(self) -> None:
-        """Close the gates."""
+        """Zero modulation: all gates are closed, and the block is the identity."""
         zero_modulation(self.adaLN_modulation)
 
 

@@ -1,4 +1,4 @@
-"""Which model to train: what the data and the process do not decide by themselves."""
+"""The choice of a model in a recipe: what data and process do not determine."""
 
 from abc import ABC
 from dataclasses import dataclass
@@ -23,58 +23,58 @@ from storage.errors import InputError
 
 
 @dataclass(frozen=True)
-class Given:
-    """What the data and the process decide about a model."""
+class DataSpec:
+    """What data and process determine about a model."""
 
     channels: int
     side: int
     """Height and width, in latent pixels or pixels."""
     num_classes: int
     learn_variance: bool
-    """Whether the process has a variance to learn."""
+    """Whether the process learns a variance."""
     augmented: bool = False
-    """Whether training distorts the images, of which the model must be told."""
+    """Whether training augments the images, so the model needs augmentation labels."""
 
 
 class Shape(TransformerShape):
-    """A transformer of any size."""
+    """Width, depth and heads of your own."""
 
 
 class ImageShape(UShape):
-    """A U of any size."""
+    """Widths, depths and window of your own."""
 
 
 class _Choice(Config, ABC):
-    """What every model can be asked for."""
+    """Fields of every model."""
 
     conditional: bool = True
     """Whether the model is conditioned on the class."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that a training label is replaced by the null label, as classifier-free guidance needs."""
 
-    def _common(self, given: Given) -> dict[str, Any]:
+    def _common(self, data: DataSpec) -> dict[str, Any]:
         return {
-            "input_size": given.side,
-            "in_channels": given.channels,
-            "num_classes": given.num_classes if self.conditional else 0,
+            "input_size": data.side,
+            "in_channels": data.channels,
+            "num_classes": data.num_classes if self.conditional else 0,
             "label_dropout": self.label_dropout,
         }
 
 
 class _PatchChoice(_Choice, ABC):
-    """What transformers over patches can be asked for."""
+    """Fields of the transformers over patches."""
 
     size: Size | Shape = "XL"
     """Published size (S, B, L or XL), or width, depth and heads of your own."""
     patch_size: int = Field(2, ge=1)
     """Side of the square patch that becomes one token, in latent pixels."""
 
-    def _patches(self, given: Given) -> dict[str, Any]:
-        if given.augmented:
-            raise InputError("train.augmentation: only a diffit_image model can be told of it; set it to 0")
+    def _patches(self, data: DataSpec) -> dict[str, Any]:
+        if data.augmented:
+            raise InputError("train.augmentation: needs a diffit_image model; set it to 0")
         size = self.size
         shape = SIZES[size] if isinstance(size, str) else dict(size)
-        return {**self._common(given), **shape, "patch_size": self.patch_size, "learn_variance": given.learn_variance}
+        return {**self._common(data), **shape, "patch_size": self.patch_size, "learn_variance": data.learn_variance}
 
 
 class DiTChoice(_PatchChoice):
@@ -85,13 +85,13 @@ class DiTChoice(_PatchChoice):
     block: BlockKind = "adaln_zero"
     """How a block is conditioned on time and class. The published results use ``adaln_zero``."""
 
-    def config(self, given: Given) -> DiTConfig:
+    def config(self, data: DataSpec) -> DiTConfig:
         """The full config.
 
         Raises:
             InputError, ValidationError: choice and data do not fit each other.
         """
-        return DiTConfig(**self._patches(given), block=self.block)
+        return DiTConfig(**self._patches(data), block=self.block)
 
 
 class DiffiTChoice(_PatchChoice):
@@ -100,17 +100,17 @@ class DiffiTChoice(_PatchChoice):
     kind: Literal["diffit"] = "diffit"
     """Model family."""
 
-    def config(self, given: Given) -> DiffiTConfig:
+    def config(self, data: DataSpec) -> DiffiTConfig:
         """The full config.
 
         Raises:
             InputError, ValidationError: choice and data do not fit each other.
         """
-        return DiffiTConfig(**self._patches(given))
+        return DiffiTConfig(**self._patches(data))
 
 
 class DiffiTImageChoice(_Choice):
-    """An image-space DiffiT (Hatamizadeh et al., arXiv 2312.02139). It learns no variance."""
+    """An image-space DiffiT (Hatamizadeh et al., arXiv 2312.02139). It does not learn a variance."""
 
     kind: Literal["diffit_image"] = "diffit_image"
     """Model family."""
@@ -121,7 +121,7 @@ class DiffiTImageChoice(_Choice):
     dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout probability before a block's convolution. Null: that of the size."""
 
-    def config(self, given: Given) -> DiffiTImageConfig:
+    def config(self, data: DataSpec) -> DiffiTImageConfig:
         """The full config.
 
         Raises:
@@ -130,9 +130,9 @@ class DiffiTImageChoice(_Choice):
         size = self.size
         shape = IMAGE_SIZES[size] if isinstance(size, str) else {"dropout": 0.0} | dict(size)
         dropout = {} if self.dropout is None else {"dropout": self.dropout}
-        common = self._common(given) | {"augmented": given.augmented}
+        common = self._common(data) | {"augmented": data.augmented}
         return DiffiTImageConfig.model_validate(shape | common | dropout)
 
 
 ModelChoice = Annotated[DiTChoice | DiffiTChoice | DiffiTImageChoice, Field(discriminator="kind")]
-"""Any choice, told apart by ``kind``."""
+"""Any choice; ``kind`` says which."""

@@ -1,4 +1,4 @@
-"""What a model is made of. A size is a row in a table."""
+"""Configs of the models. A size is a row in a table."""
 
 from abc import ABC
 from typing import Annotated, Any, Literal, Self
@@ -17,7 +17,7 @@ ImageSize = Literal["cifar10", "ffhq64", "digits16"]
 
 
 class TransformerShape(Config, ABC):
-    """How large a transformer is. See `SIZES` for the published sizes."""
+    """Size of a transformer. See `SIZES` for the published ones."""
 
     width: int = Field(1152, ge=4)
     """Channels of a token. Must be divisible by 4 and by the number of heads."""
@@ -52,7 +52,7 @@ class PatchTransformerConfig(TransformerShape, ABC):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.width % 4:
-            raise ValueError(f"width {self.width} is not a multiple of 4, which the position table needs")
+            raise ValueError(f"width {self.width} is not a multiple of 4, as the position table needs")
         return self
 
     @property
@@ -83,7 +83,7 @@ class DiffiTConfig(PatchTransformerConfig):
 
 
 class UShape(Config, ABC):
-    """How large the U of an image-space DiffiT is. See `IMAGE_SIZES` for the published ones."""
+    """Size of an image-space DiffiT. See `IMAGE_SIZES` for the published ones."""
 
     stem_width: int = Field(128, ge=1)
     """Channels after the first convolution."""
@@ -132,7 +132,7 @@ class DiffiTImageConfig(UShape):
 
 
 ModelConfig = Annotated[DiTConfig | DiffiTConfig | DiffiTImageConfig, Field(discriminator="kind")]
-"""Any model, told apart by ``kind``."""
+"""Any model; ``kind`` says which."""
 
 SIZES: dict[Size, dict[str, int]] = {
     "S": {"depth": 12, "width": 384, "heads": 6},

@@ -1,4 +1,4 @@
-"""What a model costs, counted on the module itself, without weights or arithmetic."""
+"""Parameters, operations and memory of a model, counted on the module itself, without weights or arithmetic."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,23 +28,23 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """The size of a model and the work it does on one image."""
+    """The size of a model and its operations on one image."""
 
     parameters: int
-    """Numbers in the model, fixed tables included."""
+    """All parameters, fixed tables included."""
     trained: int
-    """Those of them that training changes."""
+    """Trained parameters."""
     macs: int
-    """Multiply-accumulates of one forward pass of one image, in matrix products, convolutions and attention."""
+    """Multiply-accumulates of a forward pass of one image, in matrix products, convolutions and attention."""
 
     @property
     def training_flops(self) -> int:
-        """To train on one image: two a multiply-accumulate, one forward pass and a backward pass of twice its cost."""
+        """FLOP to train on one image: 2 a multiply-accumulate; a backward pass costs twice a forward pass."""
         return 6 * self.macs
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes that training holds in float32, activations left out."""
+        """Bytes that training holds in float32, without activations."""
         weights, gradients = FLOAT32 * self.parameters, FLOAT32 * self.trained
         return {"weights": weights, "gradients": gradients, "adamw": 2 * gradients, "ema": weights}
 
@@ -70,18 +70,18 @@ def activations(
 ) -> int:
     """Bytes that a forward pass of a batch keeps for the backward pass, counted on tensors without data.
 
-    What kernels use for themselves while they run comes on top.
+    Memory that kernels use while they run is not counted.
 
     Args:
         config: the model.
         batch: images in a pass.
         autocast: lower precision of the pass; None computes in float32.
-        prepare: what is done to the model before it is trained.
+        prepare: applied to the model before it is trained, such as `recompute_blocks`.
     """
-    kept: list[Tensor] = []
+    saved: list[Tensor] = []
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
         return tensor
 
     with torch.device("meta"):  # where initial values are not drawn: torch cannot draw all of them without data
@@ -93,11 +93,11 @@ def activations(
         x = torch.empty(batch, config.in_channels, config.input_size, config.input_size)
         y = torch.empty(batch, dtype=torch.long) if config.num_classes else None
         lower = torch.autocast("cpu", autocast, enabled=autocast is not None)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), lower:
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), lower:
             model(x, torch.empty(batch), y)
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
-    return sum(size for storage, size in storages.items() if storage not in own)
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in saved}
+    return sum(size for storage, size in storages.items() if storage not in weights)
 
 
 def catalogue(latent: int) -> Iterator[tuple[str, ModelConfig]]:
@@ -110,7 +110,7 @@ def catalogue(latent: int) -> Iterator[tuple[str, ModelConfig]]:
         InputError: the latent does not divide into the largest patches.
     """
     if latent < 1 or latent % max(PATCHES):
-        raise InputError(f"latent {latent}: write a multiple of {max(PATCHES)}, the largest patch")
+        raise InputError(f"latent: {latent} is not a multiple of {max(PATCHES)}, the largest patch size")
     names = [f"{size}/{patch}" for size in SIZES for patch in PATCHES]
     for block in get_args(BlockKind):
         for name in names:

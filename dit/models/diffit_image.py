@@ -1,4 +1,13 @@
-"""DiffiT on pixels: a U of convolutions and windowed attention (Hatamizadeh et al., arXiv 2312.02139)."""
+"""DiffiT on pixels: a U-Net of convolutions and windowed attention (Hatamizadeh et al., arXiv 2312.02139).
+
+    c = SiLU(MLP(sinusoid(ln(sigma) / 4) + augmentation) + label)          the condition
+    ResBlock(x, c) = x + Block(Conv3x3(dropout(SiLU(GroupNorm(x)))), c)    Block: TMSA and MLP (`dit.models.tmsa`)
+
+Attention costs the square of the number of tokens, so it works in windows of w x w pixels, which do not overlap; the
+convolutions pass information between windows. The image goes down through resolutions, each half of the one before
+(stride-2 convolutions), and back up (nearest neighbour and a convolution). At each resolution the way up concatenates
+what the way down had. The network is EDM's F (`dit.diffusion.edm`).
+"""
 
 # B = batch, C = channels, H, W = height and width of a resolution, E = time width, w = side of a window
 
@@ -13,15 +22,14 @@ from storage.errors import InputError
 
 TIME_FREQUENCIES = 64
 AUGMENT_NUMBERS = 9
-"""Numbers that tell how an image was augmented (arXiv 2206.00364, appendix F.2)."""
+"""Numbers of an augmentation label (arXiv 2206.00364, appendix F.2)."""
 
 
 class ImageDiffiT(nn.Module):
     """The network inside a preconditioner such as EDM's: scaled noisy images to a raw prediction.
 
-    Down through the resolutions and back up, with one concatenation at each. It works at any image
-    size whose every resolution divides into windows. The model has no randomness: who trains gives
-    the keys of its dropout.
+    It works at any image size of which every resolution divides into windows. The model has no random state:
+    the caller passes the keys of its dropout.
     """
 
     def __init__(self, config: DiffiTImageConfig) -> None:
@@ -57,17 +65,17 @@ class ImageDiffiT(nn.Module):
 
         Args:
             x: noisy images (B, C, H, W), scaled to unit variance.
-            t: what tells the noise level (B,); EDM's is ln(sigma) / 4.
+            t: the noise level (B,); EDM gives ln(sigma) / 4.
             y: labels (B,) in 0 .. num_classes, the last being the null label; None if unconditional.
-            augment: how the images were augmented (B, 9), all zero where they were not; None is zeros.
-            dropout: random words (B,), int64, that decide what each sample drops; None drops nothing.
+            augment: augmentation labels (B, 9), zero where an image is not augmented; None is zeros.
+            dropout: random keys (B,), int64, of each sample's dropout; None drops nothing.
 
         Returns:
             (B, C, H, W)
 
         Raises:
             InputError: the images do not divide into windows; labels for an unconditional model, or
-                none for a conditional one; an augmentation for a model that is not told of it.
+                none for a conditional one; augmentation labels for a model without them.
         """
         self._check_size(x.shape[2], x.shape[3])
         c = self._condition(t, y, augment, x.dtype)
@@ -108,13 +116,13 @@ class ImageDiffiT(nn.Module):
         unit = self.config.window * 2 ** (len(self.config.widths) - 1)
         if height % unit or width % unit:
             reason = f"{len(self.config.widths)} resolutions with windows of {self.config.window} need"
-            raise InputError(f"images of {height} x {width} px: {reason} multiples of {unit}")
+            raise InputError(f"images of {height} x {width} px: {reason} multiples of {unit} px")
 
 
 class TimeToken(nn.Module):
     """Noise levels (B,) to (B, E) by a sinusoid of 128 numbers and an MLP. The last SiLU follows the label.
 
-    What was augmented is added to the sinusoid.
+    The embedded augmentation label is added to the sinusoid.
     """
 
     def __init__(self, width: int, augmented: bool) -> None:
@@ -127,7 +135,7 @@ class TimeToken(nn.Module):
         level = timestep_sinusoid(t, TIME_FREQUENCIES).to(dtype)
         if augment is not None:
             if self.augment is None:
-                raise InputError("the model is not told of augmentation (augmented is false): give it none")
+                raise InputError("model: takes no augmentation labels (augmented is false); pass none")
             level = level + self.augment(augment.to(dtype))
         out: Tensor = self.mlp(level)
         return out

@@ -1,4 +1,10 @@
-"""Latent DiffiT (Hatamizadeh et al., arXiv 2312.02139)."""
+"""Latent DiffiT (Hatamizadeh et al., arXiv 2312.02139).
+
+Patches, positions, time, label and diffusion are DiT's (`dit.models.dit`). What differs is the block: instead of
+adaptive layer norms the condition c = time + label enters the attention (TMSA, `dit.models.tmsa`), whose one window is
+the whole grid. So a block needs 3 D^2 parameters for c, where DiT's needs 6 D^2: XL/2 has 561 M, DiT-XL/2 675 M.
+The head is LayerNorm, SiLU and Linear, without c.
+"""
 
 # B = batch, C = latent channels, H = W = input_size, N = tokens, D = width
 
@@ -11,10 +17,7 @@ from dit.models.tmsa import TMSABlock
 
 
 class LatentDiffiT(PatchTransformer):
-    """Predicts noise, and the variance interpolation if learned, from a noisy latent.
-
-    Time and label enter through the attention alone, which spans the whole grid.
-    """
+    """Predicts the noise in a latent and, if learned, the variance."""
 
     def __init__(self, config: DiffiTConfig) -> None:
         super().__init__(config)

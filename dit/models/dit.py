@@ -1,4 +1,14 @@
-"""The diffusion transformer of Peebles & Xie (arXiv 2212.09748)."""
+"""DiT, the diffusion transformer of Peebles & Xie (arXiv 2212.09748).
+
+A noisy latent is cut into patches of p x p, and a Linear layer makes each a token; fixed sines and cosines of row and
+column are added (`dit.models.layers.grid_sinusoid`). The timestep t becomes a vector as well, by an MLP of 128 cosines
+and 128 sines of t at frequencies from 1 down to about 1/10000. The label is looked up in a table, whose last row
+stands for no label. Their sum c conditions every block (`dit.models.blocks`, where the paper's four ways are). A last
+Linear layer makes each token a patch again: C channels of noise, and C of the variance's interpolation v.
+
+Cost: a block takes 12 D^2 multiply-accumulates a token in Linear layers and 2 N D in attention. Halving p makes four
+times as many tokens with hardly any more parameters, and the paper finds that quality follows compute.
+"""
 
 # B = batch, C = latent channels, H = W = input_size, N = tokens, K = tokens of the condition, D = width
 
@@ -12,7 +22,7 @@ from dit.models.patch_transformer import PatchTransformer
 
 
 class DiT(PatchTransformer):
-    """Predicts noise, and the variance interpolation if learned, from a noisy latent.
+    """Predicts the noise in a latent and, if learned, the variance.
 
     Names and shapes of the parameters are those of the published checkpoints, the fixed position
     table included.

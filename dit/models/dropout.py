@@ -1,4 +1,4 @@
-"""Dropout without a generator: what falls away is a function of a key that comes with each sample."""
+"""Dropout without a random generator: what is dropped is a function of a key that comes with each sample."""
 
 # B = batch
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def keyed_dropout(x: Tensor, keys: Tensor | None, site: int, probability: float) -> Tensor:
-    """Zero numbers of each sample with a probability and scale up the others (Srivastava et al., JMLR 2014).
+    """Set numbers to zero with a probability and scale up the others (Srivastava et al., JMLR 2014).
 
-    A sample's mask is a hash of its key, the site and the number's place in the sample. So it is the
-    same in any batch, on any rank and device.
+    The mask is a hash of the sample's key, the site and the position in the sample. So it is the same in any
+    batch, on any rank and device.
 
     Args:
         x: samples (B, ...), of less than 2**31 numbers each.
         keys: random words (B,), int64; None leaves the samples as they are.
-        site: which of a model's dropouts this is.
-        probability: in 0 .. 1, without 1.
+        site: number of this dropout in the model.
+        probability: in [0, 1).
     """
     if keys is None or probability == 0:
         return x
@@ -37,5 +37,5 @@ def _mixed(key: Tensor) -> Tensor:
 
 
 def _shifted(words: Tensor, bits: int) -> Tensor:
-    """Shifted right as unsigned words are: zeros come in."""
+    """Logical shift to the right: zeros come in, as for unsigned words."""
     return (words >> bits) & ((1 << (8 * words.itemsize - bits)) - 1)

@@ -1,4 +1,4 @@
-"""Parts of the transformers. Parameter names follow the published DiT checkpoints."""
+"""Layers of the transformers. Parameter names are those of the published DiT checkpoints."""
 
 # B = batch, C = channels, H, W = latent height and width, N = tokens, K = tokens of the condition, D = width, h = heads
 
@@ -17,15 +17,15 @@ EMBEDDING_STD = 0.02
 
 
 class SelfInitialised(nn.Module, ABC):
-    """A part that does not start as its Linear layers would by default."""
+    """A module whose initial weights differ from the default of `init_weights`."""
 
     @abstractmethod
     def init_weights(self) -> None:
-        """Draw or set the weights that differ from the default."""
+        """Draw or set these weights."""
 
 
 class PatchEmbed(SelfInitialised):
-    """Squares of the latent to tokens: (B, C, H, W) to (B, N, D), row by row."""
+    """Patches of the latent to tokens, row by row."""
 
     def __init__(self, in_channels: int, patch_size: int, width: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class LabelEmbedding(SelfInitialised):
         return out
 
     def init_weights(self) -> None:
-        """Normal weights of the given deviation, 0.02 unless said otherwise."""
+        """Normal weights with standard deviation `std`."""
         nn.init.normal_(self.embedding_table.weight, std=self.std)
 
 
@@ -149,7 +149,7 @@ class FinalLayer(SelfInitialised):
 
 
 class PlainFinalLayer(SelfInitialised):
-    """Tokens (B, N, D) to patches (B, N, patch numbers), for blocks that tell the tokens the condition themselves."""
+    """Tokens (B, N, D) to patches (B, N, patch numbers), without the condition, which the blocks have used."""
 
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class PlainFinalLayer(SelfInitialised):
         self.linear = nn.Linear(width, out_features)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, out_features). The condition is not looked at."""
+        """(B, N, D) to (B, N, out_features). The condition is not used."""
         out: Tensor = self.linear(self.norm_final(x))
         return out
 
@@ -167,22 +167,22 @@ class PlainFinalLayer(SelfInitialised):
 
 
 def layer_norm(width: int, *, affine: bool = False) -> nn.LayerNorm:
-    """Layer norm, without learned scale and shift where the condition supplies them."""
+    """Layer norm; without learned scale and shift where they come from the condition."""
     return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=affine)
 
 
 def modulation(width: int, parts: int) -> nn.Sequential:
-    """The condition (B, D) to (B, parts * D) shifts, scales and gates."""
+    """The condition (B, D) to shifts, scales and gates, (B, parts * D)."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
 
 
 def zero_modulation(layer: nn.Sequential) -> None:
-    """Start a modulation at zero."""
+    """Set a modulation to zero."""
     zero(*layer.parameters())
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Tokens (B, N, D) times one plus scale (B, D) plus shift (B, D)."""
+    """Return x (1 + scale) + shift, of tokens x (B, N, D), shift (B, D) and scale (B, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -196,8 +196,8 @@ def timestep_sinusoid(t: Tensor, frequencies: int = FREQUENCIES) -> Tensor:
 def grid_sinusoid(width: int, side: int) -> Tensor:
     """The fixed position table (1, side * side, width) in float32.
 
-    The first half of the width tells the column and the second the row; each half holds the sines
-    and then the cosines of place * 10000^(-4 i / width).
+    The first half of the width encodes the column and the second the row. Each half is the sines and then the
+    cosines of position * 10000^(-4 i / width), i = 0 .. width / 4 - 1.
     """
     frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
@@ -207,15 +207,15 @@ def grid_sinusoid(width: int, side: int) -> Tensor:
 
 
 def check_labels(y: Tensor | None, num_classes: int) -> None:
-    """See that labels are there if the model has classes, and only then.
+    """Check that there are labels if the model has classes, and only then.
 
     Raises:
-        InputError: they are there and must not be, or the other way round.
+        InputError: labels are missing, or the model has no classes.
     """
     if y is not None and num_classes == 0:
-        raise InputError("the model is unconditional (num_classes is 0): give it no labels")
+        raise InputError("model: is unconditional (num_classes is 0); pass no labels")
     if y is None and num_classes > 0:
-        raise InputError(f"the model needs labels; the null label is {num_classes}")
+        raise InputError(f"model: needs labels; the null label is {num_classes}")
 
 
 def unpatchify(patches: Tensor, side: int, patch_size: int) -> Tensor:
@@ -228,8 +228,8 @@ def unpatchify(patches: Tensor, side: int, patch_size: int) -> Tensor:
 def init_weights(model: nn.Module) -> None:
     """Draw a model's weights anew from torch's generator.
 
-    Linear layers are Xavier-uniform with zero bias, learned norms start plain; parts that say
-    otherwise themselves follow.
+    Linear layers are Xavier-uniform with zero bias, and norms have scale 1 and shift 0. A `SelfInitialised`
+    module then sets its own.
     """
     model.apply(_init_default)
     for module in model.modules():
@@ -238,7 +238,7 @@ def init_weights(model: nn.Module) -> None:
 
 
 def zero(*parameters: Tensor | None) -> None:
-    """Fill parameters with zeros; a bias that is not there is passed over."""
+    """Fill parameters with zeros; None, a bias that a layer does not have, is skipped."""
     for parameter in parameters:
         if parameter is not None:
             nn.init.zeros_(parameter)

@@ -1,4 +1,4 @@
-"""What the transformers over a latent's patches share."""
+"""The common part of the transformers over patches of a latent."""
 
 # B = batch, C = latent channels, H = W = input_size, N = tokens, K = tokens of the condition, D = width
 
@@ -14,8 +14,8 @@ from dit.models.layers import LabelEmbedding, PatchEmbed, TimestepEmbedding, che
 class PatchTransformer(nn.Module, ABC):
     """Embeds patches, time and label.
 
-    Labels are never dropped in here: who trains passes the null label, `num_classes`, for the
-    samples whose label is dropped, so that the model has no randomness.
+    Labels are not dropped here: training passes the null label, `num_classes`, where a label is dropped. So
+    the model has no randomness.
     """
 
     def __init__(self, config: PatchTransformerConfig) -> None:
@@ -51,7 +51,7 @@ class PatchTransformer(nn.Module, ABC):
         init_weights(self)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """Latents (B, C, H, W) to tokens that know their place (B, N, D)."""
+        """Latents (B, C, H, W) to tokens with positions (B, N, D)."""
         out: Tensor = self.x_embedder(x) + self.pos_embed
         return out
 

@@ -1,6 +1,17 @@
-"""Time-dependent multi-head self-attention (DiffiT: Hatamizadeh et al., arXiv 2312.02139)."""
+"""Time-dependent multi-head self-attention, TMSA (DiffiT: Hatamizadeh et al., arXiv 2312.02139).
 
-# B = images, W = windows in an image, N = tokens in a window = w * w, D = width, E = time width, h = heads
+The network's task changes with the noise level. So queries, keys and values are functions of the tokens x and of the
+condition c (time, or time plus label), instead of scaling and shifting tokens as DiT does:
+
+    q = x W_q + c U_q,    k = x W_k + c U_k,    v = x W_v + c U_v        (in each head, with biases)
+    TMSA(x, c) = softmax(q k' / sqrt(d) + B) v W_o
+
+B is a learned bias for each head and each relative position (dy, dx) of two tokens in a window. All tokens share c, so
+c U_k adds the same q . c U_k to all logits of a query, and softmax cancels it: U_k has no effect, but the published
+parameter counts include it.
+"""
+
+# B = images, W = windows in an image, N = tokens in a window = w * w, D = width, E = width of the condition, h = heads
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +23,7 @@ BIAS_STD = 0.02
 
 
 class RelativeBias(SelfInitialised):
-    """A learned number for each head and each way in which two places of a window can lie to each other."""
+    """A learned bias for each head and each relative position of two tokens in a window."""
 
     def __init__(self, window: int, heads: int) -> None:
         super().__init__()
@@ -20,28 +31,23 @@ class RelativeBias(SelfInitialised):
         self.table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
 
     def forward(self) -> Tensor:
-        """The bias (h, N, N) of each query, first, for each key.
+        """The bias B (h, N, N) of each query (second dimension) and key (third).
 
-        It is ``table[(dy + w - 1) * (2w - 1) + dx + w - 1]`` with dy and dx from key to query, read
-        through strides, so that no index exists that could be shared, saved or lost. The gradient
-        is summed in a fixed order.
+        It is ``table[(dy + w - 1) * (2w - 1) + dx + w - 1]``, where dy and dx lead from key to query. It is read
+        through strides, so there is no index buffer, and the gradient is summed in a fixed order.
         """
         w, side = self.window, 2 * self.window - 1
-        turned = self.table.unflatten(0, (side, side)).unfold(0, w, 1).unfold(1, w, 1)  # (w, w, h, w, w)
-        bias: Tensor = turned.flip(3, 4).permute(2, 0, 1, 3, 4).flatten(3).flatten(1, 2)
+        windows = self.table.unflatten(0, (side, side)).unfold(0, w, 1).unfold(1, w, 1)  # (w, w, h, w, w)
+        bias: Tensor = windows.flip(3, 4).permute(2, 0, 1, 3, 4).flatten(3).flatten(1, 2)
         return bias
 
     def init_weights(self) -> None:
-        """Normal, cut off at two deviations."""
+        """Normal, truncated at two standard deviations."""
         nn.init.trunc_normal_(self.table, std=BIAS_STD, a=-2 * BIAS_STD, b=2 * BIAS_STD)
 
 
 class TMSA(nn.Module):
-    """Self-attention in which the time shifts queries, keys and values.
-
-    The shift of the keys is the same for all of them and so cancels in the softmax; it is kept
-    because the published parameter counts include it.
-    """
+    """Self-attention whose queries, keys and values depend on the condition."""
 
     def __init__(self, width: int, heads: int, time_width: int, window: int) -> None:
         super().__init__()
@@ -52,7 +58,7 @@ class TMSA(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens (B * W, N, D), the windows of an image next to each other, and its time (B, E), to (B * W, N, D)."""
+        """Tokens (B * W, N, D), windows of an image next to each other, and conditions (B, E), to (B * W, N, D)."""
         shift = self.time_qkv(c).repeat_interleave(x.shape[0] // c.shape[0], dim=0)
         qkv = self.qkv(x) + shift[:, None]
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B * W, h, N, D/h)
@@ -62,7 +68,7 @@ class TMSA(nn.Module):
 
 
 class TMSABlock(nn.Module):
-    """TMSA and an MLP, each added to its input. Nothing but TMSA sees the time."""
+    """x + TMSA(LN(x), c), then x + MLP(LN(x)). Only TMSA sees the condition."""
 
     def __init__(self, width: int, heads: int, time_width: int, window: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -72,7 +78,7 @@ class TMSABlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens (B * W, N, D) and time (B, E) to tokens."""
+        """Tokens (B * W, N, D) and conditions (B, E) to tokens."""
         x = x + self.attn(self.norm1(x), c)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out

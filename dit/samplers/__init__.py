@@ -1,1 +1,1 @@
-"""From noise to data: generators of states. They know no network and no file."""
+"""Samplers: generators of states from noise to data. They know no network and no file."""

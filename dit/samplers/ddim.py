@@ -1,4 +1,15 @@
-"""Denoising diffusion implicit models (Song et al., arXiv 2010.02502)."""
+"""Implicit sampling (DDIM: Song et al., arXiv 2010.02502).
+
+The training loss depends on the marginals q(x_t | x_0) alone, and many processes have those of DDPM. One for each
+sigma_t goes back by x_0 and eps as the network expects them in x_t (equation 12, with abar for the paper's alpha):
+
+    x_{t-1} = sqrt(abar_{t-1}) x_0 + sqrt(1 - abar_{t-1} - sigma_t^2) eps + sigma_t z,    z ~ N(0, I)
+    sigma_t^2 = eta^2 (1 - abar_{t-1}) / (1 - abar_t) (1 - abar_t / abar_{t-1})           (equation 16)
+              = eta^2 btilde_t, the posterior variance of DDPM
+
+At eta = 1 this is DDPM with the posterior variance. At eta = 0 no noise is added: the initial noise determines the
+sample, and fewer steps suffice.
+"""
 
 # B = batch, C = channels, H, W = height and width
 
@@ -22,10 +33,10 @@ def ddim(
     *,
     eta: float = 0.0,
 ) -> Iterator[State]:
-    """Walk from noise to samples, one state a step (equations 12 and 16). The learned variance is not used.
+    """Sample, yielding one state a step. The learned variance is not used.
 
     Args:
-        process: the process, already respaced to the steps to take.
+        process: the process, respaced to the number of steps.
         model: the network, possibly guided.
         x: standard normal numbers (B, C, H, W).
         y: labels (B,), or None.
@@ -35,9 +46,9 @@ def ddim(
     for step in reversed(range(len(process))):
         t = torch.full((len(x),), step, device=x.device)
         predicted = process.predict(model(x, process.timesteps.to(x.device)[t], y), x, t)
-        kept = float(process.alphas_cumprod_prev[step])
+        abar = float(process.alphas_cumprod_prev[step])
         variance = eta**2 * float(process.posterior_variance[step])
-        x = kept**0.5 * predicted.x0 + max(1 - kept - variance, 0.0) ** 0.5 * predicted.eps
+        x = abar**0.5 * predicted.x0 + max(1 - abar - variance, 0.0) ** 0.5 * predicted.eps
         if variance > 0:
             x = x + variance**0.5 * noise(step)
         yield State(step, x, predicted.x0)

@@ -1,4 +1,17 @@
-"""Classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""
+"""Classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
+
+A network trained with some labels replaced by a null label knows both p(x | y) and p(x). Sampling with the scores of
+
+    p(x) (p(x | y) / p(x))^s
+
+for s > 1 favours images in which the class is easy to recognise: better samples, less variety. The noise that a
+network predicts is the score times -sigma, so this reads
+
+    noise = noise(null) + s (noise(y) - noise(null))        (equation 6, with s = 1 + w)
+
+at the price of a second pass. The scale s may grow as the noise falls (`power_cosine`), and guidance may be limited
+to an interval of times, outside of which the second pass is saved (Kynkäänniemi et al., arXiv 2404.07724).
+"""
 
 # B = batch, C = channels, H, W = height and width
 
@@ -20,27 +33,25 @@ UNGUIDED = 1.0
 
 @dataclass(frozen=True)
 class Guided:
-    """A network whose noise is pushed from the null label's prediction towards the label's.
+    """A guided network.
 
-    noise = null + scale * (label - null) on the chosen channels of the noise. Whatever else the
-    network returns, the other channels and the variance, is the label's prediction. At scale 1
-    the network itself answers, alone and unchanged.
+    The chosen channels of the noise are guided. All other outputs, also the variance, are the prediction
+    for the label. At scale 1 there is one pass of the network, and its output is unchanged.
     """
 
     model: Denoiser
     scale: float
     null_label: int
-    """The label that means none: the model's ``num_classes``."""
+    """The label of no class: the model's ``num_classes``."""
     channels: Channels = "first3"
     """Channels of the noise to guide. The published DiT results guide three of four."""
     schedule: Schedule = "constant"
-    """The same scale at every time, or one that grows towards the data (see `power_cosine`)."""
+    """A constant scale, or one that grows towards the data (see `power_cosine`)."""
     interval: tuple[float, float] | None = None
-    """Times, in the network's own measure and both included, outside of which the network answers
-    alone, with no second pass (Kynkäänniemi et al., arXiv 2404.07724); None guides at all times."""
+    """Lowest and highest time to guide, both included, as the network is given times; None guides at all times."""
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None, /) -> Tensor:
-        """Noisy data (B, C, H, W), times (B,) and labels (B,) to a prediction, in one batch of 2B at most.
+        """A prediction from noisy data (B, C, H, W), times (B,) and labels (B,), in one batch of at most 2B rows.
 
         Raises:
             InputError: there are no labels to guide towards.
@@ -48,7 +59,7 @@ class Guided:
         if self.scale == UNGUIDED:
             return self.model(x, t, y)
         if y is None:
-            raise InputError(f"guidance scale {self.scale:g} needs labels; set it to 1 for an unconditional model")
+            raise InputError(f"guidance_scale: {self.scale:g} needs labels; set it to 1 for an unconditional model")
         rows = self._rows(t)
         labels = torch.cat([y, torch.full_like(y[rows], self.null_label)])
         both = self.model(torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), labels)
@@ -60,7 +71,7 @@ class Guided:
         return out
 
     def _rows(self, t: Tensor) -> Tensor | slice:
-        """Which of the batch to guide."""
+        """Rows of the batch to guide."""
         if self.interval is None:
             return slice(None)
         lowest, highest = self.interval
@@ -73,15 +84,15 @@ class Guided:
 
 
 def power_cosine(scale: float, t: Tensor, *, steps: int = 1000, power: float = 4.0) -> Tensor:
-    """Scales (B,) in float64 from 1 at pure noise to ``scale`` at the data (Gao et al., arXiv 2303.14389).
+    """Scales (B,) in float64, from 1 at pure noise to ``scale`` at the data (Gao et al., arXiv 2303.14389).
 
-    1 + (scale - 1) (1 - cos(pi (1 - t / steps)^power)) / 2, as latent DiffiT is sampled.
+    1 + (scale - 1) (1 - cos(pi (1 - t / steps)^power)) / 2. Latent DiffiT is sampled so at 256 px.
 
     Args:
         scale: the scale at t = 0.
         t: timesteps (B,) of the full process.
         steps: timesteps of the full process.
-        power: how late the scale grows.
+        power: larger values let the scale grow later.
     """
     remaining = 1 - t.double() / steps
     return 1 + (scale - 1) * (1 - torch.cos(math.pi * remaining**power)) / 2

@@ -1,4 +1,4 @@
-"""Noise and labels of samples: sample i is the same in any batch, on any rank, in any order."""
+"""Noise and labels of samples. Those of sample i are the same in any batch, on any rank, in any order."""
 
 # B = batch, C = channels, H, W = height and width
 
@@ -13,17 +13,17 @@ from dit.random import Stream, normals, uniforms
 
 @dataclass(frozen=True)
 class SampleNoise:
-    """All randomness of some samples, keyed by (seed, sample index, step)."""
+    """All random numbers of some samples, keyed by (seed, sample index, step)."""
 
     seed: int
     indices: Sequence[int]
-    """Numbers of the samples in the whole set, (B,)."""
+    """Indices of the samples in the whole set, (B,)."""
     shape: tuple[int, int, int]
     """(C, H, W)."""
     device: torch.device | str = "cpu"
 
     def initial(self) -> Tensor:
-        """What sampling starts from: standard normal numbers (B, C, H, W) in float32."""
+        """Standard normal numbers (B, C, H, W) in float32 that sampling starts from."""
         return self._normals(Stream.SAMPLE_INITIAL, 0)
 
     def __call__(self, step: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a sampler yields and what it asks for."""
+"""What a sampler yields, and the noise that it asks for."""
 
 # B = batch, C = channels, H, W = height and width
 
@@ -12,14 +12,14 @@ StepNoise = Callable[[int], Tensor]
 
 
 class State(NamedTuple):
-    """Where the samples are after a step."""
+    """The samples after a step."""
 
     step: int
     """Index of the step just taken, counted down to 0."""
     x: Tensor
     """Samples after the step (B, C, H, W)."""
     x0: Tensor
-    """Data that the network expected before the step (B, C, H, W)."""
+    """Expected data according to the network, before the step (B, C, H, W)."""
 
 
 def last(states: Iterable[State]) -> Tensor:

@@ -140,7 +140,7 @@ def test_statistics_of_another_network_are_not_compared(
     assert with_images == ran(samples.url, save_npz(tmp_path / "images.npz", images)).metrics
     use(monkeypatch, Coarse(published=True))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(13), sigma=np.eye(13))
-    with pytest.raises(InputError, match="features of 13 and 12 dimensions do not compare"):
+    with pytest.raises(InputError, match="the features have different dimensions, 13 and 12"):
         ran(samples.url, tmp_path / "wide.npz")
 
 

@@ -19,7 +19,7 @@ from dit.metrics.inception_score import InceptionScore
 from dit.metrics.kernel import kernel_distance
 from dit.metrics.measure import STRETCH
 from dit.metrics.precision_recall import precision_recall
-from dit.metrics.resample import fd_infinity, fd_spread
+from dit.metrics.resample import fd_infinity, fd_standard_error
 from dit.sample import SampleManifest
 from storage import uri
 from storage.archives.open import ArchiveRef
@@ -111,7 +111,7 @@ def test_published_inception_gives_the_names_of_the_papers(
     manifest = tiny.run_evaluate(tmp_path, judge, as_samples(tmp_path, checkpoint, images, labels))
     near, found = Coarse(published=True).outputs(training), Coarse(published=True).outputs(images)
     reference, samples = Statistics.of(near.features), Statistics.of(found.features)
-    margin = 1.96 * fd_spread(reference, found.features, 0)
+    margin = 1.96 * fd_standard_error(reference, found.features, 0)
     score = InceptionScore()
     score.update(found.logits)
     fid, floor = reference.distance(samples), manifest.metrics["fid_floor"]

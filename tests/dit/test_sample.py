@@ -292,7 +292,7 @@ def test_a_further_average_is_drawn_from_by_its_name(tmp_path: Path, latents: La
 
 
 def test_more_steps_than_the_process_has_are_refused(tmp_path: Path, checkpoint: CheckpointManifest) -> None:
-    with pytest.raises(InputError, match="steps '1001': write a number from 2 to 1000"):
+    with pytest.raises(InputError, match="steps: '1001' is neither a number from 2 to 1000"):
         tiny.run_sample(tmp_path, changed(steps=1001), checkpoint)
 
 

@@ -102,7 +102,7 @@ def test_without_a_learned_variance_it_is_the_posterior_one() -> None:
 
 def test_output_with_other_channels_is_refused() -> None:
     (x,) = numbers(0)
-    with pytest.raises(InputError, match="5 channels; 4 or 8"):
+    with pytest.raises(InputError, match="5 channels; the data needs 4 or 8"):
         DIFFUSION.predict(torch.zeros(6, 5, 3, 3), x, T)
 
 

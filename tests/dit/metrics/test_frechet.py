@@ -85,5 +85,5 @@ def test_what_has_no_answer_is_refused() -> None:
         _ = one.covariance
     with pytest.raises(InputError, match="not finite"):
         Statistics.of(torch.tensor([[1.0, float("nan")]]))
-    with pytest.raises(InputError, match="3 and 2 dimensions"):
+    with pytest.raises(InputError, match="different dimensions, 3 and 2"):
         Statistics.of(torch.eye(3)).distance(Statistics.of(torch.eye(2)))

@@ -40,5 +40,5 @@ def test_sets_of_one_distribution_are_at_zero_on_average() -> None:
 
 
 def test_one_feature_is_too_few() -> None:
-    with pytest.raises(InputError, match="1 and 2 features; at least 2"):
+    with pytest.raises(InputError, match="needs at least 2 images of each set, not 1 and 2"):
         kernel_distance(torch.ones(1, 3), torch.ones(2, 3))

@@ -4,7 +4,7 @@ import torch
 
 from dit.metrics import resample
 from dit.metrics.frechet import Statistics
-from dit.metrics.resample import fd_infinity, fd_spread, subset
+from dit.metrics.resample import fd_infinity, fd_standard_error, subset
 from dit.random import Stream
 from storage.errors import InputError
 
@@ -69,7 +69,7 @@ def test_few_samples_stay_above_the_rank(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_spread_is_that_of_new_samples() -> None:
     truth = np.std([REFERENCE.distance(Statistics.of(normal(400, seed, 0.5))) for seed in range(300)])
-    found = np.mean([fd_spread(REFERENCE, normal(400, seed, 0.5), 0) for seed in range(8)])
+    found = np.mean([fd_standard_error(REFERENCE, normal(400, seed, 0.5), 0) for seed in range(8)])
     assert found == pytest.approx(truth, rel=0.25)
 
 
@@ -77,12 +77,12 @@ def test_keyed_by_the_seed() -> None:
     features = normal(100, 0)
     assert fd_infinity(REFERENCE, features, 0) == fd_infinity(REFERENCE, features, 0)
     assert fd_infinity(REFERENCE, features, 0) != fd_infinity(REFERENCE, features, 1)
-    assert fd_spread(REFERENCE, features, 0) == fd_spread(REFERENCE, features, 0)
-    assert fd_spread(REFERENCE, features, 0) != fd_spread(REFERENCE, features, 1)
+    assert fd_standard_error(REFERENCE, features, 0) == fd_standard_error(REFERENCE, features, 0)
+    assert fd_standard_error(REFERENCE, features, 0) != fd_standard_error(REFERENCE, features, 1)
 
 
 def test_too_few_are_refused() -> None:
-    with pytest.raises(InputError, match="only 3 samples; at least 4"):
+    with pytest.raises(InputError, match="needs at least 4 samples, not 3"):
         fd_infinity(REFERENCE, normal(3, 0), 0)
     with pytest.raises(InputError, match="at least 2"):
-        fd_spread(REFERENCE, normal(1, 0), 0)
+        fd_standard_error(REFERENCE, normal(1, 0), 0)

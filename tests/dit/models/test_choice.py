@@ -4,7 +4,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from dit.models.choice import DiffiTChoice, DiffiTImageChoice, DiTChoice, Given, ImageShape, ModelChoice, Shape
+from dit.models.choice import DataSpec, DiffiTChoice, DiffiTImageChoice, DiTChoice, ImageShape, ModelChoice, Shape
 from dit.models.config import (
     IMAGE_SIZES,
     SIZES,
@@ -16,8 +16,8 @@ from dit.models.config import (
 )
 from storage.errors import InputError
 
-LATENTS = Given(channels=4, side=8, num_classes=3, learn_variance=True)
-IMAGES = Given(channels=3, side=32, num_classes=3, learn_variance=False)
+LATENTS = DataSpec(channels=4, side=8, num_classes=3, learn_variance=True)
+IMAGES = DataSpec(channels=3, side=32, num_classes=3, learn_variance=False)
 
 
 def test_sizes_are_those_of_the_tables() -> None:
@@ -31,16 +31,16 @@ def test_data_and_process_decide_the_rest(size: Size) -> None:
     dit = DiTChoice(size=size, patch_size=4, block="adaln", label_dropout=0.2)
     assert dit.config(LATENTS) == dit_config(f"{size}/4", block="adaln", label_dropout=0.2, **decided)
     assert DiffiTChoice(size=size).config(LATENTS) == diffit_config(f"{size}/2", **decided)
-    fixed = Given(channels=4, side=8, num_classes=3, learn_variance=False)
+    fixed = DataSpec(channels=4, side=8, num_classes=3, learn_variance=False)
     assert DiTChoice(size=size).config(fixed).out_channels == 4
 
 
 @pytest.mark.parametrize("size", IMAGE_SIZES)
 def test_image_models_take_the_side_of_the_images(size: ImageSize) -> None:
-    given = Given(channels=3, side=64, num_classes=5, learn_variance=False)
-    assert DiffiTImageChoice(size=size).config(given) == diffit_image_config(size, input_size=64, augmented=False)
-    assert DiffiTImageChoice(size=size).config(replace(given, augmented=True)).augmented
-    labelled = DiffiTImageChoice(size=size, conditional=True, dropout=0.3).config(given)
+    data = DataSpec(channels=3, side=64, num_classes=5, learn_variance=False)
+    assert DiffiTImageChoice(size=size).config(data) == diffit_image_config(size, input_size=64, augmented=False)
+    assert DiffiTImageChoice(size=size).config(replace(data, augmented=True)).augmented
+    labelled = DiffiTImageChoice(size=size, conditional=True, dropout=0.3).config(data)
     assert (labelled.num_classes, labelled.dropout) == (5, 0.3)
 
 
@@ -53,14 +53,14 @@ def test_shapes_of_ones_own() -> None:
 
 
 def test_windows_that_do_not_divide_the_images_are_refused() -> None:
-    given = Given(channels=3, side=48, num_classes=0, learn_variance=False)
+    data = DataSpec(channels=3, side=48, num_classes=0, learn_variance=False)
     with pytest.raises(ValidationError, match="4 resolutions with windows of 8 need a multiple of 64"):
-        DiffiTImageChoice(size="ffhq64").config(given)
+        DiffiTImageChoice(size="ffhq64").config(data)
 
 
 def test_only_image_models_can_be_told_of_augmentation() -> None:
     for choice in (DiTChoice(), DiffiTChoice()):
-        with pytest.raises(InputError, match=r"train.augmentation: only a diffit_image model"):
+        with pytest.raises(InputError, match=r"train.augmentation: needs a diffit_image model"):
             choice.config(replace(LATENTS, augmented=True))
 
 

@@ -39,7 +39,7 @@ def test_catalogue_has_every_model_once_and_the_latent_is_theirs() -> None:
 
 @pytest.mark.parametrize("latent", [0, -8, 12])
 def test_latent_that_does_not_divide(latent: int) -> None:
-    with pytest.raises(InputError, match=f"latent {latent}: write a multiple of 8"):
+    with pytest.raises(InputError, match=f"latent: {latent} is not a multiple of 8"):
         list(catalogue(latent))
 
 

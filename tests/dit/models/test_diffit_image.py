@@ -232,7 +232,7 @@ def test_augmentation_joins_the_noise_level() -> None:
     assert set(model.state_dict()) - set(plain.state_dict()) == {"t_embedder.augment.weight"}
     found.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-    with pytest.raises(InputError, match="not told of augmentation"):
+    with pytest.raises(InputError, match="takes no augmentation labels"):
         plain(x, t, None, labels)
 
 

@@ -89,8 +89,8 @@ def test_steps_are_diffusers() -> None:
     [
         ({"steps": 1}, "at least 2"),
         ({"sigma_min": 0.0}, "above 0"),
-        ({"sigma_max": 0.001}, "fall"),
-        ({"rho": 0.0}, "0"),
+        ({"sigma_max": 0.001}, "sigma_max above sigma_min"),
+        ({"rho": 0.0}, "and rho 0 must be above 0"),
     ],
 )
 def test_levels_that_do_not_fall_are_refused(fields: dict[str, float], reason: str) -> None:

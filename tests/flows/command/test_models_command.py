@@ -79,7 +79,7 @@ def test_wrong_latent(capsys: pytest.CaptureFixture[str]) -> None:
     for more in ([], ["--json"]):
         assert main(["models", "--latent", "12", *more]) == 2
         captured = capsys.readouterr()
-        assert captured.err == "error: latent 12: write a multiple of 8, the largest patch\n"
+        assert captured.err == "error: latent: 12 is not a multiple of 8, the largest patch size\n"
         assert not captured.out
 
 

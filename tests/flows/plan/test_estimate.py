@@ -68,9 +68,9 @@ def test_hours_follow_from_the_rates(images: Path, root: Path, rates: Path) -> N
 
 
 def _given() -> object:
-    from dit.models.choice import Given
+    from dit.models.choice import DataSpec
 
-    return Given(channels=4, side=SIDE // 4, num_classes=3, learn_variance=True)
+    return DataSpec(channels=4, side=SIDE // 4, num_classes=3, learn_variance=True)
 
 
 def test_objects_and_bytes_are_those_that_the_stages_write(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
