@@ -1,3 +1,4 @@
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +7,8 @@ import pytest
 
 # A shell that starts us in the background has Ctrl-C ignored, which the processes that tests start would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+os.environ["OMP_NUM_THREADS"] = "1"  # several tests run at once: no process takes all cores
 
 
 HEAVY = (

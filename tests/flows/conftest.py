@@ -1,4 +1,5 @@
 import fcntl
+import logging
 import os
 import shutil
 import subprocess
@@ -9,6 +10,15 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from command_line import write_images
+from faults import MlflowServer, all_gone, descendants, prefect_at, wait_until
+from launching import LOG, write_latents
+from mlflow import MlflowClient
+from pipelines import KEPT
+from small import few_digits
+
+from flows import servers
+from storage.latents import LatentManifest
 
 
 @pytest.fixture(autouse=True)
@@ -18,24 +28,36 @@ def own_environment() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def prefect(prefect_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Prefect server."""
+    home = tmp_path_factory.mktemp("prefect")
+    shutil.copy(prefect_template, home)
+    with servers.prefect_server(home) as address:
+        yield address
+
+
 @pytest.fixture(scope="module")
 def prefect_api(prefect: str) -> Iterator[str]:
     """A real Prefect server that flows in this process and in child processes run against."""
-    from faults import prefect_at
-
     with prefect_at(prefect):
         yield prefect
 
 
 @pytest.fixture(scope="session")
-def prefect(prefect_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Prefect server."""
-    from flows import servers
+def mlflow_process(tracking_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("tracking") / "mlflow", tracking_template)
+    yield server
+    server.stop()
 
-    home = tmp_path_factory.mktemp("prefect")
-    shutil.copy(prefect_template, home)
-    with servers.prefect_server(home) as address:
-        yield address
+
+@pytest.fixture(scope="module")
+def mlflow_server(mlflow_process: MlflowServer) -> Iterator[MlflowServer]:
+    """A real MLflow server that this process and child processes use; models and runs of other modules are there."""
+    mlflow_process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", mlflow_process.address)
+        yield mlflow_process
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +65,6 @@ def prefect_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty database of a Prefect server."""
 
     def make(home: Path) -> None:
-        from flows import servers
-
         upgrade = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
         subprocess.run(upgrade, env=os.environ | servers.prefect_env(home), stdout=subprocess.DEVNULL, check=True)
 
@@ -56,8 +76,6 @@ def tracking_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty MLflow database."""
 
     def make(home: Path) -> None:
-        from mlflow import MlflowClient
-
         MlflowClient(f"sqlite:///{home / 'mlflow.db'}").search_experiments()
 
     return made_once(tmp_path_factory, "mlflow.db", make)
@@ -73,6 +91,44 @@ def migrated(prefect_template: Path, tracking_template: Path) -> Callable[[Path]
         shutil.copy(tracking_template, root)
 
     return give
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images")
+
+
+@pytest.fixture
+def root(tmp_path: Path, tracking_template: Path) -> Path:
+    (tmp_path / "root").mkdir()
+    shutil.copy(tracking_template, tmp_path / "root" / "mlflow.db")
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What launches log."""
+    caplog.set_level(logging.INFO, LOG.name)
+    return caplog
+
+
+@pytest.fixture
+def latents(tmp_path: Path) -> LatentManifest:
+    return write_latents(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few scans of every digit."""
+    return few_digits(tmp_path_factory.mktemp("digits") / "digits", KEPT)
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """No process that a test started is left."""
+    before = set(descendants())
+    yield
+    wait_until(lambda: all_gone(set(descendants()) - before))
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:

@@ -29,6 +29,16 @@ SAMPLING = SampleConfig(
 )
 
 
+def few_digits(folder: Path, kept: dict[str, int]) -> Path:
+    """Scanned digits, so many of each."""
+    write_digits(folder)
+    for split, count in kept.items():
+        for label in (folder / split).iterdir():
+            for image in sorted(label.iterdir())[count:]:
+                image.unlink()
+    return folder
+
+
 @dataclass(frozen=True)
 class Small:
     """A root in which stages are brought to their manifests, tracked by MLflow or not and without Prefect's runs."""
@@ -48,12 +58,7 @@ class Small:
         return manifest
 
     def latents(self) -> Manifest:
-        digits = self.root / "digits"
-        write_digits(digits)
-        for split, kept in KEPT.items():
-            for label in (digits / split).iterdir():
-                for image in sorted(label.iterdir())[kept:]:
-                    image.unlink()
+        digits = few_digits(self.root / "digits", KEPT)
         archive = ArchiveRef(train=str(digits / "train"), held_out=str(digits / "held_out"))
         shards = self.bring("shard", ShardConfig(images_per_shard=50), archive)
         return self.bring("encode", EncodeConfig(vae=None, resolution=16, flips=False), shards)

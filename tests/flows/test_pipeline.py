@@ -7,64 +7,31 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pandas as pd
 import psutil
 import pytest
+from faults import MlflowServer, wait_until
+from mlflow import MlflowClient
 from PIL import Image
+from pipelines import KEPT, STAGES, arguments, ditflow
 
-from flows.demo.digits import write_digits
-
-STAGES = ("shard", "encode", "train", "sample", "evaluate", "register")
-
-SMALL = {
-    "train.steps": 30,
-    "train.batch_size": 16,
-    "train.model.size": "{depth: 1, width: 32, heads: 2}",
-    "train.checkpoint_every": 2,
-    "train.log_every": 5,
-    "sample.count": 40,
-    "sample.steps": 4,
-    "sample.block_rows": 10,
-    "sample.batch_size": 10,
-    "encode.block_rows": 64,
-    "encode.chunk_rows": 32,
-    "encode.batch_size": 32,
-    "shard.images_per_shard": 50,
-}
+from flows.command.main import main
 
 
-KEPT = {"train": 20, "held_out": 8}
-
-
-def command(name: str, root: Path | str, digits: Path | str, *more: str) -> list[str]:
-    values = SMALL | {f"archive.{split}": f"{digits}/{split}" for split in ("train", "held_out")}
-    sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    return [sys.executable, "-m", "flows.command.main", name, "demo", "--root", str(root), "--json", *sets, *more]
-
-
-def ditflow(name: str, root: Path, digits: Path, *more: str) -> dict[str, Any]:
-    done = subprocess.run(command(name, root, digits, *more), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+def reported(name: str, root: Path, digits: Path, *more: str) -> dict[str, Any]:
+    """What the command says, run in this process."""
+    with redirect_stdout(io.StringIO()) as said:
+        assert main(arguments(name, root, digits, *more)) == 0
+    report = json.loads(said.getvalue())
     assert isinstance(report, dict)
     return report
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few scans of every digit."""
-    folder = tmp_path_factory.mktemp("digits") / "digits"
-    write_digits(folder)
-    for split, kept in KEPT.items():
-        for label in (folder / split).iterdir():
-            for image in sorted(label.iterdir())[kept:]:
-                image.unlink()
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +40,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(root: Path, digits: Path) -> dict[str, Any]:
-    return ditflow("run", root, digits)
+def report(root: Path, digits: Path, migrated: Callable[[Path], None], mlflow_server: MlflowServer) -> dict[str, Any]:
+    """Of the whole pipeline, run by the command as a process, with a Prefect server of its own."""
+    migrated(root)
+    env = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    command = ditflow(*arguments("run", root, digits))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
 
 
 def states(report: dict[str, Any]) -> dict[str, str]:
@@ -106,7 +79,7 @@ def test_lineage_leads_from_the_metrics_to_the_images(report: dict[str, Any]) ->
 def test_a_second_run_skips_every_stage(report: dict[str, Any], root: Path, digits: Path) -> None:
     (page,) = (root / "reports").glob("*.html")
     page.unlink()  # as if the first had been killed before it
-    again = ditflow("run", root, digits)
+    again = reported("run", root, digits)
     assert states(again) == dict.fromkeys(STAGES, "skipped")
     assert [stage["manifest"] for stage in again["stages"]] == [stage["manifest"] for stage in report["stages"]]
     assert page.exists()
@@ -114,40 +87,40 @@ def test_a_second_run_skips_every_stage(report: dict[str, Any], root: Path, digi
     assert again["mlflow_run_ids"] == report["mlflow_run_ids"]
 
 
-def test_the_report_is_found_and_written_again(report: dict[str, Any], root: Path, digits: Path) -> None:
+def test_the_report_is_found_and_written_again(
+    report: dict[str, Any], root: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (page,) = (root / "reports").glob("*.html")
     written = page.read_bytes()
     page.unlink()
-    asked = [part for part in command("report", root, digits) if part != "--json"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, f"{page}\n"), done.stderr
+    assert main([part for part in arguments("report", root, digits) if part != "--json"]) == 0
+    assert capsys.readouterr().out == f"{page}\n"
     assert page.read_bytes() == written
 
 
-def test_a_changed_field_reruns_what_depends_on_it(report: dict[str, Any], root: Path, digits: Path) -> None:
-    other = ditflow("run", root, digits, "--set", "sample.guidance_scale=3.0")
+def test_a_changed_field_reruns_what_depends_on_it(
+    report: dict[str, Any], root: Path, digits: Path, prefect_api: str
+) -> None:
+    other = reported("run", root, digits, "--set", "sample.guidance_scale=3.0")
     expected = {name: "skipped" if name in ("shard", "encode", "train") else "ran" for name in STAGES}
     assert states(other) == expected
 
 
-def test_one_stage_on_an_earlier_output(report: dict[str, Any], root: Path, digits: Path) -> None:
+def test_one_stage_on_an_earlier_output(report: dict[str, Any], root: Path, digits: Path, prefect_api: str) -> None:
     run_id = report["mlflow_run_ids"]["train"]
-    alone = ditflow("sample", root, digits, "--from", run_id, "--set", "sample.seed=1", "--set", "sample.count=10")
+    other = ["--from", run_id, "--set", "sample.seed=1", "--set", "sample.count=10"]
+    alone = reported("sample", root, digits, *other)
     assert states(alone) == {"sample": "ran"}
     assert manifests(alone)["sample"]["parents"]["checkpoint"]["digest"] == manifests(report)["train"]["digest"]
-    forced = ditflow(
-        "sample", root, digits, "--from", run_id, "--set", "sample.seed=1", "--set", "sample.count=10", "--force"
-    )
+    forced = reported("sample", root, digits, *other, "--force")
     assert states(forced) == {"sample": "ran"}
     first, second = manifests(alone)["sample"], manifests(forced)["sample"]
     assert first["digest"] != second["digest"]
     assert first["files"] == second["files"]  # the same work makes the same bytes, beside the old ones
 
 
-def test_mlflow_holds_params_metrics_pictures_and_lineage(report: dict[str, Any], root: Path) -> None:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+def test_mlflow_holds_params_metrics_pictures_and_lineage(report: dict[str, Any]) -> None:
+    client = MlflowClient()
     ids = report["mlflow_run_ids"]
     runs = {name: client.get_run(run_id) for name, run_id in ids.items()}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
@@ -166,11 +139,7 @@ def test_mlflow_holds_params_metrics_pictures_and_lineage(report: dict[str, Any]
     assert "report.html" in {entry.path for entry in client.list_artifacts(ids["pipeline"])}
 
 
-def test_the_registered_model_draws_digits(report: dict[str, Any], root: Path) -> None:
-    import mlflow
-    from mlflow import MlflowClient
-
-    mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
+def test_the_registered_model_draws_digits(report: dict[str, Any]) -> None:
     version = MlflowClient().get_model_version_by_alias("ditflow-demo", "candidate")
     assert version.tags["digest.latents"] == manifests(report)["encode"]["digest"]
     model = mlflow.pyfunc.load_model("models:/ditflow-demo@candidate")
@@ -203,16 +172,12 @@ def test_sigkill_in_every_stage_ends_in_the_same_bits(
     for stage in STAGES:
         before = set((tmp_path / stage).rglob("*"))
         with subprocess.Popen(
-            command("run", tmp_path, digits), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            ditflow(*arguments("run", tmp_path, digits)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ) as run:
-            while run.poll() is None and not begun(tmp_path, stage, before):
-                time.sleep(0.02)
+            wait_until(partial(begun, tmp_path, stage, before))
             os.kill(run.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 180
-        while leftovers(tmp_path) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert leftovers(tmp_path) == []
-    healed, undisturbed = manifests(ditflow("run", tmp_path, digits)), manifests(report)
+        wait_until(lambda: leftovers(tmp_path) == [])
+    healed, undisturbed = manifests(reported("run", tmp_path, digits)), manifests(report)
     for stage in STAGES[:-1]:
         assert healed[stage]["digest"] == undisturbed[stage]["digest"]
         kept = {entry["path"]: entry["sha256"] for entry in healed[stage]["files"]}
@@ -244,22 +209,18 @@ print(json.dumps(list(model.predict(pandas.DataFrame({"label": [3, 7]}))["png_ba
 
 @pytest.mark.full
 def test_a_sweep_of_models_on_pixels_shares_its_stages_and_is_served(
-    tmp_path: Path, digits: Path, migrated: Callable[[Path], None]
+    tmp_path: Path, digits: Path, prefect_api: str, mlflow_server: MlflowServer
 ) -> None:
-    migrated(tmp_path / "root")
     (tmp_path / "pixels.yaml").write_text(SWEEP)
     sets = [part for split in ("train", "held_out") for part in ("--set", f"archive.{split}={digits / split}")]
     recipe, root = tmp_path / "pixels.yaml", tmp_path / "root"
-    run = [sys.executable, "-m", "flows.command.main", "run", str(recipe), "--root", str(root)]
-    done = subprocess.run([*run, "--json", *sets], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    first, second = map(json.loads, done.stdout.splitlines())
+    with redirect_stdout(io.StringIO()) as said:
+        assert main(["run", str(recipe), "--root", str(root), "--json", *sets]) == 0
+    first, second = map(json.loads, said.getvalue().splitlines())
     assert (first["recipe"], second["recipe"]) == ("pixels-0", "pixels-1")
     assert states(first) == dict.fromkeys(STAGES, "ran")
     assert states(second) == {name: "skipped" if name in ("shard", "encode", "train") else "ran" for name in STAGES}
     assert first["metrics"] != second["metrics"]
-    served = [sys.executable, "-c", PREDICT]
-    env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'root' / 'mlflow.db'}"}
-    drawn = subprocess.run(served, capture_output=True, text=True, check=True, env=env)
+    drawn = subprocess.run([sys.executable, "-c", PREDICT], capture_output=True, text=True, check=True)
     sides = [Image.open(io.BytesIO(base64.b64decode(image))).size for image in json.loads(drawn.stdout)]
     assert sides == [(16, 16), (16, 16)]

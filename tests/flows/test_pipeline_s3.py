@@ -3,18 +3,17 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import boto3
 import pytest
+from pipelines import KEPT, STAGES, arguments, ditflow
 from s3_endpoint import BUCKET, SECRET, s3_server
-from test_pipeline import KEPT, STAGES, command, digits  # noqa: F401  digits is a fixture
 
 
 @pytest.mark.full
-def test_the_pipeline_on_s3(tmp_path: Path, digits: Path, migrated: Callable[[Path], None]) -> None:  # noqa: F811
+def test_the_pipeline_on_s3(tmp_path: Path, digits: Path, migrated: Callable[[Path], None]) -> None:
     migrated(tmp_path / "runs")
     with s3_server() as given:
         env = os.environ | given | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -28,13 +27,13 @@ def test_the_pipeline_on_s3(tmp_path: Path, digits: Path, migrated: Callable[[Pa
         )
         for image in digits.rglob("*.png"):
             client.upload_file(str(image), BUCKET, f"digits/{image.relative_to(digits)}")
-        run = command("run", f"s3://{BUCKET}/runs", f"s3://{BUCKET}/digits")
+        run = ditflow(*arguments("run", f"s3://{BUCKET}/runs", f"s3://{BUCKET}/digits"))
         first = subprocess.run(run, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
         assert first.returncode == 0, first.stderr
         report = json.loads(first.stdout)
         assert {stage["name"]: stage["state"] for stage in report["stages"]} == dict.fromkeys(STAGES, "ran")
         assert all(stage["manifest"].startswith(f"s3://{BUCKET}/runs/") for stage in report["stages"])
-        verify = [sys.executable, "-m", "flows.command.main", "verify", "--full", f"s3://{BUCKET}/runs"]
+        verify = ditflow("verify", "--full", f"s3://{BUCKET}/runs")
         seen = subprocess.run(verify, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
         assert seen.returncode == 0, seen.stdout
         assert all("all bytes as committed" in line for line in seen.stdout.splitlines())

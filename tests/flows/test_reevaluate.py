@@ -1,9 +1,9 @@
 """Champion and candidate evaluated again, with real MLflow and Prefect servers."""
 
 import json
+import shutil
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,8 @@ def test_a_window_is_a_day_or_a_week() -> None:
 class World:
     """Both servers, and a root with a champion and a candidate."""
 
-    def __init__(self, folder: Path, template: Path, stack: ExitStack) -> None:
-        self.prefect = stack.enter_context(servers.prefect_server(folder / "prefect", scheduler=True))
-        mlflow = MlflowServer(folder / "mlflow", template)
-        stack.callback(mlflow.stop)
-        mlflow.start()
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("MLFLOW_TRACKING_URI", mlflow.address)
-        stack.enter_context(prefect_at(self.prefect))
-        self.client, self.root = MlflowClient(mlflow.address), folder / "root"
+    def __init__(self, folder: Path, mlflow: MlflowServer, prefect: str) -> None:
+        self.prefect, self.client, self.root = prefect, MlflowClient(mlflow.address), folder / "root"
         small = Small(self.root)
         latents = small.latents()
         config = RegisterConfig(model_name=NAME, promote="automatic")
@@ -82,9 +75,14 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> Iterator[World]:
-    with ExitStack() as stack:
-        yield World(tmp_path_factory.mktemp("world"), tracking_template, stack)
+def world(
+    tmp_path_factory: pytest.TempPathFactory, mlflow_server: MlflowServer, prefect_template: Path
+) -> Iterator[World]:
+    """The Prefect server is one that keeps events."""
+    folder = tmp_path_factory.mktemp("world")
+    shutil.copy(prefect_template, folder)
+    with servers.prefect_server(folder, scheduler=True) as prefect, prefect_at(prefect):
+        yield World(folder, mlflow_server, prefect)
 
 
 def test_a_registered_version_is_an_event(world: World) -> None:

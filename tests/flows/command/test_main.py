@@ -8,62 +8,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from command_line import refused, tiny
 from diffusers import AutoencoderKL
 from PIL import Image
 
 from flows.command.main import main
 from flows.demo import VAE
-
-SIDE = 16
-
-
-def write_images(folder: Path, classes: int = 3, count: int = 8) -> Path:
-    """Class folders of PNG files whose brightness tells the class."""
-    rng = np.random.default_rng(0)
-    for label in range(classes):
-        (folder / f"class{label}").mkdir(parents=True)
-        for index in range(count):
-            pixels = rng.integers(0, 60, (SIDE, SIDE, 3)) + 60 * label
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class{label}" / f"{index:03d}.png")
-    return folder
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    return write_images(tmp_path / "images")
-
-
-@pytest.fixture
-def root(tmp_path: Path, tracking_template: Path) -> Path:
-    (tmp_path / "root").mkdir()
-    shutil.copy(tracking_template, tmp_path / "root" / "mlflow.db")
-    return tmp_path / "root"
-
-
-def tiny(images: Path, root: Path, *more: str) -> list[str]:
-    """Options that make the demo's recipe small, on images of one's own."""
-    values = [
-        f"archive.train={images}",
-        "archive.held_out=null",
-        f"encode.resolution={SIDE}",
-        "train.steps=2",
-        "train.batch_size=4",
-        "sample.count=6",
-        "sample.steps=2",
-        *more,
-    ]
-    return ["--root", str(root), *(part for value in values for part in ("--set", value))]
-
-
-def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 2) -> str:
-    """Run the command, see that it exits with the code and one line of its own, and return the line."""
-    assert main(arguments) == code
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "fault: "))]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_the_console_shows_the_line_and_no_traceback(images: Path, root: Path, prefect_api: str) -> None:

@@ -1,15 +1,15 @@
 from pathlib import Path
 
 import pytest
-from test_main import images, refused, root, tiny  # noqa: F401  fixtures
+from command_line import refused, tiny
 
 from flows.command.main import main
 
 
 def test_damage_is_named_withdrawn_and_mended_by_the_same_command(
     capsys: pytest.CaptureFixture[str],
-    images: Path,  # noqa: F811
-    root: Path,  # noqa: F811
+    images: Path,
+    root: Path,
     prefect_api: str,
 ) -> None:
     shard = ["shard", "demo", *tiny(images, root, "shard.images_per_shard=8")]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import descendants, wait_until
-from test_start import HOUSE, TINY, Noted, job, latents, lines, nothing_left  # noqa: F401  fixtures
+from launching import LOG, TINY, Noted, job
 
 from flows import servers
 from flows.contract import STAGES
@@ -87,8 +87,8 @@ def losses(folder: Path) -> dict[int, float]:
 
 def test_a_killed_machine_comes_back_or_is_gone_for_good(
     tmp_path: Path,
-    latents: LatentManifest,  # noqa: F811
-    lines: pytest.LogCaptureFixture,  # noqa: F811
+    latents: LatentManifest,
+    lines: pytest.LogCaptureFixture,
     machines: Machines,
 ) -> None:
     """First the other one waits for it, then a launch with one rank goes on without it: always the same curve."""
@@ -106,7 +106,7 @@ def test_a_killed_machine_comes_back_or_is_gone_for_good(
     machines.reached(200)
     machines.kill("three")
     assert machines.running[other].wait(180) == 1
-    launcher.run(spec, LocalLaunch(nproc=1), progress=Noted(), log=HOUSE)
+    launcher.run(spec, LocalLaunch(nproc=1), progress=Noted(), log=LOG)
     logs = [machines.said(other) + machines.said("three"), *lines.messages]
     begun = [int(step) for log in logs for step in re.findall(r"resuming after step (\d+)", log)]
     assert 60 <= begun[0] < 200 <= begun[1] + 40
@@ -116,13 +116,13 @@ def test_a_killed_machine_comes_back_or_is_gone_for_good(
 
 
 def test_a_machine_does_not_wait_for_the_others_for_ever(
-    latents: LatentManifest,  # noqa: F811
-    lines: pytest.LogCaptureFixture,  # noqa: F811
-    nothing_left: None,  # noqa: F811
+    latents: LatentManifest,
+    lines: pytest.LogCaptureFixture,
+    nothing_left: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torchrun, "JOIN_TIMEOUT_SECONDS", 2)
     address = f"{servers.HOST}:{servers.free_port()}"
     with pytest.raises(WorkerError, match="not all nodes joined within 2 s; run the same command on every node"):
-        launcher.run(job(latents, TINY), NodesLaunch(kind="nodes", address=address), progress=Noted(), log=HOUSE)
+        launcher.run(job(latents, TINY), NodesLaunch(kind="nodes", address=address), progress=Noted(), log=LOG)
     assert not any("restarting all ranks" in line for line in lines.messages)

@@ -1,6 +1,5 @@
 """Training as a job of a real Slurm: followed, cancelled, found again, preempted."""
 
-import logging
 import os
 import signal
 import subprocess
@@ -9,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from faults import start, wait_until
+from launching import ENDLESS, LOG, TINY, Noted, job
 from slurm_cluster import reason_not_to, slurm_cluster
-from test_start import ENDLESS, HOUSE, TINY, Noted, job, latents  # noqa: F401  latents is a fixture
 
 from dit.train import TrainConfig
 from flows.contract import STAGES
@@ -30,15 +29,9 @@ LONG = TINY.model_copy(update={"steps": 400, "checkpoint_every": 10, "log_every"
 @pytest.fixture(scope="module", autouse=True)
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with slurm_cluster(tmp_path_factory.mktemp("slurm")) as env, pytest.MonkeyPatch.context() as patch:
-        for name, value in (env | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}).items():
+        for name, value in (env | {"GLOO_SOCKET_IFNAME": "lo"}).items():
             patch.setenv(name, value)
         yield
-
-
-@pytest.fixture(autouse=True)
-def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, HOUSE.name)
-    return caplog
 
 
 def queue() -> list[str]:
@@ -72,18 +65,18 @@ def flow(tmp_path: Path, spec: WorkerSpec) -> "subprocess.Popen[str]":
 
 
 def test_a_job_on_two_nodes_runs_and_reports(
-    latents: LatentManifest,  # noqa: F811
-    said: pytest.LogCaptureFixture,
+    latents: LatentManifest,
+    lines: pytest.LogCaptureFixture,
 ) -> None:
     noted, spec = Noted(), job(latents, TINY)
-    launcher.run(spec, TWO_NODES, progress=noted, log=HOUSE)
+    launcher.run(spec, TWO_NODES, progress=noted, log=LOG)
     assert STAGES["train"].kind.read(spec.output.uri).counts["steps"] == 4
     assert noted.progress[-1] == (4, 4, "steps")
-    assert "Slurm job " in said.messages[0]
+    assert "Slurm job " in lines.messages[0]
     assert queue() == []
 
 
-def test_a_cancelled_flow_cancels_its_job(tmp_path: Path, latents: LatentManifest) -> None:  # noqa: F811
+def test_a_cancelled_flow_cancels_its_job(tmp_path: Path, latents: LatentManifest) -> None:
     spec = job(latents, ENDLESS)
     with flow(tmp_path, spec) as process:
         wait_until(lambda: (Path(spec.output.uri) / "slurm" / "job.log").exists())
@@ -94,8 +87,8 @@ def test_a_cancelled_flow_cancels_its_job(tmp_path: Path, latents: LatentManifes
 
 def test_a_killed_flow_is_followed_by_the_next(
     tmp_path: Path,
-    latents: LatentManifest,  # noqa: F811
-    said: pytest.LogCaptureFixture,
+    latents: LatentManifest,
+    lines: pytest.LogCaptureFixture,
 ) -> None:
     spec = job(latents, LONG)
     with flow(tmp_path, spec) as process:
@@ -103,12 +96,12 @@ def test_a_killed_flow_is_followed_by_the_next(
         os.kill(process.pid, signal.SIGKILL)
     before = queue()
     assert len(before) == 1
-    launcher.run(spec, TWO_NODES, progress=Noted(), log=HOUSE)
-    assert f"Slurm job {before[0].split()[0]} for this stage is queued or running; following it" in said.messages
+    launcher.run(spec, TWO_NODES, progress=Noted(), log=LOG)
+    assert f"Slurm job {before[0].split()[0]} for this stage is queued or running; following it" in lines.messages
     assert STAGES["train"].kind.read(spec.output.uri).counts["steps"] == LONG.steps
 
 
-def test_a_preempted_job_comes_back_and_goes_on(tmp_path: Path, latents: LatentManifest) -> None:  # noqa: F811
+def test_a_preempted_job_comes_back_and_goes_on(tmp_path: Path, latents: LatentManifest) -> None:
     config: TrainConfig = LONG.model_copy(update={"seed": 1})
     spec = job(latents, config)
     with flow(tmp_path, spec) as process:
@@ -121,12 +114,12 @@ def test_a_preempted_job_comes_back_and_goes_on(tmp_path: Path, latents: LatentM
     assert "resuming after step" in output
     root = latents.root
     again = spec.model_copy(update={"output": STAGES["train"].output(root, config, latents, force=True)})
-    launcher.run(again, LocalLaunch(nproc=2), progress=Noted(), log=HOUSE)
+    launcher.run(again, LocalLaunch(nproc=2), progress=Noted(), log=LOG)
     disturbed, undisturbed = (STAGES["train"].kind.read(one.output.uri).files for one in (spec, again))
     assert disturbed == undisturbed
 
 
-def test_what_slurm_refuses_is_one_line(latents: LatentManifest) -> None:  # noqa: F811
+def test_what_slurm_refuses_is_one_line(latents: LatentManifest) -> None:
     nowhere = TWO_NODES.model_copy(update={"options": {"partition": "nowhere"}})
     with pytest.raises(InputError, match="launch: Slurm refuses the job: .*invalid partition"):
-        launcher.run(job(latents, TINY), nowhere, progress=Noted(), log=HOUSE)
+        launcher.run(job(latents, TINY), nowhere, progress=Noted(), log=LOG)

@@ -1,90 +1,28 @@
 """A stage on ranks that torchrun starts: what comes back, and what is left when anything of it dies."""
 
 import json
-import logging
 import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 from faults import all_gone, dead_address, descendants, gone, start, wait_until
+from launching import ENDLESS, LOG, TINY, Noted, job
 
-from dit.models.choice import DiTChoice, Shape
-from dit.train import TrainConfig
 from flows.contract import STAGES
 from flows.launch import start as launcher
 from flows.launch.rank_log import MARK, LostRankError, RankLog, WorkerError
-from flows.launch.spec import LocalLaunch, WorkerSpec
+from flows.launch.spec import LocalLaunch
 from flows.tracking.sink import UNSENT
 from flows.tracking.spec import TrackingSpec
-from storage.config import Config
 from storage.errors import DitflowError, InputError, PreemptedError
-from storage.latents import LatentManifest, VaeInfo, latent_layout
-from storage.manifest import StageOutput, stage_output
-from storage.rows.store import RowWriter
+from storage.latents import LatentManifest
+from storage.manifest import StageOutput
 from storage.tracker import NullTracker
-
-ROWS, SHAPE = 32, (4, 4, 4)
-TINY = TrainConfig(
-    model=DiTChoice(size=Shape(depth=1, width=16, heads=2)), steps=4, batch_size=8, flips=False, log_every=1
-)
-ENDLESS = TINY.model_copy(update={"steps": 1_000_000, "log_every": 50})
-HOUSE = logging.getLogger("test_launch")
-
-
-class Noted:
-    """What a launch told."""
-
-    def __init__(self) -> None:
-        self.progress: list[tuple[int, int, str]] = []
-
-    def __call__(self, done: int, total: int, unit: str) -> None:
-        self.progress.append((done, total, unit))
-
-
-@pytest.fixture(autouse=True)
-def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    caplog.set_level(logging.INFO, HOUSE.name)
-    return caplog
-
-
-@pytest.fixture
-def latents(tmp_path: Path) -> LatentManifest:
-    """Random latents of three classes."""
-    out = stage_output(str(tmp_path), LatentManifest.STAGE, 1, Config(), parents={}, inputs={})
-    writer = RowWriter(out, latent_layout(ROWS, 1, SHAPE, block_rows=16, chunk_rows=8), {})
-    rng = np.random.default_rng(0)
-    for block in writer.missing():
-        begin, end = writer.bounds(block)
-        moments = {name: rng.random((end - begin, 1, *SHAPE)).astype(np.float16) for name in ("mean", "std")}
-        keys = {"label": np.arange(begin, end, dtype=np.int32) % 3, "source_index": np.arange(begin, end)}
-        writer.write(block, moments | keys)
-    return out.commit(
-        LatentManifest,
-        writer.finish(),
-        counts={"images": ROWS},
-        resolution=8,
-        split="train",
-        flips=1,
-        latent_shape=SHAPE,
-        class_names=("a", "b", "c"),
-        vae=VaeInfo(source="nowhere", sha256="0" * 64, downsample=2, channels=4, scaling_factor=1.0),
-    )
-
-
-def job(latents: LatentManifest, config: TrainConfig, tracking: TrackingSpec | None = None) -> WorkerSpec:
-    root = latents.root
-    output = STAGES["train"].output(root, config, latents)
-    tracking = tracking or TrackingSpec(uri=dead_address(), run_id=None)
-    values = config.model_dump(mode="json")
-    return WorkerSpec(stage="train", config=values, source=latents.uri, output=output, tracking=tracking)
 
 
 def unsent(output: StageOutput) -> list[dict[str, Any]]:
@@ -104,13 +42,6 @@ def _rank(process: psutil.Process) -> int:
         return -1
 
 
-@pytest.fixture
-def nothing_left() -> Iterator[None]:
-    before = set(descendants())
-    yield
-    wait_until(lambda: all_gone(set(descendants()) - before))
-
-
 @pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_stage_runs_and_reports(
     nproc: int,
@@ -121,7 +52,7 @@ def test_a_stage_runs_and_reports(
 ) -> None:
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")  # so that every rank has something to say, if it has peers
     noted, spec = Noted(), job(latents, TINY)
-    launcher.run(spec, LocalLaunch(nproc=nproc), progress=noted, log=HOUSE)
+    launcher.run(spec, LocalLaunch(nproc=nproc), progress=noted, log=LOG)
     manifest = STAGES["train"].kind.read(spec.output.uri)
     assert manifest.counts["steps"] == 4
     assert noted.progress[-1] == (4, 4, "steps")
@@ -141,7 +72,7 @@ def test_wrong_input_found_by_a_rank_is_the_users_own_line(
     with pytest.raises(InputError) as here:
         STAGES["train"].run(wrong, latents, out=spec.output, tracker=NullTracker())
     with pytest.raises(InputError) as there:
-        launcher.run(spec, LocalLaunch(nproc=2), progress=Noted(), log=HOUSE)
+        launcher.run(spec, LocalLaunch(nproc=2), progress=Noted(), log=LOG)
     assert str(there.value) == str(here.value)
     assert not any("flows/launch/worker.py" in line for line in lines.messages)  # no traceback for a person's slip
 
@@ -153,7 +84,7 @@ def test_a_rank_that_fails_leaves_its_traceback(
     damaged = Path(latents.uri) / next(entry.path for entry in latents.files if "/mean/c/" in entry.path)
     damaged.write_bytes(damaged.read_bytes()[:-9])
     with pytest.raises(WorkerError, match=r"^rank 0 failed: StorageError: .*mean.*$") as failure:
-        launcher.run(job(latents, TINY), LocalLaunch(nproc=1), progress=Noted(), log=HOUSE)
+        launcher.run(job(latents, TINY), LocalLaunch(nproc=1), progress=Noted(), log=LOG)
     assert "\n" not in str(failure.value)
     assert "[rank 0] Traceback (most recent call last):" in lines.messages
     assert any(line.startswith("[rank 0] storage.errors.StorageError: ") for line in lines.messages)
@@ -169,7 +100,7 @@ def test_a_killed_rank_fails_the_stage(latents: LatentManifest, nothing_left: No
             os.kill(killed[1], signal.SIGKILL)
 
     with pytest.raises(WorkerError, match=r"^rank 1 was killed by SIGKILL, perhaps because memory ran out$"):
-        launcher.run(job(latents, ENDLESS), LocalLaunch(nproc=2, max_restarts=0), progress=kill_one, log=HOUSE)
+        launcher.run(job(latents, ENDLESS), LocalLaunch(nproc=2, max_restarts=0), progress=kill_one, log=LOG)
     assert len(killed) == 2
     assert all_gone(killed)
 
@@ -200,7 +131,7 @@ def test_a_stage_that_loses_a_rank_starts_again_from_its_checkpoint(
             os.kill(ranks()[1].pid, number)
         noted.append(done)
 
-    launcher.run(spec, LocalLaunch(nproc=2), progress=kill_once, log=HOUSE)
+    launcher.run(spec, LocalLaunch(nproc=2), progress=kill_once, log=LOG)
     assert any(re.fullmatch(rf"{why}; restarting all ranks \(1 of 3\)", line) for line in lines.messages)
     resumed = next(int(line.split()[-1]) for line in lines.messages if "resuming after step" in line)
     # When one is being saved, the one before it has been.
@@ -221,7 +152,7 @@ def test_preempted_ranks_save_and_say_so(
 
     spec = job(latents, ENDLESS, TrackingSpec(uri=dead_address(), run_id="0" * 32))
     with pytest.raises(PreemptedError, match=r"^stopped by SIGTERM at step [\d,]+; run the same command") as told:
-        launcher.run(spec, LocalLaunch(nproc=2, max_restarts=0), progress=preempt, log=HOUSE)
+        launcher.run(spec, LocalLaunch(nproc=2, max_restarts=0), progress=preempt, log=LOG)
     step = int(str(told.value).split()[5].rstrip(";").replace(",", ""))
     assert Path(spec.output.uri, "checkpoints", f"step-{step:09d}", "record.json").exists()
     steps = [record["step"] for record in unsent(spec.output) if record.get("metric") == "loss"]
@@ -243,7 +174,7 @@ def test_a_cancelled_launch_ends_its_ranks_in_order(latents: LatentManifest, not
 
     spec = job(latents, ENDLESS, TrackingSpec(uri=dead_address(), run_id="0" * 32))
     with pytest.raises(Cancelled):
-        launcher.run(spec, LocalLaunch(nproc=1), progress=cancel, log=HOUSE)
+        launcher.run(spec, LocalLaunch(nproc=1), progress=cancel, log=LOG)
     assert len(alive) >= 2  # torchrun and the rank
     assert all_gone(alive)
     steps = [record["step"] for record in unsent(spec.output) if record.get("metric") == "loss"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 import psutil
 import pytest
-from test_main import SIDE, images, refused, root, tiny  # noqa: F401  fixtures
+from command_line import SIDE, refused, tiny
 
 from dit.models.cost import cost
 from flows.command.main import main
@@ -31,16 +31,16 @@ def rates(tmp_path: Path) -> Path:
     return tmp_path / "rates.yaml"
 
 
-def recipe_of(images: Path, root: Path, *more: str) -> Recipe:  # noqa: F811
+def recipe_of(images: Path, root: Path, *more: str) -> Recipe:
     options = tiny(images, root, "shard.images_per_shard=5", "encode.block_rows=8", "encode.chunk_rows=4", *more)
     return load_recipe("demo", options[3::2], str(root))
 
 
-def planned(recipe: Recipe, root: Path, rates: Path) -> Plan:  # noqa: F811
+def planned(recipe: Recipe, root: Path, rates: Path) -> Plan:
     return plan(recipe, str(root), read_rates(str(rates)))
 
 
-def perform(recipe: Recipe, root: Path, *names: str) -> list[Manifest]:  # noqa: F811
+def perform(recipe: Recipe, root: Path, *names: str) -> list[Manifest]:
     """Run stages as they are, without Prefect or MLflow."""
     source, made = recipe.archive, list[Manifest]()
     for name in names:
@@ -51,7 +51,7 @@ def perform(recipe: Recipe, root: Path, *names: str) -> list[Manifest]:  # noqa:
     return made
 
 
-def test_hours_follow_from_the_rates(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+def test_hours_follow_from_the_rates(images: Path, root: Path, rates: Path) -> None:
     recipe = recipe_of(images, root, "sample.guidance_scale=2", "encode.flips=true", "train.flips=true")
     found = planned(recipe, root, rates)
     lines = {line.stage: line for line in found.lines}
@@ -73,7 +73,7 @@ def _given() -> object:
     return DataSpec(channels=4, side=SIDE // 4, num_classes=3, learn_variance=True)
 
 
-def test_objects_and_bytes_are_those_that_the_stages_write(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+def test_objects_and_bytes_are_those_that_the_stages_write(images: Path, root: Path, rates: Path) -> None:
     recipe = recipe_of(images, root)
     before = {line.stage: line for line in planned(recipe, root, rates).lines}
     for manifest in perform(recipe, root, "shard", "encode", "train", "sample"):
@@ -90,7 +90,7 @@ def test_objects_and_bytes_are_those_that_the_stages_write(images: Path, root: P
         assert (line.state, line.missing, line.hours) == ("done", 0, 0)
 
 
-def test_what_is_there_is_not_done_again(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+def test_what_is_there_is_not_done_again(images: Path, root: Path, rates: Path) -> None:
     recipe = recipe_of(images, root)
     whole = planned(recipe, root, rates).lines[1]
     (shards,) = perform(recipe, root, "shard")
@@ -104,7 +104,7 @@ def test_what_is_there_is_not_done_again(images: Path, root: Path, rates: Path) 
     assert line.missing == pytest.approx(whole.size / 3, abs=1)
 
 
-def test_parts_take_their_share_of_the_memory(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+def test_parts_take_their_share_of_the_memory(images: Path, root: Path, rates: Path) -> None:
     def memory(*more: str) -> int:
         return planned(recipe_of(images, root, "train.batch_size=4", *more), root, rates).memory
 
@@ -115,7 +115,7 @@ def test_parts_take_their_share_of_the_memory(images: Path, root: Path, rates: P
     assert copies - memory(nodes, "train.parallel=hsdp") == held - held // 2
 
 
-def test_every_average_takes_its_memory_and_its_disk(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+def test_every_average_takes_its_memory_and_its_disk(images: Path, root: Path, rates: Path) -> None:
     plain, more = (
         planned(recipe_of(images, root, *further), root, rates) for further in ([], ["train.ema_decays=[0.9, 0.99]"])
     )
@@ -124,7 +124,7 @@ def test_every_average_takes_its_memory_and_its_disk(images: Path, root: Path, r
     assert more.lines[2].size - plain.lines[2].size == 2 * ema * (recipe_of(images, root).train.keep_checkpoints + 1)
 
 
-def test_micro_batches_and_recomputed_blocks_keep_less(images: Path, root: Path, rates: Path) -> None:  # noqa: F811
+def test_micro_batches_and_recomputed_blocks_keep_less(images: Path, root: Path, rates: Path) -> None:
     def kept(*more: str) -> int:
         recipe = recipe_of(images, root, "train.batch_size=6", *more)
         return planned(recipe, root, rates).memory - sum(cost(recipe.train.model.config(_given())).memory.values())
@@ -135,8 +135,8 @@ def test_micro_batches_and_recomputed_blocks_keep_less(images: Path, root: Path,
 
 def test_what_does_not_fit_is_refused_with_what_to_change(
     capsys: pytest.CaptureFixture[str],
-    images: Path,  # noqa: F811
-    root: Path,  # noqa: F811
+    images: Path,
+    root: Path,
     rates: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -166,8 +166,8 @@ def elsewhere() -> Iterator[str]:
 
 def test_latents_of_a_root_elsewhere_need_room_in_the_cache(
     capsys: pytest.CaptureFixture[str],
-    images: Path,  # noqa: F811
-    root: Path,  # noqa: F811
+    images: Path,
+    root: Path,
     elsewhere: str,
     rates: Path,
     tmp_path: Path,
@@ -203,8 +203,8 @@ def test_latents_of_a_root_elsewhere_need_room_in_the_cache(
 
 def test_faults_of_late_stages_show_before_the_first(
     capsys: pytest.CaptureFixture[str],
-    images: Path,  # noqa: F811
-    root: Path,  # noqa: F811
+    images: Path,
+    root: Path,
     rates: Path,
 ) -> None:
     arguments = ["plan", "demo", "--rates", str(rates), *tiny(images, root)]
@@ -217,7 +217,7 @@ def test_faults_of_late_stages_show_before_the_first(
         assert f"--rates {rates}: " in refused(capsys, arguments)
 
 
-def test_rates_that_are_not_given_are_measured(images: Path, root: Path) -> None:  # noqa: F811
+def test_rates_that_are_not_given_are_measured(images: Path, root: Path) -> None:
     found = plan(recipe_of(images, root), str(root), read_rates(None)).rates
     assert set(found) == {"shard", "encode", "train", "sample", "decode", "evaluate"}
     assert all(rate > 0 for rate in found.values())

@@ -1,7 +1,6 @@
 """Champion and candidate in the registry of a real MLflow server."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,14 +15,6 @@ from flows.registry.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation, 
 from storage.errors import DitflowError, InputError
 
 CONDITIONS: dict[str, str | int | float] = {"count": 500, "steps": 50, "guidance_scale": 2.0, "seed": 0}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("registry") / "mlflow", tracking_template)
-    server.start()
-    yield server
-    server.stop()
 
 
 class Registry:
@@ -53,9 +44,8 @@ class Registry:
 
 
 @pytest.fixture
-def registry(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> Registry:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
-    return Registry(server.address)
+def registry(mlflow_server: MlflowServer) -> Registry:
+    return Registry(mlflow_server.address)
 
 
 def decide(registry: Registry, version: int, **rule: Any) -> str:

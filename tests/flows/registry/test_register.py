@@ -31,19 +31,9 @@ NAME = "digits"
 
 
 @pytest.fixture(scope="module")
-def server(
-    tmp_path_factory: pytest.TempPathFactory, tracking_template: Path, prefect_api: str
-) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("registry") / "mlflow", tracking_template)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", server.address)
-        yield server
-        server.stop()
-
-
-@pytest.fixture(scope="module")
-def models(server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> list[ModelManifest]:
+def models(
+    mlflow_server: MlflowServer, prefect_api: str, tmp_path_factory: pytest.TempPathFactory
+) -> list[ModelManifest]:
     """Two versions of a model, the second trained for one step more, which is too little to be champion."""
     small = Small(tmp_path_factory.mktemp("root"))
     latents = small.latents()
@@ -52,8 +42,8 @@ def models(server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 @pytest.fixture
-def client(server: MlflowServer) -> MlflowClient:
-    return MlflowClient(server.address)
+def client(mlflow_server: MlflowServer) -> MlflowClient:
+    return MlflowClient(mlflow_server.address)
 
 
 def test_a_version_tells_its_numbers_and_where_they_come_from(

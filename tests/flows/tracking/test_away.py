@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from faults import all_gone, descendants, start, wait_until
-from test_start import TINY, latents  # noqa: F401  latents is a fixture
+from launching import TINY
 
 from flows import servers
 from flows.contract import STAGES
@@ -43,7 +43,7 @@ def state_of_the_run(address: str) -> str:
 @pytest.mark.full
 def test_training_goes_on_without_the_prefect_server(
     tmp_path: Path,
-    latents: LatentManifest,  # noqa: F811
+    latents: LatentManifest,
     migrated: Callable[[Path], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -53,7 +53,6 @@ def test_training_goes_on_without_the_prefect_server(
         Path(STAGES["train"].output(str(Path(latents.uri).parents[1]), config, latents).uri),
     )
     monkeypatch.setenv("PREFECT_API_URL", f"http://{servers.HOST}:{port}/api")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     migrated(tmp_path)
     with ExitStack() as stack:
         before = set(descendants())

@@ -3,7 +3,7 @@
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -38,18 +38,9 @@ class Plain(Config):
     everywhere: str = operational(LOST)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("runs") / "mlflow", tracking_template)
-    server.start()
-    yield server
-    server.stop()
-
-
 @pytest.fixture
-def client(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
-    return MlflowClient(server.address)
+def client(mlflow_server: MlflowServer) -> MlflowClient:
+    return MlflowClient(mlflow_server.address)
 
 
 @pytest.fixture

@@ -19,18 +19,10 @@ from storage.tracker import publish
 PICTURE = b"\x89PNG..."
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("tracking") / "mlflow", tracking_template)
-    server.start()
-    yield server
-    server.stop()
-
-
 @pytest.fixture
-def client(server: MlflowServer) -> MlflowClient:
-    server.start()
-    return MlflowClient(server.address)
+def client(mlflow_server: MlflowServer) -> Iterator[MlflowClient]:
+    yield MlflowClient(mlflow_server.address)
+    mlflow_server.start()  # if a test has killed it
 
 
 @pytest.fixture
@@ -57,10 +49,10 @@ def senders() -> list[threading.Thread]:
 
 
 def test_metrics_and_files_arrive(
-    client: MlflowClient, run_id: str, server: MlflowServer, output: StageOutput, tmp_path: Path
+    client: MlflowClient, run_id: str, mlflow_server: MlflowServer, output: StageOutput, tmp_path: Path
 ) -> None:
     told: list[tuple[int, int, str]] = []
-    tracker = StageTracker(MlflowSink(server.address, run_id), lambda *what: told.append(what))
+    tracker = StageTracker(MlflowSink(mlflow_server.address, run_id), lambda *what: told.append(what))
     for step in range(2500):  # more than MLflow takes at once
         tracker.metrics({"loss": step / 2}, step=step)
     tracker.artifact("grid.png", PICTURE)
@@ -74,8 +66,10 @@ def test_metrics_and_files_arrive(
     assert senders() == []
 
 
-def test_numbers_that_are_none_do_not_hold_up_the_rest(client: MlflowClient, run_id: str, server: MlflowServer) -> None:
-    sink = MlflowSink(server.address, run_id)
+def test_numbers_that_are_none_do_not_hold_up_the_rest(
+    client: MlflowClient, run_id: str, mlflow_server: MlflowServer
+) -> None:
+    sink = MlflowSink(mlflow_server.address, run_id)
     sink.metrics({"nan": math.nan, "more": math.inf, "less": -math.inf, "loss": 1.0}, 0)
     assert sink.close() == []
     found = client.get_run(run_id).data.metrics
@@ -84,10 +78,10 @@ def test_numbers_that_are_none_do_not_hold_up_the_rest(client: MlflowClient, run
 
 
 def test_steps_from_before_a_restart_are_not_told_twice(
-    client: MlflowClient, run_id: str, server: MlflowServer
+    client: MlflowClient, run_id: str, mlflow_server: MlflowServer
 ) -> None:
     for start, skip_to in ((0, -1), (3, 5)):  # killed after step 5, and resumed from a checkpoint at step 3
-        sink = MlflowSink(server.address, run_id, skip_to)
+        sink = MlflowSink(mlflow_server.address, run_id, skip_to)
         for step in (*range(start, start + 4), *range(start + 2, start + 6)):  # back to a checkpoint once
             sink.metrics({"loss": 1.0}, step)
         assert sink.close() == []
@@ -95,17 +89,17 @@ def test_steps_from_before_a_restart_are_not_told_twice(
 
 
 def test_a_server_that_is_killed_and_comes_back_has_everything(
-    client: MlflowClient, run_id: str, server: MlflowServer, caplog: pytest.LogCaptureFixture
+    client: MlflowClient, run_id: str, mlflow_server: MlflowServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sink = MlflowSink(server.address, run_id)
+    sink = MlflowSink(mlflow_server.address, run_id)
     sink.metrics({"loss": 0.0}, 0)
     wait_until(lambda: steps(client, run_id, "loss") == [0])
-    server.kill()
+    mlflow_server.kill()
     for step in range(1, 50):
         sink.metrics({"loss": float(step)}, step)  # returns, or this test never ends
     sink.file("grid.png", PICTURE)
     wait_until(lambda: "records wait" in caplog.text)
-    server.start()
+    mlflow_server.start()
     wait_until(lambda: steps(client, run_id, "loss") == list(range(50)))
     sink.metrics({"loss": 50.0}, 50)
     assert sink.close() == []
@@ -115,9 +109,13 @@ def test_a_server_that_is_killed_and_comes_back_has_everything(
 
 
 def test_a_server_that_stays_away_is_brought_up_to_date_later(
-    client: MlflowClient, server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: StageOutput
+    client: MlflowClient,
+    mlflow_server: MlflowServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: StageOutput,
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.address)
     monkeypatch.setattr(sink, "CLOSE_SECONDS", 2.0)
     root = str(tmp_path / "root")
     with runs.stage_run(output, root) as (tracked, spec):
@@ -125,7 +123,7 @@ def test_a_server_that_stays_away_is_brought_up_to_date_later(
         tracker = StageTracker(MlflowSink(spec.uri, spec.run_id, spec.skip_to), None)
         tracker.metrics({"loss": 0.0}, step=0)
         wait_until(lambda: steps(client, spec.run_id, "loss") == [0])
-        server.kill()
+        mlflow_server.kill()
         for step in range(1, 4):
             tracker.metrics({"loss": math.nan if step == 2 else 1.0, "psnr": 2.0}, step=step)
         entry = publish(tracked, tracker, "grid.png", PICTURE)
@@ -139,7 +137,7 @@ def test_a_server_that_stays_away_is_brought_up_to_date_later(
     runs.settle(manifest, root)  # still away: nothing is lost
     assert Path(output.uri, UNSENT).exists()
 
-    server.start()
+    mlflow_server.start()
     assert client.get_run(spec.run_id).info.status == "RUNNING"
     runs.settle(manifest, root)
     assert steps(client, spec.run_id, "loss") == [0, 1, 2, 3]
