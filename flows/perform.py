@@ -72,7 +72,7 @@ def perform(
     output = stage.output(settings.root, config, source, force=settings.force, provenance=provenance)
     done = output.committed(stage.kind)
     if done is not None:
-        runs.settle(done, settings.root)
+        runs.sync_run(done, settings.root)
         _show(stage, partial(_link, stage, done.provenance.mlflow_run_id, settings.root))
         _show(stage, partial(_create_artifacts, stage, done))
         return Completed(name=SKIPPED, message=f"done before: {done.url}", data=done.url)

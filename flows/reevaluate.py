@@ -22,7 +22,7 @@ from dit.sample import SampleConfig, SampleManifest
 from flows import stages
 from flows.perform import SKIPPED, RunSettings
 from flows.registry.config import CANDIDATE, CHAMPION
-from flows.registry.promotion import Evaluation, answering, comparable, evaluation
+from flows.registry.promotion import Evaluation, check_comparable, evaluation, mlflow_errors
 from flows.registry.register import METRICS_DIGEST_TAG, emit
 from flows.tracking import runs
 from storage import uri
@@ -89,7 +89,7 @@ def reevaluate(
     """
     window = Window.of(period, on or datetime.now(UTC).date())
     settings = settings.model_copy(update={"pipeline_id": f"reevaluate-{model_name}-{window.label}"})
-    with answering(settings.root):
+    with mlflow_errors(settings.root):
         client, experiment_id = runs.open_client(settings.root)
         missing = {
             version: aliases
@@ -133,7 +133,7 @@ def _again(
         _done(stages.evaluate, fresh, EvaluateConfig.model_validate(metrics.config), settings=settings)
     )
     now = Evaluation(distance=found.distance, metrics=found.metrics, conditions=found.conditions)
-    comparable(f"{name} {version}, as registered and now", then, now)
+    check_comparable(f"{name} {version}, as registered and now", then, now)
     return _Again(version, aliases, then, now)
 
 

@@ -40,7 +40,7 @@ def _skip(options: Namespace, recipe: "Recipe", done: "list[Manifest]") -> None:
     from flows.report import page
     from flows.tracking import runs
 
-    runs.settle_unsent(done, options.root)
+    runs.sync_unsent(done, options.root)
     page.settle(recipe.name, done, options.root)
     show(options, recipe.name, [Outcome(found.stage, "skipped", 0.0, found.url) for found in done])
 

@@ -70,10 +70,10 @@ def _run(spec: WorkerSpec, rank: int, cleanup: ExitStack) -> None:
 
 
 def _tracker(spec: WorkerSpec) -> "StageTracker":
-    from flows.tracking.runs import caught_up
+    from flows.tracking.runs import skip_recorded
     from flows.tracking.sink import MlflowSink, StageTracker
 
-    tracking = caught_up(spec.tracking, spec.output)  # the ranks may have been restarted
+    tracking = skip_recorded(spec.tracking, spec.output)  # the ranks may have been restarted
     return StageTracker(MlflowSink(tracking.uri, tracking.run_id, tracking.skip_to), _report_progress)
 
 

@@ -1,6 +1,6 @@
-"""A version of a registered model: by which rules it enters the registry, and what a run leaves of it.
+"""The config and the manifest of the stage ``register``, and the rule for promotion.
 
-Apart from what needs MLflow, which takes seconds to import: most processes know of versions and make none.
+Kept apart from `flows.registry.register`, which imports MLflow and takes seconds to import.
 """
 
 from typing import Literal
@@ -16,30 +16,30 @@ CANDIDATE, CHAMPION = "candidate", "champion"
 
 
 class PromotionRule(Config):
-    """What a candidate must do better than the champion to take its place."""
+    """The rule by which a new version replaces the champion."""
 
     metric: str | None = None
-    """Name of the metric; by default the Fréchet distance, `fid` or `fd`."""
+    """Metric to compare. Default: the Fréchet distance, fid or fd."""
     direction: Direction = "lower"
-    """Which numbers are better."""
+    """Which values of the metric are better."""
     min_gain: float = Field(0.0, ge=0)
-    """How much better at least, in the metric's unit, once the 95 % interval of the difference is taken off."""
+    """Least improvement in the metric's unit, after half the width of its 95 % interval is subtracted."""
 
     def __str__(self) -> str:
-        return f"rule: {self.metric or 'distance'} {self.direction} by {self.min_gain:g} beyond its interval"
+        return f"rule: {self.metric or 'distance'} {self.direction} by at least {self.min_gain:g} beyond its interval"
 
 
 class RegisterConfig(Config):
-    """How a model enters the registry."""
+    """How a model is registered in MLflow."""
 
     model_name: str = Field("ditflow", pattern=r"^[^/:]+$")
     """Name of the registered model."""
     alias: str = Field(CANDIDATE, pattern=r"^[A-Za-z0-9_-]+$")
-    """Alias that the new version takes."""
+    """Alias that the new version receives."""
     promote: Literal["manual", "automatic"] = "manual"
-    """Whether the new version also becomes champion by itself when the rule says so."""
+    """Who makes a version champion: manual, a person with ditflow promote; automatic, the rule."""
     rule: PromotionRule = PromotionRule()
-    """What it must do better than the champion."""
+    """The rule for automatic promotion."""
 
 
 class ModelManifest(Manifest):
@@ -51,4 +51,4 @@ class ModelManifest(Manifest):
     model_version: int
     alias: str
     promotion: str | None = None
-    """What the rule decided, and why; None if it was not asked."""
+    """What the rule decided and why; None if promotion is manual."""

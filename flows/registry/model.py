@@ -27,31 +27,31 @@ from storage.images.grid import image_grid
 
 
 class Generator(PythonModel):
-    """Draws one image for every label asked for."""
+    """Samples one image for each label."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the exported model and its autoencoder."""
         folder = Path(context.artifacts["model"])
-        self._drawn = json.loads((folder / "sample.json").read_text())
-        self._trained = dit.load(str(folder), weights=weights_file(self._drawn["weights"]), device=device())
+        self._sampling = json.loads((folder / "sample.json").read_text())
+        self._trained = dit.load(str(folder), weights=weights_file(self._sampling["weights"]), device=device())
         vae = context.artifacts.get("vae")
         self._vae = load_vae(VaeRef(source=vae), device()) if vae else None
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Images of labels.
+        """Sample images.
 
         Args:
             context: unused.
-            model_input: column ``label``, class numbers. Row i is sample i of the seed.
-            params: seed, steps, guidance_scale, guidance_channels, sampler; all else is as it was evaluated.
+            model_input: column ``label``, class indices. Row i is sample i of the seed.
+            params: seed, steps, guidance_scale, guidance_channels, sampler. Defaults: those of the evaluation.
 
         Returns:
             Column ``png_base64``.
 
         Raises:
-            MlflowException: there is no such class, or a param does not fit; a server answers 400.
+            MlflowException: there is no such class, or a param is wrong; a server answers with status 400.
         """
         try:
             pngs = [_base64(image) for image in self._images(model_input["label"].to_numpy(), params or {})]
@@ -64,7 +64,7 @@ class Generator(PythonModel):
         labels, classes = torch.tensor(asked), len(self._trained.card.class_names)
         if not ((labels >= 0) & (labels < classes)).all():
             raise InputError(f"label: must lie between 0 and {classes - 1}")
-        config = SampleConfig.model_validate(self._drawn | params | {"count": len(labels)})
+        config = SampleConfig.model_validate(self._sampling | params | {"count": len(labels)})
         check_process(config, self._trained.card)
         for start in range(0, len(labels), config.batch_size):
             indices = range(start, min(start + config.batch_size, len(labels)))

@@ -1,4 +1,9 @@
-"""Who is champion: the rule that a candidate must satisfy, and the record of every decision."""
+"""Promotion to champion, by the rule or by hand, and the record of every decision.
+
+A version has its metrics and their conditions in the tag ``ditflow.evaluation``; a version and the champion are
+compared by these tags alone. Each decision is written to a tag ``ditflow.promotion.<time>`` before the alias
+``champion`` moves.
+"""
 
 import getpass
 import json
@@ -23,21 +28,23 @@ from storage.errors import DitflowError, InputError, one_line
 
 EVALUATION_TAG = "ditflow.evaluation"
 PROMOTION_TAG = "ditflow.promotion"
-"""Followed by the time, so that the record of a decision is never written over."""
+"""Followed by the time of the decision, so no record overwrites another."""
 
 
 class Evaluation(Config):
-    """The numbers of a model version and what they may be compared under, as kept in its tags."""
+    """The metrics of a model version and the conditions under which they were measured, as its tag holds them."""
 
     distance: str
-    """Name of the distance with its feature space."""
+    """Name of the distance with its feature extractor, such as ``FD[demo-digits@afb07b0d]``."""
     metrics: dict[str, float]
+    """By name, with the bounds of 95 % intervals as ``<name>_low`` and ``<name>_high``."""
     conditions: dict[str, str | int | float]
+    """By name; see `dit.metrics.comparison.differing`."""
 
 
 @dataclass(frozen=True)
-class _Match:
-    """A version against the champion."""
+class _Comparison:
+    """A version compared with the champion."""
 
     version: int
     champion: int | None
@@ -52,22 +59,22 @@ class _Match:
         return "; ".join([*numbers, str(self.gain)] if self.gain else numbers)
 
 
-def consider(client: MlflowClient, name: str, version: int, rule: PromotionRule) -> str:
-    """Make a version champion if the rule says so; return what was decided, and why, in one line.
+def apply_rule(client: MlflowClient, name: str, version: int, rule: PromotionRule) -> str:
+    """Make a version champion if it satisfies the rule; return the decision and its reason in one line.
 
-    Numbers under different conditions are not compared: then the champion stays, and the line says so.
+    If the metrics were measured under different conditions, the champion stays and the line says so.
     """
     champion = _champion(client, name)
     if champion == version:
-        return f"{name} {version} is the champion already"
+        return f"{name} {version} is already the champion"
     try:
-        match = _match(client, name, version, champion, rule)
+        comparison = _compare(client, name, version, champion, rule)
     except InputError as error:
         _record(client, name, version, None, {"decision": "kept", "by": "rule", "why": str(error)})
         return f"{name} {version} is not promoted: {error}"
-    better = match.gain is None or match.gain.exceeds(rule.min_gain)
-    why = f"{rule}; {match}"
-    _record(client, name, version, match, {"decision": "promoted" if better else "kept", "by": "rule", "why": why})
+    better = comparison.gain is None or comparison.gain.exceeds(rule.min_gain)
+    why = f"{rule}; {comparison}"
+    _record(client, name, version, comparison, {"decision": "promoted" if better else "kept", "by": "rule", "why": why})
     if not better:
         return f"{name} {version} is not promoted: {why}"
     client.set_registered_model_alias(name, CHAMPION, str(version))
@@ -75,41 +82,41 @@ def consider(client: MlflowClient, name: str, version: int, rule: PromotionRule)
 
 
 def promote(name: str, version: int | None, reason: str, root: str) -> str:
-    """Make a version champion because a person says so; return what was done in one line.
+    """Make a version champion as a person decided; return what was done in one line.
 
     Args:
         name: of the registered model.
-        version: None for the candidate.
+        version: its number; None for the candidate.
         reason: why, for the record.
-        root: where the tracking store is found.
+        root: the root whose tracking store is used.
 
     Raises:
-        InputError: there is no such version, it is champion already, or its numbers and those of the
-            champion were taken under different conditions.
-        DitflowError: MLflow is away.
+        InputError: there is no such version, it is champion already, or its metrics and those of the
+            champion were measured under different conditions.
+        DitflowError: MLflow does not answer.
     """
     client = MlflowClient(tracking_uri(root))
-    with answering(root):
+    with mlflow_errors(root):
         aliases = client.get_registered_model(name).aliases
         if version is None and CANDIDATE not in aliases:
             raise InputError(f"{name}: has no {CANDIDATE}; name the version to promote")
         number = int(aliases[CANDIDATE]) if version is None else version
         champion = _champion(client, name)
         if champion == number:
-            raise InputError(f"{name} {number}: is the {CHAMPION} already")
-        match = _match(client, name, number, champion, PromotionRule())
-        _record(client, name, number, match, {"decision": "promoted", "by": "hand", "why": reason})
+            raise InputError(f"{name} {number}: is already the {CHAMPION}")
+        comparison = _compare(client, name, number, champion, PromotionRule())
+        _record(client, name, number, comparison, {"decision": "promoted", "by": "hand", "why": reason})
         client.set_registered_model_alias(name, CHAMPION, str(number))
-    return f"{name} {number} is champion, before it was {champion or 'none'}; {match}"
+    return f"{name} {number} is champion; before, it was {champion or 'none'}; {comparison}"
 
 
 @contextmanager
-def answering(root: str) -> Iterator[None]:
-    """Within it MLflow's errors are lines for people.
+def mlflow_errors(root: str) -> Iterator[None]:
+    """Turn MLflow's errors in the block into our own, with one line each.
 
     Raises:
         InputError: there is no such model or version.
-        DitflowError: MLflow is away.
+        DitflowError: MLflow does not answer.
     """
     where = uri.redact(tracking_uri(root))
     try:
@@ -121,30 +128,30 @@ def answering(root: str) -> Iterator[None]:
 
 
 def evaluation(client: MlflowClient, name: str, version: int) -> Evaluation:
-    """The numbers that a version was registered with.
+    """The metrics that a version was registered with.
 
     Raises:
-        InputError: it was registered without.
+        InputError: its tags hold none.
     """
     try:
         return Evaluation.model_validate_json(client.get_model_version(name, str(version)).tags[EVALUATION_TAG])
     except (KeyError, ValidationError) as error:
-        raise InputError(f"{name} {version}: its tags tell no evaluation; register it again") from error
+        raise InputError(f"{name} {version}: has no valid tag {EVALUATION_TAG}; register it again") from error
 
 
-def comparable(what: str, old: Evaluation, new: Evaluation) -> None:
-    """See that numbers were taken under the same conditions.
+def check_comparable(what: str, old: Evaluation, new: Evaluation) -> None:
+    """Check that the evaluations of ``what`` were made under the same conditions.
 
     Raises:
-        InputError: they were not; the line says of what, and names the first condition that differs.
+        InputError: they were not; the line gives both values of the first condition that differs.
     """
     one, other = (dict[str, object](found.conditions, distance=found.distance) for found in (old, new))
     differ = differing(one, other)
     if differ:
         first = differ[0]
         raise InputError(
-            f"{what}: numbers under different conditions do not compare: {', '.join(differ)} "
-            f"({first}: {one.get(first, 'none')} and {other.get(first, 'none')}); evaluate both alike"
+            f"{what}: metrics under different conditions cannot be compared: {', '.join(differ)} "
+            f"({first}: {one.get(first, 'none')} and {other.get(first, 'none')}); evaluate both under the same ones"
         )
 
 
@@ -153,37 +160,39 @@ def _champion(client: MlflowClient, name: str) -> int | None:
     return None if found is None else int(found)
 
 
-def _match(client: MlflowClient, name: str, version: int, champion: int | None, rule: PromotionRule) -> _Match:
+def _compare(client: MlflowClient, name: str, version: int, champion: int | None, rule: PromotionRule) -> _Comparison:
     new = evaluation(client, name, version)
     metric = rule.metric or new.distance.partition("[")[0].lower()
     if champion is None:
-        return _Match(version, None, metric, {version: _of(metric, new)}, None)
+        return _Comparison(version, None, metric, {version: _values(metric, new)}, None)
     old = evaluation(client, name, champion)
-    comparable(f"{name} {champion} and {version}", old, new)
-    values = {champion: _of(metric, old), version: _of(metric, new)}
-    return _Match(version, champion, metric, values, gain(metric, rule.direction, old.metrics, new.metrics))
+    check_comparable(f"{name} {champion} and {version}", old, new)
+    values = {champion: _values(metric, old), version: _values(metric, new)}
+    return _Comparison(version, champion, metric, values, gain(metric, rule.direction, old.metrics, new.metrics))
 
 
-def _of(metric: str, found: Evaluation) -> dict[str, float]:
+def _values(metric: str, found: Evaluation) -> dict[str, float]:
     if metric not in found.metrics:
-        raise InputError(f"{metric}: no such metric; there are {', '.join(sorted(found.metrics))}")
+        raise InputError(f"{metric}: no such metric; choose one of {', '.join(sorted(found.metrics))}")
     names = (metric, f"{metric}_low", f"{metric}_high")
     return {name: found.metrics[name] for name in names if name in found.metrics}
 
 
-def _record(client: MlflowClient, name: str, version: int, match: _Match | None, decision: dict[str, str]) -> None:
-    """Leave the decision in a tag of the version, before anything is changed."""
+def _record(
+    client: MlflowClient, name: str, version: int, comparison: _Comparison | None, decision: dict[str, str]
+) -> None:
+    """Write the decision to a tag of the version, before the alias moves."""
     when = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
     facts: dict[str, Any] = {**decision, "who": _user(), "when": when, "old_champion": _champion(client, name)}
-    if match is not None:
-        facts |= {"metric": match.metric, "values": match.values}
-    if match is not None and match.gain is not None:
-        facts |= {"gain": match.gain.value, "margin": match.gain.margin}
+    if comparison is not None:
+        facts |= {"metric": comparison.metric, "values": comparison.values}
+    if comparison is not None and comparison.gain is not None:
+        facts |= {"gain": comparison.gain.value, "margin": comparison.gain.margin}
     client.set_model_version_tag(name, str(version), f"{PROMOTION_TAG}.{when}", json.dumps(facts))
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
+    except (KeyError, OSError):  # the user of a container may have no name
         return str(os.getuid())

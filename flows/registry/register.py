@@ -1,4 +1,8 @@
-"""A checkpoint to a model version in the MLflow registry."""
+"""The stage ``register``: a version in the MLflow registry with the model, its metrics and its lineage.
+
+The model is a pyfunc (`flows.registry.model`) with the exported weights, the autoencoder, and the code of `dit` and
+`storage`. The version is found by the tag ``ditflow.digest``, so a stage that was killed does not register it twice.
+"""
 
 import os
 import tempfile
@@ -22,7 +26,7 @@ from dit.export import MODEL, CheckpointManifest, weights_file
 from dit.sample import PICTURE, SampleConfig, SampleManifest
 from dit.vae import fetch
 from flows.registry.config import VERSION, ModelManifest, RegisterConfig
-from flows.registry.promotion import EVALUATION_TAG, Evaluation, consider
+from flows.registry.promotion import EVALUATION_TAG, Evaluation, apply_rule
 from flows.tracking.runs import DIGEST_TAG, MANIFEST_TAG, tracking_uri
 from storage import uri
 from storage.code_version import code_version
@@ -34,24 +38,23 @@ from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
 
 REGISTERED = "ditflow.model.registered"
-"""The event of a new version. What it concerns is the model, ``ditflow.model.<name>``."""
+"""The Prefect event of a new version; its resource is ``ditflow.model.<name>``."""
 METRICS_DIGEST_TAG = "digest.metrics"
 
 
 def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, tracker: Tracker) -> ModelManifest:
-    """Register the model behind some metrics as a new version, with its numbers and lineage.
+    """Register the model that the metrics belong to as a new version.
 
-    A kill between the version and the manifest leaves the version, which the next run finds again. The
-    event is emitted as the version takes its alias; one that was killed emits it once more.
+    After a kill between the version and the manifest, the next run finds the version. It emits the event again.
 
     Raises:
-        DitflowError: MLflow has no run for this stage, so it was away when the stage began.
-        InputError: the stages behind the metrics are gone.
+        DitflowError: MLflow has no run for this stage, because it did not answer when the stage started.
+        InputError: a stage that the metrics come from is gone.
     """
     run_id = out.header.provenance.mlflow_run_id
     if run_id is None:
         raise DitflowError(
-            "register: the MLflow server is away and the registry with it; start it and run register again"
+            "register: the MLflow server, which holds the registry, does not answer; start it and run register again"
         )
     samples = metrics.parent("samples", SampleManifest)
     checkpoint = samples.parent("checkpoint", CheckpointManifest)
@@ -64,13 +67,13 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
             model_uri = _log(checkpoint, samples, metrics, run_id)
             made = mlflow.register_model(model_uri, config.model_name, tags=tags).version
         number = _registered(client, config.model_name, out.header.digest) or int(made)
-        if number != int(made):  # another machine that runs the same pipeline was first
+        if number != int(made):  # another run of the same pipeline was first
             client.delete_model_version(config.model_name, made)
     client.set_registered_model_alias(config.model_name, config.alias, str(number))
     emit(REGISTERED, config.model_name, {"version": number, "alias": config.alias, "digest": out.header.digest})
     promotion = None
     if config.promote == "automatic":
-        promotion = consider(client, config.model_name, number, config.rule)
+        promotion = apply_rule(client, config.model_name, number, config.rule)
     tracker.progress(1, 1, "versions")
     return out.commit(
         ModelManifest,
@@ -84,8 +87,8 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
 
 
 def emit(event: str, model_name: str, payload: dict[str, Any], once: UUID | None = None) -> None:
-    """Tell Prefect, in the background, of something that happened to a model; of the same ``once`` only once."""
-    from prefect.events import emit_event  # Prefect reads its settings when it is imported, and recipes come before
+    """Emit a Prefect event about a model, in the background; events with the same id ``once`` count once."""
+    from prefect.events import emit_event  # late: Prefect reads its settings when it is imported
 
     resource = {"prefect.resource.id": f"ditflow.model.{model_name}", "prefect.resource.name": model_name}
     emit_event(event, resource, payload={"model_name": model_name} | payload, id=once)
@@ -97,14 +100,14 @@ def _registered(client: MlflowClient, name: str, digest: str) -> int | None:
 
 
 def _numbers(metrics: MetricsManifest) -> dict[str, str]:
-    """The metrics for people, and all of it for `promotion.evaluation`."""
+    """Tags with the metrics: one for each, to read, and one with everything for `promotion.evaluation`."""
     tags = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.metrics.items()}
     whole = Evaluation(distance=metrics.distance, metrics=metrics.metrics, conditions=metrics.conditions)
     return tags | {"distance": metrics.distance, EVALUATION_TAG: whole.model_dump_json()}
 
 
 def _lineage(metrics: MetricsManifest, samples: SampleManifest, checkpoint: CheckpointManifest) -> dict[str, str]:
-    """The digests of everything between the images and the numbers, and where the checkpoint lies."""
+    """Tags with the digests of every output from the archive to the metrics, and the URL of the checkpoint."""
     latents = checkpoint.parent("latents", LatentManifest)
     shards = latents.parent("shards", ShardManifest)
     made = {"metrics": metrics, "samples": samples, "checkpoint": checkpoint, "latents": latents, "shards": shards}
@@ -114,15 +117,15 @@ def _lineage(metrics: MetricsManifest, samples: SampleManifest, checkpoint: Chec
 
 
 def _log(checkpoint: CheckpointManifest, samples: SampleManifest, metrics: MetricsManifest, run_id: str) -> str:
-    """Log the model to the stage's run, with its numbers and the code that it needs, and return its URI."""
-    drawn = SampleConfig.model_validate(samples.config)
+    """Log the model to the stage's run, with its metrics and code, and return its URI."""
+    sampling = SampleConfig.model_validate(samples.config)
     with tempfile.TemporaryDirectory() as folder, _current(run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("model.py")),
-            artifacts=_artifacts(Path(folder), checkpoint, drawn),
-            signature=_signature(drawn),
-            input_example=(pd.DataFrame({"label": np.array([0], np.int64)}), {"steps": min(drawn.steps, 4)}),
+            artifacts=_artifacts(Path(folder), checkpoint, sampling),
+            signature=_signature(sampling),
+            input_example=(pd.DataFrame({"label": np.array([0], np.int64)}), {"steps": min(sampling.steps, 4)}),
             pip_requirements=_requirements(),
             code_paths=[str(Path(__file__).parents[2] / package) for package in ("dit", "storage")],
         )
@@ -131,27 +134,27 @@ def _log(checkpoint: CheckpointManifest, samples: SampleManifest, metrics: Metri
 
 
 def _requirements() -> list[str]:
-    """The packages that dit and storage need, in the versions that are installed here."""
+    """The packages that dit and storage need, pinned to the versions installed here."""
     needed = {Requirement(text).name for text in requires("ditflow") or () if "extra ==" not in text}
     return sorted(f"{name}=={version(name).partition('+')[0]}" for name in needed - {"prefect", "fastapi"})
 
 
 @contextmanager
 def _fluent(store: str) -> Iterator[None]:
-    """Have those of MLflow's functions that take no client use a store, within the block alone."""
+    """Let MLflow's fluent functions, which take no client, use a store for the length of the block."""
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(store)  # sets the variable too, which every later run of this process would follow
+    mlflow.set_tracking_uri(store)  # also sets the variable, which would outlive the block
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(None)  # which removes it
+        mlflow.set_tracking_uri(None)  # removes the variable
         if given is not None:
             os.environ["MLFLOW_TRACKING_URI"] = given
 
 
 @contextmanager
 def _current(run_id: str) -> Iterator[None]:
-    """Make a run MLflow's current one; it is still open afterwards, since only a committed stage ends its run."""
+    """Make a run the active one of MLflow's fluent functions. It stays open: the committed stage ends it."""
     mlflow.start_run(run_id=run_id, nested=True)
     try:
         yield
@@ -159,28 +162,28 @@ def _current(run_id: str) -> Iterator[None]:
         mlflow.end_run("RUNNING")
 
 
-def _artifacts(folder: Path, checkpoint: CheckpointManifest, drawn: SampleConfig) -> dict[str, str]:
-    """The model, how it was sampled, and the autoencoder if it has one."""
+def _artifacts(folder: Path, checkpoint: CheckpointManifest, sampling: SampleConfig) -> dict[str, str]:
+    """Folders with the model and its sampling config, and with the autoencoder if it has one."""
     model, vae = folder / "model", folder / "vae"
     model.mkdir()
-    (model / "sample.json").write_text(drawn.model_dump_json(exclude={"vae"}))
-    for name in (MODEL, weights_file(drawn.weights)):
+    (model / "sample.json").write_text(sampling.model_dump_json(exclude={"vae"}))
+    for name in (MODEL, weights_file(sampling.weights)):
         (model / name).write_bytes(uri.read(uri.join(checkpoint.uri, name)))
-    ref = drawn.vae or checkpoint.card.vae_ref
+    ref = sampling.vae or checkpoint.card.vae_ref
     if ref is None:
         return {"model": str(model)}
     fetch(ref, vae)
     return {"model": str(model), "vae": str(vae)}
 
 
-def _signature(drawn: SampleConfig) -> ModelSignature:
-    """Labels in, PNG images out; the params default to how the evaluated samples were drawn."""
+def _signature(sampling: SampleConfig) -> ModelSignature:
+    """Labels in, PNG images out; the defaults of the params are those of the evaluated samples."""
     params: list[tuple[str, str, Any]] = [
-        ("seed", "long", drawn.seed),
-        ("steps", "long", drawn.steps),
-        ("guidance_scale", "double", drawn.guidance_scale),
-        ("guidance_channels", "string", drawn.guidance_channels),
-        ("sampler", "string", drawn.sampler),
+        ("seed", "long", sampling.seed),
+        ("steps", "long", sampling.steps),
+        ("guidance_scale", "double", sampling.guidance_scale),
+        ("guidance_channels", "string", sampling.guidance_channels),
+        ("sampler", "string", sampling.sampler),
     ]
     return ModelSignature(
         inputs=Schema([ColSpec("long", "label")]),

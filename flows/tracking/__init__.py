@@ -1,1 +1,1 @@
-"""What a stage tells MLflow and the terminal."""
+"""Metrics, artifacts and progress of a stage: to MLflow, to Prefect and to the terminal."""

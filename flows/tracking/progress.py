@@ -1,4 +1,4 @@
-"""Progress of a stage: a bar on a terminal, plain lines elsewhere, an artifact in Prefect."""
+"""Progress of a stage: a bar on a terminal, lines in a log, and an artifact in Prefect, which a thread sends."""
 
 import logging
 import sys
@@ -17,12 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 LOGGER = logging.getLogger(__name__)
 LINE_SECONDS = 10.0
+"""Least time between two lines."""
 ARTIFACT_SECONDS = 5.0
-LAST_SECONDS = 2.0  # how long the end of a stage waits for Prefect to take its last artifact
+"""Least time between two updates of the artifact."""
+FLUSH_SECONDS = 2.0
+"""How long the end of a stage waits for the last update of the artifact."""
 
 
 class StageProgress:
-    """Shows how far one stage is, wherever somebody may look."""
+    """Shows the progress of one stage."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
@@ -40,12 +43,12 @@ class StageProgress:
         self._percent, self._unit = 0.0, ""
         self._sender = Thread()
         self._artifact: UUID | None = None
-        self._told = False
+        self._warned = False
         self._last_line = self._last_artifact = time.monotonic()
-        self._first: tuple[float, int] | None = None
+        self._start: tuple[float, int] | None = None
 
     def update(self, done: int, total: int, unit: str) -> None:
-        """Show ``done`` of ``total`` units. Never raises for want of Prefect, and never waits for it."""
+        """Show ``done`` of ``total`` units. Never waits for Prefect and raises none of its errors."""
         now = time.monotonic()
         left = self._left(now, done, total)
         if self._task is None:
@@ -60,8 +63,8 @@ class StageProgress:
             self._start_sending()
 
     def _left(self, now: float, done: int, total: int) -> str:
-        """The time left at the pace of this attempt: what an earlier one did took this one no time."""
-        began, before = self._first = self._first or (now, done)
+        """The time left at the speed of this attempt; units that an earlier attempt did are not counted."""
+        began, before = self._start = self._start or (now, done)
         if done <= before or done >= total:
             return ""
         return f"{timedelta(seconds=round((now - began) * (total - done) / (done - before)))} left"
@@ -72,12 +75,12 @@ class StageProgress:
         with self._bar:
             yield self
         if self._artifact is not None:
-            self._sender.join(LAST_SECONDS)
+            self._sender.join(FLUSH_SECONDS)
             self._start_sending()
-            self._sender.join(LAST_SECONDS)
+            self._sender.join(FLUSH_SECONDS)
 
     def _start_sending(self) -> None:
-        """Send the artifact in the background: its client waits minutes for a server that hangs."""
+        """Send the artifact in a thread: Prefect's client waits minutes for a server that hangs."""
         if FlowRunContext.get() is not None and not self._sender.is_alive():
             self._sender = Thread(target=copy_context().run, args=(self._send,), name="progress", daemon=True)
             self._sender.start()
@@ -91,7 +94,7 @@ class StageProgress:
                 self._artifact = created
             else:
                 update_progress_artifact(self._artifact, self._percent)
-        except Exception as error:  # a picture of the work must never stop the work
-            if not self._told:
-                LOGGER.warning("%s: Prefect does not show the progress: %s", self._stage, error)
-            self._told = True
+        except Exception as error:  # the display must never stop the stage
+            if not self._warned:
+                LOGGER.warning("%s: Prefect cannot show the progress: %s", self._stage, error)
+            self._warned = True

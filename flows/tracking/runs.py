@@ -1,4 +1,10 @@
-"""The runs in MLflow: one a stage, under one a pipeline, with lineage both ways."""
+"""The runs in MLflow: one for each output of a stage, below one for each pipeline.
+
+Runs are found by their tags. That of an output has ``ditflow.digest``, so a stage that was killed, failed or restarted
+continues its own run; that of a pipeline has ``ditflow.pipeline_id``, so a stage that is run alone joins it. The tag
+``ditflow.manifest`` leads from a run to the output. A stage works on without MLflow: `sync_run` sends later what
+MLflow has missed, and creates the run if there is none.
+"""
 
 import json
 import logging
@@ -31,13 +37,13 @@ STAGE_TAG = "ditflow.stage"
 
 
 def tracking_uri(root: str) -> str:
-    """Where runs are kept: ``MLFLOW_TRACKING_URI``, else sqlite in the root (in this folder for a remote root)."""
+    """``MLFLOW_TRACKING_URI``, else a sqlite file in the root, or in ``runs`` here if the root is remote."""
     given = os.environ.get("MLFLOW_TRACKING_URI")
     return given or f"sqlite:///{local_home(root) / 'mlflow.db'}"
 
 
 def open_client(root: str) -> tuple[MlflowClient, str]:
-    """A client of the tracking store of a root, and the id of our experiment. Raises what MLflow raises."""
+    """A client of a root's tracking store, and the id of the experiment ``ditflow``. Raises what MLflow raises."""
     home = local_home(root)
     client = MlflowClient(tracking_uri(root))
     location = None
@@ -52,12 +58,12 @@ def open_client(root: str) -> tuple[MlflowClient, str]:
     except MlflowException as error:
         if not _is(error, RESOURCE_ALREADY_EXISTS):
             raise
-        return client, str(client.get_experiment_by_name(EXPERIMENT).experiment_id)  # another process was faster
+        return client, str(client.get_experiment_by_name(EXPERIMENT).experiment_id)  # another process has created it
 
 
 def prepare(root: str) -> None:
-    """Create the tracking store if there is none, which takes seconds. One that is away shows later."""
-    with _Optional():
+    """Create the tracking store if there is none, which takes seconds. An error is only logged."""
+    with _BestEffort():
         open_client(root)
 
 
@@ -65,7 +71,7 @@ def manifest_of(run_id: str, root: str) -> str | None:
     """The manifest that a stage's MLflow run wrote; None if the run is unknown or wrote none.
 
     Raises:
-        DitflowError: MLflow is away.
+        DitflowError: MLflow does not answer.
     """
     try:
         client, _ = open_client(root)
@@ -73,39 +79,39 @@ def manifest_of(run_id: str, root: str) -> str | None:
     except MlflowException as error:
         if _is(error, RESOURCE_DOES_NOT_EXIST):
             return None
-        raise DitflowError(f"{uri.redact(tracking_uri(root))}: MLflow is away ({one_line(error)})") from error
+        raise DitflowError(f"{uri.redact(tracking_uri(root))}: MLflow does not answer ({one_line(error)})") from error
     return url
 
 
 def resolve(reference: str, root: str) -> str:
-    """The URL behind a manifest reference, which may be the id of an MLflow run.
+    """The manifest URL of a reference, which is a URL already or the id of an MLflow run.
 
     Raises:
         InputError: the run is unknown, or wrote no manifest.
-        DitflowError: MLflow is away.
+        DitflowError: MLflow does not answer.
     """
     if not re.fullmatch(r"[0-9a-f]{32}", reference):
         return reference
     url = manifest_of(reference, root)
     if url is None:
         store = uri.redact(tracking_uri(root))
-        raise InputError(f"MLflow run {reference}: not the run of a finished stage in {store}")
+        raise InputError(f"MLflow run {reference}: no finished stage has this run in {store}; check the id and --root")
     return url
 
 
 def pipeline_run_id(pipeline_id: str, root: str) -> str | None:
-    """The run that holds a pipeline's stages; None if there is none, or MLflow is away."""
-    with _Optional():
+    """The id of a pipeline's run; None if there is none or MLflow does not answer."""
+    with _BestEffort():
         client, experiment_id = open_client(root)
         return _find(client, experiment_id, PIPELINE_TAG, pipeline_id, f"tags.`{STAGE_TAG}` = 'pipeline'")
     return None
 
 
 def run_url(run_id: str, root: str) -> str | None:
-    """The page of a run; None if the tracking store is no server, or MLflow is away."""
+    """The web page of a run; None if the tracking store is not a server or does not answer."""
     address = tracking_uri(root)
     if address.startswith("http"):
-        with _Optional():
+        with _BestEffort():
             _, experiment_id = open_client(root)
             return f"{uri.redact(address)}/#/experiments/{experiment_id}/runs/{run_id}"
     return None
@@ -113,30 +119,29 @@ def run_url(run_id: str, root: str) -> str | None:
 
 @contextmanager
 def stage_run(output: StageOutput, root: str) -> Iterator[tuple[StageOutput, TrackingSpec]]:
-    """The MLflow run of a stage, for as long as it works.
+    """Open the MLflow run of a stage for the length of the block, and end it as finished, failed or killed.
 
-    An output has one run, however many attempts it takes: a run that was killed or failed is taken
-    up again. When MLflow is away the stage works without a run, and what it tells is kept beside
-    its manifest until `settle`.
+    An output has one run for all attempts. Without MLflow the stage works without a run, and its records are kept
+    beside the manifest until `sync_run`.
 
     Yields:
-        The output with the run noted in its provenance, and where rank 0 sends metrics.
+        The output with the run's id in its provenance, and the run for rank 0 to write.
     """
-    run_id, spec = _open(output, root)
+    run_id, spec = _open_run(output, root)
     if run_id is None:
         yield output, spec
         return
     client = MlflowClient(spec.uri)
-    with _ended(client, run_id):
+    with _end_on_error(client, run_id):
         yield output.with_mlflow_run(run_id), spec
-    with _Optional():
+    with _BestEffort():
         _finish(client, run_id, Manifest.read(output.uri))
 
 
-def caught_up(spec: TrackingSpec, output: StageOutput) -> TrackingSpec:
-    """For another attempt at a stage: skip what the one before has recorded."""
+def skip_recorded(spec: TrackingSpec, output: StageOutput) -> TrackingSpec:
+    """The same run, with the steps to skip that earlier attempts have recorded."""
     last = _last_unsent(output)
-    with _Optional():
+    with _BestEffort():
         if spec.run_id is not None:
             last = max([last, *_last_steps(MlflowClient(spec.uri), spec.run_id).values()])
     return spec.model_copy(update={"skip_to": max(last, spec.skip_to)})
@@ -144,79 +149,79 @@ def caught_up(spec: TrackingSpec, output: StageOutput) -> TrackingSpec:
 
 @contextmanager
 def pipeline_run(pipeline_id: str, root: str) -> Iterator[str | None]:
-    """The MLflow run that holds the runs of a pipeline's stages; yields its id, None when MLflow is away."""
+    """Open the run of a pipeline for the length of the block; yields its id, None if MLflow does not answer."""
     run_id = None
-    with _Optional():
+    with _BestEffort():
         client, experiment_id = open_client(root)
         run_id = _pipeline(client, experiment_id, pipeline_id)
         client.update_run(run_id, status="RUNNING")
     if run_id is None:
         yield None
         return
-    with _ended(client, run_id):
+    with _end_on_error(client, run_id):
         yield run_id
-    with _Optional():
+    with _BestEffort():
         client.set_terminated(run_id, "FINISHED")
 
 
-def settle(manifest: Manifest, root: str) -> None:
-    """Bring MLflow up to date with a finished stage, if MLflow was away for any of it.
+def sync_run(manifest: Manifest, root: str) -> None:
+    """Send what MLflow has missed of a finished stage; do nothing if it has missed nothing.
 
-    A stage that found no MLflow at all gets its run now; its manifest cannot name it any more.
+    A stage that had no run at all gets one now. Its manifest, which is never changed, does not name it.
     """
-    with _Optional():
+    with _BestEffort():
         client, experiment_id = open_client(root)
         run_id = manifest.provenance.mlflow_run_id or _find(client, experiment_id, DIGEST_TAG, manifest.digest)
         run_id = run_id or _create(client, experiment_id, manifest)
-        _deliver(client, run_id, manifest.uri)
+        _send_unsent(client, run_id, manifest.uri)
         if client.get_run(run_id).info.status != "FINISHED":
             _finish(client, run_id, manifest)
 
 
-def settle_unsent(manifests: Iterable[Manifest], root: str) -> None:
-    """`settle` the stages that have records which MLflow never took."""
+def sync_unsent(manifests: Iterable[Manifest], root: str) -> None:
+    """`sync_run` for the stages that have unsent records."""
     for manifest in manifests:
         if uri.exists(uri.join(manifest.uri, UNSENT)):
-            settle(manifest, root)
+            sync_run(manifest, root)
 
 
-class _Optional:
-    """Tells what MLflow raises in the block, and goes on: it must not stop the work."""
+class _BestEffort:
+    """Logs what MLflow raises in the block and goes on behind it."""
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
-        if not isinstance(error, Exception):  # its client promises no exception types
+        if not isinstance(error, Exception):  # MLflow documents no exception types
             return False
-        LOGGER.warning("MLflow does not answer, the work goes on without it: %s", one_line(error))
+        LOGGER.warning("MLflow does not answer; the stage goes on without it: %s", one_line(error))
         return True
 
 
 @contextmanager
-def _ended(client: MlflowClient, run_id: str) -> Iterator[None]:
-    """Mark a run as failed or killed if the block does not end well."""
+def _end_on_error(client: MlflowClient, run_id: str) -> Iterator[None]:
+    """Mark a run as failed or killed if the block raises."""
     try:
         yield
     except BaseException as error:
-        with _Optional():
+        with _BestEffort():
             client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
 
 
-def _open(output: StageOutput, root: str) -> tuple[str | None, TrackingSpec]:
-    """The run of an output, found or made; what earlier attempts could not send is sent first."""
+def _open_run(output: StageOutput, root: str) -> tuple[str | None, TrackingSpec]:
+    """Find or create the run of an output, and send what earlier attempts could not send."""
     address = tracking_uri(root)
-    with _Optional():
+    with _BestEffort():
         client, experiment_id = open_client(root)
-        run_id = _take_up(client, experiment_id, output.header) or _create(client, experiment_id, output.header)
-        _deliver(client, run_id, output.uri)
+        run_id = _reopen(client, experiment_id, output.header) or _create(client, experiment_id, output.header)
+        _send_unsent(client, run_id, output.uri)
         skip_to = max(_last_steps(client, run_id).values(), default=-1)
         return run_id, TrackingSpec(uri=address, run_id=run_id, skip_to=skip_to)
     return None, TrackingSpec(uri=address, run_id=None, skip_to=_last_unsent(output))
 
 
-def _take_up(client: MlflowClient, experiment_id: str, header: Header) -> str | None:
+def _reopen(client: MlflowClient, experiment_id: str, header: Header) -> str | None:
     run_id = _find(client, experiment_id, DIGEST_TAG, header.digest, "attributes.status != 'FINISHED'")
     if run_id is not None:
         client.update_run(run_id, status="RUNNING")
@@ -225,8 +230,8 @@ def _take_up(client: MlflowClient, experiment_id: str, header: Header) -> str | 
     return run_id
 
 
-def _deliver(client: MlflowClient, run_id: str, folder: str) -> None:
-    """Send what a tracker kept in a stage's folder and MLflow does not have, and forget it."""
+def _send_unsent(client: MlflowClient, run_id: str, folder: str) -> None:
+    """Send the records of a folder's `UNSENT` file that the run lacks, and remove the file."""
     unsent = uri.join(folder, UNSENT)
     if not uri.exists(unsent):
         return
@@ -239,19 +244,19 @@ def _deliver(client: MlflowClient, run_id: str, folder: str) -> None:
 
 
 def _last_unsent(output: StageOutput) -> int:
-    """The last step whose metrics wait to be sent, or -1."""
+    """The last step among the unsent metrics, or -1."""
     url = output.url(UNSENT)
     return max((metric.step for metric in read_unsent(url)[0]), default=-1) if uri.exists(url) else -1
 
 
 def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
-    """The last step at which a run has each of its metrics."""
+    """The last recorded step of each metric of a run."""
     keys = client.get_run(run_id).data.metrics
     return {key: max(metric.step for metric in client.get_metric_history(run_id, key)) for key in keys}
 
 
 def _finish(client: MlflowClient, run_id: str, manifest: Manifest) -> None:
-    """End the run of a finished stage: with its manifest, its numbers, and how to find its output again."""
+    """Log the manifest, metrics and counts of a finished stage to its run, tag it with the manifest's URL, end it."""
     log_file(client, run_id, "manifest.json", uri.read(manifest.url))
     now, known = int(time.time() * 1000), client.get_run(run_id).data.metrics
     numbers = {**manifest.metrics, **{f"count.{key}": float(value) for key, value in manifest.counts.items()}}
@@ -302,7 +307,7 @@ def _tags(client: MlflowClient, experiment_id: str, header: Header) -> dict[str,
 
 
 def _dataset(name: str, digest: str, source: str, context: str) -> DatasetInput:
-    """A stage's input or output as an MLflow dataset. MLflow keeps 36 characters of a digest: the tag has all."""
+    """An input or output as an MLflow dataset. MLflow keeps 36 characters of a digest; the tag has all 64."""
     tags = [InputTag("mlflow.data.context", context), InputTag("digest", digest)]
     source = json.dumps({"uri": source})
     return DatasetInput(Dataset(name=name, digest=digest[:32], source_type="ditflow", source=source), tags)
@@ -313,7 +318,7 @@ def _is(error: MlflowException, code: int) -> bool:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys and strings, as MLflow's params want them."""
+    """A nested config as MLflow params: dotted keys and string values."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):

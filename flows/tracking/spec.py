@@ -1,13 +1,14 @@
-"""Which MLflow run a stage is tracked in, as the processes that run it are told."""
+"""The MLflow run of a stage, as its launcher passes it to rank 0."""
 
 from storage.config import Config
 
 
 class TrackingSpec(Config):
-    """The MLflow run that rank 0 writes to."""
+    """The MLflow run that rank 0 writes."""
 
     uri: str
+    """MLflow's tracking URI."""
     run_id: str | None
-    """None when MLflow was away as the stage began: then records are kept beside the manifest."""
+    """None if MLflow did not answer when the stage started: then records are kept beside the manifest."""
     skip_to: int = -1
-    """Metrics up to this step were recorded before a restart."""
+    """Last step whose metrics were recorded before a restart; -1 for none."""

@@ -138,7 +138,7 @@ def test_other_conditions_than_then_are_refused(world: World) -> None:
     world.client.set_model_version_tag(NAME, "1", EVALUATION_TAG, forged.model_dump_json())
     state = world.again(date(2026, 12, 1))
     world.client.set_model_version_tag(NAME, "1", EVALUATION_TAG, told.model_dump_json())
-    with pytest.raises(InputError, match="as registered and now: numbers under different conditions .* metrics_dtype"):
+    with pytest.raises(InputError, match="as registered and now: metrics under different conditions .* metrics_dtype"):
         state.result()
 
 

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from flows.command.main import main
 from flows.registry.config import PromotionRule
-from flows.registry.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation, consider, promote
+from flows.registry.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation, apply_rule, promote
 from storage.errors import DitflowError, InputError
 
 CONDITIONS: dict[str, str | int | float] = {"count": 500, "steps": 50, "guidance_scale": 2.0, "seed": 0}
@@ -49,17 +49,18 @@ def registry(mlflow_server: MlflowServer) -> Registry:
 
 
 def decide(registry: Registry, version: int, **rule: Any) -> str:
-    return consider(registry.client, registry.name, version, PromotionRule(**rule))
+    return apply_rule(registry.client, registry.name, version, PromotionRule(**rule))
 
 
 def test_the_first_version_is_champion(registry: Registry) -> None:
     first = registry.add(10)
     line = decide(registry, first)
     assert line == (
-        f"{registry.name} 1 is champion: rule: distance lower by 0 beyond its interval; version 1: fd 10 (9 to 11)"
+        f"{registry.name} 1 is champion: "
+        "rule: distance lower by at least 0 beyond its interval; version 1: fd 10 (9 to 11)"
     )
     assert registry.champion == first
-    assert decide(registry, first) == f"{registry.name} 1 is the champion already"
+    assert decide(registry, first) == f"{registry.name} 1 is already the champion"
     (record,) = registry.records(first)
     assert record["decision"] == "promoted"
     assert record["old_champion"] is None
@@ -101,8 +102,8 @@ def test_numbers_under_different_conditions_are_not_compared(registry: Registry)
     registry.add(10, alias="champion")
     version = registry.add(1, alias="candidate", guidance_scale=4.0, seed=7)
     line = (
-        f"{registry.name} 1 and 2: numbers under different conditions do not compare: guidance_scale "
-        "(guidance_scale: 2.0 and 4.0); evaluate both alike"
+        f"{registry.name} 1 and 2: metrics under different conditions cannot be compared: guidance_scale "
+        "(guidance_scale: 2.0 and 4.0); evaluate both under the same ones"
     )
     assert decide(registry, version) == f"{registry.name} 2 is not promoted: {line}"
     with pytest.raises(InputError) as caught:
@@ -119,7 +120,7 @@ def test_by_hand_with_a_reason(registry: Registry, capsys: pytest.CaptureFixture
     root = ["--root", str(tmp_path)]
     assert main(["promote", registry.name, "--reason", "sharper", *root]) == 0
     assert capsys.readouterr().out == (
-        f"{registry.name} 2 is champion, before it was 1; "
+        f"{registry.name} 2 is champion; before, it was 1; "
         "version 1: fd 10 (9 to 11); version 2: fd 9 (8 to 10); better by 1 ± 1.4\n"
     )
     assert registry.champion == 2
@@ -135,8 +136,8 @@ def test_by_hand_with_a_reason(registry: Registry, capsys: pytest.CaptureFixture
         (["no-such-model"], "Registered Model with name=no-such-model not found"),
         (["{name}", "9"], "Model Version (name={name}, version=9) not found"),
         (["{name}"], "{name}: has no candidate; name the version to promote"),
-        (["{name}", "1"], "{name} 1: is the champion already"),
-        (["{name}", "2"], "{name} 2: its tags tell no evaluation; register it again"),
+        (["{name}", "1"], "{name} 1: is already the champion"),
+        (["{name}", "2"], "{name} 2: has no valid tag ditflow.evaluation; register it again"),
     ],
 )
 def test_what_cannot_be_promoted_is_one_line(

@@ -74,8 +74,8 @@ def test_the_run_shows_the_samples_and_the_model_has_the_metrics(
 
 def test_the_rule_decides_who_is_champion(models: list[ModelManifest], client: MlflowClient) -> None:
     assert client.get_registered_model(NAME).aliases == {"candidate": "2", "champion": "1"}
-    assert str(models[0].promotion).startswith(f"{NAME} 1 is champion: rule: distance lower by 1e+09 beyond")
-    assert str(models[1].promotion).startswith(f"{NAME} 2 is not promoted: rule: distance lower by 1e+09 beyond")
+    assert str(models[0].promotion).startswith(f"{NAME} 1 is champion: rule: distance lower by at least 1e+09")
+    assert str(models[1].promotion).startswith(f"{NAME} 2 is not promoted: rule: distance lower by at least 1e+09")
     tags = client.get_model_version(NAME, "2").tags
     (record,) = (json.loads(value) for name, value in tags.items() if name.startswith(PROMOTION_TAG))
     assert (record["decision"], record["old_champion"]) == ("kept", 1)

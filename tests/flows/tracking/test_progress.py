@@ -129,4 +129,4 @@ def test_a_killed_prefect_server_does_not_stop_the_work(
         with temporary_settings(settings), pytest.raises(Exception):  # noqa: B017  what Prefect raises at the flow's end
             working()
     assert worked == [True]
-    assert caplog.text.count("Prefect does not show the progress") == 1
+    assert caplog.text.count("Prefect cannot show the progress") == 1

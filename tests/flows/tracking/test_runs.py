@@ -189,7 +189,7 @@ def test_a_finished_run_is_not_opened_again(client: MlflowClient, root: str) -> 
     assert tracked.header.provenance.mlflow_run_id != first.provenance.mlflow_run_id
 
 
-def test_without_mlflow_the_work_goes_on_and_is_settled_later(
+def test_without_mlflow_the_work_goes_on_and_is_sent_later(
     client: MlflowClient, root: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = named(root, pipeline_id=f"p-{root}")
@@ -203,16 +203,16 @@ def test_without_mlflow_the_work_goes_on_and_is_settled_later(
                 losses(1, 2)(tracker)
                 manifest = tracked.commit(Manifest, [], counts={"images": 7})
                 tracker.close(tracked)
-        runs.settle(manifest, root)
+        runs.sync_run(manifest, root)
         assert runs.pipeline_run_id(f"p-{root}", root) is None
         assert runs.run_url("0" * 32, root) is None
-        with pytest.raises(DitflowError, match=r"^http://127.0.0.1:\d+: MLflow is away"):
+        with pytest.raises(DitflowError, match=r"^http://127.0.0.1:\d+: MLflow does not answer"):
             runs.manifest_of("0" * 32, root)
     assert Manifest.read(output.uri).provenance.mlflow_run_id is None
-    assert "the work goes on without it" in caplog.text
+    assert "the stage goes on without it" in caplog.text
 
     for _ in range(2):
-        runs.settle(manifest, root)
+        runs.sync_run(manifest, root)
         (run,) = of_digest(client, manifest.digest)
         assert run.info.status == "FINISHED"
         assert steps(client, run.info.run_id) == [1, 2]
@@ -253,14 +253,14 @@ def test_two_attempts_without_mlflow_keep_each_step_once(root: str, monkeypatch:
     assert [metric.step for metric in read_unsent(output.url(UNSENT))[0]] == [1, 2, 3, 4]
 
 
-def test_a_stage_whose_end_was_cut_short_is_finished_by_settle(client: MlflowClient, root: str) -> None:
+def test_a_stage_whose_end_was_cut_short_is_finished_by_sync_run(client: MlflowClient, root: str) -> None:
     output = named(root)
     with pytest.raises(KeyboardInterrupt), runs.stage_run(output, root) as (tracked, _):
         manifest = tracked.commit(Manifest, [])
         raise KeyboardInterrupt
     run_id = manifest.provenance.mlflow_run_id
     assert client.get_run(run_id).info.status == "KILLED"
-    runs.settle(manifest, root)
+    runs.sync_run(manifest, root)
     assert client.get_run(run_id).info.status == "FINISHED"
     assert runs.manifest_of(str(run_id), root) == manifest.url
 
@@ -320,10 +320,10 @@ def test_another_attempt_skips_what_the_run_has_or_what_waits_to_be_sent(client:
         tracker = StageTracker(MlflowSink(spec.uri, spec.run_id, spec.skip_to), None)
         losses(*steps)(tracker)
         tracker.close(tracked)
-        return runs.caught_up(spec, tracked)
+        return runs.skip_recorded(spec, tracked)
 
     with pytest.raises(KeyError), runs.stage_run(named(root), root) as (tracked, spec):
-        assert runs.caught_up(spec, tracked).skip_to == -1
+        assert runs.skip_recorded(spec, tracked).skip_to == -1
         again = attempt(tracked, spec, 10, 20, 30)
         assert again.skip_to == 30
         assert attempt(tracked, again, 20, 30, 40).skip_to == 40
