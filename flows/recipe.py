@@ -5,20 +5,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import Field, ValidationError
 
 from dit.encode import EncodeConfig
 from dit.evaluate import EvaluateConfig
 from dit.sample import SampleConfig
 from dit.train import TrainConfig
+from flows import yaml_text
 from flows.contract import STAGES
 from flows.launch.spec import LaunchSpec, LocalLaunch
 from flows.registry.config import RegisterConfig
 from flows.servers import local_home
 from flows.tracking import runs
 from storage.archives.open import ArchiveRef
-from storage.config import Config, operational, problem
+from storage.config import Config, is_text, operational, problem
 from storage.errors import InputError
 from storage.manifest import Manifest, json_digest
 from storage.shards.shard import ShardConfig
@@ -124,12 +124,12 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: str = "runs") ->
 
 def read_values(name: str, root: str) -> tuple[dict[str, Any], str]:
     """The values of a recipe's file, as yet unchecked, and its path. Arguments and errors as `load_recipe`."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    path = Path(name) if name.lower().endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         presets = ", ".join(sorted(preset.stem for preset in RECIPES.glob("*.yaml")))
         raise InputError(f"recipe {name!r}: neither a YAML file nor one of the presets ({presets})")
     places = {"${recipe_dir}": str(path.parent.resolve()), "${home}": str(local_home(root))}
-    values = _placed(_parse(_text(path), str(path)), places)
+    values = _placed(yaml_text.parse(_text(path), str(path)), places)
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of names to values")
     return values, str(path)
@@ -142,7 +142,7 @@ def recipe_of(values: dict[str, Any], where: str, overrides: Sequence[str]) -> R
         InputError: something is wrong; the line says where.
     """
     for override in overrides:
-        put(values, *parse_override(override))
+        put(values, *parse_override(override, Recipe))
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -167,7 +167,7 @@ def config_alone(kind: type[AnyConfig], stage: str, defaults: dict[str, Any], ov
     """
     values: dict[str, Any] = {stage: defaults}
     for override in overrides:
-        put(values, *parse_override(override))
+        put(values, *parse_override(override, dict[str, kind]))  # type: ignore[valid-type]
     others = sorted(values.keys() - {stage})
     if others:
         raise InputError(f"--set {others[0]}: without a recipe there is only {stage}")
@@ -178,16 +178,23 @@ def config_alone(kind: type[AnyConfig], stage: str, defaults: dict[str, Any], ov
         raise InputError(f"--set {'.'.join(filter(None, (stage, found.place)))}: {found.message}") from error
 
 
-def parse_override(text: str) -> tuple[str, Any, str]:
-    """The dotted key and the YAML value of an override, and how to name it in an error.
+def parse_override(text: str, kind: Any) -> tuple[str, Any, str]:
+    """The dotted key and the value of an override, and how to name it in an error.
+
+    Args:
+        text: ``key=value``. The value is taken as it is where the field holds text, unless it is quoted or ``null``;
+            everywhere else it is YAML.
+        kind: the type of what the override changes.
 
     Raises:
-        InputError: it is not of the form ``key=value``.
+        InputError: it is not of that form, or not YAML.
     """
+    where = f"--set {text}"
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise InputError(f"--set {text}: write key=value, such as train.steps=2000")
-    return key, _parse(value, f"--set {text}"), f"--set {text}"
+        raise InputError(f"{where}: write key=value, such as train.steps=2000")
+    verbatim = is_text(kind, key.split(".")) and value != "null" and value[:1] not in ("'", '"')
+    return key, value if verbatim else yaml_text.parse(value, where), where
 
 
 def put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -209,13 +216,6 @@ def _text(path: Path) -> str:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error})") from error
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
 
 
 def _placed(value: Any, places: Mapping[str, str]) -> Any:

@@ -1,8 +1,9 @@
 """The base class of every config: immutable, strict, with an identity that enters a stage's digest."""
 
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -34,6 +35,41 @@ def operational(default: Any = ..., **kwargs: Any) -> Any:
     """
     extra: dict[str, Any] | Callable[..., None] = {"operational": True}
     return Field(default, json_schema_extra=extra, **kwargs)
+
+
+def is_text(kind: Any, keys: Sequence[str]) -> bool:
+    """Whether the field at a dotted key holds text and nothing else but null.
+
+    Args:
+        kind: a config's class, or any type.
+        keys: the parts of the key; below a union, those of any of its members.
+    """
+    if keys:
+        below = [field for each in _members(kind) for field in _fields(each, keys[0])]
+        return bool(below) and all(is_text(field, keys[1:]) for field in below)
+    members = [each for each in _members(kind) if each is not NoneType]
+    return bool(members) and all(each is str for each in members)
+
+
+def _members(kind: Any) -> Iterator[Any]:
+    """The types of a union, those of literals instead of the literals."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        yield from _members(arguments[0])
+    elif origin in (Union, UnionType):
+        for each in arguments:
+            yield from _members(each)
+    elif origin is Literal:
+        yield from map(type, arguments)
+    else:
+        yield kind
+
+
+def _fields(kind: Any, key: str) -> Iterator[Any]:
+    if get_origin(kind) is dict:
+        yield get_args(kind)[1]
+    elif isinstance(kind, type) and issubclass(kind, BaseModel) and key in kind.model_fields:
+        yield kind.model_fields[key].annotation
 
 
 class Problem(NamedTuple):

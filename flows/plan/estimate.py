@@ -8,11 +8,11 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 from pydantic import Field, ValidationError, create_model
 
 from dit.devices import device
 from dit.rates import at_once
+from flows import yaml_text
 from flows.contract import STAGES
 from flows.launch.spec import LocalLaunch
 from flows.plan.table import Copy, Line, Plan
@@ -87,10 +87,10 @@ def read_rates(path: str | None) -> dict[str, float]:
     units = {name: unit for stage in STAGES.values() for name, unit in stage.definition.rates.items()}
     fields: dict[str, Any] = {name: (float | None, Field(None, gt=0, description=unit)) for name, unit in units.items()}
     try:
-        text = yaml.safe_load(Path(path).read_text("utf-8")) or {}
-        return create_model("Rates", __base__=Config, **fields).model_validate(text).model_dump(exclude_none=True)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--rates {path}: cannot be read ({' '.join(str(error).split())})") from error
+        values = yaml_text.parse(Path(path).read_text("utf-8"), f"--rates {path}") or {}
+        return create_model("Rates", __base__=Config, **fields).model_validate(values).model_dump(exclude_none=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--rates {path}: cannot be read ({error})") from error
     except ValidationError as error:
         raise InputError(f"--rates {path}: {problem(error)}") from error
 
