@@ -21,9 +21,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 SHAPES: dict[str, Shape] = {"xl2": (2, 16, 256, 72), "window64": (64, 8, 64, 32), "window16": (256, 8, 16, 32)}
 """Two images in the latent XL/2; one of 64 by 64 pixels in windows of 8 by 8, and in windows of 4 by 4."""
 GPU_FACTOR = 32
-"""So many times the windows on a GPU."""
+"""On a GPU there are this many times the windows."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Relative difference from the mask."""
+"""Largest relative difference from `masked`."""
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -32,12 +32,12 @@ def masked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def masked_4d(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """As `masked`, with the mask in four dimensions, which the CPU's fused kernel asks for."""
+    """As `masked`, with a mask of four dimensions, which the CPU's fused kernel needs."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """As `masked`."""
+    """As `masked`, in FlexAttention."""
 
     def add(score: Tensor, _b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + bias[head, query, key]
@@ -51,7 +51,7 @@ KERNELS: dict[str, Attend] = {"mask": masked, "mask_4d": masked_4d, "flex": flex
 
 
 def measure() -> Measured:
-    """All compiled, forward alone and with backward, at every shape."""
+    """Measure all kernels compiled, forward and forward with backward, at every shape."""
     results: list[Result] = []
     ratios: dict[str, float] = {}
     factor, dtype = (GPU_FACTOR, torch.bfloat16) if torch.cuda.is_available() else (1, torch.float32)
@@ -63,10 +63,10 @@ def measure() -> Measured:
 
 
 def compare(shape: Shape, dtype: torch.dtype) -> Measured:
-    """Fastest times at a shape. FlexAttention's backward is left out where there is none, which is on a CPU.
+    """Fastest times at a shape. On a CPU, where FlexAttention has no backward, that is left out.
 
     Raises:
-        ValueError: the kernels disagree.
+        ValueError: the outputs of two kernels differ.
     """
     torch.compiler.reset()
     parts = inputs(shape, dtype)
@@ -99,7 +99,7 @@ def inputs(shape: Shape, dtype: torch.dtype) -> Parts:
 
 
 def has_backward(parts: Parts) -> bool:
-    """Whether FlexAttention can be trained where these tensors, which require gradients, are."""
+    """Whether FlexAttention has a backward on the device of these tensors, which require gradients."""
     try:
         KERNELS["flex"](*parts)
     except NotImplementedError:

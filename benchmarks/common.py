@@ -1,4 +1,4 @@
-"""What every benchmark prints, and the machine that it ran on."""
+"""The output of every benchmark: results, ratios, and the machine."""
 
 import argparse
 import json
@@ -42,7 +42,7 @@ def main(measure: Callable[[], Measured], description: str) -> None:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long something takes, the device's part included."""
+    """Wall-clock seconds of a call, including the GPU work that it starts."""
     begin = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -51,13 +51,13 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def fastest(work: Callable[[], object], times: int = 20) -> float:
-    """Seconds of the fastest of so many runs after one to warm up: other work on the machine only adds time."""
+    """Seconds of the fastest of ``times`` runs after a warm-up: other work on the machine only adds time."""
     work()
     return min(seconds(work) for _ in range(times))
 
 
 def machine() -> dict[str, str | int | float]:
-    """The machine and the versions that the figures belong to."""
+    """The machine and the versions that the results belong to."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count() or 1,

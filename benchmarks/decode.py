@@ -1,4 +1,4 @@
-"""From the bytes of a JPEG to the square that models see: ours, and Pillow with the reference crop, on one core."""
+"""Decoding and cropping JPEGs for a model: our code against Pillow with the reference crop, on one core."""
 
 import io
 import time
@@ -18,7 +18,7 @@ Load = Callable[[bytes, int], NDArray[np.uint8]]
 
 
 def plain(data: bytes, size: int) -> NDArray[np.uint8]:
-    """Pillow and the reference crop, with nothing else."""
+    """Pillow and the reference crop of ADM."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -29,7 +29,7 @@ def plain(data: bytes, size: int) -> NDArray[np.uint8]:
 
 
 def decoded(data: bytes, size: int) -> NDArray[np.uint8]:
-    """Decoding alone, which all have in common."""
+    """Decoding alone, which the others include."""
     return np.empty(Image.open(io.BytesIO(data)).convert("RGB").size, np.uint8)
 
 
@@ -42,12 +42,12 @@ CONTESTANTS: dict[str, Load] = {
 
 
 def measure() -> Measured:
-    """Photographs of ImageNet's usual size."""
+    """Measure on synthetic photographs of ImageNet's typical size."""
     return contest([jpeg(number) for number in range(IMAGES)], SIZE, ROUNDS)
 
 
 def contest(images: list[bytes], size: int, rounds: int) -> Measured:
-    """Images in a second of processor time, the fastest of so many rounds in turns, and how far apart the pixels are.
+    """Images in a second of CPU time, the fastest of the interleaved rounds, and the difference of the pixels.
 
     Raises:
         ValueError: a pixel is more than one level from the reference.

@@ -1,6 +1,6 @@
 """The stage `encode`, from tars on the disk to a committed store, and the autoencoder's bare forward pass.
 
-The weights are random, which changes no speed.
+The weights are random; speed does not depend on them.
 """
 
 # B = batch, H = image side
@@ -39,7 +39,7 @@ class Task:
     """What is encoded, and by what."""
 
     widths: tuple[int, ...]
-    """Of the autoencoder's resolutions; all else is Stable Diffusion's."""
+    """Channels of the autoencoder at each resolution; all else is as in Stable Diffusion."""
     images: int
     resolution: int
     batch_size: int
@@ -47,11 +47,11 @@ class Task:
     precisions: tuple[Arithmetic, ...]
     rounds: int
     groups: int = 32
-    """Of the autoencoder's norms."""
+    """Groups of the autoencoder's group norms."""
 
 
 CPU = Task((32, 64, 128, 128), 32, 128, batch_size=8, block_rows=8, precisions=("float32",), rounds=3)
-"""A quarter of Stable Diffusion's widths at 128 px, 64 times cheaper: the stage has that much less to hide behind."""
+"""A quarter of Stable Diffusion's widths at 128 px is 64 times cheaper, so the stage's own cost shows more."""
 GPU = Task(
     (128, 256, 512, 512),
     4096,
@@ -63,21 +63,20 @@ GPU = Task(
 )
 FORMS = {"forward": torch.channels_last, "forward_contiguous": torch.contiguous_format}
 PICTURES = 64
-"""Different ones; the others are copies of them."""
+"""Number of different images; the others are copies."""
 
 
 def measure() -> Measured:
-    """At a size that takes this machine minutes."""
+    """Measure at a size that takes minutes on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         return contest(GPU if torch.cuda.is_available() else CPU, Path(folder))
 
 
 def contest(task: Task, folder: Path) -> Measured:
-    """The stage and both forward passes, in turns; of each the fastest, since other work only adds time.
+    """The stage and both forward passes, in turns; the fastest of each, because other work only adds time.
 
-    What the stage costs whatever its size, such as loading the autoencoder, is timed by a second
-    run with all blocks there already, and taken off. Without a GPU there is also the ratio of the
-    processor time of all threads, which other work on the machine bears on less than on the clock.
+    The stage's fixed cost, such as loading the autoencoder, is measured by a second run that finds all blocks, and
+    subtracted. Without a GPU there are also ratios of CPU time, which depend less on other work on the machine.
     """
     source, ref = _tars(task, folder), _autoencoder(task, folder / "vae")
     results: list[Result] = []
@@ -117,7 +116,7 @@ def _ratios(best: dict[str, float], suffix: str) -> dict[str, float]:
 def _fastest(
     task: Task, config: EncodeConfig, source: ShardManifest, folder: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of each part by the clock, and of the processor."""
+    """Wall-clock seconds of each part, and CPU seconds."""
     forward = {name: partial(_forward, *_in_memory(config, source, form)) for name, form in FORMS.items()}
     clock: dict[str, list[float]] = {name: [] for name in ("stage", "once", *FORMS)}
     processor: dict[str, list[float]] = {name: [] for name in clock}
@@ -145,7 +144,7 @@ def _fastest(
 def _in_memory(
     config: EncodeConfig, source: ShardManifest, form: torch.memory_format
 ) -> tuple[AutoencoderKL, list[Tensor]]:
-    """The autoencoder, and the batches (B, 3, H, H) of images and mirror images as it takes them."""
+    """The autoencoder, and its input: batches (B, 3, H, H) of images and of mirror images."""
     assert config.vae is not None
     assert config.batch_size is not None
     model = load_vae(config.vae, device(), dtype(config.precision)).model.to(memory_format=form)

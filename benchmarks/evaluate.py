@@ -1,6 +1,6 @@
 """The Fréchet distance and SciPy's root, Inception's layouts, precision and recall's memory, sampling and diffusers.
 
-Without weights: neither speed nor memory depends on them.
+The weights are random; speed and memory do not depend on them.
 """
 
 # N = reference images, M = samples, D = features
@@ -25,11 +25,11 @@ from dit.metrics.precision_recall import Mode, precision_recall
 IMAGES = 16
 REFERENCE, SAMPLES = 10_000, 50_000
 MODE: Mode = "adm-fp16"
-"""The one that needs more memory."""
+"""The mode that needs more memory."""
 
 
 def measure() -> Measured:
-    """Everything at the size of the published numbers, but for the sampling."""
+    """Measure at the sizes of published evaluations, except for sampling."""
     parts = [distances(DIMS), layouts(IMAGES), memory(REFERENCE, SAMPLES, DIMS), sampling(SMALL)]
     return [result for results, _ in parts for result in results], {
         k: v for _, found in parts for k, v in found.items()
@@ -37,10 +37,10 @@ def measure() -> Measured:
 
 
 def distances(dims: int) -> Measured:
-    """Ours against ``scipy.linalg.sqrtm`` of the product of the covariances.
+    """Our Fréchet distance against ``scipy.linalg.sqrtm`` of the product of the covariances.
 
     Raises:
-        ValueError: they disagree.
+        ValueError: the two differ.
     """
     rng = np.random.default_rng(0)
     mean = np.zeros(dims)
@@ -62,7 +62,7 @@ def distances(dims: int) -> Measured:
 
 
 def layouts(count: int) -> Measured:
-    """Features as the extractor takes them, norms folded and channels last, and of the plain network."""
+    """Inception's features with folded norms in channels-last layout, against the unchanged network."""
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 256, 256, 3), np.uint8))
     network = InceptionV3().eval().to(device())
 
@@ -79,7 +79,7 @@ def layouts(count: int) -> Measured:
 
 
 def memory(reference: int, samples: int, dims: int) -> Measured:
-    """The height of a process that takes precision and recall, features and libraries included."""
+    """Peak memory of a process that computes precision and recall, including features and libraries."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         took, peak = pool.apply(_precision_recall, (reference, samples, dims))
     return [Result("precision_recall", took, "s"), Result("precision_recall_peak", peak / 2**30, "GiB")], {}

@@ -1,4 +1,4 @@
-"""An archive in ImageNet's form, of any size: a tar of class tars with the kinds of files that are in it."""
+"""A synthetic archive of any size in the form of ImageNet: a tar of class tars, with a few odd files as there."""
 
 import io
 import struct
@@ -13,24 +13,24 @@ from PIL.PngImagePlugin import PngInfo
 
 CLASSES = 1000
 SIZE = (500, 375)
-"""Width and height of a usual image, pixels."""
+"""Width and height of a typical image in pixels."""
 _KINDS = {31: "CMYK", 71: "PNG"}
-_PICTURES = 16  # to make images of: a comment in each makes its bytes its own
+_PICTURES = 16  # different pictures; a comment makes each file unique
 
 
 def class_name(label: int) -> str:
-    """As a synset is called."""
+    """A name like that of a synset."""
     return f"n{label:08d}"
 
 
 def file_name(number: int, classes: int = CLASSES) -> str:
-    """Class and name of an image; the classes take turns."""
+    """``class/name`` of an image; consecutive numbers are of different classes."""
     name = class_name(number % classes)
     return f"{name}/{name}_{number}.JPEG"
 
 
 def file_bytes(number: int, size: tuple[int, int] = SIZE) -> bytes:
-    """An image file, which no other number has; a few are grey, CMYK, turned by EXIF, or PNGs in truth."""
+    """A unique image file for each number; a few are grey, CMYK, rotated by EXIF, or PNG despite their name."""
     text = f"image {number}"
     kind = _KINDS.get(number % 1009) or {7: "L", 53: "EXIF"}.get(number % 61, "RGB")
     if kind == "PNG":
@@ -58,7 +58,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 @cache
 def _pixels(picture: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Smooth colours with some noise, (H, W, 3): at full size a JPEG of some 110 kB, as ImageNet's are."""
+    """Smooth colours with some noise, (H, W, 3): at full size about 110 kB as JPEG, as in ImageNet."""
     width, height = size
     rng = np.random.default_rng(picture)
     y, x = np.arange(height)[:, None, None], np.arange(width)[:, None]

@@ -1,4 +1,4 @@
-"""Shuffled batches of latents from disk: ours in place, staged and streamed, and other ways to keep them."""
+"""Shuffled batches of latents: our store read in place, staged and streamed, against other formats."""
 
 # N = latents, B = latents in a batch, C = channels, h = latent side
 
@@ -42,7 +42,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Task:
-    """What is read, and how often."""
+    """What is read, and how many times."""
 
     rows: int = 49_152
     """N."""
@@ -53,13 +53,13 @@ class Task:
     block_rows: int = 4096
     chunk_rows: int = 256
     rounds: int = 7
-    """Each reader has its turn so often."""
+    """Turns of each reader."""
     slow_batches: int = 8
-    """Batches in a turn of a reader that takes samples one by one; the others read all N."""
+    """Batches in a turn of a reader that reads samples one by one; the others read all N latents."""
 
     @property
     def row_bytes(self) -> int:
-        """Of a latent."""
+        """Bytes of a latent."""
         return 2 * int(np.prod(self.shape))
 
 
@@ -67,7 +67,7 @@ class Counted(MemoryFileSystem):
     """``memory://`` as ``counted://``, which counts its ranged requests by array."""
 
     protocol = "counted"
-    gets: dict[str, list[int]] = {}  # noqa: RUF012  as the store itself, of all instances
+    gets: dict[str, list[int]] = {}  # noqa: RUF012  shared by all instances, as the store is
     """Bytes of each request."""
 
     @classmethod
@@ -83,16 +83,16 @@ class Counted(MemoryFileSystem):
 
 
 def measure() -> Measured:
-    """All readers at the size of the issue."""
+    """Measure all readers."""
     with tempfile.TemporaryDirectory() as folder:
         return contest(Task(), Path(folder))
 
 
 def contest(task: Task, folder: Path) -> Measured:
-    """Latents a second of processor time, read in turns; and the requests of one streamed epoch.
+    """Latents per second of CPU time, in turns, and the requests of one streamed epoch.
 
     Raises:
-        ValueError: a reader gives other latents than np.memmap.
+        ValueError: a reader returns other latents than np.memmap.
     """
     fsspec.register_implementation("counted", Counted, clobber=True)
     latents = np.random.default_rng(0).integers(0, 0x7C00, (task.rows, *task.shape), np.uint16).view(np.float16)
@@ -112,11 +112,11 @@ def contest(task: Task, folder: Path) -> Measured:
 
 
 Turn = Callable[[int], int]
-"""Reads some batches of an epoch, and says how many latents."""
+"""Reads batches of an epoch and returns the number of latents."""
 
 
 def readers(task: Task, folder: Path, latents: NDArray[np.float16]) -> dict[str, Turn]:
-    """One turn of every reader, after each was seen to give what it should."""
+    """A turn of every reader; each is checked first."""
     local, remote = write(task, str(folder / "local"), latents), write(task, "counted://root", latents)
     latents.tofile(folder / "flat.bin")
     flat = np.memmap(folder / "flat.bin", np.float16, "r", shape=latents.shape)
@@ -135,7 +135,7 @@ def readers(task: Task, folder: Path, latents: NDArray[np.float16]) -> dict[str,
     for name, take in shuffled.items():
         some = permutation(1, 0, task.rows)[: task.batch_size]
         if not np.array_equal(take(some), latents[some]):
-            raise ValueError(f"{name} gives other latents")
+            raise ValueError(f"{name} returns other latents")
     turns = {name: _turn(task, take, slow=name in ("npy", "oindex")) for name, take in shuffled.items()}
     turns["streamed"] = streamed(task, RowReader(remote, folder / "cache", streamed=True), latents)
     turns["webdataset"] = from_tars(task, write_tars(task, folder / "tars", latents))
@@ -143,7 +143,7 @@ def readers(task: Task, folder: Path, latents: NDArray[np.float16]) -> dict[str,
 
 
 def write(task: Task, root: str, latents: NDArray[np.float16]) -> LatentManifest:
-    """A store of these means and, the other way round, deviations."""
+    """A store with these means, and with the same in reverse as standard deviations."""
     out = stage_output(root, LatentManifest.STAGE, 1, Config(), parents={}, inputs={})
     writer = RowWriter(out, latent_layout(task.rows, 1, task.shape, task.block_rows, task.chunk_rows), {})
     for block in writer.missing():
@@ -195,7 +195,7 @@ def _batches(order: Indices, size: int) -> Iterator[Indices]:
 
 
 def streamed(task: Task, reader: RowReader, latents: NDArray[np.float16]) -> Turn:
-    """Whole epochs in the pooled order, each chunk fetched ahead."""
+    """Whole epochs in pooled order, with each chunk prefetched."""
 
     def turn(epoch: int) -> int:
         order, span = pooled(0, epoch, task.rows, task.chunk_rows), POOL * task.chunk_rows
@@ -205,14 +205,14 @@ def streamed(task: Task, reader: RowReader, latents: NDArray[np.float16]) -> Tur
             items = order[first : first + task.batch_size]
             found = reader.take("mean", items, np.zeros(len(items), np.int64))
             if first == 0 and not np.array_equal(found, latents[items]):
-                raise ValueError("streamed gives other latents")
+                raise ValueError("streamed returns other latents")
         return len(order)
 
     return turn
 
 
 def from_tars(task: Task, tars: list[str]) -> Turn:
-    """Samples through a shuffle buffer as large as a pool, which is full before time is taken."""
+    """Samples through a shuffle buffer as large as a pool, which is filled before the timing."""
     pipeline = webdataset.WebDataset(tars, shardshuffle=len(tars), seed=0, empty_check=False)
     size = min(POOL * task.chunk_rows, task.rows)
     samples = (
@@ -228,9 +228,9 @@ def from_tars(task: Task, tars: list[str]) -> Turn:
 
 
 def requests(task: Task, folder: Path, latents: NDArray[np.float16]) -> list[Result]:
-    """The requests of one epoch of means and deviations, and those of the start before it."""
+    """The requests of one epoch of means and standard deviations, and those of the start before it."""
     manifest = write(task, "counted://again", latents)
-    LatentReader(manifest, folder / "cache", streamed=True)  # the one that reads all to be sure of it
+    LatentReader(manifest, folder / "cache", streamed=True)  # the first start reads everything to verify it
     Counted.gets.clear()
     reader = LatentReader(manifest, folder / "cache", streamed=True)
     opened = sum(map(len, Counted.gets.values()))

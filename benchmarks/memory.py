@@ -1,11 +1,11 @@
-"""How much memory a process has had at its height."""
+"""Peak memory of a process."""
 
 import resource
 from pathlib import Path
 
 
 def peak_mib() -> float:
-    """Of this process, MiB. On Linux ``getrusage`` also counts what its parent had when it was started."""
+    """Peak resident memory of this process in MiB; ``getrusage`` would include its parent's at the fork on Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]

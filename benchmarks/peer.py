@@ -8,7 +8,7 @@ from dit.models.layers import NORM_EPS
 
 
 def diffusers_dit(model: DiT, norm_eps: float = NORM_EPS) -> DiTTransformer2DModel:
-    """A model of diffusers as it comes, but for the epsilon of its norms, with copies of our weights."""
+    """An unchanged model of diffusers, except for the epsilon of its norms, with copies of our weights."""
     config, weights = to_diffusers(model.config, model.state_dict())
     peer = DiTTransformer2DModel.from_config(config | {"norm_eps": norm_eps})
     missing, unexpected = peer.load_state_dict(weights, strict=False)
@@ -18,7 +18,7 @@ def diffusers_dit(model: DiT, norm_eps: float = NORM_EPS) -> DiTTransformer2DMod
 
 
 def set_differences(peer: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """Make it compute what ours does: the paper's timestep frequencies, and no labels dropped inside the model."""
+    """Let it compute the same as ours: the paper's timestep frequencies, and no label dropout inside the model."""
     for block in peer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
         block.norm1.emb.class_embedder.dropout_prob = 0

@@ -1,4 +1,4 @@
-"""Photographs that need no one's leave: noise with a photograph's spectrum."""
+"""Synthetic photographs without copyright: noise with the spectrum of natural images."""
 
 # H, W = pixels
 
@@ -19,13 +19,13 @@ def photo(number: int) -> NDArray[np.uint8]:
     frequency[0, 0] = np.inf  # no mean
     spectra = np.fft.rfft2(rng.normal(size=(3, HEIGHT, WIDTH))) / frequency
     fields = np.fft.irfft2(spectra, (HEIGHT, WIDTH))
-    colours = np.tensordot([[1, 0.4, 0.2], [1, 0, -0.2], [1, -0.4, 0.2]], fields, 1)  # mostly in step
+    colours = np.tensordot([[1, 0.4, 0.2], [1, 0, -0.2], [1, -0.4, 0.2]], fields, 1)  # correlated channels
     pixels: NDArray[np.uint8] = (128 + 50 * colours / colours.std()).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
     return np.ascontiguousarray(pixels)
 
 
 def jpeg(number: int) -> bytes:
-    """The bytes of such a picture as JPEG."""
+    """Such a picture as JPEG bytes."""
     buffer = io.BytesIO()
     Image.fromarray(photo(number)).save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()

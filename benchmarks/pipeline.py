@@ -1,4 +1,4 @@
-"""What orchestration costs: the demo under Prefect and MLflow, its bare stages, and a run with nothing to do."""
+"""The cost of orchestration: the demo under Prefect and MLflow, its stages without them, and a run that skips all."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from storage.tracker import NullTracker
 
 
 def measure() -> Measured:
-    """Seconds of each stage, orchestrated and bare; the bare ``register`` is MLflow itself and is left out."""
+    """Seconds of each stage with and without Prefect and MLflow; ``register``, which is all MLflow, is left out."""
     with tempfile.TemporaryDirectory() as folder:
         orchestrated, total = _demo(Path(folder, "full"))
         _, skipped = _demo(Path(folder, "full"))

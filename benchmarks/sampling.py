@@ -1,4 +1,4 @@
-"""Guided samples, decoded, against diffusers' pipeline as it comes, from the same weights in the same steps."""
+"""Sampling with guidance and decoding, against diffusers' pipeline with the same weights and steps."""
 
 # B = batch, C = latent channels, h = latent side
 
@@ -23,19 +23,19 @@ from storage.latents import VaeInfo
 
 SCALE = 1.5
 TOLERANCE = 1e-4
-"""Relative difference of one output of the network."""
+"""Largest relative difference between the networks' outputs."""
 RATIOS = {"sampling_vs_diffusers": "sampling_compiled", "sampling_eager_vs_diffusers": "sampling"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is drawn, and how often."""
+    """What is sampled, and how many times."""
 
     model: DiTConfig
     widths: tuple[int, ...]
-    """Of the autoencoder."""
+    """Channels of the autoencoder at each resolution."""
     groups: int
-    """Of the autoencoder's norms."""
+    """Groups of the autoencoder's group norms."""
     images: int
     steps: int
     rounds: int
@@ -46,10 +46,10 @@ SMALL = Task(dit_config("S/2", input_size=16), (128, 256, 512, 512), 32, images=
 
 
 def sampling(task: Task) -> Measured:
-    """Images a second, the fastest of so many rounds in turns after one to warm up.
+    """Images per second, the fastest of the interleaved rounds after a warm-up.
 
     Raises:
-        ValueError: the networks disagree.
+        ValueError: the networks' outputs differ.
     """
     model, vae = _model(task.model), _autoencoder(task)
     stock = DiTPipeline(set_differences(diffusers_dit(model)).eval(), vae, DDIMScheduler()).to(device())
@@ -75,7 +75,7 @@ def sampling(task: Task) -> Measured:
 
 
 def _ours(task: Task, model: DiT, vae: AutoencoderKL, *, compile: bool) -> Callable[[], object]:
-    """The stage's way to draw a batch."""
+    """Sampling a batch as the stage does it."""
     info = VaeInfo(source="", sha256="", downsample=_downsample(task), channels=4, scaling_factor=0.18215)
     card = ModelCard(
         model=model.config,
@@ -95,7 +95,7 @@ def _ours(task: Task, model: DiT, vae: AutoencoderKL, *, compile: bool) -> Calla
 
 
 def _model(config: DiTConfig) -> DiT:
-    """A network none of whose learned weights is zero."""
+    """A network without zero weights."""
     model = DiT(config).eval()
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -120,7 +120,7 @@ def _downsample(task: Task) -> int:
 
 
 def _compare(model: DiT, stock: DiTPipeline) -> None:
-    """See that both networks answer the same."""
+    """Check that both networks have the same output."""
     side = model.config.input_size
     x: Tensor = torch.randn(2, model.config.in_channels, side, side, device=device())
     t, y = torch.tensor([10, 900], device=device()), torch.tensor([0, model.config.num_classes], device=device())

@@ -1,4 +1,4 @@
-"""Sharding: images a second against tarfile, and what time and memory do from 1,000 to 50,000 images."""
+"""Sharding: images per second against tarfile, and how time and memory grow from 1,000 to 50,000 images."""
 
 import io
 import multiprocessing
@@ -19,14 +19,14 @@ from storage.shards.shard import ShardConfig, ShardManifest
 from storage.tracker import NullTracker
 
 IMAGES = 4096
-"""Of ImageNet's usual size."""
+"""Images of ImageNet's typical size."""
 SMALL, GROWTH = (64, 48), (1_000, 10_000, 50_000)
-"""Width and height of the images that are many, and how many."""
+"""Width and height of the images for `growth`, and their counts."""
 REPEATS = 3
 
 
 def measure() -> Measured:
-    """Everything, in a temporary folder."""
+    """Measure everything in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         parts = [against_tarfile(Path(folder), IMAGES, SIZE), growth(Path(folder), GROWTH, SMALL)]
     results = [result for found, _ in parts for result in found]
@@ -34,9 +34,9 @@ def measure() -> Measured:
 
 
 def against_tarfile(folder: Path, images: int, size: tuple[int, int], classes: int = CLASSES) -> Measured:
-    """The stage and tarfile, which reads the same archive through and writes the same tars, in turns.
+    """The stage against tarfile, which reads the same archive and writes tars of the same images, in turns.
 
-    The stage also lists and shuffles, looks at every image, hashes and syncs; both have all cores.
+    The stage also lists, shuffles, checks every image, hashes and syncs; both may use all cores.
     """
     archive = folder / "images.tar"
     write_archive(archive, images, classes, size)
@@ -51,7 +51,7 @@ def against_tarfile(folder: Path, images: int, size: tuple[int, int], classes: i
 
 
 def growth(folder: Path, counts: tuple[int, ...], size: tuple[int, int], classes: int = CLASSES) -> Measured:
-    """Time and height of a process that shards so many images, for each count."""
+    """Time and peak memory of a process that shards, for each count of images."""
     results, times = list[Result](), list[float]()
     for images in counts:
         archive, name = folder / f"{images}.tar", f"{images // 1000}k" if images >= 1000 else str(images)
@@ -77,7 +77,7 @@ def _shard(archive: Path, root: Path, images_per_shard: int = 1024) -> ShardMani
 
 
 def _with_tarfile(archive: Path, root: Path, images_per_shard: int = 1024) -> None:
-    """Read every image and write it with its label, so many to a tar."""
+    """Read every image and write it with its label."""
     root.mkdir()
     files = _read_with_tarfile(archive)
     for number in count():

@@ -1,6 +1,6 @@
-"""A whole training step of the DiT, against diffusers' DiT trained the plain way on the same data and weights.
+"""A training step of DiT, against diffusers' DiT in a plain training loop with the same data and weights.
 
-And what whole runs lose beside their steps: see `benchmarks.training`.
+Also what a whole run costs beside its steps: see `benchmarks.training`.
 """
 
 # B = batch, C = channels, H = W = side of the latent
@@ -34,13 +34,13 @@ from dit.training.throughput import matmul_speed
 
 LEARNING_RATE, EMA_DECAY = 1e-4, 0.9999
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
-"""Relative difference of a first loss from that of the plain float32 step."""
+"""Largest relative difference of a first loss from that of the plain float32 step."""
 TERA, GIB = 1e12, 2**30
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every contestant trains on, and how often it is timed."""
+    """What every contestant trains on, and the number of timed steps."""
 
     config: DiTConfig
     batch_size: int
@@ -55,7 +55,7 @@ GPU_TASKS = {
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to train, with everything that it holds between steps."""
+    """A way to train, with its state."""
 
     step: Callable[[], Tensor]
     """Takes a step and returns its loss."""
@@ -70,7 +70,7 @@ class Contestant:
 
 
 def plain(model: DiT, batch: Batch, dtype: torch.dtype) -> Contestant:
-    """The model of diffusers, eager, AdamW as it comes, and a moving average in a loop over the parameters."""
+    """The model of diffusers in eager mode, unfused AdamW, and an EMA in a loop over the parameters."""
     peer = set_differences(diffusers_dit(model)).train().to(batch.x0.device)
     average = deepcopy(peer).requires_grad_(False)
     optimizer = torch.optim.AdamW(peer.parameters(), LEARNING_RATE, weight_decay=0)
@@ -97,7 +97,7 @@ def plain(model: DiT, batch: Batch, dtype: torch.dtype) -> Contestant:
 
 
 def ours(model: DiT, batch: Batch, dtype: torch.dtype, compiled: bool) -> Contestant:
-    """The steps of `dit.training.loop`, with each block compiled or not at all."""
+    """The steps of `dit.training.loop`, with each block compiled or in eager mode."""
     model = deepcopy(model)
     if compiled:
         compile_blocks(model)
@@ -126,11 +126,11 @@ RATIOS = {
     "fp32_vs_autocast": ("plain_autocast", "ours_fp32"),
     "fp32_eager_vs_fp32": ("plain_fp32", "ours_fp32_eager"),
 }
-"""Of images a second: how many times the first one's the second one's are."""
+"""Ratio name to two contestants: images per second of the second, divided by those of the first."""
 
 
 def measure() -> Measured:
-    """Every size that this machine can train in minutes, then whole runs of the smallest."""
+    """Measure every size that this machine trains in minutes, then whole runs of the smallest."""
     results: list[Result] = []
     ratios: dict[str, float] = {}
     for name, task in (GPU_TASKS if torch.cuda.is_available() else CPU_TASKS).items():
@@ -143,15 +143,15 @@ def measure() -> Measured:
 
 
 def contest(task: Task) -> Measured:
-    """Time every contestant, in turns on a CPU, one after another on a GPU, whose memory does not hold them all.
+    """Time every contestant: in turns on a CPU, one after another on a GPU, whose memory does not hold them all.
 
-    Ratios and rates are those of the fastest of each one's steps: other work on the machine only adds time.
-    The matrix products that stand for the machine's peak are timed between them.
+    Ratios and rates use the fastest step of each, because other work on the machine only adds time. The peak of the
+    machine is that of matrix products timed in between.
 
     Raises:
         ValueError: the first loss of a contestant is not that of the plain step.
     """
-    torch.compiler.reset()  # or the sizes add up to more graphs of a block than are allowed
+    torch.compiler.reset()  # else all sizes together exceed the limit of recompilations
     model, batch = _model(task), _batch(task)
     names = list(CONTESTANTS)
     peaks = dict.fromkeys(TOLERANCE, 0.0)
@@ -166,7 +166,7 @@ def contest(task: Task) -> Measured:
             for name, contestant in running.items():
                 seconds.setdefault(name, []).append(common.seconds(contestant.step))
             peaks = {dtype: max(peak, matmul_speed(dtype, device())) for dtype, peak in peaks.items()}
-        del running, contestant  # before the next is made
+        del running, contestant  # frees memory before the next is made
     check_losses(losses)
     results = [Result(f"matmul_{_short(dtype)}", peak / TERA, "TFLOP/s") for dtype, peak in peaks.items()]
     results += [Result(f"{name}_loss", loss, "first step") for name, loss in losses.items()]
@@ -177,10 +177,10 @@ def contest(task: Task) -> Measured:
 
 
 def check_losses(losses: dict[str, float]) -> None:
-    """See that all contestants computed the same first loss.
+    """Check that all contestants computed the same first loss.
 
     Raises:
-        ValueError: one did not, within the tolerance of its precision.
+        ValueError: one differs by more than the tolerance of its precision.
     """
     expected = losses["plain_fp32"]
     for name, loss in losses.items():
@@ -190,7 +190,7 @@ def check_losses(losses: dict[str, float]) -> None:
 
 
 def peak_memory(contestant: Contestant) -> int:
-    """Bytes allocated at the height of a step, the held ones included."""
+    """Peak bytes during a step, including the state."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         contestant.step()
@@ -217,7 +217,7 @@ def _figures(name: str, task: Task, times: list[float], memory: int, peaks: dict
 
 
 def _model(task: Task) -> DiT:
-    """With weights drawn where training starts at zero, since equal losses of models that predict zero say little."""
+    """With random weights where training starts at zero: models that predict zero would have equal losses anyway."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Whole training runs: how long steps wait for data and for checkpoints, and what a second process brings."""
+"""Whole training runs: the wait for data and for checkpoints, and the gain from a second process."""
 
 import json
 import os
@@ -21,42 +21,42 @@ from storage.latents import LatentManifest
 from storage.manifest import stage_output
 from storage.tracker import NullTracker
 
-STRETCH = 4
-"""Steps between two records. The first stretch warms up; a checkpoint is taken after the second, into the third."""
+INTERVAL = 4
+"""Steps between two records. The first interval warms up; a checkpoint after the second is written in the third."""
 ROWS = 1024
 """Latents in the store."""
 TURNS = 2
-"""Of one process and of two, in turns; the faster counts, since other work on the machine only adds time."""
+"""Runs of one process and of two, in turns; the fastest count, because other work on the machine only adds time."""
 SMALL = TrainConfig(
     model=DiTChoice(size="S"),
     batch_size=2,
-    steps=3 * STRETCH,
-    log_every=STRETCH,
-    checkpoint_every=2 * STRETCH,
+    steps=3 * INTERVAL,
+    log_every=INTERVAL,
+    checkpoint_every=2 * INTERVAL,
     flips=False,
     precision="bfloat16" if torch.cuda.is_available() else "float32",
 )
 
 Rates = dict[int, dict[str, float]]
-"""What a run records of a stretch, by the step that ends it."""
+"""The metrics that a run records, by step."""
 
 
-class Heard(NullTracker):
-    """Remembers metrics."""
+class Recorder(NullTracker):
+    """Keeps the metrics."""
 
     def __init__(self) -> None:
         self.rates: Rates = {}
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
-        """Scalars at a step."""
+        """Keep scalars at a step."""
         self.rates[step] = dict(values)
 
 
 def measure(config: TrainConfig = SMALL, shape: tuple[int, int, int] = (4, 32, 32)) -> Measured:
-    """Of eager steps of DiT-S/2 with the local reader; the second process exchanges gradients over gloo, on the CPU.
+    """Measure eager steps of DiT-S/2 with the local reader; two processes all-reduce gradients over gloo on the CPU.
 
-    The stall is what the stretch behind a checkpoint takes longer than the one before, so other work on the
-    machine adds to it or takes from it.
+    The stall is the extra time of the interval after a checkpoint over the one before, so other work on the machine
+    adds to it or subtracts from it.
     """
     with tempfile.TemporaryDirectory() as folder:
         values = np.random.default_rng(0).standard_normal((ROWS, *shape)).astype(np.float16)
@@ -67,29 +67,29 @@ def measure(config: TrainConfig = SMALL, shape: tuple[int, int, int] = (4, 32, 3
             for count in speeds:
                 spec = Path(folder, f"ranks-{count}-{turn}.json")
                 speeds[count] = max(speeds[count], _of_ranks(count, config, latents, spec))
-    step, behind = (config.batch_size / alone[at * STRETCH]["images_per_second"] for at in (2, 3))
-    stall = STRETCH * (behind - step)
-    interval = TrainConfig().checkpoint_every
+    before, after = (config.batch_size / alone[at * INTERVAL]["images_per_second"] for at in (2, 3))
+    stall = INTERVAL * (after - before)
+    every = TrainConfig().checkpoint_every
     results = [
-        Result("s2_data_wait", 100 * alone[2 * STRETCH]["data_wait_share"], "% of the step"),
+        Result("s2_data_wait", 100 * alone[2 * INTERVAL]["data_wait_share"], "% of the step"),
         Result("s2_checkpoint_stall", stall, "s"),
-        Result("s2_checkpoint_share", 100 * stall / (step * interval), f"% of {interval:,} steps"),
+        Result("s2_checkpoint_share", 100 * stall / (before * every), f"% of {every:,} steps"),
         *(Result(f"s2_gloo_{count}", speed, "images/s") for count, speed in speeds.items()),
     ]
     return results, {"ddp_scaling": speeds[2] / (2 * speeds[1])}
 
 
 def trained(config: TrainConfig, latents: LatentManifest, folder: Path) -> Rates:
-    """Train on all ranks; what the first recorded."""
-    heard = Heard()
+    """Train on all ranks and return what the first has recorded."""
+    recorder = Recorder()
     out = stage_output(str(folder), CheckpointManifest.STAGE, 1, config, parents={}, inputs={})
-    train.run(config, latents, out=out, tracker=heard)
-    return heard.rates
+    train.run(config, latents, out=out, tracker=recorder)
+    return recorder.rates
 
 
 def _of_ranks(count: int, config: TrainConfig, latents: LatentManifest, spec: Path) -> float:
-    """Images a second of so many processes with a thread each, and as many images a process as the config says."""
-    changes = {"batch_size": count * config.batch_size, "steps": 2 * STRETCH, "precision": "float32"}
+    """Images per second of ``count`` processes with one thread each, and the config's batch size for each process."""
+    changes = {"batch_size": count * config.batch_size, "steps": 2 * INTERVAL, "precision": "float32"}
     given = config.model_copy(update=changes)
     spec.write_text(json.dumps({"config": given.model_dump(mode="json"), "latents": latents.uri}))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
@@ -99,11 +99,11 @@ def _of_ranks(count: int, config: TrainConfig, latents: LatentManifest, spec: Pa
 
 
 def main(path: str) -> None:
-    """Train on one of the ranks, from a spec file; the first writes the images a second beside it."""
+    """Train on one of the ranks, from a spec file; the first writes the images per second beside it."""
     spec = json.loads(Path(path).read_text())
     rates = trained(TrainConfig.model_validate(spec["config"]), LatentManifest.read(spec["latents"]), Path(path + ".d"))
     if os.environ["RANK"] == "0":
-        Path(path).with_suffix(".speed").write_text(str(rates[2 * STRETCH]["images_per_second"]))
+        Path(path).with_suffix(".speed").write_text(str(rates[2 * INTERVAL]["images_per_second"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""The servers behind the product, started on 127.0.0.1 for as long as they are needed."""
+"""The Prefect and MLflow servers, each run on 127.0.0.1 for the length of a ``with`` block.
+
+``ditflow up`` writes the addresses of its servers to ``servers.json`` in the root, where other commands on this machine
+find them (`use_running`). Without it a command starts a Prefect server of its own, and MLflow's runs go to a sqlite
+file in the root without a server.
+"""
 
 import json
 import os
@@ -20,7 +25,9 @@ from storage.errors import DitflowError
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
+"""How long a server may take to answer."""
 SERVERS = "servers.json"
+"""File in the root with the addresses of the servers of a running ``ditflow up``."""
 
 
 @contextmanager
@@ -28,11 +35,12 @@ def prefect_server(home: Path, port: int = 0, *, scheduler: bool = False) -> Ite
     """A Prefect server with its database below ``home``; yields its address.
 
     Args:
-        port: 0 takes a free one.
+        home: folder of the database and the log.
+        port: 0 for a free one.
         scheduler: run the services that schedules, automations and workers need.
 
     Raises:
-        DitflowError: the port is taken, or it does not come up; the line names its log.
+        DitflowError: the port is taken, or the server does not start; the line names its log.
     """
     port = port or free_port()
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
@@ -47,11 +55,11 @@ def mlflow_server(folder: Path, port: int = 0) -> Iterator[str]:
     """An MLflow server over ``folder/mlflow.db``; yields its address.
 
     Raises:
-        DitflowError: the port is taken, or it does not come up; the line names its log.
+        DitflowError: the port is taken, or the server does not start; the line names its log.
     """
     port, folder = port or free_port(), folder.absolute()
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    command += ["--uvicorn-opts", "--timeout-graceful-shutdown 3"]  # open pages would hold its end up
+    command += ["--uvicorn-opts", "--timeout-graceful-shutdown 3"]  # else open browser pages delay its end
     command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     command += ["--artifacts-destination", (folder / "mlflow-artifacts").as_uri()]
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -60,26 +68,26 @@ def mlflow_server(folder: Path, port: int = 0) -> Iterator[str]:
 
 
 def local_home(root: str) -> Path:
-    """The local folder that belongs to a root: the root itself, or ``runs`` here for a remote one."""
+    """The local folder of a root: the root itself, or ``runs`` in the current folder if the root is remote."""
     return uri.local_path(root) or Path("runs").absolute()
 
 
 def announce(root: str, prefect: str, mlflow: str) -> Path:
-    """Note the addresses of the servers of a root, for other commands on this machine to use."""
+    """Write the addresses of a root's servers to `SERVERS`; return the path of that file."""
     path = local_home(root) / SERVERS
     path.write_text(json.dumps({"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow}))
     return path
 
 
 def use_running(root: str) -> bool:
-    """Point this process at the servers that ``ditflow up`` runs for a root, if it does.
+    """Use the servers of a running ``ditflow up`` for a root; False if there is none.
 
-    If only its MLflow server is gone, runs go to that server's database itself.
+    If only its MLflow server has died, runs go to the server's database file directly.
     """
     try:
         servers = json.loads((local_home(root) / SERVERS).read_bytes())
         pid, prefect, mlflow = int(servers["pid"]), str(servers["prefect"]), str(servers["mlflow"])
-    except (OSError, ValueError, TypeError, KeyError):  # none, or cut short
+    except (OSError, ValueError, TypeError, KeyError):  # no such file, or a damaged one
         return False
     if not (psutil.pid_exists(pid) and _healthy(f"{prefect}/api/health")):
         return False
@@ -90,7 +98,7 @@ def use_running(root: str) -> bool:
 
 
 def prefect_env(home: Path) -> dict[str, str]:
-    """The environment in which Prefect keeps to itself and to ``home``."""
+    """Environment variables that keep Prefect's files in ``home`` and turn its telemetry off."""
     return {
         "PREFECT_HOME": str(home.absolute()),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -99,27 +107,27 @@ def prefect_env(home: Path) -> dict[str, str]:
 
 
 def bypass_proxy() -> None:
-    """Have this process and its children reach our own servers directly."""
+    """Let this process and its children reach servers on 127.0.0.1 without a proxy."""
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
 
 
 def free_port() -> int:
-    """A port on 127.0.0.1 that nobody listens on."""
+    """A port on 127.0.0.1 on which nothing listens."""
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         return int(listener.getsockname()[1])
 
 
 def is_free(port: int) -> bool:
-    """Whether nobody listens on a port of 127.0.0.1."""
+    """Whether nothing listens on a port of 127.0.0.1."""
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) != 0
 
 
 @contextmanager
 def _server(name: str, folder: Path, command: list[str], env: dict[str, str], port: int, health: str) -> Iterator[str]:
-    if not is_free(port):  # else we would take whoever answers there for ours
+    if not is_free(port):  # else another server there would be taken for ours
         raise DitflowError(f"{name}: port {port} of {HOST} is taken; stop what listens there, or choose another port")
     folder.mkdir(parents=True, exist_ok=True)
     log, address = folder / f"{name}.log", f"http://{HOST}:{port}"
@@ -132,7 +140,7 @@ def _wait_healthy(name: str, process: "subprocess.Popen[str]", health: str, log:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise DitflowError(f"{name} ended with code {process.returncode} before it was up; its log is {log}")
+            raise DitflowError(f"{name} ended with code {process.returncode} before it answered; its log is {log}")
         if _healthy(health):
             return
         time.sleep(0.1)
@@ -140,7 +148,7 @@ def _wait_healthy(name: str, process: "subprocess.Popen[str]", health: str, log:
 
 
 def _healthy(address: str) -> bool:
-    """Whether a server on this machine answers; no proxy is asked, whatever the environment says."""
+    """Whether a server on this machine answers, asked without a proxy."""
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=2):
             return True

@@ -1,4 +1,4 @@
-"""The demo's data and networks: small enough to ship, real enough to show every stage at work."""
+"""The demo's images and networks, small enough to be part of the package."""
 
 from pathlib import Path
 from typing import Final
@@ -8,4 +8,4 @@ VAE: Final = Path(__file__).parent / "vae"
 CLASSIFIER: Final = Path(__file__).parent / "classifier"
 """Folder of the shipped digits classifier, the demo's feature extractor."""
 METRICS: Final = "metrics.json"
-"""What a training script measured, beside the weights it wrote."""
+"""Name of the file with a training script's measurements, beside the weights."""

@@ -32,9 +32,9 @@ def digit_images(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def write_digits(folder: Path) -> None:
-    """Write ``<split>/<class>/<index>.png`` for both splits; do nothing when they are already there.
+    """Write ``<split>/<class>/<index>.png`` for both splits; do nothing if they are there.
 
-    The folder appears whole or not at all, and with the same bytes each time.
+    The folder appears complete or not at all, with the same bytes each time.
 
     Raises:
         InputError: the folder holds something else.
@@ -51,7 +51,7 @@ def write_digits(folder: Path) -> None:
         try:
             unfinished.rename(folder)
         except OSError:
-            if not _complete(folder):  # it may be that another writer was faster
+            if not _complete(folder):  # else another process has written it
                 raise
 
 

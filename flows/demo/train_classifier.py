@@ -24,13 +24,13 @@ STEPS: Final = 1500
 BATCH: Final = 64
 LEARNING_RATE: Final = 2e-3
 LABEL_SMOOTHING: Final = 0.1
-"""Share of the target that is spread over all digits, so that no feature need grow without bound."""
+"""Share of the target that is spread over all digits; it bounds the features."""
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images as float (B, H, W, 3) in 0..255, turned, scaled and shifted a little, some of them blurred, with noise.
+    """Images as float (B, H, W, 3) in 0..255, slightly rotated, scaled, shifted and blurred, with noise.
 
-    Small shifts make up for the few scans; blur and noise are what an autoencoder and a sampler add.
+    Shifts make up for the small data set; an autoencoder and a sampler add blur and noise.
     """
     count = len(images)
     jitter = torch.randn(count, 2, 3, generator=generator) * torch.tensor([0.06, 0.06, 0.05])

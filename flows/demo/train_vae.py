@@ -1,7 +1,7 @@
 """Train the demo's autoencoder: ``python -m flows.demo.train_vae`` (a few minutes on two cores).
 
 A small KL autoencoder (Kingma and Welling 2014; Rombach et al. 2022) of diffusers' own class, so
-the demo's latents take the same road as those of any larger one.
+the demo's latents are made by the same code as those of a larger one.
 """
 
 import json
@@ -29,10 +29,10 @@ STEPS: Final = 600
 BATCH: Final = 32
 LEARNING_RATE: Final = 2e-3
 KL_WEIGHT: Final = 1e-3
-"""Of the nats of an image, beside its squared error summed over pixels in [-1, 1].
+"""Weight of an image's KL divergence in nats, added to its squared error summed over pixels in [-1, 1].
 
-Thirty times more turns three of the four channels and the empty margin into noise, and a small
-transformer then needs more steps to learn the digits.
+With thirty times this weight, three of the four channels and the empty margin become noise, and a small transformer
+needs more steps to learn the digits.
 """
 
 
@@ -61,7 +61,7 @@ def loss(model: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train(model: AutoencoderKL, images: NDArray[np.uint8], steps: int = STEPS) -> None:
-    """Fit the model to uint8 images (N, H, W, 3), each shown as it is or flipped, in batches drawn at random."""
+    """Fit the model to uint8 images (N, H, W, 3), and their mirror images, in random batches."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     pixels = torch.cat([pixels, pixels.flip(3)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
@@ -79,7 +79,7 @@ def train(model: AutoencoderKL, images: NDArray[np.uint8], steps: int = STEPS) -
 
 @torch.inference_mode()
 def latent_scale(model: AutoencoderKL, images: NDArray[np.uint8]) -> dict[str, float]:
-    """The shift and the factor that give posterior samples of the images mean 0 and deviation 1 over all channels."""
+    """The shift and the factor that give posterior samples mean 0 and standard deviation 1 over all channels."""
     posterior = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
     variance = posterior.mean.var(correction=0) + posterior.var.mean()
     return {
@@ -97,7 +97,7 @@ def reconstruction_psnr(vae: Vae, images: NDArray[np.uint8]) -> float:
 
 
 def save(model: AutoencoderKL, folder: Path) -> None:
-    """Write the weights in half precision, and the config without the fields that tell of this machine."""
+    """Write the weights in half precision, and the config without diffusers' private fields, such as paths."""
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     document = {"_class_name": "AutoencoderKL"} | config
     uri.write(str(folder / CONFIG), json.dumps(document, indent=2, sort_keys=True).encode() + b"\n")

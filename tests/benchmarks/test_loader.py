@@ -26,5 +26,5 @@ def test_contest_in_small(tmp_path: Path) -> None:
 
 def test_a_reader_of_other_latents_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader.np, "load", lambda _: np.zeros(TASK.shape, np.float16))
-    with pytest.raises(ValueError, match="npy gives other latents"):
+    with pytest.raises(ValueError, match="npy returns other latents"):
         contest(TASK, tmp_path)
