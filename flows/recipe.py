@@ -56,8 +56,12 @@ class Recipe(Config):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages that this recipe goes through."""
-        return tuple(STAGES) if self.evaluate else tuple(STAGES)[: list(STAGES).index("evaluate")]
+        """The stages that this recipe goes through: those with a config, as far as what they read is made."""
+        found: list[str] = []
+        for name, stage in STAGES.items():
+            if getattr(self, _field(name)) is not None and (stage.reads is None or stage.reads in found):
+                found.append(name)
+        return tuple(found)
 
     def config_of(self, stage: str) -> Config:
         """The config of a stage by the stage's name.
@@ -66,25 +70,37 @@ class Recipe(Config):
             InputError: the recipe does not go that far.
         """
         if stage not in self.stages:
-            raise InputError(f"{stage}: recipe {self.name} ends with the samples; give it an evaluate.extractor")
-        config = getattr(self, {"register": "registry"}.get(stage, stage))
+            missing = next(name for name in STAGES if name not in self.stages)
+            required = [name for name, field in STAGES[missing].config.model_fields.items() if field.is_required()]
+            keys = ", ".join(f"{_field(missing)}.{name}" for name in required) or _field(missing)
+            raise InputError(f"{stage}: recipe {self.name} ends with {self.stages[-1]}; set {keys} to go on")
+        config = getattr(self, _field(stage))
         assert isinstance(config, Config)
         return config
 
+    def form(self, stage: str) -> dict[str, Config]:
+        """What this recipe gives to a stage's flow: the config, and launcher and archive if the stage takes them.
+
+        Raises:
+            InputError: the recipe does not go that far.
+        """
+        launcher = {"launcher": self.launch} if STAGES[stage].ranked else {}
+        archive = {} if STAGES[stage].reads else {STAGES[stage].role: self.archive}
+        return {"config": self.config_of(stage), **launcher, **archive}
+
     def finished(self, root: str, before: str | None = None) -> list[Manifest] | None:
         """The manifests of all stages, or of those before one, if every one is done; else None."""
-        source: ArchiveRef | Manifest = self.archive
-        manifests: list[Manifest] = []
+        manifests: dict[str, Manifest] = {}
         for name in self.stages:
             if name == before:
                 break
             stage = STAGES[name]
+            source = manifests[stage.reads] if stage.reads else self.archive
             manifest = stage.output(root, self.config_of(name), source).committed(stage.kind)
             if manifest is None:
                 return None
-            manifests.append(manifest)
-            source = manifest
-        return manifests
+            manifests[name] = manifest
+        return list(manifests.values())
 
     def source_of(self, stage: str, given: str | None, root: str) -> ArchiveRef | str:
         """What a stage of this recipe starts from: the given reference, or the recipe's own earlier output.
@@ -98,10 +114,15 @@ class Recipe(Config):
             before = self.finished(root, before=stage)
             if before is None:
                 raise InputError(f"{stage}: the stages before it are not done; run the recipe first, or give --from")
-            return before[-1].url
+            return next(found.url for found in before if found.stage == STAGES[stage].reads)
         url = runs.resolve(given, root)
         STAGES[stage].source(url)
         return url
+
+
+def _field(stage: str) -> str:
+    """The field that holds a stage's config."""
+    return "registry" if stage == "register" else stage
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), root: str = "runs") -> Recipe:

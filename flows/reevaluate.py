@@ -19,11 +19,11 @@ from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.export import CheckpointManifest
 from dit.metrics.comparison import Gain, gain
 from dit.sample import SampleConfig, SampleManifest
-from flows import stages
 from flows.perform import SKIPPED, RunSettings
 from flows.registry.config import CANDIDATE, CHAMPION
 from flows.registry.promotion import Evaluation, check_comparable, evaluation, mlflow_errors
 from flows.registry.register import METRICS_DIGEST_TAG, emit
+from flows.stages import HERE, stage_flow
 from flows.tracking import runs
 from storage import uri
 from storage.errors import InputError
@@ -81,7 +81,7 @@ class _Again:
 
 @flow(flow_run_name="reevaluate {model_name}")
 def reevaluate(
-    model_name: ModelName, period: Period = "week", on: Day = None, settings: RunSettings = stages.HERE
+    model_name: ModelName, period: Period = "week", on: Day = None, settings: RunSettings = HERE
 ) -> State[str]:
     """Champion and candidate, sampled with the period's seed and evaluated as they were when registered.
 
@@ -128,18 +128,17 @@ def _again(
     samples = metrics.parent("samples", SampleManifest)
     drawn = SampleConfig.model_validate(samples.config).model_copy(update={"seed": window.seed})
     checkpoint = samples.parent("checkpoint", CheckpointManifest)
-    fresh = _done(stages.sample, checkpoint.url, drawn, settings=settings)
-    found = MetricsManifest.read(
-        _done(stages.evaluate, fresh, EvaluateConfig.model_validate(metrics.config), settings=settings)
-    )
+    fresh = _done("sample", checkpoint=checkpoint.url, config=drawn, settings=settings)
+    config = EvaluateConfig.model_validate(metrics.config)
+    found = MetricsManifest.read(_done("evaluate", samples=fresh, config=config, settings=settings))
     now = Evaluation(distance=found.distance, metrics=found.metrics, conditions=found.conditions)
     check_comparable(f"{name} {version}, as registered and now", then, now)
     return _Again(version, aliases, then, now)
 
 
-def _done(stage: Any, *arguments: Any, settings: RunSettings) -> str:
+def _done(stage: str, **given: Any) -> str:
     """The URL of a stage's manifest, brought there if it is not."""
-    return str(stage(*arguments, settings=settings, return_state=True).result())
+    return str(stage_flow(stage)(**given, return_state=True).result())
 
 
 def _tell(name: str, window: Window, found: list[_Again]) -> None:

@@ -1,81 +1,70 @@
-"""The stages as Prefect flows: each one alone, resumable, and free when it is done.
+"""The stages as Prefect flows, made from the table: each one alone, resumable, and free when it is done.
 
-Every flow returns the URL of its manifest. A stage that was done before ends in the state
-``Skipped``.
+``flows.stages.<name>`` is the flow of a stage, as prefect.yaml names it. It is called by keyword, with the stage's
+input by its role, with ``config`` and ``settings`` and, where ranks can share the work, with ``launcher``. It returns
+the URL of its manifest. A stage that was done before ends in the state ``Skipped``.
 """
 
-from functools import partial
-from typing import Annotated
+from functools import cache
+from inspect import Parameter, Signature
+from typing import Annotated, Any
 
-from prefect import flow
+from prefect import Flow
 from prefect.client.schemas.objects import State
 from pydantic import Field
 
-from dit.encode import EncodeConfig
-from dit.evaluate import EvaluateConfig
-from dit.sample import SampleConfig
-from dit.train import TrainConfig
-from flows.contract import STAGES
+from flows.contract import STAGES, Stage
 from flows.launch.spec import LaunchSpec, LocalLaunch
 from flows.perform import RunSettings, perform
-from flows.registry.config import RegisterConfig
 from flows.shard_tasks import spread
 from storage.archives.open import ArchiveRef
+from storage.manifest import Manifest
 from storage.shards import shard as tars
 from storage.shards.shard import ShardConfig
 
 ManifestRef = Annotated[str, Field(description="Manifest URL of the stage before, its folder, or its MLflow run id")]
+StageFlow = Flow[..., State[str]]
 
 HERE = RunSettings()
 
 
-@flow(flow_run_name="shard")
-def shard(archive: ArchiveRef, config: ShardConfig = ShardConfig(), settings: RunSettings = HERE) -> State[str]:
-    """Images to webdataset tars."""
-    return perform(STAGES["shard"], config, archive, settings, run=partial(tars.run, spread=spread(config.runner)))
+def __getattr__(name: str) -> StageFlow:
+    if name in STAGES:
+        return stage_flow(name)
+    raise AttributeError(name)
 
 
-@flow(flow_run_name="encode")
-def encode(
-    shards: ManifestRef, config: EncodeConfig, launcher: LaunchSpec = LocalLaunch(), settings: RunSettings = HERE
-) -> State[str]:
-    """Tars to a store of latents, on ranks that torchrun starts if there are several."""
-    return perform(STAGES["encode"], config, shards, settings, launcher)
+@cache
+def stage_flow(name: str) -> StageFlow:
+    """The flow of the stage of that name."""
+    stage = STAGES[name]
+
+    def work(**given: Any) -> State[str]:
+        source, settings, run = given[stage.role], given["settings"], _RUNS.get(name)
+        return perform(stage, given["config"], source, settings, given.get("launcher"), run)
+
+    shared = " Ranks that a launcher starts can share the work." if stage.ranked else ""
+    work.__name__ = work.__qualname__ = name
+    work.__doc__ = f"{stage.help[0].upper()}{stage.help[1:]}.{shared}"
+    work.__signature__ = Signature(_parameters(stage), return_annotation=State[str])  # type: ignore[attr-defined]
+    return Flow(work, name=name, flow_run_name=name)
 
 
-@flow(flow_run_name="train")
-def train(
-    latents: ManifestRef,
-    config: TrainConfig = TrainConfig(),
-    launcher: LaunchSpec = LocalLaunch(),
-    settings: RunSettings = HERE,
-) -> State[str]:
-    """Latents to a checkpoint, on ranks that torchrun starts."""
-    return perform(STAGES["train"], config, latents, settings, launcher)
+def _parameters(stage: Stage) -> list[Parameter]:
+    """What the flow takes, which its form in the Prefect UI is made from."""
+    required = any(field.is_required() for field in stage.config.model_fields.values())
+    found: list[tuple[str, Any, Any]] = [
+        (stage.role, ManifestRef if stage.reads else ArchiveRef, Parameter.empty),
+        ("config", stage.config, Parameter.empty if required else stage.config()),
+        *([("launcher", LaunchSpec, LocalLaunch())] if stage.ranked else []),
+        ("settings", RunSettings, HERE),
+    ]
+    return [Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind) for name, kind, default in found]
 
 
-@flow(flow_run_name="sample")
-def sample(
-    checkpoint: ManifestRef,
-    config: SampleConfig = SampleConfig(),
-    launcher: LaunchSpec = LocalLaunch(),
-    settings: RunSettings = HERE,
-) -> State[str]:
-    """A checkpoint to images, on ranks that torchrun starts if there are several."""
-    return perform(STAGES["sample"], config, checkpoint, settings, launcher)
+def _shard_in_tasks(config: ShardConfig, archive: ArchiveRef, **output: Any) -> Manifest:
+    return tars.run(config, archive, spread=spread(config.runner), **output)
 
 
-@flow(flow_run_name="evaluate")
-def evaluate(
-    samples: ManifestRef, config: EvaluateConfig, launcher: LaunchSpec = LocalLaunch(), settings: RunSettings = HERE
-) -> State[str]:
-    """Images to metrics, on ranks that torchrun starts if there are several."""
-    return perform(STAGES["evaluate"], config, samples, settings, launcher)
-
-
-@flow(flow_run_name="register")
-def register(
-    metrics: ManifestRef, config: RegisterConfig = RegisterConfig(), settings: RunSettings = HERE
-) -> State[str]:
-    """A checkpoint to a version in the model registry."""
-    return perform(STAGES["register"], config, metrics, settings)
+_RUNS = {"shard": _shard_in_tasks}
+"""What a stage's flow does instead of the stage's own run."""

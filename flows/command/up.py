@@ -99,15 +99,10 @@ def _fill_forms(recipe: "Recipe") -> None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import DeploymentUpdate
 
-    from flows.contract import STAGES
-
     values: dict[str, dict[str, Any]] = {
-        stage: {"config": recipe.config_of(stage).model_dump(mode="json")} for stage in recipe.stages
+        stage: {name: value.model_dump(mode="json") for name, value in recipe.form(stage).items()}
+        for stage in recipe.stages
     }
-    values["shard"]["archive"] = recipe.archive.model_dump(mode="json")
-    for stage in recipe.stages:
-        if STAGES[stage].ranked:
-            values[stage]["launcher"] = recipe.launch.model_dump(mode="json")
     values["reevaluate"] = {"model_name": recipe.registry.model_name}
     values["pipeline"] = {"recipe": recipe.model_dump(mode="json")}
     with get_client(sync_client=True) as client:

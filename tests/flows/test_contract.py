@@ -2,8 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+import yaml
 
 from flows.contract import STAGES
+
+ELSE = {"pipeline": "flows.pipeline.pipeline", "reevaluate": "flows.reevaluate.reevaluate"}
+"""The flows that are no stages."""
 
 
 def imported(code: str, *names: str) -> list[str]:
@@ -27,3 +33,9 @@ def test_ranks_wait_for_nothing_that_they_do_not_use() -> None:
 def test_every_stage_starts_from_what_the_one_before_leaves() -> None:
     assert [stage.reads for stage in STAGES.values()] == [None, *list(STAGES)[:-1]]
     assert {name: stage.kind.STAGE for name, stage in STAGES.items()} == {name: name for name in STAGES}
+
+
+def test_every_stage_is_deployed() -> None:
+    project = yaml.safe_load(Path(__file__, "../../../prefect.yaml").resolve().read_text())
+    deployed = {deployment["name"]: deployment["entrypoint"] for deployment in project["deployments"]}
+    assert deployed == ELSE | {name: f"flows.stages.{name}" for name in STAGES}

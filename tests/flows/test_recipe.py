@@ -44,7 +44,9 @@ def test_presets_have_the_papers_settings(
 def test_a_recipe_without_an_extractor_ends_with_the_samples() -> None:
     recipe = load_recipe("imagenet256-dit")
     assert recipe.stages == ("shard", "encode", "train", "sample")
-    with pytest.raises(InputError, match=r"evaluate: recipe imagenet256-dit ends with the samples; give it"):
+    with pytest.raises(
+        InputError, match=r"evaluate: recipe imagenet256-dit ends with sample; set evaluate.extractor to"
+    ):
         recipe.config_of("evaluate")
 
 

@@ -23,7 +23,7 @@ from dit.train import TrainConfig
 from flows.perform import RunSettings
 from flows.stages import train
 config = TrainConfig.model_validate_json(sys.argv[2])
-train(sys.argv[1], config, settings=RunSettings(root=str(Path(sys.argv[1]).parents[1])))
+train(latents=sys.argv[1], config=config, settings=RunSettings(root=str(Path(sys.argv[1]).parents[1])))
 """
 
 
