@@ -73,7 +73,7 @@ def _fields(kind: Any, key: str) -> Iterator[Any]:
 
 
 class Problem(NamedTuple):
-    """What is wrong with some values, and where; as a text one line."""
+    """The first problem of refused values. Its text is one line: place and message."""
 
     place: str
     """The dotted key; empty for the values as a whole."""
@@ -88,7 +88,7 @@ def problem(error: ValidationError, values: Any = None) -> Problem:
 
     Args:
         error: what pydantic raised.
-        values: what it refused, to tell a key from the name of a union's branch.
+        values: the refused values, to distinguish keys from the names of a union's branches.
     """
     first = error.errors(include_url=False)[0]
     message = _MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))
@@ -96,7 +96,7 @@ def problem(error: ValidationError, values: Any = None) -> Problem:
 
 
 def _place(loc: tuple[str | int, ...], values: Any) -> str:
-    """The dotted key of an error: parts that name a branch of a union are no keys."""
+    """The dotted key of an error, without the parts that name a branch of a union."""
     parts: list[str] = []
     for part in loc:
         inside = values if isinstance(values, dict) else {}

@@ -59,7 +59,7 @@ def faults(manifest: Manifest, *, full: bool) -> list[Fault]:
     return [Fault(entry, damage) for entry, damage in manifest.damaged(lambda entry: full or _is_record(entry))]
 
 
-def withdraw(manifest: Manifest, found: list[Fault]) -> None:
+def withdraw(manifest: Manifest, damaged: list[Fault]) -> None:
     """Remove the manifest of a damaged output and the records of its damaged units.
 
     Readers then refuse the output, and the command that made it repeats the damaged units and no others.
@@ -68,12 +68,12 @@ def withdraw(manifest: Manifest, found: list[Fault]) -> None:
     Raises:
         StorageError: the store refuses.
     """
-    damaged = {fault.entry.path for fault in found}
-    to_repeat = [entry.path for entry in manifest.files if _is_record(entry) and _covers(manifest, entry, damaged)]
+    paths = {fault.entry.path for fault in damaged}
+    to_repeat = [entry.path for entry in manifest.files if _is_record(entry) and _covers(manifest, entry, paths)]
     uri.write(uri.join(manifest.uri, WITHDRAWN), uri.read(manifest.url))
     with threads(16) as pool:
         list(pool.map(lambda path: uri.remove_tree(uri.join(manifest.uri, path)), to_repeat))
-    uri.remove_tree(manifest.url)  # last: if this is killed before, the output is still found damaged
+    uri.remove_tree(manifest.url)  # last: after a kill before this line, the output still counts as damaged
 
 
 def _is_record(entry: FileEntry) -> bool:
