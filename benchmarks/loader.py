@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from benchmarks.common import Measured, Result, main
 from storage.config import Config
-from storage.latents import LatentManifest, LatentReader, VaeInfo, latent_layout
+from storage.latents import LatentManifest, VaeInfo, latent_layout
 from storage.manifest import stage_output
 from storage.order import POOL, permutation, pooled
 from storage.rows.store import RowReader, RowWriter
@@ -230,16 +230,18 @@ def from_tars(task: Task, tars: list[str]) -> Turn:
 def requests(task: Task, folder: Path, latents: NDArray[np.float16]) -> list[Result]:
     """The requests of one epoch of means and standard deviations, and those of the start before it."""
     manifest = write(task, "counted://again", latents)
-    LatentReader(manifest, folder / "cache", streamed=True)  # the first start reads everything to verify it
+    RowReader(manifest, folder / "cache", streamed=True)  # the first start reads the whole store to check it
     Counted.gets.clear()
-    reader = LatentReader(manifest, folder / "cache", streamed=True)
+    reader = RowReader(manifest, folder / "cache", streamed=True)
     opened = sum(map(len, Counted.gets.values()))
     Counted.gets.clear()
     order, span = pooled(0, 0, task.rows, task.chunk_rows), POOL * task.chunk_rows
     for first in range(0, len(order), task.batch_size):
         ahead = order[first // span * span :][: 2 * span]
-        reader.expect(ahead, np.zeros(len(ahead), np.int64))
-        reader.moments(order[first : first + task.batch_size])
+        items = order[first : first + task.batch_size]
+        for name in ("mean", "std"):
+            reader.expect(name, ahead, np.zeros_like(ahead))
+            reader.take(name, items, np.zeros_like(items))
     gets = {name: len(found) for name, found in Counted.gets.items()}
     read = sum(sum(found) for found in Counted.gets.values())
     batches = task.rows / 256

@@ -4,23 +4,19 @@ A latent is stored as mean and standard deviation of the autoencoder's posterior
 each use, training draws mean + std * noise with new noise and then scales it.
 """
 
-# N = images, B = images asked for, F = flips (0: as it is, 1: mirrored), C = channels
+# N = images, F = flips (0: as it is, 1: mirrored), C = channels
 # h, w = sides of a latent, H = side of an image, pixels
 
-from pathlib import Path
 from typing import Annotated, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import AfterValidator
 
 from storage import uri
 from storage.config import Config, operational
-from storage.errors import InputError
 from storage.manifest import Manifest
 from storage.rows.format import stored_arrays
 from storage.rows.staging import to_copy
-from storage.rows.store import ArraySpec, RowLayout, RowReader
+from storage.rows.store import ArraySpec, RowLayout
 
 
 class VaeInfo(Config):
@@ -119,78 +115,3 @@ def bytes_to_stage(manifest: LatentManifest) -> int | None:
 def _keys(chunk_rows: int) -> list[ArraySpec]:
     kinds = (("label", "int32"), ("source_index", "int64"))
     return [ArraySpec(name, dtype, (), chunk_rows=chunk_rows) for name, dtype in kinds]
-
-
-class LatentReader:
-    """Random access to the latents of a store.
-
-    Args:
-        manifest: the store's manifest.
-        cache: as in `RowReader`.
-        streamed: as in `RowReader`.
-
-    Raises:
-        InputError: the store holds pixels.
-        StorageError: as `RowReader`.
-    """
-
-    def __init__(self, manifest: LatentManifest, cache: Path | None = None, *, streamed: bool = False) -> None:
-        if manifest.vae is None:
-            raise InputError(f"{manifest.url}: holds pixels, not latents")
-        self.vae = manifest.vae
-        self._rows = RowReader(manifest, cache, streamed=streamed)
-        self.chunk_rows = self._rows.chunk_rows("mean")
-        self.labels: NDArray[np.int32] = self._rows.array("label")
-
-    def expect(self, indices: NDArray[np.int64], flips: NDArray[np.int64]) -> None:
-        """Announce the images (B,) and their flips (B,) that will be read next, as `RowReader.expect`."""
-        for name in ("mean", "std"):
-            self._rows.expect(name, indices, flips)
-
-    def moments(
-        self, indices: NDArray[np.int64], flips: NDArray[np.int64] | None = None
-    ) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-        """Mean and standard deviation of the posterior, unscaled.
-
-        Args:
-            indices: (B,) images.
-            flips: (B,) 0 for the image as it is, 1 for its mirror image; all 0 by default.
-
-        Returns:
-            Two arrays (B, C, h, w) float16.
-
-        Raises:
-            IndexError: the store has no such image or flip.
-        """
-        flips = np.zeros(len(indices), np.int64) if flips is None else flips
-        return self._rows.take("mean", indices, flips), self._rows.take("std", indices, flips)
-
-
-class PixelReader:
-    """Random access to the images of a pixel store.
-
-    Args:
-        manifest: the store's manifest.
-        cache: as in `RowReader`.
-        streamed: as in `RowReader`.
-
-    Raises:
-        StorageError: as `RowReader`.
-    """
-
-    def __init__(self, manifest: LatentManifest, cache: Path | None = None, *, streamed: bool = False) -> None:
-        self._rows = RowReader(manifest, cache, streamed=streamed)
-        self.chunk_rows = self._rows.chunk_rows("image")
-        self.labels: NDArray[np.int32] = self._rows.array("label")
-
-    def expect(self, indices: NDArray[np.int64]) -> None:
-        """Announce the images (B,) that will be read next, as `RowReader.expect`."""
-        self._rows.expect("image", indices)
-
-    def images(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Images (B, H, H, 3) of ``indices`` (B,).
-
-        Raises:
-            IndexError: the store has no such image.
-        """
-        return self._rows.take("image", indices)

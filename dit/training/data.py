@@ -16,8 +16,9 @@ from dit.pixels import to_unit
 from dit.ranks import Ranks
 from dit.training.augment import augmented
 from dit.training.draws import StepDraws
-from storage.latents import LatentManifest, LatentReader, PixelReader
+from storage.latents import LatentManifest, VaeInfo
 from storage.order import POOL, coins, permutation, pooled
+from storage.rows.store import RowReader
 
 Order = Literal["shuffled", "pooled"]
 
@@ -73,59 +74,52 @@ class Data(Protocol):
         """Announce the images that will be asked for next, and which of them mirrored."""
 
 
-@dataclass(frozen=True)
 class Latents:
-    """Latents: one sample of each posterior, shifted and scaled."""
+    """Latents: one sample of each posterior, shifted and scaled.
 
-    reader: LatentReader
+    Args:
+        rows: the store of latents.
+        vae: the autoencoder that made them.
+    """
 
-    @property
-    def labels(self) -> NDArray[np.int32]:
-        """(N,)"""
-        return self.reader.labels
-
-    @property
-    def chunk_rows(self) -> int:
-        """See `Data`."""
-        return self.reader.chunk_rows
+    def __init__(self, rows: RowReader, vae: VaeInfo) -> None:
+        self.labels: NDArray[np.int32] = rows.array("label")
+        self.chunk_rows = rows.chunk_rows("mean")
+        self._rows, self._vae = rows, vae
 
     def x0(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_], draws: StepDraws) -> Tensor:
         """See `Data`."""
-        moments = self.reader.moments(items, mirrored.astype(np.int64))
-        mean, std = (sent(part, draws.device).float() for part in moments)
-        vae = self.reader.vae
-        return (mean + std * draws.posterior - vae.shift_factor) * vae.scaling_factor
+        flips = mirrored.astype(np.int64)
+        mean, std = (sent(self._rows.take(name, items, flips), draws.device).float() for name in ("mean", "std"))
+        return (mean + std * draws.posterior - self._vae.shift_factor) * self._vae.scaling_factor
 
     def expect(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> None:
         """See `Data`."""
-        self.reader.expect(items, mirrored.astype(np.int64))
+        for name in ("mean", "std"):
+            self._rows.expect(name, items, mirrored.astype(np.int64))
 
 
-@dataclass(frozen=True)
 class Pixels:
-    """Pixels in -1 .. 1."""
+    """Pixels in -1 .. 1.
 
-    reader: PixelReader
+    Args:
+        rows: the store of pixels.
+    """
 
-    @property
-    def labels(self) -> NDArray[np.int32]:
-        """(N,)"""
-        return self.reader.labels
-
-    @property
-    def chunk_rows(self) -> int:
-        """See `Data`."""
-        return self.reader.chunk_rows
+    def __init__(self, rows: RowReader) -> None:
+        self.labels: NDArray[np.int32] = rows.array("label")
+        self.chunk_rows = rows.chunk_rows("image")
+        self._rows = rows
 
     def x0(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_], draws: StepDraws) -> Tensor:
         """See `Data`."""
-        x0 = to_unit(sent(self.reader.images(items), draws.device))
+        x0 = to_unit(sent(self._rows.take("image", items), draws.device))
         flip = sent(mirrored, draws.device)[:, None, None, None]
         return torch.where(flip, x0.flip(3), x0)
 
     def expect(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> None:
         """See `Data`."""
-        self.reader.expect(items)
+        self._rows.expect("image", items)
 
 
 def open_data(manifest: LatentManifest, *, streamed: bool = False) -> Data:
@@ -139,9 +133,8 @@ def open_data(manifest: LatentManifest, *, streamed: bool = False) -> Data:
     Raises:
         StorageError: an object is missing or damaged, or the disk is full; the line names it.
     """
-    if manifest.vae:
-        return Latents(LatentReader(manifest, streamed=streamed))
-    return Pixels(PixelReader(manifest, streamed=streamed))
+    rows = RowReader(manifest, streamed=streamed)
+    return Latents(rows, manifest.vae) if manifest.vae else Pixels(rows)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from dit.training.data import Batches, Pixels, open_data
 from dit.training.draws import StepDraws
 from storage.errors import InputError
 from storage.images import transforms
-from storage.latents import LatentManifest, LatentReader, PixelReader
+from storage.latents import LatentManifest
 from storage.rows.store import RowReader
 from storage.shards.shard import ShardManifest, read_images
 
@@ -71,9 +71,9 @@ def sampling(**fields: Any) -> SampleConfig:
 
 
 def test_pixels_are_the_crops(pixels: LatentManifest, shards: ShardManifest) -> None:
-    reader = PixelReader(pixels)
+    stored = RowReader(pixels).array("image")
     expected = [transforms.load(sample.data, tiny.SIDE) for sample in read_images(shards, "train", 0, tiny.COUNT)]
-    assert np.array_equal(reader.images(np.arange(tiny.COUNT)), np.stack(expected))
+    assert np.array_equal(stored, np.stack(expected))
     assert (pixels.vae, pixels.flips, pixels.latent_shape) == (None, 1, (3, tiny.SIDE, tiny.SIDE))
     assert pixels.metrics == {}
     assert Image.open(Path(pixels.uri, "artifacts/images.png")).width >= 8 * tiny.SIDE
@@ -86,18 +86,11 @@ def test_a_killed_run_goes_on_to_the_same_pixels(tmp_path: Path, pixels: LatentM
     assert tiny.objects(tiny.run_encode(tmp_path, tiny.encode_config(None), shards)) == tiny.objects(pixels)
 
 
-def test_pixels_are_no_latents(pixels: LatentManifest, latents: LatentManifest) -> None:
-    with pytest.raises(InputError, match="holds pixels, not latents"):
-        LatentReader(pixels)
-    with pytest.raises(KeyError):
-        PixelReader(latents).images(np.array([0]))
-
-
 def test_batches_are_scaled_pixels_and_their_mirror_images(pixels: LatentManifest) -> None:
     data = open_data(pixels)
     assert isinstance(data, Pixels)
     batches = Batches(data, pixels.latent_shape, 16, 0, True, 3, 0.0, Ranks(), torch.device("cpu"))
-    stored = PixelReader(pixels).images(np.arange(tiny.COUNT)) / np.float32(127.5) - 1
+    stored = RowReader(pixels).array("image") / np.float32(127.5) - 1
     plain, mirrored = (list(images.transpose(0, 3, 1, 2)) for images in (stored, stored[:, :, ::-1]))
     seen = {"plain": 0, "mirrored": 0}
     for x0 in batches(0).x0.numpy():
@@ -203,7 +196,7 @@ def test_guidance_within_an_interval_of_noise_levels(tmp_path: Path, trained: Ch
     [
         ({"sampler": "ddpm"}, "sample.sampler: ddpm does not fit this model's process; use heun"),
         ({"guidance_schedule": "power_cosine"}, "power_cosine needs timesteps"),
-        ({"steps": 2, "sigma_min": 90.0}, "noise levels from 80 to 90"),
+        ({"steps": 2, "sigma_min": 90.0}, "noise levels: sigma_max 80, sigma_min 90"),
     ],
 )
 def test_what_does_not_fit_the_process_is_refused(

@@ -28,10 +28,10 @@ from dit.models.choice import Shape
 from dit.ranks import Ranks
 from dit.sample import SampleConfig
 from dit.train import TrainConfig, learning_rate, model_for
-from dit.training.data import Batch, Batches, Latents
+from dit.training.data import Batch, Batches, open_data
 from dit.vae import VaeRef
 from storage.errors import DitflowError, InputError, PreemptedError, StorageError
-from storage.latents import LatentManifest, LatentReader
+from storage.latents import LatentManifest
 from storage.order import permutation
 from storage.shards.shard import ShardManifest
 
@@ -56,7 +56,7 @@ def by_hand(config: TrainConfig, latents: LatentManifest) -> tuple[list[float], 
         model = build(model_for(config, latents))
     process = GaussianDiffusion.from_config(config.diffusion)
     batches = Batches(
-        Latents(LatentReader(latents)),
+        open_data(latents),
         latents.latent_shape,
         config.batch_size,
         config.seed,

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.latents import LatentManifest, LatentReader, VaeInfo, latent_layout
+from storage.latents import LatentManifest, VaeInfo, latent_layout
 from storage.manifest import StageOutput
-from storage.rows.store import RowWriter
+from storage.rows.store import RowReader, RowWriter
 
 SHAPE = (4, 2, 2)
 ROWS = 10
@@ -50,24 +50,21 @@ def manifest(tmp_path: Path, new_output: Callable[..., StageOutput], flips: int)
 
 
 def test_moments_of_images_and_mirrors(manifest: LatentManifest, flips: int) -> None:
-    reader, stored = LatentReader(manifest), arrays(flips)
-    assert len(reader.labels) == manifest.count == ROWS
-    assert reader.labels.dtype == np.int32
-    assert np.array_equal(reader.labels, stored["label"])
-    indices = np.array([9, 0, 4, 4])
-    mean, std = reader.moments(indices)
-    assert np.array_equal(mean, stored["mean"][indices, 0])
-    assert np.array_equal(std, stored["std"][indices, 0])
-    sides = np.array([0, 1, 1, 0]) % flips
-    mean, std = reader.moments(indices, sides)
-    assert mean.dtype == std.dtype == np.float16
-    assert np.array_equal(mean, stored["mean"][indices, sides])
-    assert np.array_equal(std, stored["std"][indices, sides])
+    reader, stored = RowReader(manifest), arrays(flips)
+    labels = reader.array("label")
+    assert len(labels) == manifest.count == ROWS
+    assert labels.dtype == np.int32
+    assert np.array_equal(labels, stored["label"])
+    indices, sides = np.array([9, 0, 4, 4]), np.array([0, 1, 1, 0]) % flips
+    for name in ("mean", "std"):
+        moments = reader.take(name, indices, sides)
+        assert moments.dtype == np.float16
+        assert np.array_equal(moments, stored[name][indices, sides])
 
 
 def test_a_mirror_that_was_not_stored_is_refused(manifest: LatentManifest, flips: int) -> None:
     with pytest.raises(IndexError, match=f"data/mean: first-axis index {flips} is outside 0 to {flips - 1}"):
-        LatentReader(manifest).moments(np.array([0]), np.array([flips]))
+        RowReader(manifest).take("mean", np.array([0]), np.array([flips]))
 
 
 def test_the_manifest_comes_back_from_disk(manifest: LatentManifest) -> None:

@@ -11,9 +11,9 @@ import tiny
 import torch
 
 from dit.ranks import Ranks
-from dit.training.data import Batches, Latents, open_data
+from dit.training.data import Batches, open_data
 from dit.training.draws import StepDraws
-from storage.latents import LatentManifest, LatentReader, VaeInfo, latent_layout
+from storage.latents import LatentManifest, VaeInfo, latent_layout
 from storage.manifest import StageOutput
 from storage.order import coins, permutation, pooled
 from storage.rows.store import RowWriter
@@ -46,14 +46,14 @@ def store(root: Path | str, std: float) -> LatentManifest:
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
     """Of latents without spread, so that x0 tells which item it is."""
-    reader = LatentReader(store(tmp_path_factory.mktemp("exact"), std=0))
-    return Batches(Latents(reader), SHAPE, BATCH, SEED, True, CLASSES, 0.0, Ranks(), torch.device("cpu"))
+    data = open_data(store(tmp_path_factory.mktemp("exact"), std=0))
+    return Batches(data, SHAPE, BATCH, SEED, True, CLASSES, 0.0, Ranks(), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory: pytest.TempPathFactory) -> Batches:
-    reader = LatentReader(store(tmp_path_factory.mktemp("spread"), std=2))
-    return Batches(Latents(reader), SHAPE, BATCH, SEED, True, CLASSES, 0.0, Ranks(), torch.device("cpu"))
+    data = open_data(store(tmp_path_factory.mktemp("spread"), std=2))
+    return Batches(data, SHAPE, BATCH, SEED, True, CLASSES, 0.0, Ranks(), torch.device("cpu"))
 
 
 def stored(x0: torch.Tensor) -> np.ndarray:

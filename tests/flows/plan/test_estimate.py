@@ -18,8 +18,8 @@ from flows.plan.estimate import plan, read_rates
 from flows.plan.table import Plan
 from flows.recipe import Recipe, load_recipe
 from storage.errors import InputError
-from storage.latents import LatentReader
 from storage.manifest import Manifest
+from storage.rows.store import RowReader
 from storage.tracker import NullTracker
 
 RATES = "shard: 100\nencode: 10\ntrain: 1.0e9\nsample: 2.0e9\ndecode: 5\nevaluate: 20\n"
@@ -193,7 +193,7 @@ def test_latents_of_a_root_elsewhere_need_room_in_the_cache(
 
     _, latents = perform(recipe, elsewhere, "shard", "encode")
     assert planned(recipe, elsewhere, rates).copy.size == copy.size
-    LatentReader(latents)
+    RowReader(latents)
     files = list((tmp_path / "cache/ditflow/staged").rglob("*.rows"))
     assert sum(path.stat().st_size for path in files) == copy.size
     assert planned(recipe, elsewhere, rates).copy.size == 0
