@@ -1,6 +1,6 @@
-"""Images to latents: the posterior of the autoencoder for every image and its mirror image.
+"""Images to latents: mean and standard deviation of the autoencoder's posterior, of every image and its mirror image.
 
-For models on pixels, to cropped images instead.
+For models on pixels, images are cropped and stored instead.
 """
 
 # B = batch, F = flips, H = image side, C = latent channels, h = latent side
@@ -39,19 +39,19 @@ from storage.tracker import Tracker, publish
 VERSION = 2
 PICTURES = 32
 TIMEOUT = timedelta(days=7)
-"""That ranks have with one another: on a CPU a block can take hours."""
+"""How long ranks wait for one another: on a CPU a block can take hours."""
 IMAGES_AHEAD = 256
-"""Images that are read before they are decoded, which bridges the reading of the next tar."""
+"""Images read ahead of decoding, enough to cover the opening of the next tar."""
 BATCHES_AHEAD = 2
-"""Batches that are decoded before the autoencoder takes them."""
+"""Batches decoded ahead of the autoencoder."""
 CPU_BATCH = 8
-"""The batch that is chosen on a CPU, where larger ones are no faster."""
+"""Batch size chosen on a CPU, where larger ones are no faster."""
 MAX_PIXELS = 2**23
-"""Image pixels in the largest batch that is chosen: at 128 channels a GPU's 32-bit indices reach no further."""
+"""Largest number of pixels in a chosen batch: with 128 channels, 32-bit indices on a GPU reach no further."""
 
 
 class EncodeConfig(Config):
-    """How images become latents."""
+    """Settings of the encoding stage."""
 
     vae: VaeRef | None
     """Autoencoder that turns images into latents. Null: keep pixels, for models that work on images."""
@@ -81,10 +81,10 @@ class EncodeConfig(Config):
 
 
 def run(config: EncodeConfig, shards: ShardManifest, *, out: StageOutput, tracker: Tracker) -> LatentManifest:
-    """Encode what is not encoded yet, block by block and each on one of the ranks, and commit the latents.
+    """Encode the missing blocks, each on one of the ranks, and commit the latents.
 
     Raises:
-        InputError: the resolution does not fit the autoencoder, or the split is not there.
+        InputError: the resolution does not fit the autoencoder, or there is no such split.
         StorageError: a tar is not what was committed, or the disk is full.
         DitflowError: the autoencoder's latents are not finite.
     """
@@ -102,7 +102,7 @@ def run(config: EncodeConfig, shards: ShardManifest, *, out: StageOutput, tracke
 
 @dataclass(frozen=True)
 class _Work:
-    """What all blocks have in common."""
+    """What is the same for all blocks."""
 
     config: EncodeConfig
     shards: ShardManifest
@@ -153,42 +153,42 @@ def _facts(
 
 
 def _batch_size(config: EncodeConfig, vae: Vae | None, out: StageOutput) -> int:
-    """Images in a pass. What is chosen is kept, so that whoever goes on makes the same bits."""
+    """Images in a pass. A chosen size is stored, so that a resumed run makes the same bits."""
     if config.batch_size:
         return config.batch_size
-    kept = out.url("records/batch_size")
-    if not uri.exists(kept):
-        uri.create(kept, str(_chosen_batch(config, vae)).encode())
-    return int(uri.read(kept))
+    record = out.url("records/batch_size")
+    if not uri.exists(record):
+        uri.create(record, str(_chosen_batch(config, vae)).encode())
+    return int(uri.read(record))
 
 
 def _chosen_batch(config: EncodeConfig, vae: Vae | None) -> int:
     if vae is None or vae.model.device.type == "cpu":
         return CPU_BATCH
     image = torch.zeros(1, config.resolution, config.resolution, 3, dtype=torch.uint8)
-    held = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     vae.encode(image)
-    needed = torch.cuda.max_memory_allocated() - held
+    needed = torch.cuda.max_memory_allocated() - before
     free, _ = torch.cuda.mem_get_info()
     return fitting_batch(free, needed, config.resolution)
 
 
 def fitting_batch(free: int, needed: int, resolution: int) -> int:
-    """The largest power of two of images whose pass takes at most half of the free memory.
+    """The largest power of two of images whose pass fits in half of the free memory.
 
     Args:
-        free: bytes of the device.
-        needed: bytes of a pass of one image.
-        resolution: pixels of an image's side.
+        free: free bytes of the device.
+        needed: bytes that a pass of one image needs.
+        resolution: side of an image in pixels.
     """
     most = min(free / 2 / needed, MAX_PIXELS / resolution**2)
     return int(2 ** math.floor(math.log2(max(most, 1))))
 
 
 def _encode(work: _Work, writer: RowWriter, ranks: Ranks, tracker: Tracker) -> None:
-    """Write this rank's part of the blocks that are missing. While one is written, the next is encoded."""
-    missing = ranks.agreed(writer.missing())  # or a rank that comes late would divide what is left then
+    """Write this rank's share of the missing blocks. While one is written, the next is encoded."""
+    missing = ranks.agreed(writer.missing())  # listed once, since blocks that fast ranks write are missing no longer
     blocks = [(block, *writer.bounds(block)) for block in missing]
     mine = blocks[ranks.rank :: ranks.world_size]
     todo = _rows(blocks)
@@ -199,7 +199,7 @@ def _encode(work: _Work, writer: RowWriter, ranks: Ranks, tracker: Tracker) -> N
         done = 0
         for block, start, stop in mine:
             batches = islice(encoded, -(-(stop - start) // work.batch_size))
-            arrays = gathered(_unless(written, batches), share, start=done, total=_rows(mine), unit="images")
+            arrays = gathered(_until_failed(batches, written), share, start=done, total=_rows(mine), unit="images")
             if written:
                 written.result()
             written = thread.submit(writer.write, block, arrays)
@@ -212,20 +212,20 @@ def _rows(blocks: list[tuple[int, int, int]]) -> int:
     return sum(stop - start for _, start, stop in blocks)
 
 
-def _unless(
-    failed: Future[None] | None, batches: Iterator[dict[str, NDArray[Any]]]
+def _until_failed(
+    batches: Iterator[dict[str, NDArray[Any]]], written: Future[None] | None
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """The batches, until the writing of the block before is seen to have failed."""
+    """The batches; raises once the writing of the previous block has failed."""
     for batch in batches:
-        if failed and failed.done():
-            failed.result()
+        if written and written.done():
+            written.result()
         yield batch
 
 
 def _count(config: EncodeConfig, shards: ShardManifest) -> int:
     """Images of the split."""
     if config.split not in shards.splits:
-        raise InputError(f"encode.split: {config.split!r} is not in the data; it has {', '.join(shards.splits)}")
+        raise InputError(f"encode.split: the data has no split {config.split!r}, only {', '.join(shards.splits)}")
     return shards.splits[config.split].count
 
 
@@ -251,17 +251,17 @@ def _layout(config: EncodeConfig, rows: int, shape: tuple[int, int, int]) -> Row
 
 
 def _encoded(work: _Work, bounds: list[tuple[int, int]]) -> Iterator[dict[str, NDArray[Any]]]:
-    """The rows within the bounds, a batch at a time; each stretch begins with a batch of its own."""
+    """The rows within the bounds, a batch at a time. A batch spans no two bounds."""
     for batch, images in ahead(_batches(work, bounds), BATCHES_AHEAD):
-        made = _moments(work.vae, images, work.config.flips) if work.vae else {"image": images.numpy()}
-        yield made | _keys(batch)
+        arrays = _moments(work.vae, images, work.config.flips) if work.vae else {"image": images.numpy()}
+        yield arrays | _keys(batch)
 
 
 def _batches(work: _Work, bounds: list[tuple[int, int]]) -> Iterator[tuple[list[Sample], torch.Tensor]]:
     """Images of the split within the bounds, a batch at a time, with their pixels uint8 (B, H, H, 3)."""
     config = work.config
-    stretches = (read_images(work.shards, config.split, start, stop) for start, stop in bounds)
-    samples = ahead(chain.from_iterable(stretches), IMAGES_AHEAD)
+    parts = (read_images(work.shards, config.split, start, stop) for start, stop in bounds)
+    samples = ahead(chain.from_iterable(parts), IMAGES_AHEAD)
     with threads(config.threads or cores()) as pool:
         for start, stop in bounds:
             for first in range(start, stop, work.batch_size):
@@ -284,7 +284,7 @@ def _moments(vae: Vae, images: torch.Tensor, flips: bool) -> dict[str, NDArray[A
     moments = [vae.encode(view) for view in views]
     mean, std = (torch.stack(part, 1).half() for part in zip(*moments, strict=True))
     if not (mean.isfinite().all() and std.isfinite().all()):
-        raise DitflowError("encode: the autoencoder's latents are not finite in float16; look at its weights")
+        raise DitflowError("encode: the autoencoder's latents are not finite in float16; check its weights")
     return {"mean": mean.cpu().numpy(), "std": std.cpu().numpy()}
 
 
@@ -318,7 +318,7 @@ def _attributes(work: _Work) -> dict[str, Any]:
 
 
 def _picture(work: _Work, out: StageOutput, tracker: Tracker) -> tuple[FileEntry, dict[str, float]]:
-    """A picture of the first images, each beside what an autoencoder leaves of it, and the PSNR of those in dB."""
+    """A picture of the first images, each beside its reconstruction, and the PSNR of the reconstructions in dB."""
     batches = (images for _, images in _batches(work, [(0, min(PICTURES, work.rows))]))
     vae = work.vae
     if vae is None:
@@ -331,7 +331,7 @@ def _picture(work: _Work, out: StageOutput, tracker: Tracker) -> tuple[FileEntry
 
 
 def _with_decoded(vae: Vae, images: torch.Tensor) -> torch.Tensor:
-    """Images uint8 (B, H, H, 3) with what the autoencoder makes of them, (B, 2, H, H, 3)."""
+    """Images uint8 (B, H, H, 3) with their reconstructions, (B, 2, H, H, 3)."""
     mean, _ = vae.encode(images)
     return torch.stack([images, vae.decode((mean - vae.shift_factor) * vae.scaling_factor).cpu()], 1)
 

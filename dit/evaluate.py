@@ -38,11 +38,11 @@ from storage.tracker import Tracker, publish
 VERSION = 4
 HELD_OUT = "held_out"
 TIMEOUT = timedelta(days=7)
-"""That ranks have with one another: features of a million images can take a CPU days."""
+"""How long ranks wait for one another: features of a million images can take days on a CPU."""
 
 
 class EvaluateConfig(Config):
-    """How samples are judged."""
+    """Settings of the evaluation stage."""
 
     extractor: ExtractorRef
     """Network in whose feature space samples are compared with the training images."""
@@ -51,7 +51,7 @@ class EvaluateConfig(Config):
 
 
 class MetricsManifest(Manifest):
-    """Numbers, and everything they depend on."""
+    """Metrics, and everything that they depend on."""
 
     STAGE = "evaluate"
 
@@ -63,7 +63,7 @@ class MetricsManifest(Manifest):
 
     @property
     def metric(self) -> str:
-        """What the distance is called among the metrics: ``fid`` or ``fd``."""
+        """Name of the distance among the metrics: ``fid`` or ``fd``."""
         return self.distance.partition("[")[0].lower()
 
     @property
@@ -74,26 +74,25 @@ class MetricsManifest(Manifest):
 
 @runtime_checkable
 class Classifier(Protocol):
-    """An extractor that also names what it sees."""
+    """An extractor that also classifies images."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What its labels mean."""
+        """Names of its classes."""
 
     def classify(self, images: Images) -> Tensor:
         """Labels int64 (B,) of images uint8 (B, H, H, 3)."""
 
 
 def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tracker: Tracker) -> MetricsManifest:
-    """Compare samples with the images that the model was trained on, on all ranks, and commit the numbers.
+    """Compare samples with the training images, on all ranks, and commit the metrics.
 
-    ``fd`` is the Fréchet distance to the training images, named ``fid`` in the space that papers use.
-    Its ceiling is that of uniform noise, its floor that of held-out images, if there are at least two.
-    The distance grows as the number of images falls, so the floor is taken from no more images than
-    there are samples, and has a counterpart ``fd_at_floor_n`` from as many samples.
-    `dit.metrics.summary.compare` says what else there is; what needs single features takes those of all
-    samples and of at most 10,000 training images. ``recognised`` is the share of samples that a
-    classifier takes for the class that was asked for.
+    ``fd`` is the Fréchet distance to the training images; with the published Inception it is named ``fid``.
+    ``fd_ceiling`` is the distance of uniform noise. ``fd_floor`` is that of held-out images, if there are at
+    least two. With fewer images the distance is larger, so the floor uses no more images than there are
+    samples, and ``fd_at_floor_n`` is the distance of as many samples. ``recognised`` is the share of samples
+    that a classifier recognises as the requested class. `dit.metrics.summary.compare` has the other metrics;
+    those that need single features use all samples and at most 10,000 training images.
 
     Raises:
         InputError: the extractor cannot be loaded or cannot read these images, there are fewer than
@@ -107,9 +106,9 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
         held_out = sets.held_out.count if sets.held_out else 0
         counts = _counts(sets.samples.count, sets.training.count, held_out)
         measure = Measure(extractor, tracker, _total(counts), config.batch_size, ranks)
-        found = _measured(measure, sets, counts, out.root)
+        summaries = _summaries(measure, sets, counts, out.root)
         if ranks.first:
-            metrics = _numbers(found, extractor)
+            metrics = _metrics(summaries, extractor)
             if isinstance(extractor, Classifier) and set(samples.class_names) <= set(extractor.class_names):
                 metrics |= _recognised(extractor, sets, samples.class_names, config.batch_size)
             facts = {
@@ -123,7 +122,7 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
 
 @dataclass(frozen=True)
 class _Sets:
-    """What is compared."""
+    """The sets of images that are compared."""
 
     samples: StoredImages
     training: SplitImages
@@ -148,24 +147,24 @@ def _counts(samples: int, training: int, held_out: int) -> dict[str, int]:
 
 
 def _total(counts: Mapping[str, int]) -> int:
-    """Images that the extractor takes the features of."""
+    """Images passed through the extractor."""
     return counts["reference"] + 2 * counts["samples"] + counts["floor"]
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What is known of each set, on the first rank."""
+class _Summaries:
+    """Statistics and features of each set, on the first rank."""
 
     training: Summary
     samples: Summary
     at_floor: Statistics
-    """Of as many samples as the floor is taken from."""
+    """Statistics of as many samples as the floor has images."""
     noise: Summary
     held_out: Summary | None
 
 
-def _measured(measure: Measure, sets: _Sets, counts: Mapping[str, int], root: str) -> _Found:
-    """Take the features of all sets, on all ranks."""
+def _summaries(measure: Measure, sets: _Sets, counts: Mapping[str, int], root: str) -> _Summaries:
+    """Measure all sets, on all ranks."""
     count, floor = counts["samples"], counts["floor"]
     training = reference(measure, sets.training, root, count=counts["reference"], keep=counts["reference_kept"])
     samples = measure(sets.samples, range(floor), keep=count)
@@ -173,16 +172,16 @@ def _measured(measure: Measure, sets: _Sets, counts: Mapping[str, int], root: st
     measure(sets.samples, range(floor, count), samples, keep=count)
     noise = measure(NoiseImages(count, sets.samples.side))
     held_out = reference(measure, sets.held_out, root, count=floor, keep=0) if sets.held_out and floor else None
-    return _Found(training, samples, at_floor, noise, held_out)
+    return _Summaries(training, samples, at_floor, noise, held_out)
 
 
-def _numbers(found: _Found, extractor: FeatureExtractor) -> dict[str, float]:
-    training, distance = found.training.statistics, names(extractor).distance
-    metrics = compare(found.training, found.samples, names(extractor), modes(extractor))
-    metrics[f"{distance}_ceiling"] = training.distance(found.noise.statistics)
-    if found.held_out:
-        metrics[f"{distance}_floor"] = training.distance(found.held_out.statistics)
-        metrics[f"{distance}_at_floor_n"] = training.distance(found.at_floor)
+def _metrics(summaries: _Summaries, extractor: FeatureExtractor) -> dict[str, float]:
+    training, distance = summaries.training.statistics, names(extractor).distance
+    metrics = compare(summaries.training, summaries.samples, names(extractor), modes(extractor))
+    metrics[f"{distance}_ceiling"] = training.distance(summaries.noise.statistics)
+    if summaries.held_out:
+        metrics[f"{distance}_floor"] = training.distance(summaries.held_out.statistics)
+        metrics[f"{distance}_at_floor_n"] = training.distance(summaries.at_floor)
     return metrics
 
 
@@ -196,14 +195,14 @@ def _commit(
 
 
 def _recognised(classifier: Classifier, sets: _Sets, class_names: tuple[str, ...], batch_size: int) -> dict[str, float]:
-    """The share of samples that are seen as the class that was asked for, if one was."""
+    """The share of samples that are classified as the requested class; nothing if no class was requested."""
     labels = sets.samples.reader.array("label")
     if (labels < 0).any():
         return {}
     batches = sets.samples.batches(batch_size)
-    seen = torch.cat([classifier.classify(torch.from_numpy(batch)).cpu() for batch in batches])
-    asked = np.array(class_names)[labels]
-    return {"recognised": float((np.array(classifier.class_names)[seen.numpy()] == asked).mean())}
+    predicted = torch.cat([classifier.classify(torch.from_numpy(batch)).cpu() for batch in batches])
+    requested = np.array(class_names)[labels]
+    return {"recognised": float((np.array(classifier.class_names)[predicted.numpy()] == requested).mean())}
 
 
 def _of_sets(sets: _Sets) -> dict[str, str | int | float]:

@@ -44,11 +44,11 @@ from storage.tracker import Tracker, publish
 VERSION = 2
 PICTURE = "samples.png"
 TIMEOUT = timedelta(days=7)
-"""That ranks have with one another: a block can take hours."""
+"""How long ranks wait for one another: a block can take hours."""
 
 
 class SampleConfig(Config):
-    """How samples are drawn from a trained model."""
+    """Settings of the sampling stage."""
 
     count: int = Field(50_000, ge=1)
     """Number of images to generate."""
@@ -112,16 +112,16 @@ class SampleManifest(Manifest):
 
 
 SAMPLER_FIELDS = {"eta": "ddim", "sigma_min": "heun", "sigma_max": "heun", "rho": "heun"}
-"""Fields that mean something with one sampler alone."""
-CUTTING = ("compile", "batch_size", "decode_batch_size", "block_rows")
-"""Fields that can move the last bits and nothing more."""
+"""Fields that apply to one sampler alone."""
+LAST_BITS = ("compile", "batch_size", "decode_batch_size", "block_rows")
+"""Fields that can change no more than the last bits."""
 
 
 def run(config: SampleConfig, checkpoint: CheckpointManifest, *, out: StageOutput, tracker: Tracker) -> SampleManifest:
-    """Make the samples that are not made yet, block by block and each on one of the ranks, and commit them.
+    """Draw the missing blocks of samples, each on one of the ranks, and commit them.
 
     Raises:
-        InputError: decoder, sampler, steps or weights do not fit the model, or a file is missing, broken or altered.
+        InputError: decoder, sampler, steps or weights do not fit the model, or a file is missing or damaged.
         StorageError: the disk is full.
         DitflowError: the model's samples are not finite.
     """
@@ -141,7 +141,7 @@ def run(config: SampleConfig, checkpoint: CheckpointManifest, *, out: StageOutpu
 
 @dataclass(frozen=True)
 class _Work:
-    """What all blocks have in common."""
+    """What is the same for all blocks."""
 
     config: SampleConfig
     trained: Trained
@@ -149,15 +149,15 @@ class _Work:
 
 
 def _draw(work: _Work, writer: RowWriter, ranks: Ranks, out: StageOutput, tracker: Tracker) -> None:
-    """Make this rank's part of the blocks that are missing."""
-    missing = ranks.agreed(writer.missing())  # or a rank that comes late would divide what is left then
+    """Draw this rank's share of the missing blocks."""
+    missing = ranks.agreed(writer.missing())  # listed once, since blocks that fast ranks write are missing no longer
     mine = missing[ranks.rank :: ranks.world_size]
     todo, total = (sum(_rows(writer, block) for block in blocks) for blocks in (missing, mine))
     share, done = Share(tracker, work.config.count - todo, todo), 0
     for block in mine:
         parts = generate(work.config, work.trained, work.vae, *writer.bounds(block))
         rows = gathered(parts, share, start=done, total=total, unit="images")
-        if block == 0:  # before the block is committed, so whoever resumes finds the picture there
+        if block == 0:  # before the block is committed, so a resumed run has the picture
             publish(out, tracker, PICTURE, picture(rows["image"], work.trained.card))
         writer.write(block, rows)
         done += _rows(writer, block)
@@ -181,7 +181,7 @@ def _commit(work: _Work, writer: RowWriter, out: StageOutput) -> None:
 
 
 def compiled(config: SampleConfig, trained: Trained) -> Trained:
-    """The model, compiled if the config says so: when it is first used, a graph for each size of a batch."""
+    """The model, compiled if the config says so. Each batch size is compiled when it is first used."""
     if config.compile:
         trained.model.compile(dynamic=False)
     return trained
@@ -203,11 +203,11 @@ def draw(
     """The images uint8 (B, H, H, 3) of the samples with these indices and labels (B,).
 
     Args:
-        config: how to draw them; its count and labels do not matter.
+        config: how to draw them; count and labels in it are not used.
         trained: the model.
-        vae: decodes the latents, unscaled as the model's card says; None for a model on pixels.
-        indices: numbers of the samples in the whole set: the noise of each depends on seed and number alone.
-        labels: a class for each; not looked at if the model is unconditional.
+        vae: the decoder, which unscales latents as the model's card says; None for a model on pixels.
+        indices: indices of the samples in the whole set; the noise of each depends only on the seed and its index.
+        labels: a class for each; not used if the model is unconditional.
 
     Raises:
         InputError: the process has no such number of steps.
@@ -218,10 +218,10 @@ def draw(
     y = labels.to(device()) if model.num_classes else None
     with arithmetic(config.precision):
         with torch.autocast(device().type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            x0 = last(_walk(config, card.diffusion, _guided(config, trained), y, noise))
+            x0 = last(_states(config, card.diffusion, _guided(config, trained), y, noise))
         if not x0.isfinite().all():
             which = f"samples {indices[0]:,} to {indices[-1]:,}"
-            raise DitflowError(f"{which} are not finite; look at the model's training loss")
+            raise DitflowError(f"{which} are not finite; check the model's training loss")
         return _decoded(config, card, vae, x0).numpy()
 
 
@@ -233,25 +233,25 @@ def _decoded(config: SampleConfig, card: ModelCard, vae: Vae | None, x0: torch.T
     return torch.cat([decoder.decode(part).cpu() for part in x0.split(config.decode_batch_size)])
 
 
-def _walk(
+def _states(
     config: SampleConfig, diffusion: ProcessConfig, model: Denoiser, y: torch.Tensor | None, noise: SampleNoise
 ) -> Iterator[State]:
-    """The states of some samples, from noise to data."""
+    """The states of the sampler, from noise to data."""
     x = noise.initial()
     if isinstance(diffusion, EDMConfig):
         levels = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max, "rho": config.rho}
         return heun(EDM.from_config(diffusion), model, x, y, steps=config.steps, **levels)
     process = GaussianDiffusion.from_config(diffusion).respaced(config.steps).to(device())
-    step_noise = _ahead(noise, config.steps)
+    step_noise = _prefetched(noise, config.steps)
     if config.sampler == "ddim":
         return ddim(process, model, x, y, step_noise, eta=config.eta)
     return ddpm(process, model, x, y, step_noise)
 
 
-def _ahead(noise: SampleNoise, steps: int) -> StepNoise:
-    """The noise of all steps in the samplers' order, made by a thread while the network works."""
-    made = ahead((noise(step) for step in reversed(range(1, steps))), 2)
-    return lambda _: next(made)
+def _prefetched(noise: SampleNoise, steps: int) -> StepNoise:
+    """The noise of all steps in the samplers' order, drawn in a thread while the network runs."""
+    noises = ahead((noise(step) for step in reversed(range(1, steps))), 2)
+    return lambda _: next(noises)
 
 
 def _guided(config: SampleConfig, trained: Trained) -> Guided:
@@ -263,7 +263,7 @@ def _guided(config: SampleConfig, trained: Trained) -> Guided:
 
 
 def _scale(config: SampleConfig, model: ModelConfig) -> float:
-    """The guidance scale, which is none for a model without classes."""
+    """The guidance scale; `UNGUIDED` for a model without classes."""
     return config.guidance_scale if model.num_classes else UNGUIDED
 
 
@@ -298,35 +298,35 @@ def open_decoder(config: SampleConfig, card: ModelCard) -> Vae | None:
 
 
 def check_process(config: SampleConfig, card: ModelCard) -> None:
-    """See that sampler and guidance fit the model's process.
+    """Check that sampler and guidance fit the model's process.
 
     Raises:
-        InputError: they do not.
+        InputError: they do not fit.
     """
     edm = isinstance(card.diffusion, EDMConfig)
     if edm != (config.sampler == "heun"):
         fitting = "heun" if edm else "ddpm or ddim"
-        raise InputError(f"sample.sampler: {config.sampler} does not fit this model's process; use {fitting}")
+        raise InputError(f"sample.sampler: {config.sampler} does not fit the model's process; use {fitting}")
     if edm and config.guidance_schedule == "power_cosine":
-        raise InputError("sample.guidance_schedule: power_cosine needs timesteps, and this model's process has none")
+        raise InputError("sample.guidance_schedule: power_cosine needs timesteps, which EDM has not; use constant")
 
 
 def _weights(config: SampleConfig, card: ModelCard) -> str:
-    """The file of the weights to draw from."""
+    """File of the weights to sample from."""
     file = weights_file(config.weights)
     if file not in card.weights:
-        hint = f"this model has {', '.join(sorted(card.weights))}; further averages are trained with train.ema_decays"
-        raise InputError(f"sample.weights: no {file} for {config.weights}; {hint}")
+        hint = f"it has {', '.join(sorted(card.weights))}; train.ema_decays adds averages"
+        raise InputError(f"sample.weights: the model has no {file} for {config.weights}; {hint}")
     return file
 
 
 def _check(vae: Vae, card: ModelCard) -> None:
-    """See that the decoder fits the model."""
+    """Check that the decoder fits the model."""
     if card.vae is None:
-        raise InputError("sample.vae: this model works on pixels; leave the decoder out")
-    hint = "give the one that the latents were made with, or a decoder of the same latents"
+        raise InputError("sample.vae: the model works on pixels and needs no decoder; remove it")
+    hint = "use the autoencoder that made the latents, or another decoder of the same latents"
     if vae.channels != card.model.in_channels:
-        channels = f"the autoencoder has {vae.channels} latent channels and the model {card.model.in_channels}"
+        channels = f"the autoencoder has {vae.channels} latent channels, the model {card.model.in_channels}"
         raise InputError(f"sample.vae: {channels}; {hint}")
     side = card.model.input_size * vae.downsample
     if side != card.resolution:
@@ -334,12 +334,12 @@ def _check(vae: Vae, card: ModelCard) -> None:
 
 
 def _conditions(config: SampleConfig, card: ModelCard, vae: Vae | None) -> dict[str, str | int | float]:
-    """The config without what does not bear on the images, and what else made them."""
+    """What the images depend on: the fields of the config that were used, the decoder and the training steps."""
     unused = {name for name, sampler in SAMPLER_FIELDS.items() if sampler != config.sampler}
     scale = _scale(config, card.model)
     if scale == UNGUIDED:
         unused |= {name for name in SampleConfig.model_fields if name.startswith("guidance_")}
-    conditions: dict[str, Any] = config.model_dump(exclude={"vae", *CUTTING, *unused}) | {"guidance_scale": scale}
+    conditions: dict[str, Any] = config.model_dump(exclude={"vae", *LAST_BITS, *unused}) | {"guidance_scale": scale}
     interval = conditions.pop("guidance_interval", None)
     if interval:
         conditions["guidance_interval"] = f"{interval[0]:g} to {interval[1]:g}"
@@ -351,7 +351,7 @@ def _conditions(config: SampleConfig, card: ModelCard, vae: Vae | None) -> dict[
 
 
 def picture(images: NDArray[np.uint8], card: ModelCard) -> bytes:
-    """A PNG of the first images in eight rows; with few classes a balanced set shows one in each column."""
+    """A PNG of the first images in eight rows. With up to 16 classes, balanced labels put one class in each column."""
     columns = len(card.class_names) if card.model.num_classes and len(card.class_names) <= 16 else 8
     return image_grid(images[: 8 * columns], columns=columns, gap=2)
 

@@ -41,7 +41,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 class TrainConfig(Config):
-    """How a model is trained."""
+    """Settings of the training stage."""
 
     model: ModelChoice = DiTChoice()
     """Model to train. Image size, channels and number of classes are taken from the data."""
@@ -115,7 +115,7 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _streams_in_order(self) -> Self:
         if self.reading == "streamed" and self.order == "shuffled":
-            raise ValueError("reading: streamed would fetch a chunk for every image in this order; set order: pooled")
+            raise ValueError("reading: streamed fetches a chunk for each image if order is shuffled; set order: pooled")
         return self
 
 
@@ -155,7 +155,7 @@ def model_for(config: TrainConfig, latents: LatentManifest) -> ModelConfig:
     """The full config of the model to train on these latents.
 
     Raises:
-        InputError: they do not fit each other.
+        InputError: model and latents do not fit each other.
     """
     channels, side, _ = latents.latent_shape
     classes, learn_variance = len(latents.class_names), isinstance(config.diffusion, DiffusionConfig)
@@ -166,7 +166,7 @@ def model_for(config: TrainConfig, latents: LatentManifest) -> ModelConfig:
 
 
 def _card(config: TrainConfig, latents: LatentManifest) -> ModelCard:
-    """What the model is made of, without hashes of weights."""
+    """The model card, without hashes of weights."""
     return ModelCard(
         model=model_for(config, latents),
         diffusion=config.diffusion,
@@ -179,11 +179,11 @@ def _card(config: TrainConfig, latents: LatentManifest) -> ModelCard:
 
 def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentManifest, ranks: Ranks) -> Batches:
     if config.batch_size % ranks.world_size:
-        raise InputError(f"train.batch_size: {config.batch_size} does not divide among {ranks.world_size} ranks")
+        raise InputError(f"train.batch_size: {config.batch_size} is not a multiple of the {ranks.world_size} ranks")
     if config.flips and latents.vae and latents.flips == 1:
-        raise InputError("train.flips: these latents have no mirror images; encode with flips, or train without")
+        raise InputError("train.flips: the latents have no mirror images; set encode.flips=true or train.flips=false")
     if config.augmentation and latents.vae:
-        raise InputError("train.augmentation: distorts pixels, and these are latents; set it to 0")
+        raise InputError("train.augmentation: works on pixels, and the data are latents; set it to 0")
     return Batches(
         data=open_data(latents, streamed=config.reading == "streamed"),
         shape=latents.latent_shape,
@@ -221,9 +221,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """The learning rate of the step with that number."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-    left = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return config.learning_rate * left[config.decay]
+    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    factors = {"none": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return config.learning_rate * factors[config.decay]
 
 
 def _train(
@@ -234,8 +234,8 @@ def _train(
     out: StageOutput,
     tracker: Tracker,
 ) -> tuple[TrainState, list[LoggedStep]]:
-    """Train from the newest checkpoint to the last step, log and save; return also what was measured."""
-    from dit.training import checkpoint  # torch's takes seconds to import, which only those who train need wait
+    """Train from the newest checkpoint to the last step, log and save; return the state and what was logged."""
+    from dit.training import checkpoint  # imports torch.distributed.checkpoint, which takes seconds
 
     state = _initial_state(config, card.model, ranks)
     history = _resume(state, ranks, out)
@@ -280,10 +280,10 @@ def _train(
 
 
 def _blame_compiler(loss: float) -> None:
-    """Raise if the first loss is finite without compiled code, since with it this run can only diverge.
+    """Raise if the first loss is finite without compilation: the compiled run can only diverge.
 
     Raises:
-        DitflowError: it is.
+        DitflowError: the loss is finite.
     """
     if math.isfinite(loss):
         compiled = "train.compile: the first loss of the compiled model is not finite"
@@ -293,7 +293,7 @@ def _blame_compiler(loss: float) -> None:
 def _log(
     config: TrainConfig, result: StepResult, history: list[LoggedStep], rates: dict[str, float], tracker: Tracker
 ) -> None:
-    """Tell the tracker of a step, and add it to the history if it was not skipped."""
+    """Send a step to the tracker, and add it to the history unless it was skipped."""
     values = {name: term.item() for name, term in result.terms.items()}
     values |= {"gradient_norm": result.gradient_norm.item()}
     if not result.skipped_in_a_row:
@@ -306,7 +306,7 @@ def _log(
 
 
 def _sample(grid: SampleGrid, state: TrainState, ranks: Ranks, tracker: Tracker) -> None:
-    """Show what the average draws by now. All ranks take part; the first draws, and the others wait at their next."""
+    """Draw samples with the EMA. All ranks must call this; the first draws, and the others go on to their next step."""
     weights = gathered(state.averages["ema"].state_dict(), ranks)
     picture = grid.draw(weights) if ranks.first else None
     if picture is not None:
@@ -351,7 +351,7 @@ def _commit(
     out: StageOutput,
     tracker: Tracker,
 ) -> None:
-    from dit.report.plots import curve  # Matplotlib takes a second, which other ranks need not wait
+    from dit.report.plots import curve  # imports Matplotlib, which takes a second
 
     losses = [logged.values["loss"] for logged in history]
     picture = publish(out, tracker, "loss.png", curve([logged.step for logged in history], losses))
@@ -375,7 +375,7 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
     held = work.memory | {"ema": (1 + len(config.ema_decays)) * work.memory["ema"]}
     checkpoint = held["weights"] + held["adamw"] + held["ema"]
     rate = plan.rate("train", lambda: training_rate(card.model, batch, config.precision))
-    uneven = f"train.batch_size: {config.batch_size} does not divide among {ranks} ranks"
+    uneven = f"train.batch_size: {config.batch_size} is not a multiple of the {ranks} ranks"
     return StageCost(
         images=images,
         objects=2 * config.keep_checkpoints + 5,

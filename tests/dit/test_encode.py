@@ -260,7 +260,7 @@ def test_two_ranks_share_the_blocks_and_make_the_same_bytes(
     ("changes", "reason"),
     [
         ({"resolution": 30}, "encode.resolution: 30 px is not a multiple of the VAE's 4"),
-        ({"split": "test"}, "encode.split: 'test' is not in the data; it has train, held_out"),
+        ({"split": "test"}, "encode.split: the data has no split 'test', only train, held_out"),
         ({"block_rows": 12}, "block_rows = 12 is not a multiple of chunk_rows = 8"),
     ],
 )

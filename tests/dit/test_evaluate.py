@@ -297,5 +297,5 @@ def test_a_few_samples_are_too_few(
     tmp_path: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig, count: int, needed: int
 ) -> None:
     few = as_samples(tmp_path, checkpoint, np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int32))
-    with pytest.raises(InputError, match=f"at least {needed} are needed"):
+    with pytest.raises(InputError, match=f"needs at least {needed} samples, not {count}"):
         tiny.run_evaluate(tmp_path, judge, few)

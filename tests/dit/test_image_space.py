@@ -117,7 +117,7 @@ def test_a_distorted_batch_says_how(pixels: LatentManifest) -> None:
 
 
 def test_latents_are_not_distorted(tmp_path: Path, latents: LatentManifest) -> None:
-    with pytest.raises(InputError, match=r"train.augmentation: distorts pixels, and these are latents"):
+    with pytest.raises(InputError, match=r"train.augmentation: works on pixels, and the data are latents"):
         tiny.run_train(tmp_path, TRAINING.model_copy(update={"model": MODEL}), latents)
 
 
@@ -194,7 +194,7 @@ def test_guidance_within_an_interval_of_noise_levels(tmp_path: Path, trained: Ch
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"sampler": "ddpm"}, "sample.sampler: ddpm does not fit this model's process; use heun"),
+        ({"sampler": "ddpm"}, "sample.sampler: ddpm does not fit the model's process; use heun"),
         ({"guidance_schedule": "power_cosine"}, "power_cosine needs timesteps"),
         ({"steps": 2, "sigma_min": 90.0}, "noise levels: sigma_max 80, sigma_min 90"),
     ],
@@ -207,12 +207,12 @@ def test_what_does_not_fit_the_process_is_refused(
 
 
 def test_a_decoder_is_refused(tmp_path: Path, trained: CheckpointManifest, vae: object) -> None:
-    with pytest.raises(InputError, match="works on pixels; leave the decoder out"):
+    with pytest.raises(InputError, match="works on pixels and needs no decoder"):
         tiny.run_sample(tmp_path, sampling(vae=vae), trained)
 
 
 def test_heun_does_not_fit_a_model_of_timesteps(tmp_path: Path, checkpoint: CheckpointManifest) -> None:
-    with pytest.raises(InputError, match="heun does not fit this model's process; use ddpm or ddim"):
+    with pytest.raises(InputError, match="heun does not fit the model's process; use ddpm or ddim"):
         tiny.run_sample(tmp_path, SAMPLING, checkpoint)
 
 

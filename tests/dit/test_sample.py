@@ -263,8 +263,8 @@ def test_another_decoder_of_the_same_latents_may_decode(
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
-        ({"channels": 3}, "sample.vae: the autoencoder has 3 latent channels and the model 4; give the one"),
-        ({"halvings": 1}, "sample.vae: the autoencoder makes images of 16 px, not of 32; give the one"),
+        ({"channels": 3}, "sample.vae: the autoencoder has 3 latent channels, the model 4; use the"),
+        ({"halvings": 1}, "sample.vae: the autoencoder makes images of 16 px, not of 32; use the"),
     ],
 )
 def test_a_decoder_of_other_latents_is_refused(
@@ -284,7 +284,7 @@ def test_a_further_average_is_drawn_from_by_its_name(tmp_path: Path, latents: La
     assert np.array_equal(images(found), images(tiny.run_sample(tmp_path, tiny.SAMPLING, alone)))
     assert found.conditions["weights"] == "ema-0.5"
     with pytest.raises(
-        InputError, match=r"sample\.weights: no model-ema-0\.7\.safetensors for ema-0\.7; this model has"
+        InputError, match=r"sample\.weights: the model has no model-ema-0\.7\.safetensors for ema-0\.7; it has"
     ):
         tiny.run_sample(tmp_path, changed(weights="ema-0.7"), checkpoint)
     with pytest.raises(ValidationError, match="weights"):

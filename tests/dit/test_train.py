@@ -477,7 +477,7 @@ def test_the_learning_rate_falls_behind_the_warm_up(decay: str, rates: list[floa
 
 def test_flips_need_latents_of_both(tmp_path: Path, shards: ShardManifest, vae: VaeRef) -> None:
     plain = tiny.run_encode(tmp_path, tiny.encode_config(vae, flips=False), shards)
-    with pytest.raises(InputError, match="no mirror images; encode with flips, or train without"):
+    with pytest.raises(InputError, match="no mirror images; set encode.flips=true"):
         tiny.run_train(tmp_path, tiny.TRAINING, plain)
     manifest = tiny.run_train(tmp_path, tiny.TRAINING.model_copy(update={"flips": False}), plain)
     assert manifest.counts["steps"] == 12
@@ -556,5 +556,5 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(
     out = tiny.output(tmp_path, CheckpointManifest, config, latents=latents)
     done = template.run(Job(out, config, latents))
     assert done.codes == [[1, 1]]
-    assert done.errors.count("InputError: train.batch_size: 7 does not divide among 2 ranks") == 2
+    assert done.errors.count("InputError: train.batch_size: 7 is not a multiple of the 2 ranks") == 2
     assert not Path(out.uri).exists()

@@ -45,7 +45,7 @@ def test_a_picture_and_an_npz_and_no_root(
             ["--heads", "2", "--vae", VAE, "--set", "train.steps=2"],
             "--set train: without a recipe there is only sample",
         ),
-        (["--heads", "2", "--vae", VAE, "--set", "sample.sampler=heun"], "heun does not fit this model's process"),
+        (["--heads", "2", "--vae", VAE, "--set", "sample.sampler=heun"], "heun does not fit the model's process"),
         (["demo"], "sample: name a recipe, or give --checkpoint"),
     ],
 )

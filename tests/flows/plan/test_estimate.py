@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(
     with monkeypatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: namedtuple("memory", "total")(1 << 20))
         assert "train: needs" in refused(capsys, arguments)
-    assert "does not divide among 3 ranks" in refused(capsys, [*arguments, "--set", "launch.nproc=3"])
+    assert "is not a multiple of the 3 ranks" in refused(capsys, [*arguments, "--set", "launch.nproc=3"])
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
 
