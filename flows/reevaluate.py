@@ -21,7 +21,7 @@ from dit.metrics.comparison import Gain, gain
 from dit.sample import SampleConfig, SampleManifest
 from flows.perform import SKIPPED, RunSettings
 from flows.registry.config import CANDIDATE, CHAMPION
-from flows.registry.promotion import Evaluation, check_comparable, evaluation, mlflow_errors
+from flows.registry.promotion import Evaluation, check_comparable, evaluation
 from flows.registry.register import METRICS_DIGEST_TAG, emit
 from flows.stages import HERE, stage_flow
 from flows.tracking import runs
@@ -89,7 +89,7 @@ def reevaluate(
     """
     window = Window.of(period, on or datetime.now(UTC).date())
     settings = settings.model_copy(update={"pipeline_id": f"reevaluate-{model_name}-{window.label}"})
-    with mlflow_errors(settings.root):
+    with runs.mlflow_errors(settings.root):
         client, experiment_id = runs.open_client(settings.root)
         missing = {
             version: aliases

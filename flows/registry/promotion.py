@@ -8,23 +8,18 @@ compared by these tags alone. Each decision is written to a tag ``ditflow.promot
 import getpass
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from pydantic import ValidationError
 
 from dit.metrics.comparison import Estimate, Gain, differing, gain
 from flows.registry.config import CANDIDATE, CHAMPION, PromotionRule
-from flows.tracking.runs import tracking_uri
-from storage import uri
+from flows.tracking.runs import mlflow_errors, tracking_uri
 from storage.config import Config
-from storage.errors import DitflowError, InputError, one_line
+from storage.errors import InputError
 
 EVALUATION_TAG = "ditflow.evaluation"
 PROMOTION_TAG = "ditflow.promotion"
@@ -108,23 +103,6 @@ def promote(name: str, version: int | None, reason: str, root: str) -> str:
         _record(client, name, number, comparison, {"decision": "promoted", "by": "hand", "why": reason})
         client.set_registered_model_alias(name, CHAMPION, str(number))
     return f"{name} {number} is champion; before, it was {champion or 'none'}; {comparison}"
-
-
-@contextmanager
-def mlflow_errors(root: str) -> Iterator[None]:
-    """Turn MLflow's errors in the block into our own, with one line each.
-
-    Raises:
-        InputError: there is no such model or version.
-        DitflowError: MLflow does not answer.
-    """
-    where = uri.redact(tracking_uri(root))
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-            raise InputError(f"{where}: {one_line(error)}") from error
-        raise DitflowError(f"{where}: MLflow does not answer ({one_line(error)})") from error
 
 
 def evaluation(client: MlflowClient, name: str, version: int) -> Evaluation:

@@ -67,20 +67,21 @@ def prepare(root: str) -> None:
         open_client(root)
 
 
-def manifest_of(run_id: str, root: str) -> str | None:
-    """The manifest that a stage's MLflow run wrote; None if the run is unknown or wrote none.
+@contextmanager
+def mlflow_errors(root: str) -> Iterator[None]:
+    """Turn MLflow's errors in the block into our own, with one line each.
 
     Raises:
+        InputError: there is no such run, model or version.
         DitflowError: MLflow does not answer.
     """
+    where = uri.redact(tracking_uri(root))
     try:
-        client, _ = open_client(root)
-        url: str | None = client.get_run(run_id).data.tags.get(MANIFEST_TAG)
+        yield
     except MlflowException as error:
         if _is(error, RESOURCE_DOES_NOT_EXIST):
-            return None
-        raise DitflowError(f"{uri.redact(tracking_uri(root))}: MLflow does not answer ({one_line(error)})") from error
-    return url
+            raise InputError(f"{where}: {one_line(error)}") from error
+        raise DitflowError(f"{where}: MLflow does not answer ({one_line(error)})") from error
 
 
 def resolve(reference: str, root: str) -> str:
@@ -92,10 +93,11 @@ def resolve(reference: str, root: str) -> str:
     """
     if not re.fullmatch(r"[0-9a-f]{32}", reference):
         return reference
-    url = manifest_of(reference, root)
+    with mlflow_errors(root):
+        client, _ = open_client(root)
+        url: str | None = client.get_run(reference).data.tags.get(MANIFEST_TAG)
     if url is None:
-        store = uri.redact(tracking_uri(root))
-        raise InputError(f"MLflow run {reference}: no finished stage has this run in {store}; check the id and --root")
+        raise InputError(f"MLflow run {reference}: not that of a finished stage; name one that has a manifest")
     return url
 
 

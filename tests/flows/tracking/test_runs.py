@@ -18,7 +18,7 @@ from flows.tracking import runs
 from flows.tracking.sink import UNSENT, MlflowSink, StageTracker, read_unsent
 from flows.tracking.spec import TrackingSpec
 from storage.config import Config, operational
-from storage.errors import DitflowError
+from storage.errors import DitflowError, InputError
 from storage.manifest import Manifest, Provenance, StageOutput, stage_output
 
 LOST = "https://me:pa55@host/vae?token=h1dden"
@@ -104,7 +104,7 @@ def test_a_run_says_all_of_its_stage(client: MlflowClient, root: str) -> None:
     assert Manifest.model_validate_json(Path(logged).read_bytes()).digest == manifest.digest
     assert client.get_run(pipeline).info.status == "FINISHED"
     assert runs.pipeline_run_id("p-1", root) == pipeline
-    assert runs.manifest_of(run.info.run_id, root) == manifest.url
+    assert runs.resolve(run.info.run_id, root) == manifest.url
     assert str(runs.run_url(run.info.run_id, root)).endswith(f"/runs/{run.info.run_id}")
 
 
@@ -207,7 +207,7 @@ def test_without_mlflow_the_work_goes_on_and_is_sent_later(
         assert runs.pipeline_run_id(f"p-{root}", root) is None
         assert runs.run_url("0" * 32, root) is None
         with pytest.raises(DitflowError, match=r"^http://127.0.0.1:\d+: MLflow does not answer"):
-            runs.manifest_of("0" * 32, root)
+            runs.resolve("0" * 32, root)
     assert Manifest.read(output.uri).provenance.mlflow_run_id is None
     assert "the stage goes on without it" in caplog.text
 
@@ -218,7 +218,7 @@ def test_without_mlflow_the_work_goes_on_and_is_sent_later(
         assert steps(client, run.info.run_id) == [1, 2]
         assert run.data.tags["mlflow.parentRunId"] == runs.pipeline_run_id(f"p-{root}", root)
         assert not Path(output.uri, UNSENT).exists()
-    assert runs.manifest_of(run.info.run_id, root) == manifest.url
+    assert runs.resolve(run.info.run_id, root) == manifest.url
 
 
 def test_what_a_failed_attempt_kept_is_sent_by_the_next_one(
@@ -262,7 +262,7 @@ def test_a_stage_whose_end_was_cut_short_is_finished_by_sync_run(client: MlflowC
     assert client.get_run(run_id).info.status == "KILLED"
     runs.sync_run(manifest, root)
     assert client.get_run(run_id).info.status == "FINISHED"
-    assert runs.manifest_of(str(run_id), root) == manifest.url
+    assert runs.resolve(str(run_id), root) == manifest.url
 
 
 def test_nothing_is_printed(client: MlflowClient, root: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,7 +272,8 @@ def test_nothing_is_printed(client: MlflowClient, root: str, capsys: pytest.Capt
 
 
 def test_an_unknown_run_has_no_manifest(client: MlflowClient, root: str) -> None:
-    assert runs.manifest_of("0" * 32, root) is None
+    with pytest.raises(InputError, match=f"Run with id={'0' * 32} not found"):
+        runs.resolve("0" * 32, root)
     assert runs.pipeline_run_id("never", root) is None
 
 
@@ -300,7 +301,7 @@ def test_without_a_server_runs_are_kept_in_the_root(
     assert runs.run_url("0" * 32, str(tmp_path)) is None
     shutil.copy(tracking_template, tmp_path / "mlflow.db")
     manifest = finished(named(str(tmp_path)), str(tmp_path))
-    assert runs.manifest_of(str(manifest.provenance.mlflow_run_id), str(tmp_path)) == manifest.url
+    assert runs.resolve(str(manifest.provenance.mlflow_run_id), str(tmp_path)) == manifest.url
 
 
 def test_a_remote_root_leaves_no_folder_here(
