@@ -1,67 +1,67 @@
-"""Pieces of a page that needs nothing but itself. Text is escaped, pictures lie in the page."""
+"""A page as data, and its HTML, which needs nothing but itself: text is escaped, pictures lie in the page."""
 
 import base64
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
-img { max-width: 100%; min-width: min(100%, 24rem); image-rendering: pixelated }
-figure { margin: 1rem 0 } figcaption { color: #555 } .lead { font-size: 1.3rem }
-div.wide { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; font-size: .9rem }
-td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd }
-td:last-child { overflow-wrap: anywhere } .n { text-align: right; font-variant-numeric: tabular-nums }
-div.strips { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .3rem 1rem; align-items: center }
-div.strips img { width: 100%; min-width: 0; display: block }
-img.plot { image-rendering: auto; background: white }
-@media (prefers-color-scheme: dark) {
-  body { background: #16181c; color: #e4e4e4 } figcaption { color: #aaa } td, th { border-color: #3a3d44 }
-}
-</style>
-"""
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+TEMPLATE = "page.html"
 
 
-def section(title: str, *parts: str) -> str:
-    """A heading and what is below it."""
-    return "\n".join([f"<h2>{escape(title)}</h2>", *parts])
+@dataclass(frozen=True)
+class Figure:
+    """A PNG with its caption."""
+
+    png: bytes
+    caption: str
+    plot: bool = False
+    """Whether it is a drawing, whose pixels are smoothed."""
 
 
-def paragraph(text: str, kind: str = "") -> str:
-    """Some text, of a class of the style sheet."""
-    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+@dataclass(frozen=True)
+class Strips:
+    """PNGs below each other, each with a name before it."""
+
+    strips: Sequence[tuple[str, bytes]]
 
 
-def figure(png: bytes, caption: str, kind: str = "") -> str:
-    """A picture with its caption, of a class of the style sheet."""
-    return f"<figure>{_image(png, caption, kind)}<figcaption>{escape(caption)}</figcaption></figure>"
+@dataclass(frozen=True)
+class Table:
+    """Cells, and the names of their columns."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """For each column whether all its cells are numbers; those stand to the right."""
+        return [all(map(_is_number, column)) for column in zip(*self.rows, strict=True)]
 
 
-def strips(rows: Iterable[tuple[str, bytes]]) -> str:
-    """Pictures below each other, each with a name before it."""
-    cells = "".join(f"<span>{escape(name)}</span>{_image(png, name)}" for name, png in rows)
-    return f'<div class="strips">{cells}</div>'
+@dataclass(frozen=True)
+class Section:
+    """A heading and what is below it; a string is a paragraph."""
+
+    title: str
+    parts: Sequence[str | Figure | Strips | Table]
 
 
-def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
-    """A table, in which a column of numbers stands to the right."""
-    kinds = [' class="n"' if all(map(_is_number, column)) else "" for column in zip(*rows, strict=True)]
-    lines = [_row("th", head, kinds), *(_row("td", row, kinds) for row in rows)]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+def render(title: str, leads: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
+    """The HTML of a page: the same text for the same data.
 
-
-def _image(png: bytes, text: str, kind: str = "") -> str:
-    data, kind = base64.b64encode(png).decode(), f' class="{kind}"' if kind else ""
-    return f'<img{kind} alt="{escape(text)}" src="data:image/png;base64,{data}">'
-
-
-def _row(tag: str, cells: Sequence[str], kinds: Sequence[str]) -> str:
-    inside = "".join(f"<{tag}{kind}>{escape(text)}</{tag}>" for text, kind in zip(cells, kinds, strict=True))
-    return f"<tr>{inside}</tr>"
+    Args:
+        title: of the page.
+        leads: lines at the top, each in large letters, with a paragraph that explains it.
+        sections: all that follows.
+    """
+    here = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=here, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return environment.get_template(TEMPLATE).render(title=title, leads=leads, sections=sections).lstrip() + "\n"
 
 
 def _is_number(text: str) -> bool:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from html import escape
 
 from mlflow import MlflowClient
 
@@ -14,7 +13,7 @@ from dit.report.by_class import by_class
 from dit.report.neighbours import neighbours
 from dit.sample import PICTURE, SampleManifest
 from flows.report import guidance
-from flows.report.html import HEAD, figure, paragraph, section, strips, table
+from flows.report.html import Figure, Section, Strips, Table, render
 from flows.tracking import runs
 from flows.tracking.sink import log_file
 from storage import uri
@@ -88,21 +87,20 @@ def settle(name: str, manifests: Sequence[Manifest], root: str) -> None:
 def page(name: str, manifests: Sequence[Manifest], root: str) -> str:
     """The report as HTML: the same bytes for the same manifests. Errors as `write_page`."""
     judged = _judged(manifests)
-    parts = [HEAD, f"<title>{escape(name)}</title></head><body><h1>{escape(name)}</h1>"]
-    parts += [_lead(found) for found in judged]
-    parts += [_samples(SampleManifest.read(found.uri)) for found in manifests if found.stage == SampleManifest.STAGE]
+    sections = [_samples(SampleManifest.read(found.uri)) for found in manifests if found.stage == SampleManifest.STAGE]
     for found in judged:
-        parts += [_papers(found), _guided(guidance.alike(found, root), found.distance), _nearest(found, root)]
-    parts.append(section("From images to samples", *_pictures(manifests)))
-    parts += [_numbers(found) for found in judged]
-    return "\n".join([*filter(None, parts), _lineage(manifests), "</body></html>\n"])
+        sections += [_papers(found), *_guided(guidance.alike(found, root), found.distance), _nearest(found, root)]
+    sections.append(Section("From images to samples", list(_pictures(manifests))))
+    for found in judged:
+        sections += [_metrics(found), _conditions(found)]
+    return render(name, [_lead(found) for found in judged], [*sections, _lineage(manifests)])
 
 
 def _judged(manifests: Sequence[Manifest]) -> list[MetricsManifest]:
     return [MetricsManifest.read(found.uri) for found in manifests if found.stage == MetricsManifest.STAGE]
 
 
-def _lead(found: MetricsManifest) -> str:
+def _lead(found: MetricsManifest) -> tuple[str, str]:
     """The distance, and between which others it lies."""
     text = f"{found.distance} {found.estimate} from {found.counts['samples']:,} samples"
     far = {end: found.metrics.get(f"{found.metric}_{end}") for end in ("ceiling", "floor", "at_floor_n")}
@@ -110,20 +108,20 @@ def _lead(found: MetricsManifest) -> str:
     if far["floor"] is not None:
         few = f"{found.counts['floor']:,} held-out images are at {far['floor']:.4g}"
         bounds += f" {few}, and so many of the samples at {far['at_floor_n']:.4g}."
-    return paragraph(text, "lead") + paragraph(bounds)
+    return text, bounds
 
 
-def _samples(found: SampleManifest) -> str:
+def _samples(found: SampleManifest) -> Section:
     """A strip for each of some classes; the samples as they come if no class was asked for."""
     rows = by_class(found, classes=CLASSES, each=max(4, min(EACH, WIDE // found.resolution)))
     if not rows:
-        return section("Samples", figure(found.read_object(f"artifacts/{PICTURE}"), CAPTIONS[PICTURE]))
+        return Section("Samples", [Figure(found.read_object(f"artifacts/{PICTURE}"), CAPTIONS[PICTURE])])
     total = len(found.class_names)
     few = f"{len(rows)} of {total:,} classes; the" if len(rows) < total else "The"
-    return section("Samples by class", paragraph(f"{few} first samples of each."), strips(rows))
+    return Section("Samples by class", [f"{few} first samples of each.", Strips(rows)])
 
 
-def _papers(found: MetricsManifest) -> str:
+def _papers(found: MetricsManifest) -> Section:
     """The papers' rows that speak of the same thing, each with what was other there."""
     samples = found.parent("samples", SampleManifest)
     images, classes, side = found.counts["reference"], len(samples.class_names), samples.resolution
@@ -131,7 +129,7 @@ def _papers(found: MetricsManifest) -> str:
     here = f"{found.distance} against {images:,} images in {classes:,} classes at {side} px"
     if not rows:
         text = "papers report FIDs on ImageNet, CIFAR-10 and FFHQ, and numbers of other images, sizes or networks"
-        return section("Beside the papers", paragraph(f"Nothing to put beside {here}: {text} do not compare."))
+        return Section("Beside the papers", [f"Nothing to put beside {here}: {text} do not compare."])
     steps = found.conditions["training_steps"]
     own = (f"this run, {steps:,} steps", *(_own(name, found) for name in METRICS), "", "")
     head = ("model", "FID", "sFID", "IS", "precision", "recall", "conditions", "source")
@@ -140,7 +138,7 @@ def _papers(found: MetricsManifest) -> str:
         "files of their own; here they are those of the training images. What a paper does not state is not compared, "
         "nor are training steps, decoder and seed. Rows under other conditions do not rank this run."
     )
-    return section("Beside the papers", table([own, *(_row(row, found) for row in rows)], head), paragraph(note))
+    return Section("Beside the papers", [Table(head, [own, *(_row(row, found) for row in rows)]), note])
 
 
 def _own(name: str, found: MetricsManifest) -> str:
@@ -156,11 +154,11 @@ def _row(row: Row, found: MetricsManifest) -> tuple[str, ...]:
     return (model, *values, *[""] * (len(METRICS) - len(values)), conditions, row.source)
 
 
-def _guided(evaluations: Sequence[MetricsManifest], distance: str) -> str:
+def _guided(evaluations: Sequence[MetricsManifest], distance: str) -> Iterator[Section]:
     """The guidance sweep, if the root holds one."""
     lines = guidance.lines(evaluations)
     if not lines:
-        return ""
+        return
     rows = [
         (line.name, f"{scale:g}", str(far), f"{precision:.4f}", f"{recall:.4f}")
         for line in lines
@@ -168,10 +166,10 @@ def _guided(evaluations: Sequence[MetricsManifest], distance: str) -> str:
     ]
     caption = "The same checkpoint under the same conditions but for guidance; bars are 95 % intervals"
     head = ("guidance", "scale", f"{distance} (95 % interval)", "precision", "recall")
-    return section("Guidance", figure(plots.guidance(lines, distance), caption, "plot"), table(rows, head))
+    yield Section("Guidance", [Figure(plots.guidance(lines, distance), caption, plot=True), Table(head, rows)])
 
 
-def _pictures(manifests: Sequence[Manifest]) -> Iterator[str]:
+def _pictures(manifests: Sequence[Manifest]) -> Iterator[Figure]:
     """The pictures of the stages before the samples."""
     for found in manifests:
         if found.stage in (SampleManifest.STAGE, "register"):
@@ -179,11 +177,10 @@ def _pictures(manifests: Sequence[Manifest]) -> Iterator[str]:
         for path in (entry.path for entry in found.files if entry.path.startswith("artifacts/")):
             if path.endswith(".png"):
                 name = path.rpartition("/")[2]
-                kind = "plot" if name == "loss.png" else ""
-                yield figure(found.read_object(path), CAPTIONS.get(name, name), kind)
+                yield Figure(found.read_object(path), CAPTIONS.get(name, name), plot=name == "loss.png")
 
 
-def _nearest(found: MetricsManifest, root: str) -> str:
+def _nearest(found: MetricsManifest, root: str) -> Section:
     samples = found.parent("samples", SampleManifest)
     config = EvaluateConfig.model_validate(found.config)
     near = neighbours(config, samples, root=root, count=SHOWN, nearest=NEAREST, tracker=NullTracker())
@@ -191,26 +188,28 @@ def _nearest(found: MetricsManifest, root: str) -> str:
     rows = [(f"sample {row}", *(f"{value:.4g}" for value in far)) for row, far in enumerate(near.distances)]
     head = ("distance to", *(f"neighbour {rank + 1}" for rank in range(len(near.distances[0]))))
     usual = f"Half of the training images lie within {near.usual:.4g} of another one."
-    parts = figure(near.picture, caption), table(rows, head), paragraph(usual)
-    return section("Does it repeat what it has seen?", *parts)
+    return Section("Does it repeat what it has seen?", [Figure(near.picture, caption), Table(head, rows), usual])
 
 
-def _numbers(found: MetricsManifest) -> str:
+def _metrics(found: MetricsManifest) -> Section:
     ends = ("_low", "_high")
     names = [name for name in found.metrics if not name.endswith(ends) or name[: name.rindex("_")] not in found.metrics]
     values = {name: Estimate.of(name, found.metrics) for name in names}
     rows = [(name, f"{each.value:.6g}", _interval(each)) for name, each in values.items()]
-    metrics = table(rows, ("metric", "value", "95 % interval"))
-    counts = table([(name, f"{value:,}") for name, value in found.counts.items()], ("images", "count"))
-    conditions = table([(name, str(value)) for name, value in found.conditions.items()], ("condition", "value"))
-    return "\n".join([section("Metrics", metrics, counts), section("Conditions", conditions)])
+    counts = [(name, f"{value:,}") for name, value in found.counts.items()]
+    return Section("Metrics", [Table(("metric", "value", "95 % interval"), rows), Table(("images", "count"), counts)])
+
+
+def _conditions(found: MetricsManifest) -> Section:
+    rows = [(name, str(value)) for name, value in found.conditions.items()]
+    return Section("Conditions", [Table(("condition", "value"), rows)])
 
 
 def _interval(found: Estimate) -> str:
     return "" if found.low is None else f"{found.low:.6g} to {found.high:.6g}"
 
 
-def _lineage(manifests: Sequence[Manifest]) -> str:
+def _lineage(manifests: Sequence[Manifest]) -> Section:
     rows = [
         (
             found.stage,
@@ -225,4 +224,4 @@ def _lineage(manifests: Sequence[Manifest]) -> str:
     head = ("stage", "digest", "made from", "counts", "MLflow run", "code")
     roots = sorted({uri.redact(found.root) for found in manifests})
     where = f"Each output is the folder stage/digest below {' or '.join(roots)}."
-    return section("From the images to the numbers", table(rows, head), paragraph(where))
+    return Section("From the images to the numbers", [Table(head, rows), where])
