@@ -62,20 +62,19 @@ def commit(out: StageOutput, path: str, record: Record, *, replace: bool) -> Non
         uri.write(out.url(path), data)
     elif not uri.create(out.url(path), data) and uri.read(out.url(path)) != data:
         where = uri.redact(out.url(path))
-        raise StorageError(f"{where}: another run committed other bytes at the same time; delete it and run one again")
+        raise StorageError(f"{where}: another run committed other bytes at the same time; delete it and run again")
 
 
-def sealed(out: StageOutput, paths: list[str], kind: type[AnyRecord]) -> list[tuple[AnyRecord, FileEntry]]:
+def load_all(out: StageOutput, paths: list[str], kind: type[AnyRecord]) -> list[tuple[AnyRecord, FileEntry]]:
     """All records of a stage, each checked against its objects, with the record's own file entry.
 
     Raises:
         StorageError: a unit is not committed.
     """
-    sealed_records = []
+    committed = []
     for path in paths:
         record = load(out, path, kind)
         if record is None:
             raise StorageError(f"{uri.redact(out.url(path))}: not committed; run the same command again")
-        data = uri.read(out.url(path))
-        sealed_records.append((record, FileEntry(path=path, size=len(data), sha256=uri.sha256(data))))
-    return sealed_records
+        committed.append((record, out.describe(path)))
+    return committed

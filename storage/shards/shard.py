@@ -230,6 +230,7 @@ def _opened(archive: ArchiveRef) -> dict[str, Archive]:
 
 
 def _plan(config: ShardConfig, archive: ArchiveRef, out: StageOutput) -> _Plan:
+    """The plan, made once a process even if threads ask at the same time: it lists the archive."""
     with _PLANNING:
         return _planned(config.images_per_shard, config.seed, archive, tuple(out.header.inputs.items()))
 
@@ -241,14 +242,12 @@ def _planned(images_per_shard: int, seed: int, archive: ArchiveRef, inputs: tupl
         if dict(inputs).get(split, source.digest) != source.digest:
             raise InputError(f"the {split} archive has changed since the run began; run the same command again")
     orders = {split: permutation(seed, 0, len(source.members)) for split, source in archives.items()}
-    return _Plan(
-        archives,
-        [
-            _Task(split, number, order[start : start + images_per_shard])
-            for split, order in orders.items()
-            for number, start in enumerate(range(0, len(order), images_per_shard))
-        ],
-    )
+    tasks = [
+        _Task(split, number, order[start : start + images_per_shard])
+        for split, order in orders.items()
+        for number, start in enumerate(range(0, len(order), images_per_shard))
+    ]
+    return _Plan(archives, tasks)
 
 
 def _groups(config: ShardConfig, count: int) -> list[range]:
@@ -291,7 +290,7 @@ def _build(config: ShardConfig, source: Archive, out: StageOutput, task: _Task) 
 def _finish(plan: _Plan, out: StageOutput, tracker: Tracker) -> ShardManifest:
     """Check every record against its tar and commit the stage."""
     tasks, train = plan.tasks, plan.archives["train"]
-    done = records.sealed(out, [task.record for task in tasks], ShardRecord)
+    done = records.load_all(out, [task.record for task in tasks], ShardRecord)
     _check_classes(train, [r for (r, _), task in zip(done, tasks, strict=True) if task.split == "train"])
     splits = {split: _split(split, tasks, [record for record, _ in done]) for split in plan.archives}
     sheet = publish(out, tracker, "images.png", _contact_sheet(train, done[0][0]))

@@ -39,7 +39,7 @@ def test_a_problem_names_the_key_and_no_branch_of_a_union(values: object, line: 
     assert str(problem(caught.value, values)).startswith(line)
 
 
-def test_a_problem_of_the_whole_has_no_place() -> None:
+def test_a_problem_of_the_values_as_a_whole_has_no_place() -> None:
     with pytest.raises(ValidationError) as caught:
         Outer.model_validate_json("{")
     place, message = problem(caught.value)

@@ -73,7 +73,7 @@ def test_the_manifest_comes_back_from_disk(manifest: LatentManifest) -> None:
     assert again.latent_shape == SHAPE
 
 
-def test_where_the_vae_lies_is_no_identity_and_no_secret() -> None:
+def test_the_location_of_the_vae_is_redacted_and_not_in_the_identity() -> None:
     def info(source: str) -> VaeInfo:
         return VaeInfo(source=source, sha256="0" * 64, downsample=8, channels=4, scaling_factor=1)
 

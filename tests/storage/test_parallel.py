@@ -12,7 +12,7 @@ def test_results_keep_their_order() -> None:
         assert list(pool.map(abs, [-3, 2, -1])) == [3, 2, 1]
 
 
-def test_an_error_drops_what_has_not_begun() -> None:
+def test_an_error_cancels_tasks_that_have_not_begun() -> None:
     begun, go_on = list[int](), threading.Event()
 
     def work(number: int) -> None:
@@ -60,7 +60,7 @@ def test_ahead_keeps_the_order(depth: int) -> None:
     assert len(counted.threads) == 1
 
 
-def test_ahead_makes_so_many_and_no_more_before_they_are_asked_for() -> None:
+def test_ahead_prepares_no_more_than_depth_items() -> None:
     counted = Counted()
     items = ahead(counted(100), 3)
     assert next(items) == 0
@@ -81,7 +81,7 @@ def test_an_error_ahead_comes_after_the_items_before_it() -> None:
     assert found == [0, 1, 2, 3]
 
 
-def test_who_stops_early_leaves_no_thread_behind() -> None:
+def test_stopping_early_leaves_no_thread_behind() -> None:
     counted, before = Counted(), threading.active_count()
     for number in ahead(ahead(counted(100), 2), 2):
         if number == 5:

@@ -72,7 +72,7 @@ def test_uploads_piece_by_piece(root: str, size: int) -> None:
     assert uri.read(url) == bytes(size)
 
 
-def test_what_another_process_puts_is_seen_at_once(root: str) -> None:
+def test_objects_of_other_processes_are_seen_at_once(root: str) -> None:
     uri.write(uri.join(root, "1"), b"1")
     assert uri.names(root) == ["1"]
     assert uri.size(uri.join(root, "2")) is None
@@ -116,7 +116,7 @@ def test_images_and_tars_on_s3_are_those_of_a_disk(
         ]
 
 
-def test_damage_on_s3_is_found_and_mended(root: str, tmp_path: Path, write_archive: Callable[..., Path]) -> None:
+def test_damage_on_s3_is_found_and_repaired(root: str, tmp_path: Path, write_archive: Callable[..., Path]) -> None:
     archive = ArchiveRef(train=str(write_archive(tmp_path / "train", {"cat": 11, "dog": 12})))
     manifest = sharded(root, archive)
     first, second = (uri.join(manifest.uri, "train", f"{number:05d}.tar") for number in (0, 1))
@@ -148,7 +148,7 @@ def test_rows_come_back(
     RowReader(manifest, tmp_path / "cache", streamed=True)
 
 
-def test_a_store_that_is_away_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import fsspec
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")

@@ -48,7 +48,7 @@ def test_file_sha256(root: str) -> None:
     assert uri.file_sha256(uri.join(root, "big")) == hashlib.sha256(data).hexdigest()
 
 
-def test_what_is_written_piece_by_piece_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_an_object_written_in_pieces_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     url = str(tmp_path / "folder" / "pieces")
     with pytest.raises(KeyboardInterrupt), uri.writing(url, 9) as file:
         file.write(b"half")

@@ -40,7 +40,7 @@ def flipped(data: bytes) -> bytes:
     return data[:700] + bytes([data[700] ^ 1]) + data[701:]
 
 
-def test_a_whole_output_has_no_faults(root: str, archive: ArchiveRef) -> None:
+def test_an_undamaged_output_has_no_faults(root: str, archive: ArchiveRef) -> None:
     manifest = sharded(root, archive)
     assert verify.faults(manifest, full=False) == verify.faults(manifest, full=True) == []
 
@@ -57,7 +57,7 @@ def test_a_whole_output_has_no_faults(root: str, archive: ArchiveRef) -> None:
         ("artifacts/images.png", lambda data: b"", "has 0 bytes instead of", True),
     ],
 )
-def test_a_fault_is_named_and_the_same_command_mends_it_and_nothing_else(
+def test_a_fault_is_named_and_the_same_command_repairs_only_it(
     root: str,
     archive: ArchiveRef,
     path: str,
@@ -92,7 +92,7 @@ def test_a_fault_is_named_and_the_same_command_mends_it_and_nothing_else(
     assert verify.faults(mended, full=True) == []
 
 
-def test_another_shard_in_its_place_is_seen(root: str, archive: ArchiveRef) -> None:
+def test_a_shard_in_place_of_another_is_found(root: str, archive: ArchiveRef) -> None:
     manifest = sharded(root, archive)
     for path in (TAR, RECORD):  # one unit's tar and record, put over another's
         uri.write(uri.join(manifest.uri, path), uri.read(uri.join(manifest.uri, path.replace("00001", "00002"))))
@@ -100,7 +100,9 @@ def test_another_shard_in_its_place_is_seen(root: str, archive: ArchiveRef) -> N
     assert {fault.entry.path for fault in verify.faults(manifest, full=True)} == {TAR, RECORD}
 
 
-def test_a_withdrawal_cut_short_is_found_again(root: str, archive: ArchiveRef, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_an_interrupted_withdrawal_the_output_is_still_damaged(
+    root: str, archive: ArchiveRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = sharded(root, archive)
     uri.write(uri.join(manifest.uri, TAR), flipped(uri.read(uri.join(manifest.uri, TAR))))
     remove = uri.remove_tree

@@ -84,14 +84,14 @@ def test_another_list_is_another_input(split: ArchiveRef) -> None:
         (b"2\n1\n2\n", "class '1' is not one of the 2 classes to train on"),
     ],
 )
-def test_lists_that_do_not_fit(split: ArchiveRef, text: bytes, message: str) -> None:
+def test_lists_that_do_not_match_the_images(split: ArchiveRef, text: bytes, message: str) -> None:
     Path(str(split.held_out_labels)).write_bytes(text)
     with pytest.raises(InputError, match=message) as caught:
         input_digests(split)
     assert "\n" not in str(caught.value)
 
 
-def test_a_list_needs_to_be_there_and_a_tar_beside_it(split: ArchiveRef) -> None:
+def test_a_list_that_is_missing_or_without_a_tar_is_an_error(split: ArchiveRef) -> None:
     with pytest.raises(InputError, match="held_out_labels needs a .tar of images without class folders"):
         open_archive(split.train, None, split.held_out_labels)
     Path(str(split.held_out_labels)).unlink()
@@ -105,7 +105,7 @@ def published(split: ArchiveRef, tmp_path: Path) -> ArchiveRef:
     return split.model_copy(update={"held_out_labels": put(tmp_path, devkit(), "ILSVRC2012_devkit_t12.tar.gz")})
 
 
-def test_the_devkit_says_what_a_list_of_its_synsets_would(split: ArchiveRef, published: ArchiveRef) -> None:
+def test_the_devkit_equals_a_list_of_its_synsets(split: ArchiveRef, published: ArchiveRef) -> None:
     archive = open_archive(str(published.held_out), ("cat", "dog"), published.held_out_labels)
     read = {archive.read(member): (member.name, member.label) for member in archive.members}
     assert read == {b"1": ("dog/val/1.png", 1), b"2": ("cat/val/2.png", 0), b"33": ("dog/val/3.png", 1)}
@@ -139,7 +139,7 @@ def mat(kind: int, body: bytes) -> bytes:
         (b"", "damaged or not a tar"),
     ],
 )
-def test_what_is_no_devkit(published: ArchiveRef, data: bytes, message: str) -> None:
+def test_damaged_devkits_are_refused(published: ArchiveRef, data: bytes, message: str) -> None:
     Path(str(published.held_out_labels)).write_bytes(data)
     with pytest.raises(InputError, match=message) as caught:
         input_digests(published)
@@ -147,7 +147,7 @@ def test_what_is_no_devkit(published: ArchiveRef, data: bytes, message: str) -> 
     assert "ILSVRC2012_devkit_t12.tar.gz" in str(caught.value) or "val.tar: class" in str(caught.value)
 
 
-def test_nothing_grows_without_bound(published: ArchiveRef, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpacked_sizes_are_bounded(published: ArchiveRef, monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(str(published.held_out_labels))
     monkeypatch.setattr(held_out, "MAX_DEVKIT_BYTES", 1 << 20)
     assert input_digests(published)
@@ -161,7 +161,7 @@ def test_nothing_grows_without_bound(published: ArchiveRef, monkeypatch: pytest.
         input_digests(published)
 
 
-def test_a_devkit_needs_to_be_there(published: ArchiveRef) -> None:
+def test_a_missing_devkit_is_an_error(published: ArchiveRef) -> None:
     Path(str(published.held_out_labels)).unlink()
     with pytest.raises(StorageError, match=r"devkit_t12\.tar\.gz: no such object"):
         input_digests(published)

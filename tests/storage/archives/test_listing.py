@@ -69,7 +69,7 @@ def content(archive: Archive) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("form", FORMS | PARQUET)
-def test_every_form_gives_the_same_tars(tmp_path: Path, files: dict[str, bytes], form: str) -> None:
+def test_every_archive_type_gives_the_same_tars(tmp_path: Path, files: dict[str, bytes], form: str) -> None:
     plain = ArchiveRef(train=str(tmp_path / "plain"))
     packed = ArchiveRef(train=(FORMS | PARQUET)[form](f"{tmp_path}/packed", files))
     assert run(tmp_path / "out", packed).files == run(tmp_path / "plain out", plain).files
@@ -87,7 +87,7 @@ def test_the_digest_of_the_same_names_is_the_same(
 
 
 @pytest.mark.parametrize("form", PARQUET)
-def test_parquet_on_a_store_that_is_no_disk(tmp_path: Path, memory: str, files: dict[str, bytes], form: str) -> None:
+def test_parquet_on_a_remote_store(tmp_path: Path, memory: str, files: dict[str, bytes], form: str) -> None:
     plain, packed = open_archive(str(tmp_path / "plain")), open_archive(PARQUET[form](f"{memory}/packed", files))
     assert content(packed) == content(plain)
     assert packed.digest != plain.digest
@@ -126,12 +126,12 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path, files: dict[str, bytes], 
 
 
 @pytest.mark.parametrize("ending", ["", ".tar", ".zip", ".parquet", "-{0..3}.tar"])
-def test_nothing_there(tmp_path: Path, ending: str) -> None:
+def test_a_missing_archive_is_an_error(tmp_path: Path, ending: str) -> None:
     with pytest.raises(InputError, match="none.*: no such f"):
         open_archive(f"{tmp_path}/none{ending}")
 
 
-def test_what_is_no_archive(tmp_path: Path) -> None:
+def test_files_that_are_not_archives_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x\.tar\.gz: a compressed tar"):
         open_archive(put(f"{tmp_path}/x.tar.gz", b""))
     with pytest.raises(InputError, match="neither a folder nor a .tar, .zip or .parquet file"):
@@ -142,9 +142,7 @@ def test_what_is_no_archive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/etc/x.png", "a/../../x.png", "a\\..\\x.png"])
 @pytest.mark.parametrize("pack", [packing.tar, packing.zipped])
-def test_names_that_lead_elsewhere_are_refused(
-    tmp_path: Path, pack: Callable[[packing.Files], bytes], name: str
-) -> None:
+def test_unsafe_file_names_are_refused(tmp_path: Path, pack: Callable[[packing.Files], bytes], name: str) -> None:
     url = put(f"{tmp_path}/x.{'tar' if pack is packing.tar else 'zip'}", pack({"a/1.png": b"1", name: b"2"}))
     with pytest.raises(InputError, match="is absolute or leads upwards") as caught:
         open_archive(url)

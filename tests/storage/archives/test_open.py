@@ -27,7 +27,7 @@ def test_members_are_sorted_and_labelled(tmp_path: Path) -> None:
     assert archive.read(archive.members[1]) == b"dog/a.png"
 
 
-def test_hidden_names_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_names_are_skipped(tmp_path: Path) -> None:
     archive = open_archive(str(write(tmp_path, "a/1.png", "a/.DS_Store", "a/.cache/2.png", ".git/config")))
     assert listed(archive) == ["a/1.png"]
     assert archive.class_names == ("a",)
@@ -101,7 +101,7 @@ def test_a_broken_link_is_named(tmp_path: Path) -> None:
         open_archive(str(tmp_path))
 
 
-def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+def test_a_pipe_is_not_an_image(tmp_path: Path) -> None:
     os.mkfifo(write(tmp_path, "a/1.png") / "a/pipe.png")
     assert listed(open_archive(str(tmp_path))) == ["a/1.png"]
 

@@ -65,7 +65,7 @@ def test_the_digest_follows_labels_and_bytes_of_groups(tmp_path: Path) -> None:
     assert open_archive(put(tmp_path, variants[0], name="y.parquet")).digest == digests[0]
 
 
-def test_row_groups_are_kept_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_are_cached_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: Rows = [(bytes([number]) * 10_000, f"{number:02d}", 0) for number in range(40)]
     archive = open_archive(put(tmp_path, rows))
     groups, kept = archive._fetch.__self__, []

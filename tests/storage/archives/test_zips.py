@@ -24,7 +24,7 @@ def central(data: bytes, name: str) -> int:
     return data.rindex(name.encode()) - 46
 
 
-def test_hidden_files_and_those_in_no_folder_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_files_and_files_outside_folders_are_skipped(tmp_path: Path) -> None:
     more = {"README.md": b"", "a/.DS_Store": b"", "__MACOSX/._1.png": b"", "empty/": b""}
     archive = open_archive(put(tmp_path, packing.zipped(FILES | more)))
     assert archive.class_names == ("a", "b")
@@ -41,7 +41,7 @@ def test_classes_below_a_folder(tmp_path: Path) -> None:
         open_archive(f"zip://test::{url}")
 
 
-def test_what_lies_before_and_between_does_not_matter(tmp_path: Path) -> None:
+def test_bytes_before_and_between_files_are_ignored(tmp_path: Path) -> None:
     """A zip behind a program that unpacks it, its sizes behind the files as a stream has them."""
 
     class Stream(io.BytesIO):
@@ -63,7 +63,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
         open_archive(put(tmp_path, data))
 
 
-def test_a_file_that_says_it_is_small_is_unpacked_no_further(tmp_path: Path) -> None:
+def test_a_file_is_unpacked_no_further_than_its_listed_size(tmp_path: Path) -> None:
     data = bytearray(packing.zipped({"a/1.png": bytes(1 << 24)}, zipfile.ZIP_DEFLATED))
     struct.pack_into("<I", data, central(data, "a/1.png") + 24, 1000)
     archive = open_archive(put(tmp_path, data))
@@ -94,7 +94,7 @@ def test_what_cannot_be_read_by_range_is_refused(tmp_path: Path, offset: int, va
         open_archive(put(tmp_path, data))
 
 
-def test_two_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_duplicate_names_are_refused(tmp_path: Path) -> None:
     with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "x.zip", "w") as packed:
         warnings.simplefilter("ignore")
         packed.writestr("a/1.png", b"1")

@@ -23,7 +23,7 @@ def test_few_images_make_a_narrow_grid() -> None:
     assert Image.open(io.BytesIO(png)).size == (8, 4)
 
 
-def test_gap_lies_between_neighbours_alone() -> None:
+def test_gap_is_only_between_neighbours() -> None:
     images = np.full((4, 4, 4, 3), 9, np.uint8)
     grid = np.asarray(Image.open(io.BytesIO(image_grid(images, 2, gap=2))))
     assert grid.shape == (10, 10, 3)

@@ -33,7 +33,7 @@ OTHER = {"progressive": encoded(progressive=True), "inks": encoded("CMYK"), "png
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_plain_ones_are_told_without_decoding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_jpegs_are_checked_without_decoding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = decode(PLAIN[name])
     monkeypatch.setattr(Image.Image, "load", None)
     facts = inspect(PLAIN[name])
@@ -42,7 +42,7 @@ def test_plain_ones_are_told_without_decoding(name: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_of_others_decoding_tells(name: str) -> None:
+def test_other_jpegs_are_decoded(name: str) -> None:
     assert not is_complete(OTHER[name])
 
 
@@ -79,21 +79,21 @@ def damaged(data: bytes, rng: random.Random) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_what_is_called_whole_always_decodes(name: str) -> None:
+def test_a_jpeg_called_complete_always_decodes(name: str) -> None:
     rng = random.Random(name)
-    whole = 0
+    complete = 0
     for _, data in zip(range(1500), damaged(PLAIN[name], rng), strict=False):
         if is_complete(data):
-            whole += 1
+            complete += 1
             try:
                 inspect(data)
             except UnreadableImage:  # Pillow does not even open it
                 continue
             decode(data)
-    assert whole > 100
+    assert complete > 100
 
 
-def test_a_decoder_is_not_asked_where_its_tables_are_wrong() -> None:
+def test_a_jpeg_with_wrong_huffman_tables_is_not_complete() -> None:
     data = PLAIN["colour"]
     table = data.index(b"\xff\xc4")
     oversubscribed = data[: table + 5] + b"\x03" + data[table + 6 :]

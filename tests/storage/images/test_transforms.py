@@ -71,7 +71,7 @@ def bicubic(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(78, 19), (30, 20), (20, 78), (90, 12)])
-def test_every_image_is_scaled_across_before_down(height: int, width: int) -> None:
+def test_every_image_is_scaled_horizontally_first(height: int, width: int) -> None:
     """Whatever Pillow thinks is faster: the bytes between the two passes make tens of levels of difference."""
     pixels, scale = noise(height, width).astype(float), 16 / min(height, width)
     across = bicubic(pixels.swapaxes(0, 1), round(width * scale)).swapaxes(0, 1)
@@ -111,7 +111,7 @@ def test_fast_crop_is_exact_where_positions_are(width: int) -> None:
 
 
 @pytest.mark.parametrize("crop", [center_crop, fast_crop])
-def test_crop_leaves_an_image_of_the_size_alone(crop: Callable[[Image.Image, int], np.ndarray]) -> None:
+def test_crop_does_not_change_an_image_of_its_size(crop: Callable[[Image.Image, int], np.ndarray]) -> None:
     pixels = noise(16, 16)
     assert np.array_equal(crop(Image.fromarray(pixels), 16), pixels)
 
@@ -140,7 +140,7 @@ def test_extension_follows_the_bytes(encode_image: Encode, form: str, extension:
     assert inspect(encode_image(noise(8, 8), form)).extension == extension
 
 
-def test_a_jpeg_with_more_pictures_behind_it_is_a_jpeg() -> None:
+def test_a_jpeg_followed_by_more_images_is_a_jpeg() -> None:
     buffer = io.BytesIO()
     first, second = (Image.fromarray(noise(8, 8, seed=seed)) for seed in (0, 1))
     first.save(buffer, "MPO", save_all=True, append_images=[second])
@@ -177,7 +177,7 @@ def test_a_palette_with_alpha_keeps_its_colours_under_it() -> None:
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_of_several_pictures_the_first_counts(form: str) -> None:
+def test_the_first_of_several_frames_is_used(form: str) -> None:
     first, second = (Image.new("RGB", (9, 8), colour) for colour in ((255, 0, 0), (0, 0, 255)))
     buffer = io.BytesIO()
     first.save(buffer, form, save_all=True, append_images=[second])

@@ -130,7 +130,7 @@ def test_a_fault_after_a_first_start_is_named(store: Manifest, reading: str, tmp
 
 
 @pytest.mark.parametrize("reading", ["in place", "streamed"], indirect=True)
-def test_what_was_found_whole_is_not_read_again(
+def test_checked_objects_are_not_read_again(
     store: Manifest, reading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared: list[str] = []
@@ -152,7 +152,7 @@ def test_what_was_found_whole_is_not_read_again(
 
 
 @pytest.mark.parametrize("reading", ["streamed"], indirect=True)
-def test_a_store_that_tells_no_versions_is_read_at_every_start(
+def test_a_store_without_versions_is_checked_at_every_start(
     store: Manifest, reading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uri, "_VERSION_KEYS", ())
@@ -172,14 +172,14 @@ def test_a_damaged_stamp_only_costs_time(tmp_path: Path, damaged: bytes) -> None
     assert len(stamp.read_bytes()) > 100
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_cache_that_is_not_writable_is_an_error(tmp_path: Path) -> None:
     store = row_store(str(tmp_path), contents())
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file/.*cannot be written .*; set XDG_CACHE_HOME to a writable folder"):
         RowReader(store, tmp_path / "file")
 
 
-def test_a_long_check_says_how_far_it_is(
+def test_a_long_check_logs_its_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = row_store(str(tmp_path), contents())

@@ -74,7 +74,7 @@ def test_stores_of_the_same_bytes_share_a_copy(
 
 
 @pytest.mark.parametrize("done", [0, 1, 5, 11])
-def test_a_staging_that_ended_goes_on_where_it_was(
+def test_an_interrupted_copy_resumes(
     store: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
 ) -> None:
     monkeypatch.setattr(staging, "WORKERS", 1)
@@ -123,7 +123,7 @@ def test_a_copy_that_was_changed_is_made_again(
     assert same(RowReader(store, tmp_path))
 
 
-def test_no_room_is_said_before_anything_is_copied(
+def test_a_full_disk_is_an_error_before_anything_is_copied(
     store: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = sum(values.nbytes for values in contents().values())
@@ -154,7 +154,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_disk_that_fills_up_meanwhile_is_one_line(
+def test_a_disk_that_fills_up_while_copying_is_a_one_line_error(
     store: Manifest, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staging._Staging, "_check_room", lambda *_: None)
@@ -203,7 +203,7 @@ def test_processes_of_a_machine_share_the_work(tmp_path: Path, new_output: Calla
     assert len(fetched) == len(set(fetched)) == OBJECTS
 
 
-def test_a_killed_staging_goes_on_where_it_was(tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
+def test_a_killed_copy_resumes(tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
     store, log = fill(new_output(tmp_path), contents()), tmp_path / "log"
     arguments = (store.uri, str(tmp_path / "cache"), str(log), 1)
     process = get_context("spawn").Process(target=stage_slowly, args=arguments)
@@ -224,7 +224,7 @@ def test_a_killed_staging_goes_on_where_it_was(tmp_path: Path, new_output: Calla
     )
 
 
-def test_who_waits_is_told_for_what(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_waiting_process_logs_what_it_waits_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     order: list[str] = []
 

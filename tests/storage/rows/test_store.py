@@ -61,7 +61,7 @@ def test_rows_in_any_order_with_any_flip(store: Manifest) -> None:
     assert none.dtype == np.float16
 
 
-def test_what_is_not_there_is_refused(store: Manifest) -> None:
+def test_rows_outside_the_store_are_refused(store: Manifest) -> None:
     reader, zero = RowReader(store), np.zeros(1, np.int64)
     for bad in (-1, ROWS):
         with pytest.raises(IndexError, match=f"{store.uri}/data/label: row {bad} is outside 0 to 20"):
@@ -77,9 +77,7 @@ def test_what_is_not_there_is_refused(store: Manifest) -> None:
         reader.array("std")
 
 
-def test_values_equal_to_the_fill_are_written_all_the_same(
-    tmp_path: Path, new_output: Callable[..., StageOutput]
-) -> None:
+def test_values_equal_to_the_fill_value_are_written(tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
     arrays = {
         "mean": np.full((ROWS, 2, 3, 2, 2), np.nan, np.float16),
         "image": np.zeros((ROWS, 5, 4, 3), np.uint8),
@@ -196,7 +194,7 @@ def test_a_store_of_another_kind_is_refused(tmp_path: Path, new_output: Callable
         RowReader(manifest)
 
 
-def test_too_few_open_files_is_said(store: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_low_limit_of_open_files_is_an_error(store: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda kind: (64, 64))
     with pytest.raises(StorageError, match="12 shard objects to map but only 64 open files allowed"):
         RowReader(store)

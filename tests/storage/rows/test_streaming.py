@@ -93,7 +93,7 @@ def test_an_epoch_fetches_each_chunk_once(
     assert sum(stop - start for _, start, stop in requests.ranges) == 250 * (CHUNK * 12 + 4)
 
 
-def test_what_is_expected_is_fetched_meanwhile(
+def test_announced_chunks_are_fetched_in_the_background(
     store: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, arrays = RowReader(store, tmp_path, streamed=True), contents()

@@ -68,7 +68,7 @@ def test_every_image_once_with_its_own_bytes(tmp_path: Path, archive: ArchiveRef
             assert sample.data == source.read(member)
 
 
-def test_what_the_manifest_lists_is_all_there_is(tmp_path: Path, archive: ArchiveRef) -> None:
+def test_the_manifest_lists_all_files(tmp_path: Path, archive: ArchiveRef) -> None:
     manifest = run(tmp_path / "out", archive)
     manifest.verify()
     assert set(objects(manifest)) == {entry.path for entry in manifest.files}
@@ -113,7 +113,7 @@ def test_the_same_images_give_the_same_bytes(tmp_path: Path, archive: ArchiveRef
     assert objects(second) == objects(first)
 
 
-def test_another_seed_deals_another_order(tmp_path: Path, archive: ArchiveRef) -> None:
+def test_another_seed_gives_another_order(tmp_path: Path, archive: ArchiveRef) -> None:
     first, second = (run(tmp_path, archive, ShardConfig(seed=seed)) for seed in (0, 1))
     orders = [[sample.source_index for sample in read_images(manifest, "train")] for manifest in (first, second)]
     assert orders[0] != orders[1]
@@ -266,7 +266,7 @@ def test_damage_is_named_at_reading(tmp_path: Path, archive: ArchiveRef) -> None
         list(read_images(manifest, "test"))
 
 
-def test_on_a_store_that_is_no_disk(tmp_path: Path, memory: str, archive: ArchiveRef) -> None:
+def test_on_a_remote_store(tmp_path: Path, memory: str, archive: ArchiveRef) -> None:
     fs = fsspec.filesystem("memory")
     for path in Path(archive.train).rglob("*.JPEG"):
         fs.pipe_file(f"/root/images/{path.parent.name}/{path.name}", path.read_bytes())
@@ -302,7 +302,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_one_line_and_what_is_committed_stays(
+def test_a_full_disk_is_a_one_line_error_and_committed_shards_stay(
     tmp_path: Path, tiny_disk: Path, write_archive: Callable[..., Path]
 ) -> None:
     archive = ArchiveRef(train=str(write_archive(tmp_path / "large", {"a": 40}, side=64)))
