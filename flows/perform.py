@@ -1,4 +1,9 @@
-"""How any stage is performed under Prefect: skip it if it is done, else track it, run it and link it."""
+"""What every stage's flow does: skip the stage if its manifest exists, else run it with an MLflow run.
+
+`perform` finds the input, names the output and looks for its manifest. Without one it opens the MLflow run of the
+output and runs the stage, in this process or on ranks; the stage itself resumes what an earlier attempt has committed.
+Both ways end with links and artifacts in Prefect.
+"""
 
 import base64
 import logging
@@ -29,18 +34,18 @@ from storage.stage import Run
 
 LOGGER = logging.getLogger(__name__)
 SKIPPED = "Skipped"
-MAX_PICTURE_BYTES = 300_000  # Prefect takes about 500 kB, and base64 adds a third
+MAX_PICTURE_BYTES = 300_000  # Prefect accepts about 500 kB, and base64 adds a third
 
 
 class RunSettings(Config):
-    """What holds for a run, whatever the stage."""
+    """Settings of a run that are the same for every stage."""
 
     root: str = Field(default_factory=lambda: os.environ.get("DITFLOW_ROOT", "runs"))
-    """fsspec URL of the folder that holds every output."""
+    """Folder or fsspec URL of all outputs. Default: DITFLOW_ROOT, else runs."""
     force: bool = False
-    """Run a finished stage again, beside its old output."""
+    """Whether to run a finished stage again, into a new folder beside its old output."""
     pipeline_id: str | None = None
-    """The pipeline that this run belongs to."""
+    """Id of the pipeline that this run belongs to. Default: none."""
 
 
 def perform(
@@ -51,16 +56,16 @@ def perform(
     launcher: LaunchSpec | None = None,
     run: Run[Any, Any, Manifest] | None = None,
 ) -> State[str]:
-    """Bring a stage to its committed manifest, inside a Prefect flow.
+    """Run a stage inside a Prefect flow, unless its output is committed already.
 
     Args:
-        given: the archive, or a reference to the manifest that the stage starts from.
-        launcher: how to start ranks; without one, and for a single rank here of any stage but training,
-            the stage runs in this process.
-        run: does the work instead of the stage's own.
+        given: the archive, or the URL or MLflow run id of the manifest that the stage reads.
+        launcher: where the ranks run; without one, and for a single rank on this machine of any stage but
+            training, the stage runs in this process.
+        run: replaces the stage's own ``run``.
 
     Returns:
-        A completed state with the manifest's URL, named ``Skipped`` when it was there before.
+        A completed state with the manifest's URL, named ``Skipped`` if the output was committed before.
     """
     terminate_with_prefect_worker()
     source = stage.source(runs.resolve(given, settings.root) if isinstance(given, str) else given)
@@ -93,7 +98,7 @@ def _run(
     run: Run[Any, Any, Manifest],
 ) -> Manifest:
     with StageProgress(stage.name).shown() as progress:
-        if launcher is not None and not _is_enough(stage, launcher):
+        if launcher is not None and not _runs_here(stage, launcher):
             assert isinstance(source, Manifest)
             values = config.model_dump(mode="json")
             job = WorkerSpec(stage=stage.name, config=values, source=source.uri, output=output, tracking=spec)
@@ -106,33 +111,33 @@ def _run(
             tracker.close(output)
 
 
-def _is_enough(stage: Stage, launcher: LaunchSpec) -> bool:
-    """Whether this process does for what a launcher would start: torchrun takes seconds."""
+def _runs_here(stage: Stage, launcher: LaunchSpec) -> bool:
+    """Whether the stage runs in this process: a single rank, without the seconds that torchrun takes to start."""
     return stage.name != "train" and isinstance(launcher, LocalLaunch) and launcher.world_size == 1
 
 
 def _show(stage: Stage, create: Callable[[], None]) -> None:
-    """Show something in Prefect, or say that it cannot be: that must not fail the stage."""
+    """Create artifacts in Prefect. An error is logged and does not fail the stage."""
     try:
         create()
     except Exception as error:
-        LOGGER.warning("%s: no artifacts in Prefect: %s", stage.name, error)
+        LOGGER.warning("%s: Prefect has not stored the artifacts: %s", stage.name, error)
 
 
 def _link(stage: Stage, run_id: str | None, root: str) -> None:
-    """Link the flow run to its MLflow run, from its beginning on."""
+    """Link the flow run to its MLflow run."""
     address = runs.run_url(run_id, root) if run_id else None
     if address:
         create_link_artifact(address, link_text=f"MLflow run {run_id}", key=f"{stage.name}-mlflow")
 
 
 def _create_artifacts(stage: Stage, manifest: Manifest) -> None:
-    """The manifest with its numbers, and the stage's pictures."""
+    """Artifacts with the manifest's metrics and counts, and with the stage's pictures."""
     run_id = manifest.provenance.mlflow_run_id
     facts = manifest.metrics | manifest.counts
     rows = "".join(f"| {name} | {value:,.6g} |\n" for name, value in facts.items())
     text = f"`{manifest.url}`\n\nMLflow run `{run_id}`\n\n| | |\n|---|---|\n{rows}"
-    create_markdown_artifact(text, key=f"{stage.name}-manifest", description=f"What {stage.name} made")
+    create_markdown_artifact(text, key=f"{stage.name}-manifest", description=f"Output of {stage.name}")
     for entry in manifest.files:
         if entry.path.startswith("artifacts/") and entry.path.endswith(".png") and entry.size <= MAX_PICTURE_BYTES:
             picture = base64.b64encode(uri.read(uri.join(manifest.uri, entry.path))).decode()

@@ -28,30 +28,30 @@ RECIPES = Path(str(files("flows"))) / "recipes"
 
 
 class Recipe(Config):
-    """The archive, the config of every stage, and where those run that share their work among ranks."""
+    """The archive, the config of every stage, and where the ranks run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
-    """What runs of this recipe are called."""
+    """Name of the recipe and of its pipeline runs."""
     archive: ArchiveRef
-    """The images."""
+    """Where the training images and the held-out images lie."""
     shard: ShardConfig = ShardConfig()
-    """Images to tars."""
+    """Images to webdataset tars."""
     encode: EncodeConfig
-    """Tars to latents."""
+    """Tars to a store of latents, or of pixels."""
     train: TrainConfig = TrainConfig()
     """Latents to a checkpoint."""
     launch: LaunchSpec = operational(LocalLaunch())
-    """Where the stages run that ranks can share: encode and train."""
+    """Where the ranks of encode, train, sample and evaluate run."""
     sample: SampleConfig = SampleConfig()
-    """A checkpoint to samples."""
+    """A checkpoint to generated images."""
     evaluate: EvaluateConfig | None = None
-    """Samples to metrics; without it the pipeline ends with the samples."""
+    """Generated images to metrics. Default: none, and the pipeline ends with the generated images."""
     registry: RegisterConfig = RegisterConfig()
-    """A checkpoint to a model version."""
+    """A checkpoint to a version in the model registry."""
 
     @property
     def pipeline_id(self) -> str:
-        """The same for the same recipe on the same archive, so that an interrupted pipeline goes on as itself."""
+        """The same for the same recipe and archive, so an interrupted pipeline continues its own MLflow run."""
         return f"{self.name}-{json_digest(self.model_dump(mode='json'))[:8]}"
 
     @property

@@ -1,4 +1,9 @@
-"""Champion and candidate evaluated again with fresh seeds: a series of numbers, and an alarm when they drift."""
+"""Reevaluation of champion and candidate with a new seed each period, and an event when a metric drifts.
+
+It samples and evaluates each version with the configs that it was registered with, except for the seed. The outputs lie
+among those of the stages, so an interrupted reevaluation resumes. A version's metrics are a series in an MLflow run of
+its own, with one step for each period.
+"""
 
 import re
 from dataclasses import dataclass
@@ -29,17 +34,20 @@ from storage import uri
 from storage.errors import InputError
 
 DRIFTED = "ditflow.metric.drifted"
-"""The event of a number outside its interval. What it concerns is the model, ``ditflow.model.<name>``."""
+"""The Prefect event of a metric outside its interval; its resource is ``ditflow.model.<name>``."""
 SERIES_TAG = "ditflow.series"
 
 ModelName = Annotated[str, Field(description="Name of the registered model")]
-Period = Annotated[Literal["day", "week"], Field(description="How often at most; each period has a seed of its own")]
-Day = Annotated[date | None, Field(description="A day of the period to evaluate for; today by default (UTC)")]
+Period = Annotated[
+    Literal["day", "week"],
+    Field(description="Evaluate at most once a day or once a week; each period has its own seed"),
+]
+Day = Annotated[date | None, Field(description="A day of the period to evaluate for. Default: today (UTC)")]
 
 
 @dataclass(frozen=True)
 class Window:
-    """The period that an evaluation stands for."""
+    """The day or the ISO week of an evaluation."""
 
     label: str
     """Such as ``2026-W47`` or ``2026-11-21``."""
@@ -56,13 +64,13 @@ class Window:
 
     @property
     def seed(self) -> int:
-        """Of the samples: the same within the period, another in the next."""
+        """Seed of the samples: one for each period."""
         return int(uri.sha256(self.label.encode())[:8], 16)
 
 
 @dataclass(frozen=True)
-class _Again:
-    """A version's numbers then and now."""
+class _Reevaluation:
+    """A version's metrics as registered and now."""
 
     version: int
     aliases: list[str]
@@ -70,12 +78,12 @@ class _Again:
     now: Evaluation
 
     def changes(self) -> dict[str, Gain]:
-        """By metric, for those with an interval: how much lower it is now."""
+        """For each metric with an interval, how much lower it is now."""
         judged = [name for name in self.then.metrics if f"{name}_low" in self.then.metrics]
         return {name: gain(name, "lower", self.then.metrics, self.now.metrics) for name in judged}
 
     def drifts(self) -> dict[str, Gain]:
-        """The changes that are larger than the interval of the difference, in whichever direction."""
+        """The changes, up or down, that exceed the 95 % interval of the difference."""
         return {name: change for name, change in self.changes().items() if abs(change.value) > change.margin}
 
 
@@ -83,9 +91,9 @@ class _Again:
 def reevaluate(
     model_name: ModelName, period: Period = "week", on: Day = None, settings: RunSettings = HERE
 ) -> State[str]:
-    """Champion and candidate, sampled with the period's seed and evaluated as they were when registered.
+    """Sample champion and candidate with the period's seed and evaluate them as when they were registered.
 
-    Every version has a series in MLflow, with one step a period; what is in it is not done again.
+    Every version has a series of metrics in MLflow with one step for each period. Periods that it has are skipped.
     """
     window = Window.of(period, on or datetime.now(UTC).date())
     settings = settings.model_copy(update={"pipeline_id": f"reevaluate-{model_name}-{window.label}"})
@@ -99,16 +107,18 @@ def reevaluate(
     if not missing:
         return Completed(name=SKIPPED, message=f"done before for {window.label}", data=window.label)
     with runs.pipeline_run(str(settings.pipeline_id), settings.root):
-        found = [_again(client, model_name, version, names, window, settings) for version, names in missing.items()]
-    _tell(model_name, window, found)
-    for each in found:  # last, so that a kill before it tells once more rather than never
+        found = [
+            _reevaluate(client, model_name, version, names, window, settings) for version, names in missing.items()
+        ]
+    _report(model_name, window, found)
+    for each in found:  # last: after a kill, events are sent again rather than never
         _log(client, _series(client, experiment_id, model_name, each.version), window, each.now)
     drifted = [f"{each.version} {name}" for each in found for name in each.drifts()]
     return Completed(message=f"{window.label}: drifted: {', '.join(drifted) or 'nothing'}", data=window.label)
 
 
 def _versions(client: MlflowClient, name: str) -> dict[int, list[str]]:
-    """Champion and candidate, which may be one, with their aliases."""
+    """Champion and candidate, which may be the same version, with their aliases."""
     aliases = client.get_registered_model(name).aliases
     found: dict[int, list[str]] = {}
     for alias in (CHAMPION, CANDIDATE):
@@ -119,9 +129,9 @@ def _versions(client: MlflowClient, name: str) -> dict[int, list[str]]:
     return found
 
 
-def _again(
+def _reevaluate(
     client: MlflowClient, name: str, version: int, aliases: list[str], window: Window, settings: RunSettings
-) -> _Again:
+) -> _Reevaluation:
     then = evaluation(client, name, version)
     digest = client.get_model_version(name, str(version)).tags[METRICS_DIGEST_TAG]
     metrics = MetricsManifest.read(MetricsManifest.folder(settings.root, digest))
@@ -133,16 +143,16 @@ def _again(
     found = MetricsManifest.read(_done("evaluate", samples=fresh, config=config, settings=settings))
     now = Evaluation(distance=found.distance, metrics=found.metrics, conditions=found.conditions)
     check_comparable(f"{name} {version}, as registered and now", then, now)
-    return _Again(version, aliases, then, now)
+    return _Reevaluation(version, aliases, then, now)
 
 
 def _done(stage: str, **given: Any) -> str:
-    """The URL of a stage's manifest, brought there if it is not."""
+    """Run a stage unless it is done; return its manifest's URL."""
     return str(stage_flow(stage)(**given, return_state=True).result())
 
 
-def _tell(name: str, window: Window, found: list[_Again]) -> None:
-    """Show all numbers in Prefect, and emit an event for each one that drifted."""
+def _report(name: str, window: Window, found: list[_Reevaluation]) -> None:
+    """Create a table in Prefect, and emit an event for each metric that drifted."""
     for each in found:
         for metric, change in each.drifts().items():
             facts = {"version": each.version, "aliases": each.aliases, "metric": metric, "period": window.label}
@@ -155,7 +165,7 @@ def _tell(name: str, window: Window, found: list[_Again]) -> None:
     create_markdown_artifact(title + _table(found), key=key, description=f"Seed {window.seed}")
 
 
-def _table(found: list[_Again]) -> str:
+def _table(found: list[_Reevaluation]) -> str:
     head = "| version | metric | registered | now | difference | |\n|---|---|---|---|---|---|\n"
     rows = ""
     for each in found:
@@ -170,7 +180,7 @@ def _table(found: list[_Again]) -> str:
 
 
 def _series(client: MlflowClient, experiment_id: str, name: str, version: int) -> str:
-    """The run that holds a version's series, made when there is none."""
+    """Find or create the run that holds a version's series."""
     which = f"{name}/{version}"
     found = client.search_runs([experiment_id], f"tags.`{SERIES_TAG}` = '{which}'", max_results=1)
     if found:
@@ -183,7 +193,7 @@ def _series(client: MlflowClient, experiment_id: str, name: str, version: int) -
 
 
 def _steps(client: MlflowClient, run_id: str) -> set[int]:
-    """The periods that a series has: all its metrics are sent at once."""
+    """The periods that a series has; any metric shows them, because all are sent at once."""
     keys: Any = client.get_run(run_id).data.metrics
     return {metric.step for metric in client.get_metric_history(run_id, min(keys))} if keys else set()
 

@@ -1,4 +1,4 @@
-"""Several recipes that differ in a few values."""
+"""A sweep: several recipes that differ in a few values."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,16 +13,16 @@ from storage.errors import InputError
 
 
 class Sweep(Config):
-    """A base, and the values to try in it. Stages that the recipes share are run once."""
+    """A base recipe and the values to try in it. Stages that the recipes share run once."""
 
     name: str
-    """What the recipes are called, each with its own values after it."""
+    """Name of the sweep. Each recipe is named by it and its own values."""
     base: str
-    """The recipe that they start from: a preset or the path of a YAML file."""
+    """The base recipe: a preset or the path of a YAML file."""
     change: dict[str, Any] = Field(default_factory=dict)
-    """Values by dotted key that differ from the base in every recipe."""
+    """Values by dotted key that replace those of the base in every recipe."""
     vary: dict[str, list[Any]] = Field(min_length=1)
-    """Lists of values by dotted key: one recipe for each combination, the last key's values in turn first."""
+    """Lists of values by dotted key: one recipe for each combination, the last key varying fastest."""
 
 
 def load_recipes(name: str, overrides: Sequence[str] = (), root: str = "runs") -> list[Recipe]:

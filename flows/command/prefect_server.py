@@ -1,4 +1,7 @@
-"""The Prefect server that a command talks to."""
+"""The Prefect server of a command: that of ``PREFECT_API_URL``, else that of ``ditflow up``, else its own.
+
+A server of its own runs for as long as the command does. Before it ends, the logs that Prefect has queued are sent.
+"""
 
 import logging
 import os
@@ -14,48 +17,48 @@ from storage.errors import DitflowError
 
 @contextmanager
 def serving_prefect(root: str, *, quiet: bool) -> Iterator[None]:
-    """A Prefect server for the length of the block: the user's, that of ``ditflow up``, or our own.
+    """Point Prefect at its server for the length of the block; start one if there is none.
 
     Args:
         root: folder of all outputs.
-        quiet: show warnings of Prefect's alone, as on a terminal.
+        quiet: print only warnings of Prefect, as on a terminal.
     """
     console = "WARNING" if quiet or sys.stderr.isatty() else "INFO"
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", console)
     if os.environ.get("PREFECT_API_URL") or servers.use_running(root):
         import_module("flows.pipeline")
-        _quiet_what_we_explain()
+        _hide_explained_tracebacks()
         yield
         return
     home, port = servers.local_home(root) / "prefect", servers.free_port()
     os.environ |= servers.prefect_env(home) | {"PREFECT_API_URL": f"http://{servers.HOST}:{port}/api"}
-    warm = threading.Thread(target=_warm, args=(root,))
+    warm = threading.Thread(target=_warm_up, args=(root,))
     warm.start()
     try:
         with servers.prefect_server(home, port):
             warm.join()
-            _quiet_what_we_explain()
+            _hide_explained_tracebacks()
             try:
                 yield
             finally:
-                send_last_words()
+                flush_logs()
     finally:
         warm.join()
 
 
-def _quiet_what_we_explain() -> None:
-    """Keep Prefect's tracebacks of errors that end as one line of ours off the console; its log has them."""
+def _hide_explained_tracebacks() -> None:
+    """Keep tracebacks of errors that the command prints as one line off the console; Prefect's log has them."""
 
-    def wanted(record: logging.LogRecord) -> bool:
+    def is_shown(record: logging.LogRecord) -> bool:
         explained = record.exc_info is not None and isinstance(record.exc_info[1], DitflowError)
         return not explained and not record.getMessage().startswith("Finished in state Failed")
 
-    for handler in logging.getLogger().handlers:  # Prefect puts its console on the root logger
-        handler.addFilter(wanted)
+    for handler in logging.getLogger().handlers:  # Prefect adds its console handler to the root logger
+        handler.addFilter(is_shown)
 
 
-def send_last_words() -> None:
-    """Let Prefect send what it still holds: it would try for a minute once its server is gone."""
+def flush_logs() -> None:
+    """Let Prefect send its queued logs and events: once its server has ended it would retry for a minute."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
@@ -63,7 +66,7 @@ def send_last_words() -> None:
         worker.drain_all(timeout=5)
 
 
-def _warm(root: str) -> None:
+def _warm_up(root: str) -> None:
     """Import what the run needs and open the tracking store, while the server starts."""
     import_module("flows.pipeline")
     import_module("flows.tracking.runs").prepare(root)

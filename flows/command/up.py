@@ -1,4 +1,8 @@
-"""``ditflow up``: the servers, the deployments and a worker, for as long as it runs."""
+"""``ditflow up``: the Prefect and MLflow servers, the deployments and a worker, until Ctrl-C.
+
+Everything runs on 127.0.0.1 and ends with the command. When a server or the worker dies, the command ends too; flow
+runs of a killed worker save a checkpoint, end, and are set to Crashed.
+"""
 
 import os
 import subprocess
@@ -95,7 +99,7 @@ def _call(*arguments: str) -> None:
 
 
 def _fill_forms(recipe: "Recipe") -> None:
-    """Let every form in the UI open with the values of a recipe."""
+    """Fill the forms in the Prefect UI with the values of a recipe."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import DeploymentUpdate
 
@@ -121,12 +125,12 @@ def _watch(worker: "subprocess.Popen[str]", log: str, ports: Sequence[int]) -> N
                 raise DitflowError(f"the server on port {port} has ended; its log is below the root")
         time.sleep(1)
     psutil.wait_procs(flows, timeout=GRACE_SECONDS + 5)
-    _tell_of_crashes()
+    _report_crashes()
     raise DitflowError(f"the worker ended with code {worker.returncode}; its log is {log}")
 
 
-def _tell_of_crashes() -> None:
-    """Say in Prefect that the worker's flow runs have crashed, which nobody else does when it is killed."""
+def _report_crashes() -> None:
+    """Set the worker's flow runs to Crashed in Prefect: nothing else does when the worker is killed."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
         FlowRunFilter,

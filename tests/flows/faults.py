@@ -15,7 +15,7 @@ import pytest
 from prefect.context import refresh_global_settings_context
 
 from flows import servers
-from flows.command.prefect_server import send_last_words
+from flows.command.prefect_server import flush_logs
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -54,7 +54,7 @@ def prefect_at(address: str) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(refresh_global_settings_context)
         stack.enter_context(pytest.MonkeyPatch.context()).setenv("PREFECT_API_URL", f"{address}/api")
-        stack.callback(send_last_words)
+        stack.callback(flush_logs)
         refresh_global_settings_context()
         yield
 
