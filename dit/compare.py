@@ -1,4 +1,4 @@
-"""Samples from anywhere against a reference from anywhere: numbers without a pipeline."""
+"""Samples from anywhere compared with a reference from anywhere, without a pipeline."""
 
 from dataclasses import dataclass
 
@@ -24,27 +24,29 @@ from storage.tracker import Tracker
 Conditions = dict[str, str | int | float]
 
 
-class Judgement(Config):
-    """Numbers, and everything they depend on."""
+class ImageComparison(Config):
+    """Metrics, and everything that they depend on."""
 
     distance: str
     """Name of the distance with its feature space."""
     metrics: dict[str, float]
     counts: dict[str, int]
     conditions: Conditions
-    """What the numbers must be published with."""
+    """How the metrics were computed: publish it with them."""
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """What samples are compared with: images, or statistics of images that are not there, or both."""
+    """What samples are compared with: images, statistics of images, or both."""
 
     images: ImageSet | None
     statistics: Npz | None
     conditions: Conditions
 
 
-def judge(samples: str, reference: str, config: EvaluateConfig, *, root: str, tracker: Tracker) -> Judgement:
+def compare_images(
+    samples: str, reference: str, config: EvaluateConfig, *, root: str, tracker: Tracker
+) -> ImageComparison:
     """Compare samples with a reference, by the metrics of `dit.metrics.summary.compare`.
 
     Args:
@@ -52,41 +54,41 @@ def judge(samples: str, reference: str, config: EvaluateConfig, *, root: str, tr
         reference: npz with images, statistics or both; manifest of shards, latents or samples; folder of
             images, which are cropped to the samples' size as for training.
         config: the extractor.
-        root: where statistics of reference images are kept for the next time.
-        tracker: learns how far it is.
+        root: folder where statistics of reference images are kept for the next time.
+        tracker: receives the progress.
 
     Raises:
-        InputError: something is missing, broken or no such thing, or the two do not compare.
+        InputError: something is missing or damaged, or samples and reference cannot be compared.
         StorageError: a store does not hold what was committed.
     """
     extractor = load_extractor(config.extractor, device())
-    found, drawn = _samples(samples)
-    against = _reference(reference, found.side, extractor)
-    counts = {"samples": found.count, "reference": against.images.count if against.images else 0}
+    images, sampling = _samples(samples)
+    target = _reference(reference, images.side, extractor)
+    counts = {"samples": images.count, "reference": target.images.count if target.images else 0}
     counts["reference_kept"] = min(counts["reference"], KEPT_REFERENCE)
-    passed = counts["reference_kept"] if against.statistics else counts["reference"]
-    measure = Measure(extractor, tracker, passed + found.count, config.batch_size)
-    near = _near(measure, against, root, passed)
-    far = measure(found, keep=found.count)
-    return Judgement(
+    to_measure = counts["reference_kept"] if target.statistics else counts["reference"]
+    measure = Measure(extractor, tracker, to_measure + images.count, config.batch_size)
+    reference_summary = _reference_summary(measure, target, root, to_measure)
+    sample_summary = measure(images, keep=images.count)
+    return ImageComparison(
         distance=title(extractor),
-        metrics=compare(near, far, names(extractor), modes(extractor)),
+        metrics=compare(reference_summary, sample_summary, names(extractor), modes(extractor)),
         counts=counts,
-        conditions=drawn | conditions(extractor) | against.conditions,
+        conditions=sampling | conditions(extractor) | target.conditions,
     )
 
 
 def _samples(source: str) -> tuple[ImageSet, Conditions]:
     images: ImageSet
-    known: Conditions = {}
+    sampling: Conditions = {}
     if _is_npz(source):
         images = Npz(source).images()
     elif _is_output(source):
         manifest = SampleManifest.read(source)
-        images, known = StoredImages(RowReader(manifest), manifest.resolution, manifest.digest), manifest.conditions
+        images, sampling = StoredImages(RowReader(manifest), manifest.resolution, manifest.digest), manifest.conditions
     else:
         images = FolderImages(source)
-    return images, known | {"count": images.count, "samples": images.digest, "resolution": images.side}
+    return images, sampling | {"count": images.count, "samples": images.digest, "resolution": images.side}
 
 
 def _reference(source: str, side: int, extractor: FeatureExtractor) -> _Reference:
@@ -94,22 +96,22 @@ def _reference(source: str, side: int, extractor: FeatureExtractor) -> _Referenc
         return _of_npz(Npz(source), side, extractor)
     images = _of_output(source, side) if _is_output(source) else FolderImages(source, side)
     _check_side(source, images, side)
-    return _Reference(images, None, _told(images, images.digest))
+    return _Reference(images, None, _conditions(images, images.digest))
 
 
 def _of_npz(file: Npz, side: int, extractor: FeatureExtractor) -> _Reference:
-    """Statistics are those of the published Inception, whose files do not say so; else the images are measured."""
+    """Statistics in a file are taken as those of the published Inception. For other extractors images are measured."""
     images = file.images() if file.has_images else None
     if images is not None:
         _check_side(file.where, images, side)
     if file.has_statistics and extractor.published:
-        return _Reference(images, file, _told(images, file.digest) | {"reference_statistics": "as in the file"})
+        return _Reference(images, file, _conditions(images, file.digest) | {"reference_statistics": "as in the file"})
     if images is None:
         raise InputError(
-            f"{file.where}: holds statistics of the published Inception and no images; features of "
-            f"{extractor.name}@{extractor.sha256[:8]} do not compare with them"
+            f"{file.where}: has only statistics of the published Inception, which cannot be compared with features of "
+            f"{extractor.name}@{extractor.sha256[:8]}; use a reference with images"
         )
-    return _Reference(images, None, _told(images, file.digest))
+    return _Reference(images, None, _conditions(images, file.digest))
 
 
 def _of_output(source: str, side: int) -> ImageSet:
@@ -122,33 +124,32 @@ def _of_output(source: str, side: int) -> ImageSet:
         return SplitImages(latents.parent("shards", ShardManifest), latents.split, side)
     if stage == ShardManifest.STAGE:
         return SplitImages(ShardManifest.read(source), "train", side)
-    raise InputError(f"{uri.redact(source)}: holds the output of {stage!r}, and no images to compare with")
+    raise InputError(f"{uri.redact(source)}: is the output of {stage!r}, which has no images to compare with")
 
 
-def _near(measure: Measure, against: _Reference, root: str, count: int) -> Summary:
-    """The summary of the reference."""
+def _reference_summary(measure: Measure, target: _Reference, root: str, count: int) -> Summary:
     features = None
-    if against.images is not None:
+    if target.images is not None:
         keep = min(count, KEPT_REFERENCE)
-        found = kept_reference(measure, against.images, root, count=count, keep=keep)
-        if against.statistics is None:
-            return found
-        features = found.features()
-    assert against.statistics is not None
-    statistics = against.statistics.statistics("features")
+        summary = kept_reference(measure, target.images, root, count=count, keep=keep)
+        if target.statistics is None:
+            return summary
+        features = summary.features()
+    assert target.statistics is not None
+    statistics = target.statistics.statistics("features")
     assert statistics is not None
-    return Summary.given(statistics, against.statistics.statistics("spatial"), features)
+    return Summary.from_statistics(statistics, target.statistics.statistics("spatial"), features)
 
 
-def _told(images: ImageSet | None, digest: str) -> Conditions:
+def _conditions(images: ImageSet | None, digest: str) -> Conditions:
     facts: Conditions = {"reference": digest, "reference_count": images.count if images else 0}
     return facts | ({"reference_crop": f"{images.crop}-{images.side}"} if images else {})
 
 
 def _check_side(source: str, images: ImageSet, side: int) -> None:
     if images.side != side:
-        sizes = f"images of {images.side} px, and samples of {side} px do not compare with them"
-        raise InputError(f"{uri.redact(source)}: {sizes}; draw or save them at one size")
+        sizes = f"the images have {images.side} px, the samples {side} px"
+        raise InputError(f"{uri.redact(source)}: {sizes}; compare images of one size")
 
 
 def _is_npz(source: str) -> bool:

@@ -1,4 +1,4 @@
-"""Samples of any checkpoint, straight to a picture and an array."""
+"""Samples of any checkpoint, written to a picture and an npz file."""
 
 import numpy as np
 
@@ -19,24 +19,24 @@ ARRAYS = "samples.npz"
 
 
 def open_checkpoint(source: str, *, vae: str | None = None, heads: int | None = None) -> Trained:
-    """A model of ours or of others, ready to sample from.
+    """A model trained here or elsewhere, ready to sample from.
 
     Args:
         source: a folder of a trained model, or whatever `dit.convert.read` reads.
-        vae: folder, URL or hub id of the autoencoder, where the checkpoint does not name it.
-        heads: attention heads, where neither the source nor a published size of that width tells them.
+        vae: folder, URL or hub id of the autoencoder, if the checkpoint does not name it.
+        heads: attention heads, if neither the source nor a published size of that width determines them.
 
     Raises:
-        InputError: there is no such thing, it is broken, or nothing says which autoencoder it needs.
+        InputError: there is no such checkpoint, it is damaged, or its autoencoder is not known.
     """
     if uri.exists(uri.join(source, MODEL)):
         return load(source, device=device())
-    found = read(source, heads=heads)
-    place = vae or found.vae
-    if place is None:
-        hint = "for the published models it is --vae stabilityai/sd-vae-ft-ema"
-        raise InputError(f"{uri.redact(source)}: does not say which autoencoder its latents are of; {hint}")
-    return Trained(found.build(device()), _card(found, info(VaeRef(source=place))))
+    pretrained = read(source, heads=heads)
+    autoencoder = vae or pretrained.vae
+    if autoencoder is None:
+        hint = "pass --vae, for the published models stabilityai/sd-vae-ft-ema"
+        raise InputError(f"{uri.redact(source)}: the checkpoint does not name its autoencoder; {hint}")
+    return Trained(pretrained.build(device()), _card(pretrained, info(VaeRef(source=autoencoder))))
 
 
 def preview(trained: Trained, config: SampleConfig, out: str, tracker: Tracker) -> list[str]:
@@ -51,7 +51,7 @@ def preview(trained: Trained, config: SampleConfig, out: str, tracker: Tracker) 
     urls = [uri.join(out, name) for name in (PICTURE, ARRAYS)]
     for url in urls:
         if uri.exists(url):
-            raise InputError(f"--out {uri.redact(out)}: has samples already; name another folder")
+            raise InputError(f"--out: {uri.redact(out)} has samples already; name another folder")
     vae = open_decoder(config, trained.card)
     parts = generate(config, compiled(config, trained), vae, 0, config.count)
     rows = gathered(parts, tracker, start=0, total=config.count, unit="images")
@@ -60,11 +60,11 @@ def preview(trained: Trained, config: SampleConfig, out: str, tracker: Tracker) 
     return urls
 
 
-def _card(found: Pretrained, vae: VaeInfo) -> ModelCard:
-    config = found.config
+def _card(pretrained: Pretrained, vae: VaeInfo) -> ModelCard:
+    config = pretrained.config
     return ModelCard(
         model=config,
-        diffusion=found.diffusion,
+        diffusion=pretrained.diffusion,
         vae=vae,
         resolution=config.input_size * vae.downsample,
         class_names=tuple(map(str, range(config.num_classes))),

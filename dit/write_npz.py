@@ -1,4 +1,4 @@
-"""Committed samples to one npz file, as ADM's evaluation suite reads them."""
+"""Writes committed samples to one npz file, as ADM's evaluation suite reads it."""
 
 import numpy as np
 
@@ -15,26 +15,28 @@ BATCH = 64
 
 
 def write_npz(source: str, url: str, tracker: Tracker) -> None:
-    """Write the samples of a stage and their labels, which are -1 where there are none; a batch in memory at a time.
+    """Write samples and their labels, -1 where there are none, with one batch in memory at a time.
 
     Args:
-        source: manifest of the samples, or the folder that it lies in.
+        source: manifest of the samples, or the folder that contains it.
         url: the file, by path or fsspec URL, ending in ``.npz``.
-        tracker: learns how far it is.
+        tracker: receives the progress.
 
     Raises:
-        InputError: these are no samples, or the file has another ending or is there already.
+        InputError: there are no samples, or the file has another ending or exists already.
         StorageError: the samples are not what was committed, or the disk is full.
     """
-    if not uri.redact(url).endswith(".npz") or uri.exists(url):
-        raise InputError(f"{uri.redact(url)}: name a file that ends in .npz and is not there yet")
+    if not uri.redact(url).endswith(".npz"):
+        raise InputError(f"{uri.redact(url)}: does not end in .npz; rename the file")
+    if uri.exists(url):
+        raise InputError(f"{uri.redact(url)}: exists already; name another file")
     manifest = SampleManifest.read(source)
     images = StoredImages(RowReader(manifest), manifest.resolution, manifest.digest)
     labels = images.reader.array("label").astype(np.int64)
-    npz.write(url, _told(images, tracker), labels, images.side)
+    npz.write(url, _reporting(images, tracker), labels, images.side)
 
 
-def _told(images: StoredImages, tracker: Tracker) -> Batches:
+def _reporting(images: StoredImages, tracker: Tracker) -> Batches:
     done = 0
     for batch in images.batches(BATCH):
         yield batch

@@ -1,4 +1,4 @@
-"""Whether the numbers of two evaluations may be compared, and which are better."""
+"""Whether the metrics of two evaluations can be compared, and which are better."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,18 +7,19 @@ from typing import Final, Literal, Self
 
 Direction = Literal["lower", "higher"]
 OWN: Final = frozenset({"training_steps", "weights", "decoder_sha256", "samples", "seed"})
-"""Conditions that belong to what is judged and not to how. Another seed is what intervals are for."""
+"""Conditions of the samples themselves, which may differ. The interval covers another seed."""
 
 
 @dataclass(frozen=True)
 class Gain:
-    """How much better one number is than another, with half the width of the 95 % interval of that."""
+    """How much better one metric is than another."""
 
     value: float
     margin: float
+    """Half the width of the 95 % interval of the value."""
 
     def exceeds(self, least: float) -> bool:
-        """Whether it is a gain at all, and all of its interval lies at or above ``least``."""
+        """Whether the gain is above 0, and all of its interval at or above ``least``."""
         return self.value > 0 and self.value - self.margin >= least
 
     def __str__(self) -> str:
@@ -28,7 +29,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval, if it has one."""
+    """A metric with its 95 % interval, if it has one."""
 
     value: float
     low: float | None = None
@@ -36,7 +37,7 @@ class Estimate:
 
     @classmethod
     def of(cls, metric: str, values: Mapping[str, float]) -> Self:
-        """A metric with what lies from ``_low`` to ``_high``.
+        """A metric with its interval from ``_low`` to ``_high``.
 
         Raises:
             KeyError: there is no such metric.
@@ -53,15 +54,15 @@ class Estimate:
 
 
 def differing(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
-    """The conditions, by name, that numbers must share to be compared and that these do not."""
+    """Names of the conditions that differ, although metrics can be compared only if they are equal."""
     return sorted(name for name in (one.keys() | other.keys()) - OWN if one.get(name) != other.get(name))
 
 
 def gain(metric: str, direction: Direction, old: Mapping[str, float], new: Mapping[str, float]) -> Gain:
     """How much better ``new`` is than ``old``.
 
-    Both are estimates from samples of their own, so the margins of their intervals, from ``_low`` to
-    ``_high``, add in squares. A metric without an interval counts as exact.
+    Both are estimates from independent samples, so the squares of their margins add up. A metric without an
+    interval counts as exact.
 
     Raises:
         KeyError: one of them lacks the metric.

@@ -1,8 +1,8 @@
 """Samples and reference statistics in the npz files of ADM's evaluation suite.
 
 The keys: ``arr_0`` holds images and ``arr_1`` their labels, ``mu`` and ``sigma`` the statistics of
-Inception's pooled features, ``mu_s`` and ``sigma_s`` those of its spatial ones. A file comes from outside:
-nothing is unpickled, and shapes are looked at before anything is unpacked. Images are streamed, since
+Inception's pooled features, ``mu_s`` and ``sigma_s`` those of its spatial ones. A file is not trusted:
+nothing is unpickled, and shapes are checked before anything is unpacked. Images are streamed, since
 50,000 of 256 px are 9.8 GB.
 """
 
@@ -22,7 +22,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from dit.metrics.frechet import Statistics
-from dit.metrics.sets import Batches, cut, whole
+from dit.metrics.sets import Batches, batch_ranges, or_all
 from storage import uri
 from storage.errors import InputError
 
@@ -38,7 +38,7 @@ class Npz:
     """A file of arrays, by path or fsspec URL.
 
     Raises:
-        InputError: it is missing or is no npz, or holds neither images nor statistics of a usable shape.
+        InputError: it is missing or no npz file, or has neither images nor statistics.
     """
 
     def __init__(self, url: str) -> None:
@@ -48,7 +48,7 @@ class Npz:
         self.has_images = IMAGES in self.names
         self.has_statistics = {"mu", "sigma"} <= self.names
         if not (self.has_images or self.has_statistics):
-            raise InputError(f"{self.where}: holds neither images (arr_0) nor statistics (mu and sigma)")
+            raise InputError(f"{self.where}: has neither images (arr_0) nor statistics (mu and sigma)")
 
     @cached_property
     def digest(self) -> str:
@@ -62,7 +62,7 @@ class Npz:
             InputError: there are none, or they are not uint8 (N, H, H, 3).
         """
         if not self.has_images:
-            raise InputError(f"{self.where}: holds no images (arr_0), only {', '.join(sorted(self.names))}")
+            raise InputError(f"{self.where}: has no images (arr_0), only {', '.join(sorted(self.names))}")
         with self.array(IMAGES) as (_, shape, dtype, fortran):
             fits = len(shape) == 4 and shape[1:] == (shape[1], shape[1], 3) and dtype == np.uint8 and not fortran
             if not fits or not 1 <= shape[1] <= MAX_SIDE or not shape[0]:
@@ -74,10 +74,10 @@ class Npz:
     def statistics(self, layer: str) -> Statistics | None:
         """The statistics of ``features`` or ``spatial`` ones; None if there are none.
 
-        The file does not tell of how many images they are: their count is 2, the least that has a covariance.
+        The file does not record the number of images. It is set to 2, the fewest that have a covariance.
 
         Raises:
-            InputError: they are no mean (D,) and covariance (D, D), or not finite.
+            InputError: they are not a mean (D,) and a covariance (D, D), or not finite.
         """
         names = STATISTICS[layer]
         if not set(names) <= self.names:
@@ -90,33 +90,33 @@ class Npz:
 
     @contextmanager
     def array(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any], bool]]:
-        """An array's bytes, none of them read yet, its shape and dtype, and whether the first index is the fastest."""
+        """Opens an array: its bytes, shape, dtype, and whether it is in Fortran order."""
         with self._opened() as archive, archive.open(f"{name}.npy") as file:
             shape, fortran, dtype = self._header(file, name)
             yield file, shape, dtype, fortran
 
     def read(self, file: IO[bytes], size: int) -> bytes:
-        """So many bytes of an array, neither more nor fewer."""
+        """The next ``size`` bytes of an array, all of them."""
         data = file.read(size)
         if len(data) != size:
-            raise InputError(f"{self.where}: is cut off; fetch it again")
+            raise InputError(f"{self.where}: truncated file; fetch it again")
         return data
 
     def _header(self, file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         version = npy.read_magic(file)
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
         if read is None:
-            raise InputError(f"{self.where}: {name} is in format {version} of npy, which is not read; save it again")
+            raise InputError(f"{self.where}: {name} has npy format {version}, which is not supported; save it again")
         return read(file, max_header_size=MAX_HEADER)
 
     def _floats(self, name: str) -> NDArray[np.float64]:
         with self.array(name) as (file, shape, dtype, fortran):
             if dtype.kind != "f" or len(shape) > 2 or max(shape, default=0) > MAX_DIMS:
                 raise InputError(f"{self.where}: {name} is {dtype} {shape}, not floats of at most {MAX_DIMS} features")
-            found = np.frombuffer(self.read(file, prod(shape) * dtype.itemsize), dtype).astype(np.float64)
-        if not np.isfinite(found).all():
+            values = np.frombuffer(self.read(file, prod(shape) * dtype.itemsize), dtype).astype(np.float64)
+        if not np.isfinite(values).all():
             raise InputError(f"{self.where}: {name} is not finite; fetch it again")
-        return found.reshape(shape, order="F" if fortran else "C")
+        return values.reshape(shape, order="F" if fortran else "C")
 
     @contextmanager
     def _opened(self) -> Iterator[zipfile.ZipFile]:
@@ -127,15 +127,15 @@ class Npz:
         except FileNotFoundError as error:
             raise InputError(f"{self.where}: no such file") from error
         except (OSError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError) as error:
-            raise InputError(f"{self.where}: not a whole npz file ({error})") from error
+            raise InputError(f"{self.where}: not a complete npz file ({error}); fetch it again") from error
 
 
 def write(url: str, images: Batches, labels: NDArray[np.int64], side: int) -> None:
     """Write images and their labels as ADM does: ``arr_0`` and ``arr_1``, neither compressed.
 
     Args:
-        url: the file, by path or fsspec URL; it is replaced if it is there.
-        images: one of (H, H, 3) for each label, a batch in memory at a time.
+        url: the file, by path or fsspec URL; an existing file is replaced.
+        images: batches (B, H, H, 3), as many images as labels; one batch is in memory at a time.
         labels: (N,).
         side: H.
 
@@ -165,13 +165,13 @@ class NpzImages:
         """The sha256 of the file."""
         return self._file.digest
 
-    def batches(self, size: int, stretches: Sequence[range] | None = None) -> Batches:
-        """As `dit.metrics.sets.ImageSet.batches`; reads what lies between the stretches too."""
-        one, at = self.side**2 * 3, 0
+    def batches(self, size: int, ranges: Sequence[range] | None = None) -> Batches:
+        """See `dit.metrics.sets.ImageSet.batches`. The images between the ranges are read too."""
+        image_bytes, position = self.side**2 * 3, 0
         with self._file.array(IMAGES) as (file, *_):
-            for rows in cut(size, whole(self, stretches)):
-                for _ in range(at, rows.start):
-                    self._file.read(file, one)
-                data = self._file.read(file, len(rows) * one)
+            for rows in batch_ranges(size, or_all(self, ranges)):
+                for _ in range(position, rows.start):
+                    self._file.read(file, image_bytes)
+                data = self._file.read(file, len(rows) * image_bytes)
                 yield np.frombuffer(bytearray(data), np.uint8).reshape(-1, self.side, self.side, 3)
-                at = rows.stop
+                position = rows.stop

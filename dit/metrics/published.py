@@ -1,4 +1,4 @@
-"""What papers report, under which conditions, and where those differ from the conditions of other numbers."""
+"""Metrics that papers report, with their conditions, and how these differ from those of our metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ METRICS: Final = ("fid", "sfid", "inception_score", "precision_adm_fp16", "recal
 
 @dataclass(frozen=True)
 class DataSet:
-    """Training images, known by how many there are in how many classes."""
+    """A set of training images, identified by its numbers of images and classes."""
 
     name: str
     images: int
     classes: int | None
-    """None where their number says nothing."""
+    """None where it does not identify the set."""
 
 
 IMAGENET: Final = DataSet("ImageNet", 1_281_167, 1000)
@@ -39,9 +39,9 @@ class Row:
     data: DataSet
     resolution: int
     values: tuple[float, ...]
-    """As in `METRICS`; a paper that gives fewer gives the first ones."""
+    """In the order of `METRICS`; fewer values are the first ones."""
     conditions: dict[str, Value] = field(default_factory=dict)
-    """Those that the paper states, named as ours."""
+    """Conditions that the paper states, under our names."""
 
 
 def _dit(resolution: int, steps: int, scale: float, *values: float) -> Row:
@@ -74,16 +74,16 @@ ROWS: Final = (
     _edm("DiffiT", DIFFIT, FFHQ, 64, 40, 2.22),
     _edm("EDM (VP)", DIFFIT, FFHQ, 64, 40, 2.39),
 )
-"""Rows as the papers print them; what they leave open is not among the conditions."""
+"""Rows as the papers print them, without conditions that a paper does not state."""
 
 
 def rows_for(*, distance: str, images: int, classes: int, resolution: int) -> list[Row]:
-    """The rows that speak of the same images at the same size in the same feature space.
+    """The rows of the same images at the same size in the same feature space.
 
     Args:
-        distance: its name; papers' numbers compare with an FID alone.
-        images: training images that the samples were compared with.
-        classes: that they come in.
+        distance: name of the distance; papers report FID.
+        images: number of training images that the samples were compared with.
+        classes: number of their classes.
         resolution: side of the samples, in pixels.
     """
     if not distance.startswith("FID["):
@@ -96,9 +96,6 @@ def rows_for(*, distance: str, images: int, classes: int, resolution: int) -> li
 
 
 def deviations(row: Row, conditions: Mapping[str, Value]) -> list[str]:
-    """What a row was taken under that other numbers were not, such as ``steps 250``.
-
-    How long a model was trained is what is judged, and no deviation.
-    """
+    """Conditions of a row that differ from ours, such as ``steps 250``; the training steps may differ."""
     names = sorted(row.conditions.keys() - OWN)
     return [f"{name} {row.conditions[name]}" for name in names if conditions.get(name) != row.conditions[name]]

@@ -1,7 +1,7 @@
 """Statistics of reference images, kept from one evaluation to the next.
 
-They lie in ``root/references`` under a digest of all that they depend on, committed as a stage's output is.
-What turns out to be damaged is taken anew.
+They are stored in ``root/references`` under a digest of all that they depend on, and committed like the output of a
+stage. Damaged ones are measured again.
 """
 
 import logging
@@ -23,18 +23,18 @@ VERSION = 1
 
 
 class ReferenceConfig(Config):
-    """What a reference's statistics depend on beside the images and the weights."""
+    """What the statistics of a reference depend on, besides the images and the weights."""
 
     crop: str
-    """What was done to make the images this size."""
+    """Id of the crop of the images."""
     resolution: int
     """Side of the images, in pixels."""
     count: int
-    """Images, the first ones."""
+    """Number of images, the first ones."""
     kept: int
-    """Of how many of them the features are kept, the first ones."""
+    """Number of images, the first ones, whose features are kept."""
     extractor: str
-    """Name, version and preprocessing of the network."""
+    """Name, version and preprocessing of the extractor."""
 
 
 class ReferenceManifest(Manifest):
@@ -44,24 +44,24 @@ class ReferenceManifest(Manifest):
 
 
 def reference(measure: Measure, images: ImageSet, root: str, *, count: int, keep: int) -> Summary:
-    """The summary of the first ``count`` images: kept from before, else taken now and kept.
+    """The summary of the first ``count`` images: the kept one if there is one, else measured now and kept.
 
     Args:
-        measure: takes the features; the summary is that of its first rank.
+        measure: measures images; only its first rank's summary is complete.
         images: the reference.
         root: folder of all outputs.
-        count: images, the first ones.
-        keep: of how many the features are kept.
+        count: number of images, the first ones.
+        keep: number of images, the first ones, whose features are kept.
 
     Raises:
         InputError: the extractor cannot read the images, or as `ImageSet.batches`.
         StorageError: the images are not what was committed, or the disk is full.
     """
     out = _output(measure.extractor, images, root, count, keep)
-    found = _kept(out) if measure.ranks.first else None
-    if measure.ranks.agreed(found is not None):
-        measure.passed(count)
-        return found or Summary(measure.extractor.dims)
+    kept = _kept(out) if measure.ranks.first else None
+    if measure.ranks.agreed(kept is not None):
+        measure.advance(count)
+        return kept or Summary(measure.extractor.dims)
     summary = measure(images, range(count), keep=keep)
     if measure.ranks.first:
         _keep(out, summary, count)
@@ -70,7 +70,7 @@ def reference(measure: Measure, images: ImageSet, root: str, *, count: int, keep
 
 def _keep(out: StageOutput, summary: Summary, count: int) -> None:
     data = safetensors.torch.save(summary.tensors())
-    name = f"statistics-{short_digest(uri.sha256(data))}.safetensors"  # two at once may differ in the last bit
+    name = f"statistics-{short_digest(uri.sha256(data))}.safetensors"  # two processes may differ in the last bit
     out.commit(ReferenceManifest, [out.put(name, data)], counts={"images": count})
 
 
@@ -82,14 +82,14 @@ def _output(extractor: FeatureExtractor, images: ImageSet, root: str, count: int
 
 
 def _kept(out: StageOutput) -> Summary | None:
-    """What was kept, if it is whole; what is not is removed."""
+    """The kept summary; a damaged one is removed."""
     try:
         manifest = out.committed(ReferenceManifest)
         if manifest is None:
             return None
         (entry,) = manifest.files
-        return Summary.of(safetensors.torch.load(manifest.read_object(entry.path)))
+        return Summary.from_tensors(safetensors.torch.load(manifest.read_object(entry.path)))
     except (DitflowError, SafetensorError, ValueError, KeyError) as error:
-        LOGGER.warning("the reference statistics are damaged and taken anew: %s", error)
+        LOGGER.warning("reference statistics: damaged, measuring again: %s", error)
         uri.remove_tree(out.uri)
         return None

@@ -1,4 +1,4 @@
-"""Sets of images to measure, wherever they lie, a batch at a time."""
+"""Sets of images to measure, wherever they are stored, a batch at a time."""
 
 # B = batch, H = image side
 
@@ -33,7 +33,7 @@ class ImageSet(Protocol):
 
     @property
     def count(self) -> int:
-        """How many."""
+        """Number of images."""
 
     @property
     def side(self) -> int:
@@ -41,22 +41,22 @@ class ImageSet(Protocol):
 
     @property
     def digest(self) -> str:
-        """Names the images themselves, wherever they lie."""
+        """Identifies the images, wherever they are stored."""
 
     @property
     def crop(self) -> str:
-        """What was done to make them this size; ``none`` if they are as they lie."""
+        """Id of the crop to this size; ``none`` if they are not cropped."""
 
-    def batches(self, size: int, stretches: Sequence[range] | None = None) -> Batches:
-        """The images of these stretches, one pass over all, at most ``size`` at a time.
+    def batches(self, size: int, ranges: Sequence[range] | None = None) -> Batches:
+        """Images in one pass, at most ``size`` at a time.
 
         Args:
             size: images in a batch.
-            stretches: numbers of images, rising; a batch spans no two of them. One with all by default.
+            ranges: indices of the images, ascending; a batch spans no two ranges. All images by default.
 
         Raises:
-            InputError: one cannot be read, or has another size.
-            StorageError: they are not what was committed.
+            InputError: an image cannot be read, or has another size.
+            StorageError: the images are not what was committed.
         """
 
 
@@ -71,19 +71,19 @@ class SplitImages:
 
     @property
     def count(self) -> int:
-        """How many."""
+        """Number of images."""
         return self.shards.splits[self.split].count
 
     @property
     def digest(self) -> str:
-        """That of the shards and the split."""
+        """Digest of shards and split."""
         return json_digest([self.shards.digest, self.split])
 
-    def batches(self, size: int, stretches: Sequence[range] | None = None) -> Batches:
-        """As `ImageSet.batches`."""
+    def batches(self, size: int, ranges: Sequence[range] | None = None) -> Batches:
+        """See `ImageSet.batches`."""
         with threads(cores()) as pool:
-            for stretch in whole(self, stretches):
-                samples = read_images(self.shards, self.split, stretch.start, stretch.stop)
+            for part in or_all(self, ranges):
+                samples = read_images(self.shards, self.split, part.start, part.stop)
                 while batch := list(islice(samples, size)):
                     yield np.stack(list(pool.map(lambda sample: transforms.load(sample.data, self.side), batch)))
 
@@ -99,18 +99,18 @@ class StoredImages:
 
     @property
     def count(self) -> int:
-        """How many."""
+        """Number of images."""
         return len(self.reader)
 
-    def batches(self, size: int, stretches: Sequence[range] | None = None) -> Batches:
-        """As `ImageSet.batches`."""
-        for rows in cut(size, whole(self, stretches)):
+    def batches(self, size: int, ranges: Sequence[range] | None = None) -> Batches:
+        """See `ImageSet.batches`."""
+        for rows in batch_ranges(size, or_all(self, ranges)):
             yield self.reader.take("image", np.array(rows))
 
 
 @dataclass(frozen=True)
 class NoiseImages:
-    """Images whose bytes are all equally likely; each depends on its number alone."""
+    """Uniform noise: all bytes are equally likely, and an image depends on its index alone."""
 
     count: int
     side: int
@@ -118,26 +118,26 @@ class NoiseImages:
 
     @property
     def digest(self) -> str:
-        """That of the seed."""
+        """Digest of the seed."""
         return json_digest(["noise", NOISE_SEED])
 
-    def batches(self, size: int, stretches: Sequence[range] | None = None) -> Batches:
-        """As `ImageSet.batches`."""
+    def batches(self, size: int, ranges: Sequence[range] | None = None) -> Batches:
+        """See `ImageSet.batches`."""
         length = self.side**2 * 3
-        for rows in cut(size, whole(self, stretches)):
+        for rows in batch_ranges(size, or_all(self, ranges)):
             bits = words(NOISE_SEED, Stream.NOISE_IMAGE, 0, rows, -(-length // 8)).astype("<u8")
             yield bits.view(np.uint8)[:, :length].reshape(-1, self.side, self.side, 3)
 
 
 class FolderImages:
-    """The images in a folder and the folders in it, in the order of their paths; hidden ones are passed over.
+    """The images in a folder and its subfolders, in the order of their paths, without hidden ones.
 
     Args:
         url: the folder.
-        side: H to crop all images to, as for training; by default they must be squares of one size.
+        side: H to which images are cropped, as for training; by default they must be squares of one size.
 
     Raises:
-        InputError: there are no images, one is too large or cannot be read, or they are no such squares.
+        InputError: there are no images, one is too large or cannot be read, or they are not squares of one size.
     """
 
     def __init__(self, url: str, side: int | None = None) -> None:
@@ -151,33 +151,32 @@ class FolderImages:
 
     @cached_property
     def digest(self) -> str:
-        """The hash of all paths below the folder and of the files' hashes."""
+        """Hash of all paths in the folder and of the files' hashes."""
         with threads(0) as pool:
             hashes = pool.map(lambda path: uri.sha256(self._bytes(path)), self._paths)
-            return json_digest(
-                [[path[len(self._root) :], found] for path, found in zip(self._paths, hashes, strict=True)]
-            )
+            relative = [path[len(self._root) :] for path in self._paths]
+            return json_digest([list(pair) for pair in zip(relative, hashes, strict=True)])
 
-    def batches(self, size: int, stretches: Sequence[range] | None = None) -> Batches:
-        """As `ImageSet.batches`."""
+    def batches(self, size: int, ranges: Sequence[range] | None = None) -> Batches:
+        """See `ImageSet.batches`."""
         with threads(cores()) as pool:
-            for rows in cut(size, whole(self, stretches)):
+            for rows in batch_ranges(size, or_all(self, ranges)):
                 yield np.stack(list(pool.map(self._load, self._paths[rows.start : rows.stop])))
 
     def _listed(self) -> list[str]:
         try:
-            found = self._fs.find(self._root, detail=True)
+            files = self._fs.find(self._root, detail=True)
         except OSError as error:
             raise InputError(f"{self._url}: cannot be listed ({error})") from error
-        paths = sorted(path for path in map(str, found) if self._wanted(path))
+        paths = sorted(path for path in map(str, files) if self._is_image(path))
         if not paths:
-            raise InputError(f"{self._url}: no folder with images in it, nor the output of a stage")
-        large = next((path for path in paths if found[path]["size"] > MAX_BYTES), None)
+            raise InputError(f"{self._url}: neither a folder of images nor the output of a stage")
+        large = next((path for path in paths if files[path]["size"] > MAX_BYTES), None)
         if large is not None:
-            raise InputError(f"{large}: {found[large]['size']:,} bytes, more than {MAX_BYTES:,}; remove it")
+            raise InputError(f"{large}: {files[large]['size']:,} bytes, more than {MAX_BYTES:,}; remove it")
         return paths
 
-    def _wanted(self, path: str) -> bool:
+    def _is_image(self, path: str) -> bool:
         hidden = any(part.startswith(".") for part in path[len(self._root) :].split("/"))
         return path.rpartition(".")[2].lower() in SUFFIXES and not hidden
 
@@ -191,29 +190,29 @@ class FolderImages:
         try:
             return np.asarray(transforms.decode(self._bytes(path)))
         except transforms.UnreadableImage as error:
-            raise InputError(f"{path}: {error}; mend or remove it") from error
+            raise InputError(f"{path}: {error}; repair or remove it") from error
 
     def _checked(self, path: str) -> NDArray[np.uint8]:
         pixels = self._decoded(path)
         if pixels.shape != (self.side, self.side, 3):
             size = f"{pixels.shape[1]}x{pixels.shape[0]} pixels"
-            raise InputError(f"{path}: {size}, but samples are squares of one size, here {self.side}x{self.side}")
+            raise InputError(f"{path}: {size}; all samples must be squares of one size, here {self.side}x{self.side}")
         return pixels
 
     def _cropped(self, path: str) -> NDArray[np.uint8]:
         try:
             return transforms.load(self._bytes(path), self.side)
         except transforms.UnreadableImage as error:
-            raise InputError(f"{path}: {error}; mend or remove it") from error
+            raise InputError(f"{path}: {error}; repair or remove it") from error
 
 
-def whole(images: ImageSet, stretches: Sequence[range] | None) -> Sequence[range]:
-    """The stretches, or one with all images."""
-    return [range(images.count)] if stretches is None else stretches
+def or_all(images: ImageSet, ranges: Sequence[range] | None) -> Sequence[range]:
+    """The ranges, or one of all images."""
+    return [range(images.count)] if ranges is None else ranges
 
 
-def cut(size: int, stretches: Sequence[range]) -> Iterator[range]:
-    """The numbers of the stretches, at most ``size`` at a time; none together with those of another stretch."""
-    for stretch in stretches:
-        for first in range(0, len(stretch), size):
-            yield stretch[first : first + size]
+def batch_ranges(size: int, ranges: Sequence[range]) -> Iterator[range]:
+    """The ranges in pieces of at most ``size``."""
+    for part in ranges:
+        for first in range(0, len(part), size):
+            yield part[first : first + size]

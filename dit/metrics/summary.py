@@ -1,4 +1,4 @@
-"""What is remembered of a set of images, and the numbers that two such sets give."""
+"""Summaries of sets of images, and the metrics that compare two of them."""
 
 # N = images, B = batch, D = features
 
@@ -31,7 +31,7 @@ CONDITIONS: Final[dict[str, str | int | float]] = {
 
 @dataclass
 class Summary:
-    """Streaming statistics of all images, and the features of the first ones for what needs them one by one."""
+    """Statistics of all images of a set, and features of the first ones, for metrics that need single features."""
 
     dims: int
     """D."""
@@ -44,7 +44,7 @@ class Summary:
         self.statistics = Statistics.empty(self.dims)
 
     def update(self, outputs: Outputs, keep: int = 0) -> None:
-        """Add a batch, and keep its features unless those of ``keep`` images are kept already.
+        """Add a batch, and keep its features until those of ``keep`` images are kept.
 
         Raises:
             InputError: a feature or logit is not finite.
@@ -59,20 +59,21 @@ class Summary:
             self.score.update(outputs.logits)
 
     def features(self) -> Tensor:
-        """The features that were kept, float32 (N, D), on the device."""
+        """The kept features, float32 (N, D), on the device."""
         return torch.cat([torch.empty(0, self.dims), *self._kept]).to(device())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Statistics and kept features by name, on the CPU. The score is not among them: a reference needs none."""
+        """Statistics and kept features by name, on the CPU, without the score: a reference needs none."""
         layers = {"pooled": self.statistics} | ({"spatial": self.spatial} if self.spatial else {})
-        found = {f"{name}.count": torch.tensor(layer.count) for name, layer in layers.items()}
-        found |= {f"{name}.mean": layer.mean for name, layer in layers.items()}
-        found |= {f"{name}.m2": layer.m2 for name, layer in layers.items()}
-        return {name: tensor.contiguous() for name, tensor in (found | {"features": self.features().cpu()}).items()}
+        tensors = {f"{name}.count": torch.tensor(layer.count) for name, layer in layers.items()}
+        tensors |= {f"{name}.mean": layer.mean for name, layer in layers.items()}
+        tensors |= {f"{name}.m2": layer.m2 for name, layer in layers.items()}
+        tensors["features"] = self.features().cpu()
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The summary with these `tensors`.
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The summary that has these `tensors`.
 
         Raises:
             KeyError: one is missing.
@@ -82,11 +83,13 @@ class Summary:
             for name in ("pooled", "spatial")
             if name == "pooled" or f"{name}.mean" in tensors
         }
-        return cls.given(layers["pooled"], layers.get("spatial"), tensors["features"])
+        return cls.from_statistics(layers["pooled"], layers.get("spatial"), tensors["features"])
 
     @classmethod
-    def given(cls, statistics: Statistics, spatial: Statistics | None, features: Tensor | None = None) -> Self:
-        """A summary of statistics that are known, with features (N, D) or without."""
+    def from_statistics(
+        cls, statistics: Statistics, spatial: Statistics | None, features: Tensor | None = None
+    ) -> Self:
+        """A summary of known statistics, with or without features (N, D)."""
         summary = cls(len(statistics.mean), spatial)
         summary.statistics = statistics
         if features is not None:
@@ -96,7 +99,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Names:
-    """What numbers are called: only those of the published Inception have the names that papers know."""
+    """Names of the metrics. Only with the published Inception they are those of papers, such as ``fid``."""
 
     published: bool
 
@@ -107,7 +110,7 @@ class Names:
 
     @property
     def spatial(self) -> str:
-        """That of the spatial features."""
+        """The Fréchet distance of the spatial features."""
         return "sfid" if self.published else "sfd"
 
     @property
@@ -117,29 +120,29 @@ class Names:
 
     @property
     def score(self) -> str:
-        """The score of the logits."""
+        """The inception score."""
         return "inception_score" if self.published else "classifier_score"
 
 
 def compare(reference: Summary, samples: Summary, names: Names, modes: tuple[Mode, ...]) -> dict[str, float]:
-    """How far samples are from the reference, by name.
+    """The metrics of samples against a reference, by name.
 
-    The distance comes with its 95 % interval ``_low`` to ``_high`` under resampling of the samples,
-    and with ``_infinity``, its value at infinitely many of them. A reference that kept no features is
-    compared by its statistics alone.
+    The Fréchet distance has a 95 % interval, ``_low`` to ``_high``, by resampling the samples, and
+    ``_infinity``, its value at infinitely many samples. A reference without features has only the metrics
+    that need statistics alone.
 
     Raises:
-        InputError: a set has fewer than four images, or features that were kept.
+        InputError: a set has fewer than four images, or fewer than four kept features.
     """
-    fd, near, found = names.distance, reference.features(), samples.features()
+    fd, reference_features, sample_features = names.distance, reference.features(), samples.features()
     value = reference.statistics.distance(samples.statistics)
-    margin = 1.96 * fd_standard_error(reference.statistics, found, SEED)
+    margin = 1.96 * fd_standard_error(reference.statistics, sample_features, SEED)
     metrics = {fd: value, f"{fd}_low": value - margin, f"{fd}_high": value + margin}
-    metrics[f"{fd}_infinity"] = fd_infinity(reference.statistics, found, SEED)
-    if len(near):
-        metrics[names.kernel] = kernel_distance(near, found)
-    for mode in modes if len(near) else ():
-        precision, recall = precision_recall(near, found, mode)
+    metrics[f"{fd}_infinity"] = fd_infinity(reference.statistics, sample_features, SEED)
+    if len(reference_features):
+        metrics[names.kernel] = kernel_distance(reference_features, sample_features)
+    for mode in modes if len(reference_features) else ():
+        precision, recall = precision_recall(reference_features, sample_features, mode)
         suffix = mode.replace("-", "_")
         metrics |= {f"precision_{suffix}": precision, f"recall_{suffix}": recall}
     if reference.spatial and samples.spatial:

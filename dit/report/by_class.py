@@ -1,4 +1,4 @@
-"""Samples side by side with others of the class that was asked for."""
+"""Samples grouped by class."""
 
 # N = samples, K = samples of a class that are shown
 
@@ -14,11 +14,11 @@ def by_class(samples: SampleManifest, *, classes: int, each: int) -> list[tuple[
 
     Args:
         samples: N of them.
-        classes: how many classes at most, evenly spread over those that were drawn.
+        classes: number of classes at most, evenly spread over those that have samples.
         each: K at most.
 
     Returns:
-        The name of each class and a PNG of its samples in one row; nothing if no class was asked for.
+        The name of each class and a PNG of its samples in one row; nothing if the samples have no classes.
 
     Raises:
         StorageError: the samples are not what was committed.

@@ -1,4 +1,4 @@
-"""Samples beside the training images that are nearest to them: does the model repeat what it has seen?"""
+"""Samples beside their nearest training images: does the model repeat training images?"""
 
 # B = samples, K = neighbours, N = training images, D = features
 
@@ -22,21 +22,21 @@ from storage.shards.shard import ShardManifest
 from storage.tracker import Tracker
 
 AMONG = 2000
-"""Training images whose own nearest neighbours say what is usual."""
+"""Training images whose own nearest neighbours give the usual distance."""
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What was found."""
+    """Nearest neighbours of some samples."""
 
     picture: bytes
     """A PNG: a sample in each row, then its neighbours, the nearest first."""
     distances: list[list[float]]
     """(B, K), in the extractor's feature space."""
     usual: float
-    """The median distance of a training image to the nearest other one."""
+    """Median distance of a training image to its nearest neighbour."""
     among: int
-    """N, the training images that were looked at."""
+    """N, the number of training images that were searched."""
 
 
 def neighbours(
@@ -47,10 +47,10 @@ def neighbours(
     Args:
         config: names the extractor.
         samples: from a model trained on the images.
-        root: where statistics and features of reference images are kept.
+        root: folder where statistics and features of reference images are kept.
         count: B at most.
         nearest: K at most.
-        tracker: learns how far it is.
+        tracker: receives the progress.
 
     Raises:
         InputError: the extractor cannot be loaded, or the stages behind the samples are gone.
@@ -65,10 +65,11 @@ def neighbours(
     features = summary.features()
     shown = RowReader(samples).take("image", np.arange(min(count, samples.counts["images"])))
     distances = torch.cdist(extractor(torch.from_numpy(shown)).to(features), features)
-    found, places = (each.cpu() for each in distances.topk(min(nearest, kept), largest=False))
-    near = {place: next(training.batches(1, [range(place, place + 1)]))[0] for place in places.unique().tolist()}
-    rows = [image for sample, at in zip(shown, places.tolist(), strict=True) for image in (sample, *map(near.get, at))]
-    return Neighbours(image_grid(np.stack(rows), found.shape[1] + 1, gap=2), found.tolist(), _usual(features), kept)
+    nearest_distances, indices = (each.cpu() for each in distances.topk(min(nearest, kept), largest=False))
+    neighbour = {i: next(training.batches(1, [range(i, i + 1)]))[0] for i in indices.unique().tolist()}
+    rows = [[sample, *map(neighbour.get, row)] for sample, row in zip(shown, indices.tolist(), strict=True)]
+    grid = image_grid(np.stack([image for row in rows for image in row]), len(rows[0]), gap=2)
+    return Neighbours(grid, nearest_distances.tolist(), _usual(features), kept)
 
 
 def _usual(features: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Pictures of numbers, as PNG bytes."""
+"""Plots of metrics, as PNG bytes."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -33,10 +33,10 @@ def scaling(
     """Distances of models against what they cost, with fitted lines, on logarithmic axes.
 
     Args:
-        names: of the models, of which what all begin with is left out.
-        distances: of each.
-        title: what the distance is called.
-        laws: for each cost, by name, that of each model and the line through them.
+        names: names of the models; their common beginning is left out.
+        distances: distance of each model.
+        title: name of the distance.
+        laws: by name of a cost: the cost of each model, and the line through them.
     """
     figure = Figure(figsize=(5.5 * len(laws), 4), dpi=120, layout="constrained")
     short = _without_common_start(names)
@@ -59,10 +59,10 @@ def scaling(
 
 @dataclass(frozen=True)
 class GuidanceLine:
-    """Samples of one model that differ in the scale of their guidance alone."""
+    """Samples of one model that differ only in their guidance scale."""
 
     name: str
-    """How they are guided."""
+    """Name of the guidance."""
     scales: Sequence[float]
     distances: Sequence[Estimate]
     precision: Sequence[float]
@@ -86,14 +86,14 @@ def guidance(lines: Sequence[GuidanceLine], title: str) -> bytes:
 
 
 def _without_common_start(names: Sequence[str]) -> list[str]:
-    """What differs between names that are cut at dashes: ``sweep-S-4`` and ``sweep-B-4`` are S-4 and B-4."""
+    """Names without their common first words: ``sweep-S-4`` and ``sweep-B-4`` become S-4 and B-4."""
     words = [name.split("-") for name in names]
     same = len(list(takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))))
     return ["-".join(each[same:]) for each in words]
 
 
-def _errors(axes: Axes, x: Sequence[float], found: Sequence[Estimate], style: str, label: str = "") -> None:
-    values, margins = [each.value for each in found], [each.margin for each in found]
+def _errors(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], style: str, label: str = "") -> None:
+    values, margins = [each.value for each in estimates], [each.margin for each in estimates]
     axes.errorbar(x, values, margins, fmt=style, capsize=3, markersize=4, linewidth=1, label=label)
 
 

@@ -10,7 +10,7 @@ from flows.contract import STAGES
 from storage.errors import InputError
 
 if TYPE_CHECKING:
-    from dit.compare import Judgement
+    from dit.compare import ImageComparison
 
 STAGE = StageCommand(STAGES["evaluate"])
 HELP = f"{STAGE.HELP}; or compare any samples with any reference"
@@ -37,9 +37,9 @@ def run(options: Namespace) -> None:
         print(line)
 
 
-def _judged(options: Namespace) -> "Judgement":
+def _judged(options: Namespace) -> "ImageComparison":
     """With Inception from this folder, unless ``--set`` names another extractor."""
-    from dit.compare import judge
+    from dit.compare import compare_images
     from dit.evaluate import EvaluateConfig
     from dit.metrics.extractors.inception import WEIGHTS
     from flows.recipe import config_alone
@@ -50,10 +50,10 @@ def _judged(options: Namespace) -> "Judgement":
     config = config_alone(EvaluateConfig, "evaluate", {"extractor": inception}, options.set)
     with StageProgress("evaluate").shown() as progress:
         tracker = StageTracker(None, progress.update)
-        return judge(options.samples, options.reference, config, root=options.root, tracker=tracker)
+        return compare_images(options.samples, options.reference, config, root=options.root, tracker=tracker)
 
 
-def _lines(found: "Judgement") -> Iterator[str]:
+def _lines(found: "ImageComparison") -> Iterator[str]:
     """The distance's name, the metrics, and all conditions, a line each."""
     yield found.distance
     numbers = [(name, f"{value:.6g}") for name, value in found.metrics.items()]

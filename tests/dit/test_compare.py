@@ -10,7 +10,7 @@ from judging import Coarse, fd, pixels
 from PIL import Image
 
 from dit import compare as module
-from dit.compare import Judgement
+from dit.compare import ImageComparison
 from dit.evaluate import EvaluateConfig
 from dit.export import CheckpointManifest
 from dit.metrics.extractors.base import FeatureExtractor
@@ -31,9 +31,9 @@ class Runner:
     def __init__(self, config: EvaluateConfig, root: Path) -> None:
         self._config, self._root = config, root
 
-    def __call__(self, samples: object, reference: object) -> Judgement:
+    def __call__(self, samples: object, reference: object) -> ImageComparison:
         where = {"root": str(self._root), "tracker": tiny.Recorder()}
-        return module.judge(str(samples), str(reference), self._config, **where)  # type: ignore[arg-type]
+        return module.compare_images(str(samples), str(reference), self._config, **where)  # type: ignore[arg-type]
 
 
 def save_folder(folder: Path, images: np.ndarray) -> Path:
@@ -133,7 +133,7 @@ def test_statistics_of_another_network_are_not_compared(
 ) -> None:
     images = pixels(pictures, "train")[0]
     np.savez(tmp_path / "statistics.npz", **statistics(images))
-    with pytest.raises(InputError, match="statistics of the published Inception .* demo-digits@.* do not compare"):
+    with pytest.raises(InputError, match="only statistics of the published Inception.*; use a reference with images"):
         ran(samples.url, tmp_path / "statistics.npz")
     np.savez(tmp_path / "both.npz", arr_0=images, **statistics(images))
     with_images = ran(samples.url, tmp_path / "both.npz").metrics  # its images are measured instead
@@ -146,20 +146,20 @@ def test_statistics_of_another_network_are_not_compared(
 
 def test_other_sizes_are_not_compared(ran: Runner, samples: SampleManifest, tmp_path: Path) -> None:
     small = save_npz(tmp_path / "small.npz", np.zeros((5, 16, 16, 3), np.uint8))
-    line = "small.npz: images of 16 px, and samples of 32 px do not compare with them; draw or save them at one size"
+    line = "small.npz: the images have 16 px, the samples 32 px; compare images of one size"
     with pytest.raises(InputError, match=line):
         ran(samples.url, small)
-    with pytest.raises(InputError, match="images of 32 px, and samples of 16 px"):
+    with pytest.raises(InputError, match="the images have 32 px, the samples 16 px"):
         ran(small, samples.url)
 
 
 def test_a_folder_of_samples_must_be_squares_of_one_size(ran: Runner, shards: ShardManifest, tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "folder", np.zeros((7, 16, 16, 3), np.uint8))
     Image.new("RGB", (16, 15)).save(folder / "part1" / "0009.png")
-    with pytest.raises(InputError, match="part1/0009.png: 16x15 pixels, but samples are squares of one size"):
+    with pytest.raises(InputError, match="part1/0009.png: 16x15 pixels; all samples must be squares of one size"):
         ran(folder, shards.url)
     (folder / "part1" / "0009.png").write_bytes(b"words")
-    with pytest.raises(InputError, match="part1/0009.png: not an image; mend or remove it"):
+    with pytest.raises(InputError, match="part1/0009.png: not an image; repair or remove it"):
         ran(folder, shards.url)
 
 
@@ -168,9 +168,9 @@ def test_what_holds_no_images(
 ) -> None:
     (tmp_path / "empty").mkdir()
     for source in (tmp_path / "empty", tmp_path / "nowhere"):
-        with pytest.raises(InputError, match=f"{source}: no folder with images in it, nor the output of a stage"):
+        with pytest.raises(InputError, match=f"{source}: neither a folder of images nor the output of a stage"):
             ran(source, shards.url)
-    with pytest.raises(InputError, match="holds the output of 'train', and no images to compare with"):
+    with pytest.raises(InputError, match="is the output of 'train', which has no images to compare with"):
         ran(samples.url, checkpoint.url)
     with pytest.raises(InputError, match="an output of 'train'; one of 'sample' is needed"):
         ran(checkpoint.url, shards.url)

@@ -44,7 +44,7 @@ def test_samples_of_a_stage_and_of_its_folder_are_the_same(
 
 
 def test_a_published_file_needs_its_autoencoder_named(tmp_path: Path, published: Path, vae: VaeRef) -> None:
-    with pytest.raises(InputError, match=r"does not say which autoencoder .* --vae stabilityai/sd-vae-ft-ema"):
+    with pytest.raises(InputError, match=r"does not name its autoencoder; pass --vae, .* stabilityai/sd-vae-ft-ema"):
         open_checkpoint(str(published), heads=4)
     trained = open_checkpoint(str(published), heads=4, vae=vae.source)
     assert (trained.card.resolution, len(trained.card.class_names)) == (64, 10)

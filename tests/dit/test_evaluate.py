@@ -17,7 +17,7 @@ from dit.metrics.extractors.demo_digits import load_digits_classifier
 from dit.metrics.frechet import Statistics
 from dit.metrics.inception_score import InceptionScore
 from dit.metrics.kernel import kernel_distance
-from dit.metrics.measure import STRETCH
+from dit.metrics.measure import RANGE
 from dit.metrics.precision_recall import precision_recall
 from dit.metrics.resample import fd_infinity, fd_standard_error
 from dit.sample import SampleManifest
@@ -184,7 +184,7 @@ def test_any_number_of_ranks_gives_the_same_bits(
     tmp_path: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig, template: Template
 ) -> None:
     """Samples and noise are two stretches, the rest is one; a kept reference is named by its bytes."""
-    count = STRETCH + 100
+    count = RANGE + 100
     drawn = np.random.default_rng(1).integers(0, 256, (count, tiny.SIDE, tiny.SIDE, 3), np.uint8)
     samples = as_samples(tmp_path, checkpoint, drawn, np.arange(count, dtype=np.int32) % 3)
     alone, together = tmp_path / "alone", tmp_path / "together"

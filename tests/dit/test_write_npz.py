@@ -61,7 +61,7 @@ def test_images_that_cannot_be_read_leave_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("a.zip", "ends in .npz"), ("there.npz", "is not there yet")], ids=["ending", "there"]
+    ("name", "said"), [("a.zip", "does not end in .npz"), ("there.npz", "exists already")], ids=["ending", "there"]
 )
 def test_other_files_are_refused(tmp_path: Path, samples: SampleManifest, name: str, said: str) -> None:
     (tmp_path / "there.npz").write_bytes(b"mine")

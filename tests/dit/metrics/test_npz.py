@@ -39,7 +39,7 @@ def test_statistics(tmp_path: Path) -> None:
     assert np.array_equal(found.mean.numpy(), mean)
     assert np.array_equal(found.covariance.numpy(), covariance.astype(np.float64))
     assert file.statistics("spatial") is None
-    with pytest.raises(InputError, match="holds no images \\(arr_0\\), only mu, sigma"):
+    with pytest.raises(InputError, match="has no images \\(arr_0\\), only mu, sigma"):
         file.images()
 
 
@@ -72,20 +72,20 @@ def with_shape(shape: str) -> bytes:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"these are words", "not a whole npz file"),
-        (npz(arr_0=npy(images()))[:-30], "not a whole npz file"),
-        (npz(other=npy(images())), "holds neither images"),
-        (npz(mu=npy(np.zeros(3))), "holds neither images"),
+        (b"these are words", "not a complete npz file"),
+        (npz(arr_0=npy(images()))[:-30], "not a complete npz file"),
+        (npz(other=npy(images())), "has neither images"),
+        (npz(mu=npy(np.zeros(3))), "has neither images"),
         (npz(arr_0=PICKLED), "arr_0 is object"),
-        (npz(arr_0=b"\x93NUMPY\x09\x00rest"), r"arr_0 is in format \(9, 0\) of npy"),
-        (npz(arr_0=b"no magic here"), "not a whole npz file"),
+        (npz(arr_0=b"\x93NUMPY\x09\x00rest"), r"arr_0 has npy format \(9, 0\)"),
+        (npz(arr_0=b"no magic here"), "not a complete npz file"),
         (npz(arr_0=npy(images().astype(np.float32))), "arr_0 is float32"),
         (npz(arr_0=npy(images()[:, :2])), r"arr_0 is uint8 \(5, 2, 4, 3\)"),
         (npz(arr_0=npy(images()[:0])), r"arr_0 is uint8 \(0, 4, 4, 3\)"),
         (npz(arr_0=npy(np.asfortranarray(images()))), "arr_0 is uint8"),
         (npz(arr_0=npy(np.zeros((1, 1025, 1025, 3), np.uint8))), "of at most 1024 px"),
-        (npz(arr_0=npy(images(), cut=1)), "is cut off"),
-        (npz(arr_0=with_shape("(9**9,4,4,3)")), "not a whole npz file"),
+        (npz(arr_0=npy(images(), cut=1)), "truncated file"),
+        (npz(arr_0=with_shape("(9**9,4,4,3)")), "not a complete npz file"),
     ],
 )
 def test_what_is_no_such_file_is_one_line(tmp_path: Path, data: bytes, said: str) -> None:

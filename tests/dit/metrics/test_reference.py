@@ -111,7 +111,7 @@ def test_what_is_damaged_is_noticed_and_taken_anew(
     with caplog.at_level(logging.WARNING):
         assert metrics_of(tmp_path, judge, samples) == first
     assert counting.seen - before == before
-    assert "damaged and taken anew" in caplog.text
+    assert "damaged, measuring again" in caplog.text
     again = counting.seen
     metrics_of(tmp_path, judge, samples)
     assert counting.seen - again == 22  # the new ones are whole

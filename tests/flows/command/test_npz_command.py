@@ -35,7 +35,7 @@ def test_the_file_is_named_and_never_replaced(samples: str, tmp_path: Path, caps
         assert np.array_equal(arrays["arr_0"], IMAGES)
         assert np.array_equal(arrays["arr_1"], LABELS)
     assert main(["npz", samples, str(path)]) == 2
-    assert capsys.readouterr().err == f"error: {path}: name a file that ends in .npz and is not there yet\n"
+    assert capsys.readouterr().err == f"error: {path}: exists already; name another file\n"
 
 
 def test_a_folder_without_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

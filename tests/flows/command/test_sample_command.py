@@ -39,7 +39,7 @@ def test_a_picture_and_an_npz_and_no_root(
     ("more", "line"),
     [
         (["--vae", VAE], "no published DiT has width 32, so its heads are not known; say --heads"),
-        (["--heads", "2"], "does not say which autoencoder its latents are of"),
+        (["--heads", "2"], "the checkpoint does not name its autoencoder"),
         (["--heads", "2", "--vae", VAE, "--set", "sample.stepz=2"], "--set sample.stepz: no such key"),
         (
             ["--heads", "2", "--vae", VAE, "--set", "train.steps=2"],
