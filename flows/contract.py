@@ -1,6 +1,6 @@
-"""The contract of a stage, as a table: what each one reads, writes and runs.
+"""The table of stages: what each one reads, writes and runs.
 
-The table is light: it names the modules of the stages, and a module is imported when it is first asked for.
+Flows, command, worker and plan derive from it. It names the modules of the stages, which are imported when first used.
 """
 
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ class Stage:
     Args:
         name: the stage's folder, its command, its flow.
         module: holds its `StageDefinition`, called ``DEFINITION``.
-        reads: the stage whose manifest it starts from; None for the stage that reads an archive.
-        role: what it calls that input.
+        reads: the stage whose manifest it reads; None for the stage that reads an archive.
+        role: its name for that input.
         help: what it does, in a few words.
-        ranked: whether it knows how to share its work among the ranks of a launcher.
+        ranked: whether its work can be shared among ranks.
     """
 
     name: str
@@ -39,30 +39,30 @@ class Stage:
 
     @property
     def definition(self) -> StageDefinition[Any, Any, Any]:
-        """What the stage's module tells of it."""
+        """The ``DEFINITION`` of the stage's module."""
         found: StageDefinition[Any, Any, Any] = import_module(self.module).DEFINITION
         return found
 
     @property
     def config(self) -> type[Config]:
-        """Its config."""
+        """Class of its config."""
         return self.definition.config
 
     @property
     def kind(self) -> type[Manifest]:
-        """The manifest that it writes."""
+        """Class of the manifest that it writes."""
         return self.definition.manifest
 
     @property
     def run(self) -> Run[Any, Any, Manifest]:
-        """Does the work that is not done yet and commits the manifest."""
+        """The function that does the missing work and commits the manifest."""
         return self.definition.run
 
     def source(self, given: "ArchiveRef | str") -> Source:
-        """Read the manifest that the stage starts from.
+        """Read the manifest that the stage starts from; an archive is returned as it is.
 
         Raises:
-            InputError: there is none, or it is another stage's.
+            InputError: there is no manifest, or it is another stage's.
         """
         if self.reads is None:
             assert not isinstance(given, str)
@@ -73,7 +73,7 @@ class Stage:
     def output(
         self, root: str, config: Config, source: Source, *, force: bool = False, provenance: Provenance | None = None
     ) -> StageOutput:
-        """Name the folder that this work ends in, whether it is done or not."""
+        """Name the output of the stage for a config and a source, whether it exists or not."""
         return stage_output(
             root,
             self.name,
@@ -88,13 +88,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one stage."""
+    """The result of one stage."""
 
     name: str
     state: Literal["ran", "skipped"]
     seconds: float
     manifest: str
-    """URL."""
+    """URL of its manifest."""
 
 
 STAGES = {

@@ -1,4 +1,4 @@
-"""The whole story: images become tars, latents, a checkpoint, samples, numbers, and a model version."""
+"""The pipeline: images become tars, latents, a checkpoint, samples, metrics, and a model version."""
 
 import time
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from storage.manifest import Manifest
 
 @flow(flow_run_name="{recipe.name}")
 def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
-    """Every stage of a recipe, each on the output of the one that it reads; those that are done are skipped."""
+    """Run every stage of a recipe in turn. Finished stages are skipped."""
     settings = settings.model_copy(update={"pipeline_id": recipe.pipeline_id})
     outcomes: dict[str, Outcome] = {}
     with runs.pipeline_run(recipe.pipeline_id, settings.root) as run_id:
@@ -34,7 +34,7 @@ def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
 
 
 def run_stage(name: str, recipe: Recipe, source: ArchiveRef | str, settings: RunSettings) -> Outcome:
-    """One stage of a recipe, on any earlier output."""
+    """Run one stage of a recipe on any earlier output."""
     begin = time.monotonic()
     given = recipe.form(name) | {STAGES[name].role: source}
     state = stage_flow(name)(**given, settings=settings, return_state=True)

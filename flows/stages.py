@@ -1,4 +1,4 @@
-"""The stages as Prefect flows, made from the table: each one alone, resumable, and free when it is done.
+"""One Prefect flow for each stage, made from the table of stages. A finished stage is skipped.
 
 ``flows.stages.<name>`` is the flow of a stage, as prefect.yaml names it. It is called by keyword, with the stage's
 input by its role, with ``config`` and ``settings`` and, where ranks can share the work, with ``launcher``. It returns
@@ -22,7 +22,9 @@ from storage.manifest import Manifest
 from storage.shards import shard as tars
 from storage.shards.shard import ShardConfig
 
-ManifestRef = Annotated[str, Field(description="Manifest URL of the stage before, its folder, or its MLflow run id")]
+ManifestRef = Annotated[
+    str, Field(description="URL or folder of the manifest of the stage before, or its MLflow run id")
+]
 StageFlow = Flow[..., State[str]]
 
 HERE = RunSettings()
@@ -36,14 +38,14 @@ def __getattr__(name: str) -> StageFlow:
 
 @cache
 def stage_flow(name: str) -> StageFlow:
-    """The flow of the stage of that name."""
+    """The flow of a stage."""
     stage = STAGES[name]
 
     def work(**given: Any) -> State[str]:
         source, settings, run = given[stage.role], given["settings"], _RUNS.get(name)
         return perform(stage, given["config"], source, settings, given.get("launcher"), run)
 
-    shared = " Ranks that a launcher starts can share the work." if stage.ranked else ""
+    shared = " The work can be shared among ranks." if stage.ranked else ""
     work.__name__ = work.__qualname__ = name
     work.__doc__ = f"{stage.help[0].upper()}{stage.help[1:]}.{shared}"
     work.__signature__ = Signature(_parameters(stage), return_annotation=State[str])  # type: ignore[attr-defined]
@@ -51,7 +53,7 @@ def stage_flow(name: str) -> StageFlow:
 
 
 def _parameters(stage: Stage) -> list[Parameter]:
-    """What the flow takes, which its form in the Prefect UI is made from."""
+    """The parameters of the flow, from which Prefect makes its form."""
     required = any(field.is_required() for field in stage.config.model_fields.values())
     found: list[tuple[str, Any, Any]] = [
         (stage.role, ManifestRef if stage.reads else ArchiveRef, Parameter.empty),
@@ -67,4 +69,4 @@ def _shard_in_tasks(config: ShardConfig, archive: ArchiveRef, **output: Any) -> 
 
 
 _RUNS = {"shard": _shard_in_tasks}
-"""What a stage's flow does instead of the stage's own run."""
+"""Replacements for a stage's own ``run`` in its flow."""

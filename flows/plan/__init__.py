@@ -1,1 +1,1 @@
-"""What a recipe will cost, before it runs."""
+"""The estimate of a recipe's cost before it runs."""

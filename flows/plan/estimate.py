@@ -1,4 +1,8 @@
-"""What a recipe will cost, before anything runs: each stage of the table is asked in turn, none is run."""
+"""The estimate of a recipe's cost: each stage of the table estimates its own, and none is run.
+
+Hours follow from rates: how much this machine does in a second. Rates that are not given are measured for a few
+seconds each (`dit.rates`).
+"""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,7 +32,7 @@ HOUR = 3600.0
 
 
 @dataclass(frozen=True)
-class Reckoned:
+class StageEstimate:
     """A stage's own estimate."""
 
     stage: str
@@ -37,7 +41,7 @@ class Reckoned:
     """Whether its output is committed."""
 
     def line(self) -> Line:
-        """The stage in the plan."""
+        """The stage's line of the plan."""
         found = self.cost
         done = found.units if self.finished else min(found.done, found.units)
         left = 1 - done / found.units
@@ -47,19 +51,19 @@ class Reckoned:
 
 
 def plan(recipe: Recipe, root: str, given: Mapping[str, float]) -> Plan:
-    """Reckon what a recipe costs, listing its archive and measuring the rates that are not given.
+    """Estimate what a recipe costs: list its archive, and measure the rates that are not given.
 
     Args:
-        recipe: what to run.
-        root: where its outputs go.
-        given: what the machine does in a second, by the names that `read_rates` knows.
+        recipe: the recipe.
+        root: folder or URL of all outputs.
+        given: speeds of the machine per second, by the names that `read_rates` accepts.
 
     Raises:
         InputError: the archive, the autoencoder, the model or the extractor cannot be used as the recipe says.
         StorageError: a store does not answer.
     """
     rates = dict(given)
-    stages = list(_reckoned(recipe, root, rates))
+    stages = list(_estimates(recipe, root, rates))
     lines = tuple(each.line() for each in stages)
     missing, there = sum(line.missing for line in lines), _free(root)
     memory, memory_there, copy = max(each.cost.memory for each in stages), _memory(), _copy(stages)
@@ -95,8 +99,8 @@ def read_rates(path: str | None) -> dict[str, float]:
         raise InputError(f"--rates {path}: {problem(error)}") from error
 
 
-def _reckoned(recipe: Recipe, root: str, rates: dict[str, float]) -> Iterator[Reckoned]:
-    """The stages that can be reckoned, in their order."""
+def _estimates(recipe: Recipe, root: str, rates: dict[str, float]) -> Iterator[StageEstimate]:
+    """The estimates of all stages that have one, in the order of the pipeline."""
     before: dict[str, Manifest] = {}
     launch = recipe.launch
     nodes = 1 if isinstance(launch, LocalLaunch) else launch.nodes
@@ -111,11 +115,11 @@ def _reckoned(recipe: Recipe, root: str, rates: dict[str, float]) -> Iterator[Re
         found = definition.estimate(config, source, PlanContext(out, rates, world_size, nodes, before))
         made = out.committed(stage.kind)
         before[name] = made or out.manifest(stage.kind, **found.leaves)
-        yield Reckoned(name, found, made is not None)
+        yield StageEstimate(name, found, made is not None)
 
 
-def _copy(stages: list[Reckoned]) -> Copy | None:
-    """What stages copy to the cache of this machine."""
+def _copy(stages: list[StageEstimate]) -> Copy | None:
+    """What the stages will copy to this machine's cache."""
     sizes = [each.cost.copied for each in stages if not each.finished and each.cost.copied is not None]
     return Copy(str(cache.root()), sum(sizes), _room(cache.root())) if sizes else None
 
@@ -126,7 +130,7 @@ def _free(root: str) -> int | None:
 
 
 def _room(path: Path) -> int:
-    """Bytes that are free where a folder lies or will lie."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(there).free
 
@@ -137,15 +141,15 @@ def _memory() -> int:
     return int(psutil.virtual_memory().total)
 
 
-def _no_disk(stages: list[Reckoned], root: str, disk: int, there: int | None) -> Iterator[str]:
-    """Why the disk cannot hold the outputs, and what to change."""
+def _no_disk(stages: list[StageEstimate], root: str, disk: int, there: int | None) -> Iterator[str]:
+    """The problem, if the outputs do not fit on the disk."""
     if there is not None and disk > there:
         change = ", or ".join(["name a larger --root", *filter(None, (each.cost.save_disk for each in stages))])
         yield f"{root}: {disk / 1e9:,.1f} GB to write, {there / 1e9:,.1f} GB are free; {change}"
 
 
-def _in_stages(stages: list[Reckoned], recipe: Recipe, there: int) -> Iterator[str]:
-    """What will stop a stage, and what to change."""
+def _in_stages(stages: list[StageEstimate], recipe: Recipe, there: int) -> Iterator[str]:
+    """The problems of the stages: too little memory, and what they report themselves."""
     ranks = recipe.launch.world_size
     for each in stages:
         found = each.cost
@@ -156,7 +160,7 @@ def _in_stages(stages: list[Reckoned], recipe: Recipe, there: int) -> Iterator[s
 
 
 def _no_room(copy: Copy | None) -> Iterator[str]:
-    """Why the cache cannot hold the latents, and what to change."""
+    """The problem, if the latents do not fit into the cache."""
     if copy and copy.size > copy.there:
         need = f"{copy.size / 1e9:,.1f} GB of latents to copy here for training, {copy.there / 1e9:,.1f} GB are free"
         change = "set XDG_CACHE_HOME to a folder on a larger disk, or train.order=pooled with train.reading=streamed"

@@ -1,4 +1,4 @@
-"""A plan as it is printed: the stages of a recipe, what they need, and what does not fit."""
+"""A plan as it is printed: the cost of each stage, what all need of the machine, and what does not fit."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,27 +10,27 @@ class Line:
 
     stage: str
     state: str
-    """``done``, ``to do``, or how many of its units are there."""
+    """``done``, ``to do``, or the number of its units that are done."""
     images: int
     objects: int
     size: int
-    """Bytes that it leaves behind."""
+    """Bytes of the output."""
     missing: int
-    """Bytes of them that are still to be written."""
+    """Bytes of the output that are not written yet."""
     hours: float
-    """For the work that is left."""
+    """Hours for the work that is left."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """The latents of a root that lies elsewhere, which training copies to this machine first."""
+    """The copy of remote latents that training makes in this machine's cache."""
 
     folder: str
-    """Of the cache."""
+    """Folder of the cache."""
     size: int
-    """Bytes to be copied yet."""
+    """Bytes that are not copied yet."""
     there: int
-    """Bytes that are free where the cache lies."""
+    """Free bytes on the disk of the cache."""
 
 
 @dataclass(frozen=True)
@@ -40,26 +40,26 @@ class Plan:
     recipe: str
     lines: tuple[Line, ...]
     rates: dict[str, float]
-    """What the machine does in a second, by which the hours are reckoned."""
+    """Speeds of the machine per second, from which the hours are computed."""
     memory: int
-    """Bytes that training holds on each rank: weights, gradients, optimizer, average, activations."""
+    """Bytes on each rank in training: weights, gradients, optimizer state, EMA, activations."""
     memory_there: int
-    """Bytes that a GPU has, or without one this machine, for all its ranks."""
+    """Bytes of a GPU, or without one of this machine, for all its ranks."""
     disk: int
-    """Bytes to be written yet."""
+    """Bytes that are not written yet."""
     disk_there: int | None
-    """Bytes that are free where the root lies; None where it is unknown."""
+    """Free bytes on the disk of the root; None if the root is remote."""
     copy: Copy | None
-    """None where latents are read where they lie, or streamed, or the model is there."""
+    """None if the latents are local or streamed, or the model is trained already."""
     problems: tuple[str, ...]
-    """Why it cannot run as it is, and what to change."""
+    """Why the recipe cannot run as it is, and what to change."""
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, in JSON's types."""
+        """Everything as JSON values."""
         return asdict(self)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """For people: a head, a row for each stage, and the sum of the hours."""
+        """Table rows: a header, one row for each stage, and the sum of the hours."""
         rows: list[tuple[str, ...]] = [("stage", "state", "images", "objects", "GB", "hours")]
         for line in self.lines:
             numbers = (f"{line.images:,}", f"{line.objects:,}", f"{line.size / 1e9:,.2f}", f"{line.hours:,.2f}")
@@ -68,7 +68,7 @@ class Plan:
         return rows
 
     def needs(self) -> list[str]:
-        """For people: a line each for disk, cache and memory."""
+        """One line each for disk, cache and memory."""
         there = "free space unknown" if self.disk_there is None else f"{self.disk_there / 1e9:,.1f} GB free"
         copy = self.copy and f"{self.copy.size / 1e9:,.2f} GB of latents to copy to {self.copy.folder}, "
         memory = f"{self.memory / 2**30:,.1f} GiB a rank, {self.memory_there / 2**30:,.1f} GiB available"
