@@ -28,7 +28,7 @@ def run(options: Namespace) -> None:
     """Run a recipe's evaluate stage, or compare any samples with any reference."""
     alone = (options.samples, options.reference)
     if (options.recipe is None) != all(alone) or any(alone) != all(alone):
-        raise InputError("evaluate: name a recipe, or give --samples and --reference")
+        raise InputError("evaluate: pass either a recipe, or --samples and --reference")
     if options.recipe:
         STAGE.run(options)
         return

@@ -1,4 +1,4 @@
-"""``ditflow models``: the models that there are and what each costs, for people and for programs."""
+"""``ditflow models``: each model with its parameters, compute and memory."""
 
 import json
 from argparse import ArgumentParser, Namespace

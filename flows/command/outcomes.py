@@ -1,4 +1,4 @@
-"""What became of a run, for people and for programs. Imported by a command that has run: MLflow comes with it."""
+"""The result of a run, for people and for programs. It imports MLflow, so commands import it after they have run."""
 
 import json
 import sys
@@ -11,14 +11,14 @@ from dit.evaluate import MetricsManifest
 from flows.command.tables import aligned
 from flows.contract import Outcome
 from flows.registry.config import ModelManifest
-from flows.report.page import place
+from flows.report.page import page_url
 from flows.tracking.runs import pipeline_run_id, tracking_uri
 from storage import uri
 from storage.manifest import Manifest
 
 
 def show(options: Namespace, recipe: str, outcomes: list[Outcome]) -> None:
-    """Print what became of a recipe's stages, as a table or as one JSON object."""
+    """Print the results of a recipe's stages, as a table or as one JSON object."""
     if options.json:
         print(json.dumps({"recipe": recipe} | _as_json(outcomes, options.root)), flush=True)
     else:
@@ -57,7 +57,7 @@ def _show(recipe: str, outcomes: list[Outcome], root: str) -> None:
         for found in (ModelManifest.read(m.uri) for m in manifests if m.stage == ModelManifest.STAGE)
         if found.promotion
     ]
-    page = place(manifests, root)
+    page = page_url(manifests, root)
     pictures += [["report", page]] if uri.exists(page) else []
     up = f"{_installed('ditflow')} up --root {uri.redact(root)}"
     _print_table([*distances, *decisions, *pictures, ["runs, models", _tracking_hint(root)], ["flows, forms", up]])

@@ -20,7 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Run what is not done; of what is done, show where it lies."""
+    """Run the recipes that are not finished; show the results of all."""
     from flows.sweep import load_recipes
 
     todo: list[Recipe] = []
@@ -41,7 +41,7 @@ def _skip(options: Namespace, recipe: "Recipe", done: "list[Manifest]") -> None:
     from flows.tracking import runs
 
     runs.sync_unsent(done, options.root)
-    page.settle(recipe.name, done, options.root)
+    page.publish_missing(recipe.name, done, options.root)
     show(options, recipe.name, [Outcome(found.stage, "skipped", 0.0, found.url) for found in done])
 
 

@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     """Run a recipe's sample stage, or draw straight from a checkpoint."""
     if (options.recipe is None) == (options.checkpoint is None):
-        raise InputError("sample: name a recipe, or give --checkpoint")
+        raise InputError("sample: pass either a recipe or --checkpoint")
     if options.recipe:
         STAGE.run(options)
         return

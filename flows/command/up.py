@@ -46,7 +46,7 @@ def run(options: Namespace) -> None:
 
 
 def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> None:
-    """Start everything on 127.0.0.1, deploy all flows, and wait; the end of the block takes all of it down.
+    """Start everything on 127.0.0.1, deploy all flows, and wait; Ctrl-C or a fault stops everything.
 
     Args:
         root: where the flows keep their outputs.
@@ -59,10 +59,10 @@ def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> Non
         DitflowError: a server, the worker or the deployment fails.
     """
     if not PROJECT.is_file():
-        raise InputError(f"{PROJECT}: not here; run `ditflow up` in the folder that holds it")
-    from flows.recipe import load_recipe  # by way of MLflow, which takes seconds to import
+        raise InputError(f"{PROJECT}: no such file here; run `ditflow up` in the folder that contains it")
+    from flows.recipe import load_recipe  # imports MLflow, which takes seconds
 
-    values = load_recipe(recipe, root=root)  # a wrong name should not wait for the servers
+    values = load_recipe(recipe, root=root)  # before the servers start, which takes longer
     for port, option in ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port")):
         if not servers.is_free(port):
             raise InputError(f"port {port} is taken; choose another with {option}")
@@ -77,7 +77,7 @@ def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> Non
         start = ["worker", "start", "--pool", POOL, "--name", "ditflow-up"]
         worker = stack.enter_context(child(_prefect(*start), env={"PREFECT_WORKER_QUERY_SECONDS": "2"}, output=log))
         stack.callback(servers.announce(root, prefect, mlflow).unlink)
-        sys.stdout.write(f"Prefect  {prefect}\nMLflow   {mlflow}\nroot     {uri.absolute(root)}\nCtrl-C ends all.\n")
+        sys.stdout.write(f"Prefect  {prefect}\nMLflow   {mlflow}\nroot     {uri.absolute(root)}\nCtrl-C stops all.\n")
         sys.stdout.flush()
         _watch(worker, log.name, (prefect_port, mlflow_port))
 
@@ -122,7 +122,7 @@ def _watch(worker: "subprocess.Popen[str]", log: str, ports: Sequence[int]) -> N
             flows = psutil.Process(worker.pid).children()
         for port in ports:
             if servers.is_free(port):
-                raise DitflowError(f"the server on port {port} has ended; its log is below the root")
+                raise DitflowError(f"the server on port {port} has stopped; its log lies below {Path(log).parents[1]}")
         time.sleep(1)
     psutil.wait_procs(flows, timeout=GRACE_SECONDS + 5)
     _report_crashes()

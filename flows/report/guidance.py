@@ -1,4 +1,4 @@
-"""Evaluations of one checkpoint that differ in nothing but how its samples were guided."""
+"""The guidance sweep: evaluations of one checkpoint that differ in nothing but the guidance of its samples."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -12,19 +12,19 @@ from storage.manifest import finished_outputs
 
 LOGGER = logging.getLogger(__name__)
 GUIDANCE = "guidance_"
-HOW = ("channels", "schedule", "interval")
+SETTINGS = ("channels", "schedule", "interval")
 Fixed = tuple[str, int, str, dict[str, str | int | float]]
 """What must be the same: distance, version of the stage, digest of the checkpoint, conditions."""
 
 
-def alike(found: MetricsManifest, root: str) -> list[MetricsManifest]:
-    """All finished evaluations below a root of the same checkpoint under the same conditions, guidance aside.
+def sweep_of(found: MetricsManifest, root: str) -> list[MetricsManifest]:
+    """All finished evaluations of a root that differ from one in nothing but guidance, that one included.
 
     Returns:
-        Them, in the order of their digests, the given one included.
+        They are in the order of their digests.
 
     Raises:
-        InputError: the samples behind the given one are gone.
+        InputError: the samples of the given one are gone.
         StorageError: the store does not answer.
     """
     own, others = _fixed(found), _evaluations(root, but=found.digest)
@@ -32,14 +32,14 @@ def alike(found: MetricsManifest, root: str) -> list[MetricsManifest]:
 
 
 def lines(evaluations: Sequence[MetricsManifest]) -> list[GuidanceLine]:
-    """A line for each way of guiding that has two scales at least; samples without guidance are on all of them."""
-    ways = sorted({_way(each) for each in evaluations if each.conditions["guidance_scale"] != UNGUIDED})
-    drawn = [_line(way, evaluations) for way in ways]
-    return [line for line in drawn if len(line.scales) > 1]
+    """A line for each guidance setting with at least two scales; samples without guidance are a point of every line."""
+    settings = sorted({_setting(each) for each in evaluations if each.conditions["guidance_scale"] != UNGUIDED})
+    found = [_line(setting, evaluations) for setting in settings]
+    return [line for line in found if len(line.scales) > 1]
 
 
 def _evaluations(root: str, but: str) -> Iterator[tuple[MetricsManifest, Fixed]]:
-    """All but one of those that are finished, each with what must be the same."""
+    """All finished ones but one, each with what must be the same."""
     excluded = MetricsManifest.folder(root, but)
     for folder in finished_outputs(root, MetricsManifest.STAGE):
         if folder != excluded:
@@ -47,7 +47,7 @@ def _evaluations(root: str, but: str) -> Iterator[tuple[MetricsManifest, Fixed]]
                 found = MetricsManifest.read(folder)
                 yield found, _fixed(found)
             except InputError as error:
-                LOGGER.warning("not among the guidance scales: %s", error)
+                LOGGER.warning("left out of the guidance sweep: %s", error)
 
 
 def _fixed(found: MetricsManifest) -> Fixed:
@@ -56,17 +56,17 @@ def _fixed(found: MetricsManifest) -> Fixed:
     return found.distance, found.version, checkpoint.digest, conditions
 
 
-def _way(found: MetricsManifest) -> str:
-    said = {name: found.conditions.get(f"{GUIDANCE}{name}") for name in HOW}
-    return ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
+def _setting(found: MetricsManifest) -> str:
+    values = {name: found.conditions.get(f"{GUIDANCE}{name}") for name in SETTINGS}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
-def _line(way: str, evaluations: Sequence[MetricsManifest]) -> GuidanceLine:
-    on_it = [each for each in evaluations if each.conditions["guidance_scale"] == UNGUIDED or _way(each) == way]
+def _line(setting: str, evaluations: Sequence[MetricsManifest]) -> GuidanceLine:
+    on_it = [each for each in evaluations if each.conditions["guidance_scale"] == UNGUIDED or _setting(each) == setting]
     at = {float(each.conditions["guidance_scale"]): each for each in on_it}
     scales = sorted(at)
     return GuidanceLine(
-        name=way,
+        name=setting,
         scales=scales,
         distances=[at[scale].estimate for scale in scales],
         precision=[_published_or_fp32("precision", at[scale]) for scale in scales],

@@ -23,27 +23,31 @@ from storage.tracker import NullTracker
 
 LOGGER = logging.getLogger(__name__)
 FOLDER, REPORT = "reports", "report.html"
-VERSION = 2
+VERSION = 3
 """Raised when the same manifests make another page."""
 CLASSES, EACH, WIDE = 10, 16, 1024
 """Classes shown, and samples of each: as many as fit in so many pixels, from 4 to 16."""
 SHOWN, NEAREST = 8, 5
+PUBLISHED = (
+    "Papers report FID on ImageNet, CIFAR-10 and FFHQ; a distance over other images, in another size or by another "
+    "network is another quantity."
+)
 CAPTIONS = {
-    "images.png": "Images to train on, as they came",
-    "reconstructions.png": "What the autoencoder makes of them",
+    "images.png": "Training images",
+    "reconstructions.png": "Training images after the autoencoder",
     "loss.png": "Training loss",
     "samples.png": "Samples",
 }
 
 
-def place(manifests: Sequence[Manifest], root: str) -> str:
-    """The URL of the report of some stages: other evaluations that it would show make it another one.
+def page_url(manifests: Sequence[Manifest], root: str) -> str:
+    """The URL of the report of some stages. It depends on the stages and on the guidance sweep that the page shows.
 
     Raises:
         InputError: a stage's output is gone.
     """
     shown = [found.digest for found in manifests]
-    shown += [other.digest for found in _judged(manifests) for other in guidance.alike(found, root)]
+    shown += [other.digest for found in _evaluations(manifests) for other in guidance.sweep_of(found, root)]
     name = short_digest(json_digest({"version": VERSION, "shown": shown}))
     return uri.join(uri.absolute(root), FOLDER, f"{name}.html")
 
@@ -55,7 +59,7 @@ def write_page(name: str, manifests: Sequence[Manifest], root: str) -> str:
         InputError: a stage's output is gone, or the extractor cannot be loaded.
         StorageError: a picture is not what was committed, or the disk is full.
     """
-    url = place(manifests, root)
+    url = page_url(manifests, root)
     if not uri.exists(url):
         uri.write(url, page(name, manifests, root).encode())
     return url
@@ -64,7 +68,7 @@ def write_page(name: str, manifests: Sequence[Manifest], root: str) -> str:
 def publish(name: str, manifests: Sequence[Manifest], root: str, run_id: str | None) -> None:
     """Write the report and log it to the pipeline's MLflow run, if there is one.
 
-    The stages are committed: a report that cannot be made is told and must not fail them.
+    An error becomes a warning: the stages are committed, and the report must not fail them.
     """
     try:
         url = write_page(name, manifests, root)
@@ -74,71 +78,70 @@ def publish(name: str, manifests: Sequence[Manifest], root: str, run_id: str | N
         LOGGER.warning("no report: %s", one_line(error))
 
 
-def settle(name: str, manifests: Sequence[Manifest], root: str) -> None:
-    """Publish the report of a pipeline that is done if it is not there.
+def publish_missing(name: str, manifests: Sequence[Manifest], root: str) -> None:
+    """Publish the report of a finished pipeline if it is missing.
 
-    The command was killed before it, or other guidance scales belong on it by now.
+    It is if the command was killed before it, or if the guidance sweep has grown since.
     """
-    if not uri.exists(place(manifests, root)):
+    if not uri.exists(page_url(manifests, root)):
         pipeline = manifests[-1].provenance.pipeline_id
         publish(name, manifests, root, runs.pipeline_run_id(pipeline, root) if pipeline else None)
 
 
 def page(name: str, manifests: Sequence[Manifest], root: str) -> str:
     """The report as HTML: the same bytes for the same manifests. Errors as `write_page`."""
-    judged = _judged(manifests)
+    evaluations = _evaluations(manifests)
     sections = [_samples(SampleManifest.read(found.uri)) for found in manifests if found.stage == SampleManifest.STAGE]
-    for found in judged:
-        sections += [_papers(found), *_guided(guidance.alike(found, root), found.distance), _nearest(found, root)]
-    sections.append(Section("From images to samples", list(_pictures(manifests))))
-    for found in judged:
+    for found in evaluations:
+        sections += [_papers(found), *_guided(guidance.sweep_of(found, root), found.distance), _nearest(found, root)]
+    sections.append(Section("Pictures of the stages", list(_pictures(manifests))))
+    for found in evaluations:
         sections += [_metrics(found), _conditions(found)]
-    return render(name, [_lead(found) for found in judged], [*sections, _lineage(manifests)])
+    return render(name, [_lead(found) for found in evaluations], [*sections, _lineage(manifests)])
 
 
-def _judged(manifests: Sequence[Manifest]) -> list[MetricsManifest]:
+def _evaluations(manifests: Sequence[Manifest]) -> list[MetricsManifest]:
     return [MetricsManifest.read(found.uri) for found in manifests if found.stage == MetricsManifest.STAGE]
 
 
 def _lead(found: MetricsManifest) -> tuple[str, str]:
-    """The distance, and between which others it lies."""
+    """The distance, and others to read it by."""
     text = f"{found.distance} {found.estimate} from {found.counts['samples']:,} samples"
     far = {end: found.metrics.get(f"{found.metric}_{end}") for end in ("ceiling", "floor", "at_floor_n")}
-    bounds = f"The interval is of 95 %. As many images of noise are at {far['ceiling']:.4g}."
+    bounds = f"The interval covers 95 %. Equally many images of noise have {far['ceiling']:.4g}."
     if far["floor"] is not None:
-        few = f"{found.counts['floor']:,} held-out images are at {far['floor']:.4g}"
-        bounds += f" {few}, and so many of the samples at {far['at_floor_n']:.4g}."
+        count = f"{found.counts['floor']:,}"
+        bounds += f" {count} held-out images have {far['floor']:.4g}, {count} of the samples {far['at_floor_n']:.4g}."
     return text, bounds
 
 
 def _samples(found: SampleManifest) -> Section:
-    """A strip for each of some classes; the samples as they come if no class was asked for."""
+    """A strip of samples for each of some classes; one picture of samples if they have no classes."""
     rows = by_class(found, classes=CLASSES, each=max(4, min(EACH, WIDE // found.resolution)))
     if not rows:
         return Section("Samples", [Figure(found.read_object(f"artifacts/{PICTURE}"), CAPTIONS[PICTURE])])
     total = len(found.class_names)
-    few = f"{len(rows)} of {total:,} classes; the" if len(rows) < total else "The"
-    return Section("Samples by class", [f"{few} first samples of each.", Strips(rows)])
+    which = f"{len(rows)} of {total:,} classes" if len(rows) < total else "every class"
+    return Section("Samples by class", [f"The first samples of {which}.", Strips(rows)])
 
 
 def _papers(found: MetricsManifest) -> Section:
-    """The papers' rows that speak of the same thing, each with what was other there."""
+    """The published rows on the same data, each with the conditions that differ from this run's."""
     samples = found.parent("samples", SampleManifest)
     images, classes, side = found.counts["reference"], len(samples.class_names), samples.resolution
     rows = rows_for(distance=found.distance, images=images, classes=classes, resolution=side)
     here = f"{found.distance} against {images:,} images in {classes:,} classes at {side} px"
     if not rows:
-        text = "papers report FIDs on ImageNet, CIFAR-10 and FFHQ, and numbers of other images, sizes or networks"
-        return Section("Beside the papers", [f"Nothing to put beside {here}: {text} do not compare."])
+        return Section("Published results", [f"No published result compares with {here}. {PUBLISHED}"])
     steps = found.conditions["training_steps"]
     own = (f"this run, {steps:,} steps", *(_own(name, found) for name in METRICS), "", "")
     head = ("model", "FID", "sFID", "IS", "precision", "recall", "conditions", "source")
     note = (
-        f"{here}, taken for {rows[0].data.name} by these counts. Papers take the reference's statistics from "
-        "files of their own; here they are those of the training images. What a paper does not state is not compared, "
-        "nor are training steps, decoder and seed. Rows under other conditions do not rank this run."
+        f"{here}, which is {rows[0].data.name} by these counts. Papers use reference statistics from files of their "
+        "own; here they come from the training images. Not compared are training steps, decoder, seed, and conditions "
+        "that a paper does not state. Rows under other conditions do not rank this run."
     )
-    return Section("Beside the papers", [Table(head, [own, *(_row(row, found) for row in rows)]), note])
+    return Section("Published results", [Table(head, [own, *(_row(row, found) for row in rows)]), note])
 
 
 def _own(name: str, found: MetricsManifest) -> str:
@@ -155,7 +158,7 @@ def _row(row: Row, found: MetricsManifest) -> tuple[str, ...]:
 
 
 def _guided(evaluations: Sequence[MetricsManifest], distance: str) -> Iterator[Section]:
-    """The guidance sweep, if the root holds one."""
+    """The guidance sweep, if the root has one."""
     lines = guidance.lines(evaluations)
     if not lines:
         return
@@ -164,13 +167,13 @@ def _guided(evaluations: Sequence[MetricsManifest], distance: str) -> Iterator[S
         for line in lines
         for scale, far, precision, recall in zip(line.scales, line.distances, line.precision, line.recall, strict=True)
     ]
-    caption = "The same checkpoint under the same conditions but for guidance; bars are 95 % intervals"
+    caption = "The same checkpoint and conditions at several guidance scales; bars are 95 % intervals"
     head = ("guidance", "scale", f"{distance} (95 % interval)", "precision", "recall")
     yield Section("Guidance", [Figure(plots.guidance(lines, distance), caption, plot=True), Table(head, rows)])
 
 
 def _pictures(manifests: Sequence[Manifest]) -> Iterator[Figure]:
-    """The pictures of the stages before the samples."""
+    """The pictures of the stages before sampling."""
     for found in manifests:
         if found.stage in (SampleManifest.STAGE, "register"):
             continue
@@ -184,11 +187,11 @@ def _nearest(found: MetricsManifest, root: str) -> Section:
     samples = found.parent("samples", SampleManifest)
     config = EvaluateConfig.model_validate(found.config)
     near = neighbours(config, samples, root=root, count=SHOWN, nearest=NEAREST, tracker=NullTracker())
-    caption = f"A sample in each row, then the nearest of {near.among:,} training images in feature space"
+    caption = f"In each row a sample, then the nearest of {near.among:,} training images in feature space"
     rows = [(f"sample {row}", *(f"{value:.4g}" for value in far)) for row, far in enumerate(near.distances)]
     head = ("distance to", *(f"neighbour {rank + 1}" for rank in range(len(near.distances[0]))))
-    usual = f"Half of the training images lie within {near.usual:.4g} of another one."
-    return Section("Does it repeat what it has seen?", [Figure(near.picture, caption), Table(head, rows), usual])
+    usual = f"Half of the training images have another one within a distance of {near.usual:.4g}."
+    return Section("Nearest training images", [Figure(near.picture, caption), Table(head, rows), usual])
 
 
 def _metrics(found: MetricsManifest) -> Section:
@@ -221,7 +224,7 @@ def _lineage(manifests: Sequence[Manifest]) -> Section:
         )
         for found in manifests
     ]
-    head = ("stage", "digest", "made from", "counts", "MLflow run", "code")
+    head = ("stage", "digest", "inputs", "counts", "MLflow run", "code")
     roots = sorted({uri.redact(found.root) for found in manifests})
     where = f"Each output is the folder stage/digest below {' or '.join(roots)}."
-    return Section("From the images to the numbers", [Table(head, rows), where])
+    return Section("Lineage", [Table(head, rows), where])

@@ -76,7 +76,7 @@ def scaling(names: Sequence[str], overrides: Sequence[str], root: str) -> Scalin
     runs = sorted((_run(*each) for each in done.values()), key=lambda run: run.training_flops)
     if len({run.gmac for run in runs}) < 2 or len({run.training_flops for run in runs}) < 2:
         raise InputError(
-            f"scaling: a line needs two sizes of model, and {len(runs)} of {len(found)} runs are done; "
+            f"scaling: a fit needs finished runs of two model sizes; {len(runs)} of {len(found)} runs are finished; "
             f"run the rest first ({', '.join(missing) or 'none is missing'})"
         )
     _, first = next(iter(done.values()))
@@ -98,7 +98,7 @@ def _check(done: Sequence[tuple[str, MetricsManifest]]) -> None:
         first, other = done[0]
         different = differing(metrics.conditions, other.conditions)
         if different:
-            raise InputError(f"scaling: {first} and {name} do not compare; they differ in {', '.join(different)}")
+            raise InputError(f"scaling: {first} and {name} cannot be compared; they differ in {', '.join(different)}")
 
 
 def _run(name: str, metrics: MetricsManifest) -> Run:

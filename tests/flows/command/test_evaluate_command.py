@@ -62,7 +62,7 @@ def test_without_an_extractor_it_is_inception_whose_weights_are_named(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["demo"], "evaluate: name a recipe, or give --samples and --reference"),
+        (["demo"], "evaluate: pass either a recipe, or --samples and --reference"),
         (["--set", "sample.steps=3"], "--set sample: without a recipe there is only evaluate"),
         (["--set", "evaluate.extractor.name=vgg"], "--set evaluate.extractor.name: Input should be"),
         (["--reference", "samples.txt"], "samples.txt: neither a folder of images"),
@@ -81,4 +81,4 @@ def test_wrong_options_are_one_line(
 @pytest.mark.parametrize("options", [[], ["--samples", "samples.npz"], ["--reference", "reference.npz"]])
 def test_half_of_it(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", *options, "--root", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "error: evaluate: name a recipe, or give --samples and --reference\n"
+    assert capsys.readouterr().err == "error: evaluate: pass either a recipe, or --samples and --reference\n"

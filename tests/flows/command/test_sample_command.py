@@ -46,7 +46,7 @@ def test_a_picture_and_an_npz_and_no_root(
             "--set train: without a recipe there is only sample",
         ),
         (["--heads", "2", "--vae", VAE, "--set", "sample.sampler=heun"], "heun does not fit the model's process"),
-        (["demo"], "sample: name a recipe, or give --checkpoint"),
+        (["demo"], "sample: pass either a recipe or --checkpoint"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(
@@ -61,7 +61,7 @@ def test_what_is_wrong_is_named_in_one_line(
 
 def test_neither_recipe_nor_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample"]) == 2
-    assert "name a recipe, or give --checkpoint" in capsys.readouterr().err
+    assert "pass either a recipe or --checkpoint" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_dit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,7 @@ def test_what_has_seen_more_is_fitted_against_flops_alone(
     [
         (
             ["--set", "train.steps=9"],
-            "0 of 3 runs are done; run the rest first (sizes-2x32x2, sizes-1x32x2, sizes-3x32x2)",
+            "0 of 3 runs are finished; run the rest first (sizes-2x32x2, sizes-1x32x2, sizes-3x32x2)",
         ),
         (["--set", "evaluate=null"], "recipe sizes-2x32x2 ends with sample; set evaluate.extractor"),
     ],
@@ -122,4 +122,4 @@ def test_numbers_under_other_conditions_are_refused(
         f"name: guided\nbase: {sweep.with_name('one.yaml')}\nchange: {change}\nvary: {{train.seed: [0]}}\n"
     )
     assert main(["scaling", str(sweep), str(guided), "--root", str(root)]) == 2
-    assert "do not compare; they differ in guidance_scale" in capsys.readouterr().err
+    assert "cannot be compared; they differ in guidance_scale" in capsys.readouterr().err

@@ -230,7 +230,7 @@ def test_up_needs_the_project_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["up", "--root", str(tmp_path)]) == 2
-    assert "prefect.yaml: not here" in capsys.readouterr().err
+    assert "prefect.yaml: no such file here" in capsys.readouterr().err
 
 
 def test_the_project_file_names_every_flow_by_a_dotted_module() -> None:

@@ -22,7 +22,7 @@ from dit.sample import SampleManifest
 from flows.recipe import load_recipe
 from flows.report import guidance
 from flows.report import page as pages
-from flows.report.page import page, place, write_page
+from flows.report.page import page, page_url, write_page
 from storage.latents import LatentManifest
 from storage.manifest import Manifest
 from storage.shards.shard import ShardManifest
@@ -32,8 +32,8 @@ ALIKE = ({"guidance_scale": 1.0}, {"guidance_scale": 3.0})
 OTHER = {"guidance_scale": 3.0, "seed": 1}
 OTHER_SHAPE = Shape(depth=1, width=64, heads=2)
 SECTIONS = (
-    *("Samples by class", "Beside the papers", "Guidance", "Does it repeat what it has seen?"),
-    *("From images to samples", "Metrics", "Conditions", "From the images to the numbers"),
+    *("Samples by class", "Published results", "Guidance", "Nearest training images"),
+    *("Pictures of the stages", "Metrics", "Conditions", "Lineage"),
 )
 
 
@@ -72,7 +72,7 @@ class Made:
     metrics: MetricsManifest
     alike: list[MetricsManifest]
     """Of the same checkpoint, guided otherwise."""
-    place_before: str
+    url_before: str
     """Of the page before those were made."""
 
 
@@ -89,7 +89,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> I
         small.evaluated(small.checkpoint(latents, shape=OTHER_SHAPE), SAMPLING.model_copy(update=ALIKE[1]))
         small.evaluated(checkpoint, SAMPLING.model_copy(update=OTHER))
         manifests = lineage(metrics)
-        before = place(manifests, str(root))
+        before = page_url(manifests, str(root))
         alike = [small.evaluated(checkpoint, SAMPLING.model_copy(update=change)) for change in ALIKE]
         yield Made(str(root), manifests, metrics, alike, before)
 
@@ -137,7 +137,7 @@ def test_it_shows_every_stage(read: Reader, made: Made) -> None:
 def test_guidance_scales_of_the_same_checkpoint_are_lined_up(read: Reader, made: Made) -> None:
     among = [made.metrics, *made.alike]
     for each in among:
-        assert {found.digest for found in guidance.alike(each, made.root)} == {found.digest for found in among}
+        assert {found.digest for found in guidance.sweep_of(each, made.root)} == {found.digest for found in among}
     (line,) = guidance.lines(among)
     assert (line.name, line.scales) == ("channels all, schedule constant", [1.0, 2.0, 3.0])
     text = " ".join(read.words)
@@ -154,7 +154,7 @@ def test_one_scale_is_no_line(made: Made) -> None:
 
 
 def test_numbers_in_another_space_stand_alone(read: Reader, made: Made) -> None:
-    here = f"Nothing to put beside {made.metrics.distance} against 60 images in 10 classes at 16 px: "
+    here = f"No published result compares with {made.metrics.distance} against 60 images in 10 classes at 16 px. "
     assert any(word.startswith(here) for word in read.words)
 
 
@@ -169,7 +169,7 @@ def test_rows_of_papers_say_what_was_other_there(made: Made, monkeypatch: pytest
 
 def test_it_is_written_once_and_the_same(made: Made) -> None:
     url = write_page("digits", made.manifests, made.root)
-    assert url == place(made.manifests, made.root) != made.place_before
+    assert url == page_url(made.manifests, made.root) != made.url_before
     first = Path(url).read_bytes()
     assert page("digits", made.manifests, made.root).encode() == first
     Path(url).write_text("kept")
