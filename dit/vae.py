@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from dit.pixels import to_bytes, to_unit
-from dit.weights import read_weights
+from dit.weights import read_weights, weights_hash
 from storage import uri
 from storage.config import Config, operational, problem
 from storage.errors import InputError, StorageError, one_line
@@ -90,14 +90,14 @@ def load_vae(ref: VaeRef, device: torch.device | str = "cpu", dtype: torch.dtype
     Raises:
         InputError: config or weights are missing or broken, or the weights have another hash than ``ref`` says.
     """
-    config, weights, kind, found = _read(ref)
+    (config, fields), (weights, sha256) = _read_config(ref), read_weights(_locate(ref.source, WEIGHTS), ref.sha256)
     with tempfile.TemporaryDirectory() as folder:  # what is loaded is what was hashed, and nothing beside it
         Path(folder, CONFIG).write_bytes(config)
         Path(folder, WEIGHTS).write_bytes(weights)
-        model = _load(kind, Path(folder), uri.redact(ref.source))
+        model = _load(fields.class_name, Path(folder), uri.redact(ref.source))
     model.requires_grad_(False).eval()
     nn.Module.to(model.to(memory_format=torch.channels_last), device, dtype)  # diffusers' own cast warns of nothing
-    return Vae(model, **found.model_dump(exclude={"source"}))
+    return Vae(model, **_info(ref.source, sha256, fields).model_dump(exclude={"source"}))
 
 
 def info(ref: VaeRef) -> VaeInfo:
@@ -106,7 +106,8 @@ def info(ref: VaeRef) -> VaeInfo:
     Raises:
         InputError: as `load_vae`.
     """
-    return _read(ref)[3]
+    _, fields = _read_config(ref)
+    return _info(ref.source, weights_hash(_locate(ref.source, WEIGHTS), ref.sha256), fields)
 
 
 def vae_inputs(ref: VaeRef | None) -> dict[str, str]:
@@ -124,7 +125,7 @@ def fetch(ref: VaeRef, folder: Path) -> None:
     Raises:
         InputError: as `load_vae`.
     """
-    config, weights, *_ = _read(ref)
+    (config, _), (weights, _) = _read_config(ref), read_weights(_locate(ref.source, WEIGHTS), ref.sha256)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_bytes(config)
     (folder / WEIGHTS).write_bytes(weights)
@@ -167,20 +168,18 @@ class _Fields(BaseModel):
     quantization_config: None = None
 
 
-def _read(ref: VaeRef) -> tuple[bytes, bytes, str, VaeInfo]:
-    """The config and the weights as they are, the autoencoder's class, and its numbers."""
+def _read_config(ref: VaeRef) -> tuple[bytes, _Fields]:
+    """The config as it is, and what it says."""
     url = _locate(ref.source, CONFIG)
     try:
         config = uri.read(url)
-        fields = _Fields.model_validate_json(config)
+        return config, _Fields.model_validate_json(config)
     except StorageError as error:
         raise InputError(f"{error}; name a folder with {CONFIG} and {WEIGHTS}, or a hub id") from error
     except ValidationError as error:
         raise InputError(
             f"{uri.redact(url)}: not the config of an AutoencoderKL or VQModel: {problem(error)}"
         ) from error
-    weights, sha256 = read_weights(_locate(ref.source, WEIGHTS), ref.sha256)
-    return config, weights, fields.class_name, _info(ref.source, sha256, fields)
 
 
 def _info(source: str, sha256: str, fields: _Fields) -> VaeInfo:

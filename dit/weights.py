@@ -17,21 +17,47 @@ SUFFIXES: Final = (".safetensors", ".pth", ".pt")
 """What a URL of a weights file ends in; any other is a folder's."""
 
 
-def read_weights(url: str, expected: str | None) -> tuple[bytes, str]:
-    """The bytes of a weights file and their sha256.
+HINT: Final = "name the place of the weights file"
+_HASHES: Final[dict[str, tuple[dict[str, str], str]]] = {}
+"""By URL the version of a file that was hashed, as `uri.version`, and its sha256."""
+
+
+def read_weights(url: str, expected: str | None, hint: str = HINT) -> tuple[bytes, str]:
+    """The bytes of a weights file and their sha256, which a process computes once for each version of the file.
 
     Args:
         url: the file, by path or fsspec URL.
         expected: the sha256 that the file must have, or None to take it as it is.
+        hint: what to do if there is no such file.
 
     Raises:
         InputError: there is no such file, or its hash is another.
     """
     try:
-        data = uri.read(url)
+        version, data = uri.version(url), uri.read(url)
     except StorageError as error:
-        raise InputError(f"{error}; name the place of the weights file") from error
-    return data, _checked(url, uri.sha256(data), expected)
+        raise InputError(f"{error}; {hint}") from error
+    return data, _checked(url, _hashed(url, version, lambda: uri.sha256(data)), expected)
+
+
+def weights_hash(url: str, expected: str | None, hint: str = HINT) -> str:
+    """The sha256 of a weights file, which may be larger than the memory. Arguments and errors as `read_weights`."""
+    try:
+        found = _hashed(url, uri.version(url), lambda: uri.file_sha256(url))
+    except StorageError as error:
+        raise InputError(f"{error}; {hint}") from error
+    return _checked(url, found, expected)
+
+
+def _hashed(url: str, version: dict[str, str] | None, compute: Callable[[], str]) -> str:
+    """The sha256 of a file, computed if it is not known of this version, which the file had before it was read."""
+    known = _HASHES.get(url)
+    if version and known and known[0] == version == uri.version(url):
+        return known[1]
+    found = compute()
+    if version and version == uri.version(url):  # else it was written meanwhile
+        _HASHES[url] = version, found
+    return found
 
 
 @dataclass(frozen=True)
@@ -58,12 +84,7 @@ class WeightsFile:
         Raises:
             InputError: there is no such file, or its hash is another.
         """
-        url = self.url(location)
-        try:
-            found = uri.file_sha256(url)
-        except StorageError as error:
-            raise InputError(f"{error}; {self.hint}") from error
-        return _checked(url, found, expected)
+        return weights_hash(self.url(location), expected, self.hint)
 
     def load(
         self, location: str, expected: str | None, build: Callable[[dict[str, Tensor]], Network]
@@ -79,11 +100,7 @@ class WeightsFile:
             InputError: the file is missing, has another hash, or holds other weights.
         """
         url = self.url(location)
-        try:
-            data = uri.read(url)
-        except StorageError as error:
-            raise InputError(f"{error}; {self.hint}") from error
-        sha256 = _checked(url, uri.sha256(data), expected)
+        data, sha256 = read_weights(url, expected, self.hint)
         try:
             state = _tensors(data, uri.redact(url))
             with torch.device("meta"):

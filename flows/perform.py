@@ -27,6 +27,7 @@ from flows.tracking import runs, sink
 from flows.tracking.progress import StageProgress
 from flows.tracking.spec import TrackingSpec
 from storage import uri
+from storage.archives.once import listed_once
 from storage.archives.open import ArchiveRef
 from storage.config import Config
 from storage.manifest import Manifest, Provenance, StageOutput
@@ -68,6 +69,18 @@ def perform(
         A completed state with the manifest's URL, named ``Skipped`` if the output was committed before.
     """
     terminate_with_prefect_worker()
+    with listed_once():
+        return _perform(stage, config, given, settings, launcher, run or stage.run)
+
+
+def _perform(
+    stage: Stage,
+    config: Config,
+    given: ArchiveRef | str,
+    settings: RunSettings,
+    launcher: LaunchSpec | None,
+    run: Run[Any, Any, Manifest],
+) -> State[str]:
     source = stage.source(runs.resolve(given, settings.root) if isinstance(given, str) else given)
     provenance = Provenance(
         pipeline_id=settings.pipeline_id,
@@ -83,7 +96,7 @@ def perform(
         return Completed(name=SKIPPED, message=f"done before: {done.url}", data=done.url)
     with runs.stage_run(output, settings.root) as (tracked, spec):
         _show(stage, partial(_link, stage, spec.run_id, settings.root))
-        manifest = _run(stage, config, source, tracked, spec, launcher, run or stage.run)
+        manifest = _run(stage, config, source, tracked, spec, launcher, run)
     _show(stage, partial(_create_artifacts, stage, manifest))
     return Completed(message=manifest.url, data=manifest.url)
 

@@ -13,6 +13,7 @@ from flows.command import convert, demo, evaluate, models, npz, plan, promote, r
 from flows.command.options import check_root
 from flows.command.stage import StageCommand
 from flows.contract import STAGES
+from storage.archives.once import listed_once
 from storage.errors import DitflowError, InputError, PreemptedError
 
 
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if "root" in options and getattr(options, "checkpoint", None) is None:
             check_root(options.root)
-        COMMANDS[options.command].run(options)
+        with listed_once():
+            COMMANDS[options.command].run(options)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -8,13 +8,14 @@ from storage import uri
 from storage.archives.folder import entries, entry_name, open_folder
 from storage.archives.held_out import open_labelled_tar
 from storage.archives.listing import Archive, Member
+from storage.archives.once import listed
 from storage.archives.parquets import open_parquet
 from storage.archives.tars import expand_braces, open_tar, open_tars
 from storage.archives.zips import open_zip
 from storage.config import Config, operational
 from storage.errors import InputError
 
-__all__ = ["Archive", "ArchiveRef", "Member", "open_archive"]
+__all__ = ["Archive", "ArchiveRef", "Member", "open_archive", "open_splits"]
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -44,6 +45,22 @@ class ArchiveRef(Config):
         # of a chained URL, such as zip://folder::/data/x.zip, the last part is the path
         chains = {name: url.rpartition("::") for name, url in self if url is not None}
         return self.model_copy(update={name: f"{a}{b}{uri.absolute(url)}" for name, (a, b, url) in chains.items()})
+
+
+def open_splits(ref: ArchiveRef) -> dict[str, Archive]:
+    """The archives by split: ``train`` and, if there are such images, ``held_out``.
+
+    Raises:
+        InputError, StorageError: as `open_archive`.
+    """
+    return listed(ref.absolute(), _open_splits)
+
+
+def _open_splits(ref: ArchiveRef) -> dict[str, Archive]:
+    train = open_archive(ref.train)
+    if ref.held_out is None:
+        return {"train": train}
+    return {"train": train, "held_out": open_archive(ref.held_out, train.class_names, ref.held_out_labels)}
 
 
 def open_archive(url: str, class_names: tuple[str, ...] | None = None, labels: str | None = None) -> Archive:

@@ -18,7 +18,7 @@ from pydantic import Field
 from webdataset.tariterators import tar_file_iterator
 
 from storage import records, uri
-from storage.archives.open import Archive, ArchiveRef, open_archive
+from storage.archives.open import Archive, ArchiveRef, open_splits
 from storage.config import Config, operational
 from storage.errors import InputError
 from storage.estimate import PlanContext, StageCost
@@ -158,7 +158,7 @@ def input_digests(archive: ArchiveRef) -> dict[str, str]:
     Raises:
         InputError: as `open_archive`.
     """
-    return {split: source.digest for split, source in _opened(archive).items()}
+    return {split: source.digest for split, source in open_splits(archive).items()}
 
 
 def run(
@@ -178,6 +178,7 @@ def run(
             unreadable images than the config allows. Shards that are built by then stay.
         StorageError: bytes cannot be read or written.
     """
+    archive = archive.absolute()
     try:
         plan = _plan(config, archive, out)
         _build_all(config, archive, plan, out, tracker, spread or partial(_in_threads, config.runner))
@@ -221,14 +222,6 @@ def read_images(manifest: ShardManifest, split: str, start: int = 0, stop: int |
         first = last
 
 
-def _opened(archive: ArchiveRef) -> dict[str, Archive]:
-    train = open_archive(archive.train)
-    if archive.held_out is None:
-        return {"train": train}
-    held_out = open_archive(archive.held_out, train.class_names, archive.held_out_labels)
-    return {"train": train, "held_out": held_out}
-
-
 def _plan(config: ShardConfig, archive: ArchiveRef, out: StageOutput) -> _Plan:
     """The plan, made once a process even if threads ask at the same time: it lists the archive."""
     with _PLANNING:
@@ -237,7 +230,7 @@ def _plan(config: ShardConfig, archive: ArchiveRef, out: StageOutput) -> _Plan:
 
 @lru_cache(maxsize=1)
 def _planned(images_per_shard: int, seed: int, archive: ArchiveRef, inputs: tuple[tuple[str, str], ...]) -> _Plan:
-    archives = _opened(archive)
+    archives = open_splits(archive)
     for split, source in archives.items():
         if dict(inputs).get(split, source.digest) != source.digest:
             raise InputError(f"the {split} archive has changed since the run began; run the same command again")
@@ -269,7 +262,7 @@ def _build_all(
 ) -> None:
     total = sum(len(task.indices) for task in plan.tasks)
     done, unreadable = 0, list[Unreadable]()
-    for built in spread(partial(build, config, archive.absolute(), out), _groups(config, len(plan.tasks))):
+    for built in spread(partial(build, config, archive, out), _groups(config, len(plan.tasks))):
         done += built.images
         unreadable += built.unreadable
         _check_limit(unreadable, done, total, config.max_unreadable)
@@ -356,7 +349,7 @@ def estimate(config: ShardConfig, archive: ArchiveRef, plan: PlanContext) -> Sta
         InputError: as `open_archive`.
         StorageError: an image cannot be read.
     """
-    archives = _opened(archive)
+    archives = open_splits(archive)
     rate, mean_size = timed(archives["train"], local_workers(config.runner))
     counts = {split: len(source.members) for split, source in archives.items()}
     shards, images = sum(-(-count // config.images_per_shard) for count in counts.values()), sum(counts.values())

@@ -4,9 +4,12 @@ import base64
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
@@ -17,12 +20,16 @@ import mlflow
 import pandas as pd
 import psutil
 import pytest
+import yaml
 from faults import MlflowServer, wait_until
 from mlflow import MlflowClient
 from PIL import Image
 from pipelines import KEPT, STAGES, arguments, ditflow
 
 from flows.command.main import main
+
+OPENED = Path(__file__).with_name("opened")
+REPOSITORY = Path(__file__).parents[2]
 
 
 def reported(name: str, root: Path, digits: Path, *more: str) -> dict[str, Any]:
@@ -40,10 +47,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(root: Path, digits: Path, migrated: Callable[[Path], None], mlflow_server: MlflowServer) -> dict[str, Any]:
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that holds what the first run opened and listed."""
+    return tmp_path_factory.mktemp("opened") / "events"
+
+
+@pytest.fixture(scope="module")
+def report(
+    root: Path, digits: Path, opened: Path, migrated: Callable[[Path], None], mlflow_server: MlflowServer
+) -> dict[str, Any]:
     """Of the whole pipeline, run by the command as a process, with a Prefect server of its own."""
     migrated(root)
     env = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    env |= {"OPENED": str(opened), "PYTHONPATH": f"{OPENED}{os.pathsep}{REPOSITORY}"}
     command = ditflow(*arguments("run", root, digits))
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
@@ -74,6 +90,48 @@ def test_lineage_leads_from_the_metrics_to_the_images(report: dict[str, Any]) ->
         assert made[child]["parents"][role]["digest"] == made[parent]["digest"]
     assert set(made["shard"]["inputs"]) == {"train", "held_out"}
     assert made["shard"]["counts"]["images"] == 10 * sum(KEPT.values())
+
+
+def test_an_archive_is_listed_once_and_weights_are_read_once_for_each_use(
+    report: dict[str, Any], digits: Path, opened: Path
+) -> None:
+    events = Counter(line.partition(" ")[::2] for line in opened.read_text().splitlines())
+    for split in KEPT:
+        assert events["os.scandir", f"{digits}/{split}"] == 2  # of what type it is, and which classes it has
+        assert {events["os.scandir", f"{digits}/{split}/{label}"] for label in range(10)} == {1}
+    read = Counter(Path(path).resolve() for (event, path), n in events.items() for _ in range(n) if event == "open")
+    demo = REPOSITORY / "flows" / "demo"
+    assert read[demo / "vae" / "diffusion_pytorch_model.safetensors"] == 4  # hashed; encode, sample, register
+    assert read[demo / "classifier" / "model.safetensors"] == 3  # hashed; evaluate, report
+
+
+def test_the_documented_stage_is_all_that_a_new_stage_needs(
+    report: dict[str, Any], root: Path, digits: Path, tmp_path: Path, prefect_api: str
+) -> None:
+    for package in ("flows", "dit", "storage"):
+        shutil.copytree(REPOSITORY / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "prefect.yaml", tmp_path)
+    (diff,) = re.findall(r"```diff\n(.*?)```", (REPOSITORY / "docs" / "architecture.md").read_text(), re.DOTALL)
+    subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=diff, text=True, check=True)
+    (tmp_path / "rates.yaml").write_text("{shard: 1, encode: 1, train: 1, sample: 1, decode: 1, evaluate: 1}")
+
+    def said(name: str, *more: str) -> dict[str, Any]:
+        command = ditflow(*arguments(name, root, digits, "--set", "mean={count: 8}", *more))
+        env = os.environ | {"PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    mean = said("mean")
+    assert states(mean) == {"mean": "ran"}
+    made = manifests(mean)["mean"]
+    assert made["parents"]["samples"]["digest"] == manifests(report)["sample"]["digest"]
+    assert [file["path"] for file in made["files"]] == ["artifacts/mean.png"]
+    assert mean["mlflow_run_ids"]["mean"] == made["provenance"]["mlflow_run_id"]
+    lines = said("plan", "--rates", "rates.yaml")["lines"]
+    assert {line["stage"]: line["state"] for line in lines} == dict.fromkeys([*STAGES[:-1], "mean"], "done")
+    deployed = yaml.safe_load((tmp_path / "prefect.yaml").read_text())["deployments"]
+    assert "flows.stages.mean" in [deployment["entrypoint"] for deployment in deployed]
 
 
 def test_a_second_run_skips_every_stage(report: dict[str, Any], root: Path, digits: Path) -> None:

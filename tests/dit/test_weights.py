@@ -1,0 +1,62 @@
+"""Hashes of weights files."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dit.weights import read_weights, weights_hash
+from storage import uri
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was hashed: URLs of files read in pieces, and ``bytes``."""
+    found, of_file, of_bytes = list[str](), uri.file_sha256, uri.sha256
+    monkeypatch.setattr(uri, "file_sha256", lambda url: found.append(url) or of_file(url))
+    monkeypatch.setattr(uri, "sha256", lambda data: found.append("bytes") or of_bytes(data))
+    return found
+
+
+def test_a_file_is_hashed_once(tmp_path: Path, hashed: list[str]) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"1")
+    sha256 = weights_hash(str(file), None)
+    assert read_weights(str(file), sha256) == (b"1", sha256)
+    assert weights_hash(str(file), sha256) == sha256
+    assert hashed == [str(file)]
+
+
+def test_a_file_that_is_read_first_is_not_read_again_for_its_hash(tmp_path: Path, hashed: list[str]) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"1")
+    _, sha256 = read_weights(str(file), None)
+    assert weights_hash(str(file), None) == sha256
+    assert hashed == ["bytes"]
+
+
+def test_another_file_of_the_same_size_and_time_is_noticed(tmp_path: Path, hashed: list[str]) -> None:
+    file, other = tmp_path / "weights", tmp_path / "other"
+    file.write_bytes(b"1")
+    first, times = weights_hash(str(file), None), file.stat()
+    other.write_bytes(b"2")
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    other.replace(file)
+    assert weights_hash(str(file), None) != first
+    assert hashed == [str(file), str(file)]
+
+
+def test_what_changes_while_it_is_read_is_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, read = tmp_path / "weights", uri.read
+    file.write_bytes(b"1")
+    first = weights_hash(str(file), None)
+
+    def changed(url: str) -> bytes:
+        file.write_bytes(b"22")
+        return read(url)
+
+    monkeypatch.setattr(uri, "read", changed)
+    data, sha256 = read_weights(str(file), None)
+    assert (data, sha256) == (b"22", uri.sha256(b"22"))
+    assert sha256 != first
+    assert weights_hash(str(file), None) == sha256
