@@ -25,7 +25,9 @@ from storage.errors import DitflowError
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
-"""How long a server may take to answer."""
+"""How long a server may take to start."""
+ANSWER_SECONDS = 2.0
+"""How long a server may take for one answer."""
 SERVERS = "servers.json"
 """File in the root with the addresses of the servers of a running ``ditflow up``."""
 
@@ -150,7 +152,7 @@ def _wait_healthy(name: str, process: "subprocess.Popen[str]", health: str, log:
 def _healthy(address: str) -> bool:
     """Whether a server on this machine answers, asked without a proxy."""
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=2):
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=ANSWER_SECONDS):
             return True
     except (OSError, HTTPException, ValueError):  # ValueError: not an address
         return False

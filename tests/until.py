@@ -12,4 +12,4 @@ def until(holds: Callable[[], object]) -> None:
     end = time.monotonic() + LIMIT
     while not holds():
         assert time.monotonic() < end, "what was waited for did not come"
-        time.sleep(0.01)
+        time.sleep(0.02)

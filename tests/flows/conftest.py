@@ -11,13 +11,16 @@ from unittest import mock
 
 import pytest
 from command_line import write_images
-from faults import MlflowServer, all_gone, descendants, prefect_at, wait_until
+from faults import MlflowServer, all_gone, descendants, prefect_at
 from launching import LOG, write_latents
 from mlflow import MlflowClient
 from pipelines import KEPT
 from small import few_digits
+from until import until
 
-from flows import servers
+from flows import children, servers
+from flows.launch import start as launcher
+from flows.tracking import progress, sink
 from storage.latents import LatentManifest
 
 
@@ -25,6 +28,17 @@ from storage.latents import LatentManifest
 def own_environment() -> Iterator[None]:
     """What a test, or what it calls, leaves in the environment does not reach the next one."""
     with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> Iterator[None]:
+    """The product's own time limits decide nothing, however slow the machine is."""
+    limits = [(children, "GRACE_SECONDS"), (launcher, "SHUTDOWN_SECONDS"), (servers, "START_SECONDS")]
+    limits += [(servers, "ANSWER_SECONDS"), (sink, "CLOSE_SECONDS"), (progress, "FLUSH_SECONDS")]
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in limits:
+            patch.setattr(module, name, 500)
         yield
 
 
@@ -128,7 +142,7 @@ def nothing_left() -> Iterator[None]:
     """No process that a test started is left."""
     before = set(descendants())
     yield
-    wait_until(lambda: all_gone(set(descendants()) - before))
+    until(lambda: all_gone(set(descendants()) - before))
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:

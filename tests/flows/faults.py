@@ -5,25 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 from prefect.context import refresh_global_settings_context
+from until import until
 
 from flows import servers
 from flows.command.prefect_server import flush_logs
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for something that happens in another process; the limit only ends a test that fails."""
-    deadline = time.monotonic() + 180
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
 
 
 def gone(pid: int) -> bool:
@@ -86,7 +78,7 @@ class MlflowServer:
         """SIGKILL to all of its processes."""
         for pid in self._mine:
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: all_gone(self._mine))
+        until(lambda: all_gone(self._mine))
         self._mine = []
         self._stack.close()
 

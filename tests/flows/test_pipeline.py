@@ -21,10 +21,11 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from faults import MlflowServer, wait_until
+from faults import MlflowServer
 from mlflow import MlflowClient
 from PIL import Image
 from pipelines import KEPT, STAGES, arguments, ditflow
+from until import until
 
 from flows.command.main import main
 
@@ -232,9 +233,9 @@ def test_sigkill_in_every_stage_ends_in_the_same_bits(
         with subprocess.Popen(
             ditflow(*arguments("run", tmp_path, digits)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ) as run:
-            wait_until(partial(begun, tmp_path, stage, before))
+            until(partial(begun, tmp_path, stage, before))
             os.kill(run.pid, signal.SIGKILL)
-        wait_until(lambda: leftovers(tmp_path) == [])
+        until(lambda: leftovers(tmp_path) == [])
     healed, undisturbed = manifests(reported("run", tmp_path, digits)), manifests(report)
     for stage in STAGES[:-1]:
         assert healed[stage]["digest"] == undisturbed[stage]["digest"]

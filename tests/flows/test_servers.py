@@ -11,7 +11,8 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from faults import all_gone, dead_address, descendants, start, wait_until
+from faults import all_gone, dead_address, descendants, start
+from until import until
 
 from flows import servers
 from storage.errors import DitflowError
@@ -48,7 +49,7 @@ def test_servers_are_up_in_the_block_and_gone_after(
         mine = set(descendants()) - before
         assert len(mine) >= 2
         _use_what_is_announced(tmp_path, prefect, mlflow, monkeypatch)
-    wait_until(lambda: all_gone(mine))
+    until(lambda: all_gone(mine))
     assert servers.is_free(port_of(prefect))
     assert servers.is_free(port_of(mlflow))
 
@@ -86,7 +87,7 @@ with servers.mlflow_server(home), servers.prefect_server(home / "prefect"):
     assert len(pids) >= 2
     command.send_signal(signal.SIGKILL)
     command.wait()
-    wait_until(lambda: all_gone(pids))
+    until(lambda: all_gone(pids))
 
 
 def test_a_server_that_cannot_start_names_its_log(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_a_server_that_cannot_start_names_its_log(tmp_path: Path) -> None:
     log = Path(str(failure.value).rpartition(" ")[2])
     assert log == tmp_path / "mlflow-server.log"
     assert "not a database" in log.read_text()
-    wait_until(lambda: all_gone(set(descendants()) - before))
+    until(lambda: all_gone(set(descendants()) - before))
 
 
 @pytest.mark.parametrize("serve", [servers.prefect_server, servers.mlflow_server])
@@ -112,11 +113,11 @@ def test_a_taken_port_is_refused(serve: Callable[..., AbstractContextManager[str
 
 
 def test_a_silent_server_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "START_SECONDS", 0.5)
+    monkeypatch.setattr(servers, "START_SECONDS", 0)
     before = set(descendants())
     with pytest.raises(DitflowError, match=r"did not answer at http://.* its log is .*mlflow-server\.log$"):
         servers.mlflow_server(tmp_path).__enter__()
-    wait_until(lambda: all_gone(set(descendants()) - before))
+    until(lambda: all_gone(set(descendants()) - before))
 
 
 @pytest.mark.parametrize(

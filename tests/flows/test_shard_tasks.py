@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import all_gone, descendants, gone, start, wait_until
+from faults import all_gone, descendants, gone, start
 from PIL import Image
 from prefect import flow
+from until import until
 
 from flows.shard_tasks import TaskError, build_shards, spread
 from storage.archives.open import ArchiveRef
@@ -207,7 +208,7 @@ from storage.shards.shard import Built
 
 def slow(numbers):
     Path({folder!r}, str(numbers.start)).touch()
-    time.sleep(0.2)
+    time.sleep(1)  # the last one would end minutes after the run was
     return Built(images=1, unreadable=())
 """
 
@@ -227,9 +228,9 @@ def test_a_run_that_is_ended_leaves_nothing_behind(
     (tmp_path / "slow.py").write_text(BUILD.format(folder=str(tmp_path)))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     run = start(SLOW.format(folder=str(tmp_path), runner=runner))
-    wait_until(lambda: (tmp_path / "3").exists())
+    until(lambda: (tmp_path / "3").exists())
     children = descendants(run.pid)
     run.send_signal(number)
-    wait_until(lambda: gone(run.pid) and all_gone(children))
+    until(lambda: gone(run.pid) and all_gone(children))
     assert not (tmp_path / "199").exists()
     run.wait()

@@ -34,7 +34,7 @@ def published(latent: int) -> dict[str, tuple[float | None, float, float]]:
     }
 
 
-@pytest.mark.parametrize("latent", [32, 64])
+@pytest.mark.parametrize("latent", [32, pytest.param(64, marks=pytest.mark.full)])
 def test_every_published_size(latent: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     expected, every = published(latent), costs.catalogue
 

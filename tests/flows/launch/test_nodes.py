@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import descendants, wait_until
+from faults import descendants
 from launching import LOG, TINY, Noted, job
+from until import until
 
 from flows import servers
 from flows.contract import STAGES
@@ -66,7 +67,7 @@ class Machines:
 
     def reached(self, step: int) -> str:
         """The machine of the first rank, when that many steps are taken."""
-        wait_until(lambda: any(f"step {step}\n" in self.said(name) for name in self.running))
+        until(lambda: any(f"step {step}\n" in self.said(name) for name in self.running))
         return next(name for name in self.running if f"step {step}\n" in self.said(name))
 
 
@@ -101,7 +102,7 @@ def test_a_killed_machine_comes_back_or_is_gone_for_good(
     machines.start("two")
     machines.kill(machines.reached(100))
     (other,) = machines.running
-    wait_until(lambda: "restarting all ranks (1 of 1)" in machines.said(other))
+    until(lambda: "restarting all ranks (1 of 1)" in machines.said(other))
     machines.start("three")
     machines.reached(200)
     machines.kill("three")

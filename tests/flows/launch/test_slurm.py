@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import start, wait_until
+from faults import start
 from launching import ENDLESS, LOG, TINY, Noted, job
 from slurm_cluster import reason_not_to, slurm_cluster
+from until import until
 
 from dit.train import TrainConfig
 from flows.contract import STAGES
@@ -79,10 +80,10 @@ def test_a_job_on_two_nodes_runs_and_reports(
 def test_a_cancelled_flow_cancels_its_job(tmp_path: Path, latents: LatentManifest) -> None:
     spec = job(latents, ENDLESS)
     with flow(tmp_path, spec) as process:
-        wait_until(lambda: (Path(spec.output.uri) / "slurm" / "job.log").exists())
+        until(lambda: (Path(spec.output.uri) / "slurm" / "job.log").exists())
         process.send_signal(signal.SIGINT)
         process.communicate()
-    wait_until(lambda: queue() == [])
+    until(lambda: queue() == [])
 
 
 def test_a_killed_flow_is_followed_by_the_next(
@@ -92,7 +93,7 @@ def test_a_killed_flow_is_followed_by_the_next(
 ) -> None:
     spec = job(latents, LONG)
     with flow(tmp_path, spec) as process:
-        wait_until(lambda: bool(queue()))
+        until(lambda: bool(queue()))
         os.kill(process.pid, signal.SIGKILL)
     before = queue()
     assert len(before) == 1
@@ -105,7 +106,7 @@ def test_a_preempted_job_comes_back_and_goes_on(tmp_path: Path, latents: LatentM
     config: TrainConfig = LONG.model_copy(update={"seed": 1})
     spec = job(latents, config)
     with flow(tmp_path, spec) as process:
-        wait_until(lambda: steps(spec) > 0)
+        until(lambda: steps(spec) > 0)
         urgent = ["sbatch", "--wait", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap", "sleep 1"]
         subprocess.run(urgent, check=True, capture_output=True)
         assert not (Path(spec.output.uri) / "manifest.json").exists()

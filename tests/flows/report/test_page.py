@@ -212,7 +212,7 @@ def browse(page: str, folder: Path) -> tuple[str, int]:
     """What a browser makes of a page, and how many requests the page itself makes; none leaves the machine."""
     log = folder / "net.json"
     command = [str(CHROMIUM), *ALONE, f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}"]
-    done = subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, check=True, timeout=500)
     initiators = re.findall(r'"initiator":"([^"]*)"', log.read_text())
     return done.stdout, sum(found != "not an origin" for found in initiators)  # which is the browser itself
 

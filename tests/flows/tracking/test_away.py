@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from faults import all_gone, descendants, start, wait_until
+from faults import all_gone, descendants, start
 from launching import TINY
+from until import until
 
 from flows import servers
 from flows.contract import STAGES
@@ -47,7 +48,7 @@ def test_training_goes_on_without_the_prefect_server(
     migrated: Callable[[Path], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = TINY.model_copy(update={"steps": 600, "checkpoint_every": 10})
+    config = TINY.model_copy(update={"steps": 3000, "checkpoint_every": 20})
     port, folder = (
         servers.free_port(),
         Path(STAGES["train"].output(str(Path(latents.uri).parents[1]), config, latents).uri),
@@ -59,12 +60,12 @@ def test_training_goes_on_without_the_prefect_server(
         stack.enter_context(servers.prefect_server(tmp_path / "prefect", port))
         server = [pid for pid in descendants() if pid not in before]
         flow = stack.enter_context(start(FLOW, latents.uri, config.model_dump_json()))
-        wait_until(lambda: steps(folder) > 0)
+        until(lambda: steps(folder) > 0)
         for pid in server:
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: all_gone(server))
+        until(lambda: all_gone(server))
         reached = steps(folder)
-        wait_until(lambda: steps(folder) > reached + 50)
+        until(lambda: steps(folder) > reached + 50)
         address = stack.enter_context(servers.prefect_server(tmp_path / "prefect", port))
         output, _ = flow.communicate()
         assert flow.returncode == 0, output

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import all_gone, descendants, wait_until
+from faults import all_gone, descendants
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
@@ -18,6 +18,7 @@ from prefect.settings import (
     PREFECT_LOGGING_TO_API_ENABLED,
     temporary_settings,
 )
+from until import until
 
 from flows import servers
 from flows.tracking import progress
@@ -27,6 +28,7 @@ from flows.tracking.progress import StageProgress
 def test_off_a_terminal_there_are_lines_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 0.0)
     with StageProgress("train").shown() as shown:
         shown.update(1, 4000, "steps")
         assert capsys.readouterr().err == ""  # not one for each update
@@ -114,7 +116,7 @@ def test_a_killed_prefect_server_does_not_stop_the_work(
             server = [pid for pid in descendants() if pid not in before]
             for pid in server:
                 os.kill(pid, 9)
-            wait_until(lambda: all_gone(server))
+            until(lambda: all_gone(server))
             for done in (2, 3):
                 shown.update(done, 9, "images")
                 shown._sender.join()

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import MlflowServer, dead_address, wait_until
+from faults import MlflowServer, dead_address
 from mlflow import MlflowClient
+from until import until
 
 from flows.tracking import runs, sink
 from flows.tracking.sink import UNSENT, MlflowSink, StageTracker, read_unsent
@@ -93,14 +94,14 @@ def test_a_server_that_is_killed_and_comes_back_has_everything(
 ) -> None:
     sink = MlflowSink(mlflow_server.address, run_id)
     sink.metrics({"loss": 0.0}, 0)
-    wait_until(lambda: steps(client, run_id, "loss") == [0])
+    until(lambda: steps(client, run_id, "loss") == [0])
     mlflow_server.kill()
     for step in range(1, 50):
         sink.metrics({"loss": float(step)}, step)  # returns, or this test never ends
     sink.file("grid.png", PICTURE)
-    wait_until(lambda: "records are kept" in caplog.text)
+    until(lambda: "records are kept" in caplog.text)
     mlflow_server.start()
-    wait_until(lambda: steps(client, run_id, "loss") == list(range(50)))
+    until(lambda: steps(client, run_id, "loss") == list(range(50)))
     sink.metrics({"loss": 50.0}, 50)
     assert sink.close() == []
     assert steps(client, run_id, "loss") == list(range(51))
@@ -122,7 +123,7 @@ def test_a_server_that_stays_away_is_brought_up_to_date_later(
         assert spec.run_id is not None
         tracker = StageTracker(MlflowSink(spec.uri, spec.run_id, spec.skip_to), None)
         tracker.metrics({"loss": 0.0}, step=0)
-        wait_until(lambda: steps(client, spec.run_id, "loss") == [0])
+        until(lambda: steps(client, spec.run_id, "loss") == [0])
         mlflow_server.kill()
         for step in range(1, 4):
             tracker.metrics({"loss": math.nan if step == 2 else 1.0, "psnr": 2.0}, step=step)
@@ -132,12 +133,13 @@ def test_a_server_that_stays_away_is_brought_up_to_date_later(
     metrics, names = read_unsent(output.url(UNSENT))
     assert [(metric.key, metric.step) for metric in metrics] == [(k, s) for s in (1, 2, 3) for k in ("loss", "psnr")]
     assert names == ["grid.png"]
-    wait_until(lambda: senders() == [])  # nobody goes on trying behind our back
+    until(lambda: senders() == [])  # nobody goes on trying behind our back
 
     runs.sync_run(manifest, root)  # still away: nothing is lost
     assert Path(output.uri, UNSENT).exists()
 
     mlflow_server.start()
+    monkeypatch.setattr(sink, "CLOSE_SECONDS", 500)
     assert client.get_run(spec.run_id).info.status == "RUNNING"
     runs.sync_run(manifest, root)
     assert steps(client, spec.run_id, "loss") == [0, 1, 2, 3]
