@@ -27,7 +27,7 @@ from storage.latents import LatentManifest
 from storage.tracker import NullTracker
 
 pytestmark = pytest.mark.full
-CONFIG = TINY.model_copy(update={"steps": 400, "checkpoint_every": 20, "log_every": 10})
+CONFIG = TINY.model_copy(update={"steps": 800, "checkpoint_every": 20, "log_every": 10})
 NODE = """
 import logging, sys
 from pathlib import Path
@@ -67,8 +67,12 @@ class Machines:
 
     def reached(self, step: int) -> str:
         """The machine of the first rank, when that many steps are taken."""
-        until(lambda: any(f"step {step}\n" in self.said(name) for name in self.running))
-        return next(name for name in self.running if f"step {step}\n" in self.said(name))
+        until(lambda: max(map(self.step, self.running)) >= step)
+        return max(self.running, key=self.step)
+
+    def step(self, name: str) -> int:
+        """The last one of which the first rank told this machine."""
+        return max(map(int, re.findall(r"^step (\d+)$", self.said(name), re.M)), default=0)
 
 
 @pytest.fixture
@@ -104,13 +108,13 @@ def test_a_killed_machine_comes_back_or_is_gone_for_good(
     (other,) = machines.running
     until(lambda: "restarting all ranks (1 of 1)" in machines.said(other))
     machines.start("three")
-    machines.reached(200)
+    machines.reached(300)
     machines.kill("three")
-    assert machines.running[other].wait(180) == 1
+    assert machines.running[other].wait(500) == 1
     launcher.run(spec, LocalLaunch(nproc=1), progress=Noted(), log=LOG)
     logs = [machines.said(other) + machines.said("three"), *lines.messages]
     begun = [int(step) for log in logs for step in re.findall(r"resuming after step (\d+)", log)]
-    assert 60 <= begun[0] < 200 <= begun[1] + 40
+    assert 60 <= begun[0] <= begun[1] < CONFIG.steps
     found = losses(Path(spec.output.uri))
     assert list(found) == list(expected)
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)

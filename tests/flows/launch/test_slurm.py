@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(reason_not_to() is not None, reason=str(reason_not_to())),
 ]
 TWO_NODES = SlurmLaunch(kind="slurm", nodes=2, poll_seconds=0.5)
-LONG = TINY.model_copy(update={"steps": 400, "checkpoint_every": 10, "log_every": 10})
+LONG = TINY.model_copy(update={"steps": 1600, "checkpoint_every": 20, "log_every": 10})
 
 
 @pytest.fixture(scope="module", autouse=True)
