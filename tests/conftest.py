@@ -12,11 +12,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # several tests run at once: no process tak
 
 
 HEAVY = (
-    *("flows/command/test_up.py", "flows/test_pipeline.py", "flows/launch/test_slurm.py", "flows/launch/test_nodes.py"),
-    *("flows/launch/test_start.py", "flows/test_reevaluate.py", "flows/registry/test_register.py"),
-    *("dit/training/test_parallelize.py", "dit/test_train.py", "dit/test_kills.py", "dit/test_encode.py"),
-    *("dit/test_evaluate.py", "dit/test_sample.py", "flows/test_shard_tasks.py", "flows/report/test_page.py"),
-    *("flows/test_pipeline_s3.py", "flows/plan/test_estimate.py", "flows/tracking/test_away.py"),
+    *("flows/launch/test_slurm.py", "flows/command/test_up.py", "flows/test_pipeline.py", "flows/launch/test_start.py"),
+    *("flows/launch/test_nodes.py", "dit/test_train.py", "dit/test_sample.py", "dit/diffusion/test_mixture.py"),
+    *("dit/test_exact.py", "dit/training/test_parallelize.py", "dit/test_evaluate.py", "flows/test_shard_tasks.py"),
+    *("flows/test_reevaluate.py", "flows/command/test_main.py", "flows/registry/test_register.py"),
+    *("dit/test_encode.py", "dit/test_kills.py", "flows/test_pipeline_s3.py", "flows/tracking/test_away.py"),
+    *("flows/command/test_models_command.py", "flows/report/test_page.py", "flows/plan/test_estimate.py"),
 )
 """Files that take longest. They go first, so that no worker is left alone with one at the end."""
 

@@ -31,8 +31,6 @@ CONFIG = tiny.TRAINING.model_copy(
 )
 SPOILT = Faults(spoilt=[(1, 6)])
 
-pytestmark = pytest.mark.xdist_group("parallelize")
-
 
 def job(root: Path, store: LatentManifest, config: TrainConfig, **shape: Any) -> Job:
     out = tiny.output(root, CheckpointManifest, config, latents=store)
