@@ -4,10 +4,11 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from until import until
 
 SECRET = "not-a-real-secret-but-looked-for"
 BUCKET = "ditflow"
@@ -23,7 +24,7 @@ def s3_server() -> Iterator[dict[str, str]]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            _wait_for(address, process)
+            until(lambda: _answers(address, process))
             urllib.request.urlopen(urllib.request.Request(f"{address}/{BUCKET}", method="PUT"))
             yield {
                 "AWS_ENDPOINT_URL": address,
@@ -36,14 +37,10 @@ def s3_server() -> Iterator[dict[str, str]]:
             process.kill()
 
 
-def _wait_for(address: str, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 180
-    while True:
-        try:
-            urllib.request.urlopen(address)
-        except OSError:
-            assert process.poll() is None, "moto's server ended"
-            assert time.monotonic() < deadline, "moto's server does not answer"
-            time.sleep(0.1)
-        else:
-            return
+def _answers(address: str, process: "subprocess.Popen[bytes]") -> bool:
+    assert process.poll() is None, "moto's server ended"
+    try:
+        urllib.request.urlopen(address)
+    except OSError:
+        return False
+    return True

@@ -34,7 +34,7 @@ class PatchEmbed(SelfInitialised):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, N, D)."""
         grid: Tensor = self.proj(x)
-        return grid.flatten(2).transpose(1, 2)
+        return grid.flatten(2).transpose(1, 2).contiguous()  # else compiled bfloat16 blocks are NaN on AMX (torch 2.13)
 
     def init_weights(self) -> None:
         """Xavier-uniform on the flattened patch, as for a Linear of that size; zero bias."""

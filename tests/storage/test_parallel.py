@@ -1,8 +1,8 @@
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
+from until import until
 
 from storage.parallel import ahead, threads
 
@@ -24,7 +24,8 @@ def test_an_error_cancels_tasks_that_have_not_begun() -> None:
         with threads(1) as pool:
             futures = [pool.submit(work, number) for number in range(50)]
             futures[0].result()
-            threading.Timer(0.1, go_on.set).start()
+            release = threading.Thread(target=lambda: (until(futures[-1].cancelled), go_on.set()))
+            release.start()
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
@@ -61,16 +62,21 @@ def test_ahead_keeps_the_order(depth: int) -> None:
 
 
 def test_ahead_prepares_no_more_than_depth_items() -> None:
-    counted = Counted()
-    items = ahead(counted(100), 3)
-    assert next(items) == 0
-    until = time.monotonic() + 5
-    while len(counted.made) < 4 and time.monotonic() < until:
-        time.sleep(0.01)
-    time.sleep(0.05)  # for what must not happen
-    assert counted.made == [0, 1, 2, 3]
+    counted, asked, early = Counted(), 0, list[int]()
+
+    def noted() -> Iterator[int]:
+        for number in counted(100):
+            early.append(number) if number > asked + 2 else None
+            yield number
+
+    items = ahead(noted(), 3)
+    for number in range(20):
+        asked += 1
+        assert next(items) == number
+        until(lambda number=number: len(counted.made) >= number + 4)
     items.close()
-    assert counted.made == [0, 1, 2, 3]
+    assert early == []
+    assert len(counted.made) == 23
 
 
 def test_an_error_ahead_comes_after_the_items_before_it() -> None:
@@ -87,8 +93,5 @@ def test_stopping_early_leaves_no_thread_behind() -> None:
         if number == 5:
             break
     del number
-    until = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < until:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    until(lambda: threading.active_count() <= before)
     assert counted.closed

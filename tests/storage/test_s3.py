@@ -152,6 +152,8 @@ def test_an_unreachable_store_is_a_one_line_error(monkeypatch: pytest.MonkeyPatc
     import fsspec
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_MAX_ATTEMPTS"):
+        monkeypatch.setenv(name, "1")
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
     fsspec.filesystem("s3").clear_instance_cache()
     for work in (uri.read, uri.size, uri.exists, uri.names, lambda url: uri.write(url, b"")):

@@ -10,6 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load
 from torch import nn
+from until import LIMIT
 
 from dit.export import CheckpointManifest
 from dit.ranks import Ranks
@@ -199,7 +200,7 @@ class Held:
         put = StageOutput.put
 
         def held(stage: StageOutput, path: str, data: bytes) -> FileEntry:
-            assert self.go.acquire(timeout=180)
+            assert self.go.acquire(timeout=LIMIT)
             if fault:
                 raise fault
             return put(stage, path, data)
@@ -228,11 +229,16 @@ def test_one_checkpoint_waits_for_the_one_before(out: StageOutput, monkeypatch: 
     saver = Saver(out, state, Ranks(), keep=9)
     advance(state, 1)
     saver.save([])
-    threading.Timer(0.2, held.go.release).start()
+    wait = Saver.wait
+
+    def released(saver: Saver) -> None:
+        held.go.release()
+        wait(saver)
+
+    monkeypatch.setattr(Saver, "wait", released)
     advance(state, 1)
     saver.save([])
     assert kept(out) == [1]
-    held.go.release()
     saver.wait()
     assert kept(out) == [1, 2]
 

@@ -1,7 +1,9 @@
 import threading
+import time
 
 import pytest
 import torch
+from until import LIMIT
 
 from dit.training.data import Batch
 from dit.training.prefetch import DEPTH, prefetched
@@ -28,23 +30,28 @@ def test_so_many_are_made_before_they_are_asked_for_and_no_more() -> None:
 
     with prefetched(noted, range(100)) as batches:
         batches(0)
-        assert enough.wait(180)
+        assert enough.wait(LIMIT)
         batches._pool.submit(int).result()  # by now it would have begun another
         assert begun == list(range(1 + DEPTH))
 
 
-def test_waiting_is_measured() -> None:
-    go = threading.Event()
-    timer = threading.Timer(0.05, go.set)
+def test_waiting_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, asked = [0.0], threading.Event()
+
+    def now() -> float:
+        seconds = clock[0]
+        asked.set()
+        return seconds
 
     def slow(step: int) -> Batch:
-        go.wait()
+        assert asked.wait(LIMIT)
+        clock[0] += 5
         return batch(step)
 
-    with prefetched(slow, range(3)) as batches:
-        timer.start()
+    monkeypatch.setattr(time, "perf_counter", now)
+    with prefetched(slow, range(1)) as batches:
         batches(0)
-    assert batches.waited > 0.01
+    assert batches.waited == 5
 
 
 def test_what_making_raises_comes_with_its_own_step_and_leaving_waits_for_nobody() -> None:

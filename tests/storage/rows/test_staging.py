@@ -1,9 +1,9 @@
+import itertools
 import json
 import logging
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from row_store import ROWS, contents, fill
+from until import LIMIT, until
 
 from storage import uri
 from storage.errors import StorageError
@@ -175,19 +176,25 @@ def test_a_damaged_object_never_reaches_the_copy(store: Manifest, tmp_path: Path
     assert same(RowReader(store, tmp_path))
 
 
-def stage_slowly(root: str, cache_folder: str, log: str, workers: int) -> bool:
-    """In a process of its own: stage a store as if it were not local, and note what is fetched."""
+def stage(root: str, cache_folder: str, log: str, processes: int = 1, killed_at: int | None = None) -> bool:
+    """In a process of its own: stage a store as if it were not local, and note what is fetched.
+
+    The first fetch waits until all processes are here; one that is to be killed fetches object by object.
+    """
     manifest = Manifest.read(root)
-    read = Manifest.read_object
+    read, fetches = Manifest.read_object, itertools.count(1)
+    Path(f"{log}-{os.getpid()}").touch()
 
     def noted(manifest: Manifest, path: str) -> bytes:
+        until(lambda: len(list(Path(log).parent.glob("log-*"))) >= processes)
+        if next(fetches) == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         with Path(log).open("a") as file:
             file.write(f"{path}\n")
-        time.sleep(0.02)
         return read(manifest, path)
 
     Manifest.read_object = noted  # type: ignore[method-assign]
-    staging.WORKERS = workers
+    staging.WORKERS = 1 if killed_at else 4
     _, arrays = stored_arrays(manifest)
     rows = staging.staged(manifest, arrays, Path(cache_folder))
     index = np.arange(ROWS)
@@ -197,26 +204,26 @@ def stage_slowly(root: str, cache_folder: str, log: str, workers: int) -> bool:
 def test_processes_of_a_machine_share_the_work(tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
     store = fill(new_output(tmp_path), contents())
     log = tmp_path / "log"
-    with get_context("spawn").Pool(4) as pool:
-        assert all(pool.starmap(stage_slowly, [(store.uri, str(tmp_path / "cache"), str(log), 4)] * 4))
+    with get_context("spawn").Pool(2) as pool:
+        assert all(pool.starmap(stage, [(store.uri, str(tmp_path / "cache"), str(log), 2)] * 2))
     fetched = [path for path in log.read_text().splitlines() if "/c/" in path]
     assert len(fetched) == len(set(fetched)) == OBJECTS
 
 
 def test_a_killed_copy_resumes(tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
     store, log = fill(new_output(tmp_path), contents()), tmp_path / "log"
-    arguments = (store.uri, str(tmp_path / "cache"), str(log), 1)
-    process = get_context("spawn").Process(target=stage_slowly, args=arguments)
+    arguments = (store.uri, str(tmp_path / "cache"), str(log))
+    process = get_context("spawn").Process(target=stage, args=(*arguments, 1, 9))
     process.start()
-    while not (found := list(tmp_path.rglob(staging.JOURNAL))) or found[0].read_text().count("\n") < 4:
-        time.sleep(0.005)
-    os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not list(tmp_path.rglob(staging.DONE))
-    done = found[0].read_text().count("\n")
+    (journal,) = tmp_path.rglob(staging.JOURNAL)
+    done = journal.read_text().count("\n")
+    assert 0 < done < OBJECTS
     log.unlink()
     with get_context("spawn").Pool(1) as pool:
-        assert pool.apply(stage_slowly, arguments)
+        assert pool.apply(stage, arguments)
     assert len([path for path in log.read_text().splitlines() if "/c/" in path]) == OBJECTS - done
     assert np.array_equal(
         np.fromfile(folder(tmp_path / "cache") / "mean.rows", "<f2").reshape(2, ROWS, 3, 2, 2).swapaxes(0, 1),
@@ -235,10 +242,9 @@ def test_a_waiting_process_logs_what_it_waits_for(tmp_path: Path, caplog: pytest
     with ThreadPoolExecutor(1) as pool:
         with cache.locked(tmp_path / "copy"):
             waiting = pool.submit(second)
-            while not caplog.messages:
-                pass
+            until(lambda: caplog.messages)
             order.append("first")
-        waiting.result(timeout=180)
+        waiting.result(LIMIT)
     assert order == ["first", "second"]
     assert caplog.messages == [f"waiting for another process that is preparing {tmp_path / 'copy'}"]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from row_store import ROWS, contents, fill
+from until import LIMIT
 
 from storage import uri
 from storage.errors import StorageError
@@ -33,7 +34,7 @@ class Requests:
         def counted(
             fs: MemoryFileSystem, path: str, start: int | None = None, end: int | None = None, **kwargs: object
         ) -> bytes:
-            self.gate.wait(180)
+            assert self.gate.wait(LIMIT)
             self.ranges.append((path.partition("/data/")[2], start or 0, end or 0))
             return bytes(cat_file(fs, path, start, end, **kwargs))
 
