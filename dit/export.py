@@ -1,4 +1,4 @@
-"""A trained model as two files that need nothing else: its weights and what it is made of."""
+"""A trained model as files that need nothing else: its weights and its card."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,41 +26,41 @@ RAW_WEIGHTS = "model-raw.safetensors"
 
 
 def weights_file(name: str) -> str:
-    """Where weights lie that are called ``ema``, ``raw``, or as a further average is, such as ``ema-0.999``."""
+    """File of the weights called ``ema``, ``raw``, or like a further average, such as ``ema-0.999``."""
     return EMA_WEIGHTS if name == "ema" else f"model-{name}.safetensors"
 
 
 class ModelCard(Config):
-    """All that is needed to rebuild a trained model and to sample from it."""
+    """Everything needed to rebuild a trained model and to sample from it."""
 
     model: ModelConfig
-    """The network."""
+    """Config of the network."""
     diffusion: ProcessConfig
-    """The process that it undoes."""
+    """Diffusion process that the model reverses."""
     vae: VaeInfo | None
-    """The autoencoder of its latents, and how they are scaled; None if it works on pixels."""
+    """Autoencoder of the latents, and their scaling; None for a model on pixels."""
     resolution: int
     """Side of the images, in pixels."""
     class_names: tuple[str, ...]
-    """The classes; a label is a position here."""
+    """Names of the classes; a label is an index into them."""
     steps: int = Field(ge=0)
     """Training steps taken."""
     weights: dict[str, str] = Field(default_factory=dict)
-    """Hash (sha256) of each weights file by name."""
+    """SHA-256 of each weights file, by name."""
 
     @property
     def vae_ref(self) -> VaeRef | None:
-        """The autoencoder that the latents were made with; None for a model on pixels."""
+        """The autoencoder that made the latents; None for a model on pixels."""
         return VaeRef(source=self.vae.source, sha256=self.vae.sha256) if self.vae else None
 
 
 class CheckpointManifest(Manifest):
-    """A trained model: its averaged and raw weights, and its card."""
+    """A trained model: averaged and raw weights, and its card."""
 
     STAGE = "train"
 
     card: ModelCard
-    """What the model is made of."""
+    """The model's config, process, scaling and classes."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ def load(url: str, *, weights: str = EMA_WEIGHTS, device: torch.device | str = "
     """Rebuild a trained model from the folder that ``export`` wrote.
 
     Args:
-        url: the folder, by path or fsspec URL; of a training stage's output, or a copy of it.
-        weights: ``model.safetensors`` for the EMA, ``model-raw.safetensors`` for the last step's, or the file
-            of a further average.
-        device: where to run it.
+        url: the folder, by path or fsspec URL: the output of a training stage, or a copy of it.
+        weights: ``model.safetensors`` for the EMA, ``model-raw.safetensors`` for the last step, or the file of a
+            further average.
+        device: device to run it on.
 
     Raises:
-        InputError: a file is missing, broken or altered, or the weights do not fit the card.
+        InputError: a file is missing or damaged, or the weights do not fit the card.
     """
     card = _read_card(url)
     data, _ = read_weights(uri.join(url, weights), card.weights.get(weights))
@@ -115,8 +115,8 @@ def load(url: str, *, weights: str = EMA_WEIGHTS, device: torch.device | str = "
 
 
 def rebuilt(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A model in evaluation mode with these weights, by parameter name, which are not copied."""
-    with torch.device("meta"):  # no time is spent on initial weights
+    """A model in evaluation mode with these weights, by parameter name. They are not copied."""
+    with torch.device("meta"):  # skips the initial weights
         model = build(config)
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)

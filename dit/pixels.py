@@ -1,4 +1,4 @@
-"""Images as bytes and as numbers that networks take."""
+"""Images as bytes, and as the numbers that networks take."""
 
 # B = batch, H, W = height and width
 

@@ -1,6 +1,6 @@
-"""Random numbers that depend on what they are for, not on who draws them.
+"""Counter-based random numbers: they depend on their use and not on the process that draws them.
 
-Every row (a sample, or a place in the global batch) reads its own stretch of Philox4x64-10
+Every row (a sample, or a row of the global batch) reads its own part of the sequence of Philox4x64-10
 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): the key is (seed, stream),
 the 256-bit counter holds (word, row, step). So a row is the same in any batch and on any rank, and
 no two rows, steps or streams ever overlap. NumPy keeps the bits of Philox across versions but not
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 
 class Stream(IntEnum):
-    """What numbers are for. The values are part of every result: add, never change."""
+    """What numbers are used for. The values are part of every result: add new ones, never change one."""
 
     TIMESTEP = 1
     NOISE = 2
@@ -38,9 +38,9 @@ def words(seed: int, stream: Stream, step: int, rows: Sequence[int], count: int)
     """Raw 64-bit words (R, K), every row from its own counter. All arguments lie in 0 .. 2**64 - 1."""
     out = np.empty((len(rows), count), np.uint64)
     key = np.array([seed, stream], np.uint64)
-    for place, row in enumerate(rows):
+    for i, row in enumerate(rows):
         counter = np.array([0, row, step, 0], np.uint64)
-        out[place] = np.random.Philox(key=key, counter=counter).random_raw(count)
+        out[i] = np.random.Philox(key=key, counter=counter).random_raw(count)
     return out
 
 
@@ -50,7 +50,7 @@ def uniforms(seed: int, stream: Stream, step: int, rows: Sequence[int], count: i
 
 
 def normals(seed: int, stream: Stream, step: int, rows: Sequence[int], count: int) -> NDArray[np.float32]:
-    """Standard normal numbers (R, K) by Box and Muller (1958), two from each word, at most 6.77 in size.
+    """Standard normal numbers (R, K) by Box and Muller (1958), two from each word, at most 6.77 in magnitude.
 
     Computed in float64 and rounded once, so that the last bit of a platform's logarithm, sine and
     cosine does not reach the result.

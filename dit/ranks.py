@@ -1,4 +1,4 @@
-"""The processes that do a stage together, as torchrun starts them."""
+"""The processes that share a stage's work, as torchrun starts them."""
 
 import os
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that work together."""
+    """The number of this process, and how many there are."""
 
     rank: int = 0
     world_size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and tracks."""
+        """Whether this is rank 0, which writes and tracks."""
         return self.rank == 0
 
     def mean(self, value: Tensor) -> float:
@@ -36,52 +36,52 @@ class Ranks:
         return value.item() / self.world_size
 
     def agreed(self, value: T) -> T:
-        """The first rank's value, on all of them."""
-        held = [value]
+        """The first rank's value, on all ranks."""
+        values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(held)
-        return held[0]
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def gathered(self, value: T) -> list[T]:
-        """The values of all ranks in their order, on the first; none on the others."""
+        """The values of all ranks in order, on the first; empty on the others."""
         if self.world_size == 1:
             return [value]
-        found: list[Any] | None = [None] * self.world_size if self.first else None
-        dist.gather_object(value, found)
-        return found or []
+        values: list[Any] | None = [None] * self.world_size if self.first else None
+        dist.gather_object(value, values)
+        return values or []
 
     def wait(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks call this."""
         if self.world_size > 1:
             dist.barrier()
 
 
 @dataclass(frozen=True)
 class Share(NullTracker):
-    """Hears the progress of the first rank's part, and tells that of the whole as if all ranks were as far."""
+    """Turns the progress of the first rank's part into that of the whole, as if all ranks had come as far."""
 
     tracker: Tracker
     before: int
-    """Units that were done before any rank began."""
+    """Units done before any rank began."""
     todo: int
-    """Units that all ranks do together."""
+    """Units to do, over all ranks."""
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Tell of the whole when ``done`` of the part's ``total`` are."""
+        """Report the whole's progress when ``done`` of the part's ``total`` are done."""
         self.tracker.progress(self.before + round(done * self.todo / total), self.before + self.todo, unit)
 
 
 def cores() -> int:
-    """Processor cores for each rank of this machine."""
+    """Processor cores per rank of this machine."""
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager
 def joined(timeout: timedelta | None = None) -> Iterator[Ranks]:
-    """Join the ranks that torchrun started, for the length of the block; alone without torchrun.
+    """Join the ranks that torchrun started, for the length of the block; a single rank without torchrun.
 
     Args:
-        timeout: how long one waits for the others before it gives up; torch's default by default.
+        timeout: how long ranks wait for one another; torch's default by default.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -93,7 +93,7 @@ def joined(timeout: timedelta | None = None) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
     ranks = Ranks(dist.get_rank(), world_size)
     try:
-        ranks.wait()  # or one that fails at once would be gone before others have found it, and they fail of that
+        ranks.wait()  # else a rank that fails at once is gone before the others connect, and they fail too
         yield ranks
     finally:
         dist.destroy_process_group()

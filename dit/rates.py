@@ -1,4 +1,4 @@
-"""How fast a machine does each kind of work, for plans: measured in seconds on small pieces of the real work."""
+"""Speed of this machine at each kind of work, for plans, measured within seconds on small pieces of real work."""
 
 # B = batch, C = channels, h = side of a latent or an image, H = image side
 
@@ -17,11 +17,11 @@ from dit.models.cost import cost
 from dit.vae import VaeRef, load_vae
 
 SECONDS = 1.0
-"""How long a piece of work is repeated for, after the first time."""
+"""How long a piece of work is repeated, after a first run that does not count."""
 BLOCKS = 2
-"""Transformer blocks that stand for all: they are alike."""
+"""Transformer blocks that are measured, in place of all: they are alike."""
 CPU_FLOPS = 10**11
-"""Work of one step that a CPU is measured with."""
+"""FLOP of the step that is measured on a CPU."""
 
 
 def at_once(world_size: int) -> int:
@@ -54,12 +54,12 @@ def decoder_rate(ref: VaeRef, resolution: int, precision: Arithmetic) -> float:
 
 
 def training_rate(config: ModelConfig, batch: int, precision: Arithmetic) -> float:
-    """FLOP a second in training steps of a model, found on some of its blocks.
+    """FLOP a second in training steps of a model, measured on some of its blocks.
 
     Args:
-        config: the model.
-        batch: images of a rank in a step; a CPU does no more of them than it can in a second or so.
-        precision: of the forward pass.
+        config: config of the model.
+        batch: images of a rank in a step; a CPU is measured with fewer.
+        precision: precision of the forward pass.
     """
     config, batch, forward, model = _piece(config, batch, precision)
 
@@ -72,7 +72,7 @@ def training_rate(config: ModelConfig, batch: int, precision: Arithmetic) -> flo
 
 
 def forward_rate(config: ModelConfig, batch: int, precision: Arithmetic) -> float:
-    """FLOP a second in forward passes of a model, found on some of its blocks. Arguments as of `training_rate`."""
+    """FLOP a second in forward passes of a model, measured on some of its blocks. Arguments as `training_rate`."""
     config, batch, forward, _ = _piece(config, batch, precision)
     with arithmetic(precision), torch.no_grad():
         return _rate(forward) * batch * 2 * cost(config).macs
@@ -81,7 +81,7 @@ def forward_rate(config: ModelConfig, batch: int, precision: Arithmetic) -> floa
 def _piece(
     config: ModelConfig, batch: int, precision: Arithmetic
 ) -> tuple[ModelConfig, int, Callable[[], torch.Tensor], nn.Module]:
-    """A model of some of the blocks, how many images it takes here at once, its forward pass of so many, and itself."""
+    """Config of the model with fewer blocks, the batch to measure it with, its forward pass, and the model."""
     if hasattr(config, "depth"):
         config = config.model_copy(update={"depth": min(config.depth, BLOCKS)})
     where = device()
@@ -101,7 +101,7 @@ def _piece(
 
 
 def extractor_rate(ref: ExtractorRef, resolution: int) -> float:
-    """Images a second that an extractor takes the features of.
+    """Images a second that pass through an extractor.
 
     Raises:
         InputError: its weights are missing or broken, or it cannot read such images.
@@ -115,15 +115,15 @@ def _images(count: int, resolution: int) -> torch.Tensor:
 
 
 def _rate(work: Callable[[], Any]) -> float:
-    """How often a second something can be done, not counting the first time."""
+    """How often a second ``work`` runs, not counting the first time."""
     work()
     _wait()
-    begin, times = time.perf_counter(), 0
-    while (passed := time.perf_counter() - begin) < SECONDS or not times:
+    begin, runs = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - begin) < SECONDS or not runs:
         work()
         _wait()
-        times += 1
-    return times / passed
+        runs += 1
+    return runs / elapsed
 
 
 def _wait() -> None:

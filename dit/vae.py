@@ -1,8 +1,9 @@
-"""One loader for the autoencoders of latent diffusion (Rombach et al. 2022) in diffusers' format.
+"""Autoencoders of latent diffusion (Rombach et al. 2022) in diffusers' format.
 
-Those with a Gaussian posterior (Kingma and Welling 2014): Stable Diffusion 1 to 3, SDXL, Flux. And
-those with a codebook (van den Oord et al. 2017), whose latent is a point: the encoder's output
-before it is quantised, which the decoder does.
+An AutoencoderKL (Stable Diffusion 1 to 3, SDXL, Flux) has a Gaussian posterior (Kingma and Welling 2014): a mean and
+a standard deviation for each latent number. A VQModel has a codebook (van den Oord et al. 2017): its latent is the
+encoder's output before quantisation, with standard deviation 0, and the decoder quantises it. Models are trained on
+scaled latents, (z - shift_factor) * scaling_factor, which have about unit variance.
 """
 
 # B = batch, H = W = image sides, C = latent channels, h = H / downsample, w = W / downsample
@@ -35,7 +36,7 @@ WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 
 
 class VaeRef(Config):
-    """Where an autoencoder lies. Its identity is the hash of its weights, found when they are read."""
+    """An autoencoder. Its location is not part of the identity; the hash of its weights is."""
 
     source: str = operational()
     """Autoencoder: a folder, an fsspec URL of a folder, or a Hugging Face hub id. It holds an AutoencoderKL or VQModel
@@ -46,20 +47,20 @@ class VaeRef(Config):
 
 @dataclass(frozen=True)
 class Vae:
-    """An autoencoder and the numbers that its latents go by."""
+    """An autoencoder, and the scaling of its latents."""
 
     model: "AutoencoderKL | VQModel"
     sha256: str
     """Hash of the weights file."""
     downsample: int
-    """Pixels a latent cell spans, along each side."""
+    """Pixels per latent pixel, along each side."""
     channels: int
     scaling_factor: float
     shift_factor: float
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior of the images, not scaled.
+        """The posterior of images, unscaled.
 
         Args:
             images: uint8 (B, H, W, 3), sides divisible by ``downsample``.
@@ -88,20 +89,20 @@ def load_vae(ref: VaeRef, device: torch.device | str = "cpu", dtype: torch.dtype
     """The autoencoder, frozen and ready to run on a device in a precision.
 
     Raises:
-        InputError: config or weights are missing or broken, or the weights have another hash than ``ref`` says.
+        InputError: config or weights are missing or damaged, or the weights have another hash than ``ref`` says.
     """
     (config, fields), (weights, sha256) = _read_config(ref), read_weights(_locate(ref.source, WEIGHTS), ref.sha256)
-    with tempfile.TemporaryDirectory() as folder:  # what is loaded is what was hashed, and nothing beside it
+    with tempfile.TemporaryDirectory() as folder:  # so diffusers loads the bytes that were hashed, and nothing else
         Path(folder, CONFIG).write_bytes(config)
         Path(folder, WEIGHTS).write_bytes(weights)
         model = _load(fields.class_name, Path(folder), uri.redact(ref.source))
     model.requires_grad_(False).eval()
-    nn.Module.to(model.to(memory_format=torch.channels_last), device, dtype)  # diffusers' own cast warns of nothing
+    nn.Module.to(model.to(memory_format=torch.channels_last), device, dtype)  # the cast of diffusers would warn
     return Vae(model, **_info(ref.source, sha256, fields).model_dump(exclude={"source"}))
 
 
 def info(ref: VaeRef) -> VaeInfo:
-    """The autoencoder's numbers, from its config and the hash of its weights; the network is not built.
+    """Scaling, sizes and weights hash of the autoencoder. The network is not built.
 
     Raises:
         InputError: as `load_vae`.
@@ -111,7 +112,7 @@ def info(ref: VaeRef) -> VaeInfo:
 
 
 def vae_inputs(ref: VaeRef | None) -> dict[str, str]:
-    """The autoencoder as an input of a stage: a digest of all that its latents depend on; nothing without one.
+    """The autoencoder as an input of a stage: a digest of all that its latents depend on; empty without one.
 
     Raises:
         InputError: as `load_vae`.
@@ -120,7 +121,7 @@ def vae_inputs(ref: VaeRef | None) -> dict[str, str]:
 
 
 def fetch(ref: VaeRef, folder: Path) -> None:
-    """Copy the autoencoder's config and weights, byte for byte, into a local folder that need not exist.
+    """Copy the autoencoder's config and weights, byte for byte, into a local folder, which is created if needed.
 
     Raises:
         InputError: as `load_vae`.
@@ -142,12 +143,12 @@ def _point(encoded: Any) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What sets a class of autoencoders apart."""
+    """What depends on the class of autoencoder."""
 
     latent_channels: int
     """diffusers' default."""
     posterior: Callable[[Any], tuple[Tensor, Tensor]]
-    """Mean and standard deviation of what its encoder returns."""
+    """Mean and standard deviation from the output of its encoder."""
 
 
 _KINDS: Final = {"AutoencoderKL": _Kind(4, _gaussian), "VQModel": _Kind(3, _point)}
@@ -155,7 +156,7 @@ _KINDS: Final = {"AutoencoderKL": _Kind(4, _gaussian), "VQModel": _Kind(3, _poin
 
 
 class _Fields(BaseModel):
-    """The fields of config.json that matter here, with diffusers' defaults; latents scaled by channel are refused."""
+    """Fields of config.json, with diffusers' defaults. Latents that are scaled by channel are refused."""
 
     class_name: Literal["AutoencoderKL", "VQModel"] = Field(alias="_class_name")
     block_out_channels: tuple[int, ...] = Field((64,), min_length=1)
@@ -169,7 +170,7 @@ class _Fields(BaseModel):
 
 
 def _read_config(ref: VaeRef) -> tuple[bytes, _Fields]:
-    """The config as it is, and what it says."""
+    """The config as bytes, and its fields."""
     url = _locate(ref.source, CONFIG)
     try:
         config = uri.read(url)
@@ -194,28 +195,29 @@ def _info(source: str, sha256: str, fields: _Fields) -> VaeInfo:
 
 
 def _locate(source: str, name: str) -> str:
-    """The URL of one file of the autoencoder, fetched from the hub if it comes from there."""
+    """The URL of a file of the autoencoder, downloaded first if it is on the hub."""
     if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return uri.join(source, name)
     try:
         return hf_hub_download(source, name)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{source}: no folder here, and {name} cannot be had from the hub ({one_line(error)}); "
+            f"{source}: not a folder here, and {name} cannot be downloaded from the hub ({one_line(error)}); "
             f"name a local folder with {CONFIG} and {WEIGHTS}"
         ) from error
 
 
 def _load(kind: str, folder: Path, source: str) -> "AutoencoderKL | VQModel":
-    import diffusers  # takes seconds to import, and most commands never load one
+    import diffusers  # takes seconds to import
 
     try:
         model, report = getattr(diffusers, kind).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except Exception as error:  # diffusers promises no exception types for what it cannot read
-        raise InputError(f"{source}: {CONFIG} or {WEIGHTS} is broken ({one_line(error)}); fetch both again") from error
+        raise InputError(f"{source}: {CONFIG} or {WEIGHTS} is damaged ({one_line(error)}); fetch both again") from error
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
-        raise InputError(f"{source}: {WEIGHTS} does not fit {CONFIG}: {len(wrong)} tensors differ, such as {wrong[0]}")
+        differ = f"{len(wrong)} tensors differ, such as {wrong[0]}"
+        raise InputError(f"{source}: {WEIGHTS} does not fit {CONFIG} ({differ}); fetch both again")
     return model

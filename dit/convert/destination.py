@@ -1,4 +1,4 @@
-"""Layouts that a DiT can be written in, for the tools of others."""
+"""Writes a DiT in the layouts of other tools."""
 
 import io
 import json
@@ -28,10 +28,10 @@ SCHEDULER: Final = "scheduler/scheduler_config.json"
 
 
 def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | None = None) -> None:
-    """Write a DiT where nothing is yet, by path or fsspec URL.
+    """Write a DiT to a new file or folder, by path or fsspec URL.
 
     Args:
-        model: what to write.
+        model: the model to write.
         destination: for "reference" a .safetensors or .pt file, either with the bare weights; for
             "diffusers" a folder of a DiTTransformer2DModel; for "pipeline" one of a whole diffusers
             pipeline that samples with a module of its own.
@@ -39,20 +39,20 @@ def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | Non
         vae: folder, URL or hub id of the autoencoder to put into the pipeline's folder, if not the model's own.
 
     Raises:
-        InputError: something is there already, the layout has no such model, or the autoencoder does not fit.
+        InputError: the destination exists, the layout has no such model, or the autoencoder does not fit.
         StorageError: the disk is full or the store refuses.
     """
     if uri.exists(destination):
-        raise InputError(f"{uri.redact(destination)}: is there already; name another place")
+        raise InputError(f"{uri.redact(destination)}: exists already; name another destination")
     if vae is not None and layout != "pipeline":
-        raise InputError("--vae: only a pipeline has an autoencoder; write --to pipeline or leave it out")
+        raise InputError("--vae: only a pipeline has an autoencoder; write --to pipeline or remove it")
     if layout == "reference":
         uri.write(destination, _file(model.state, destination))
     else:
         config, weights = diffusers.to_diffusers(model.config, model.state)
         objects = {diffusers.WEIGHTS: _safetensors(weights), diffusers.CONFIG: _json(config)}
         if layout == "pipeline":
-            objects = {f"{TRANSFORMER}/{name}": data for name, data in objects.items()} | _around(
+            objects = {f"{TRANSFORMER}/{name}": data for name, data in objects.items()} | _pipeline_files(
                 model, vae or model.vae
             )
         for name, data in objects.items():
@@ -61,12 +61,12 @@ def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | Non
 
 def summary(model: Pretrained, destination: str, layout: Layout) -> str:
     """What was written and where, and for a pipeline how to load it."""
-    config, place = model.config, uri.redact(destination)
+    config, url = model.config, uri.redact(destination)
     latent = f"latents {config.in_channels}x{config.input_size}x{config.input_size}"
     shape = f"depth {config.depth}, width {config.width}, {config.heads} heads, patches of {config.patch_size}"
-    lines = [f"DiT of {shape}, {latent}, {config.num_classes} classes", f"written to {place}"]
+    lines = [f"DiT of {shape}, {latent}, {config.num_classes} classes", f"written to {url}"]
     if layout == "pipeline":
-        lines.append(f"load it with DiffusionPipeline.from_pretrained({place!r}, trust_remote_code=True)")
+        lines.append(f"load it with DiffusionPipeline.from_pretrained({url!r}, trust_remote_code=True)")
     return "\n".join(lines)
 
 
@@ -74,14 +74,14 @@ def _file(state: dict[str, Tensor], destination: str) -> bytes:
     if suffix(destination) == SAFETENSORS:
         return _safetensors(state)
     if suffix(destination) != ".pt":
-        raise InputError(f"{uri.redact(destination)}: a reference checkpoint is a {SAFETENSORS} or .pt file")
+        raise InputError(f"{uri.redact(destination)}: a reference checkpoint ends in {SAFETENSORS} or .pt; rename it")
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
 
 
-def _around(model: Pretrained, vae: str | None) -> dict[str, bytes]:
-    """What a pipeline's folder has besides the transformer; its index, which makes it one, comes last."""
+def _pipeline_files(model: Pretrained, vae: str | None) -> dict[str, bytes]:
+    """The files of a pipeline besides the transformer. Its index, which makes it a pipeline, comes last."""
     objects = {} if vae is None else _autoencoder(model, VaeRef(source=vae))
     index = diffusers.component(
         [PIPELINE_MODULE, PIPELINE_CLASS],
@@ -108,12 +108,12 @@ def _scheduler(model: Pretrained) -> dict[str, Any]:
 
 
 def _autoencoder(model: Pretrained, ref: VaeRef) -> dict[str, bytes]:
-    """The autoencoder's two files, with the scales of the latents that the model was trained on."""
-    found = autoencoder.info(ref)
-    if found.channels != model.config.in_channels:
-        channels = f"{found.channels} latent channels and the model {model.config.in_channels}"
-        raise InputError(f"{uri.redact(ref.source)}: the autoencoder has {channels}; name the one of its latents")
-    scales = model.scales or found
+    """The two files of the autoencoder, with the scaling of the latents that the model was trained on."""
+    info = autoencoder.info(ref)
+    if info.channels != model.config.in_channels:
+        channels = f"{info.channels} latent channels, the model {model.config.in_channels}"
+        raise InputError(f"{uri.redact(ref.source)}: the autoencoder has {channels}; use the one of its latents")
+    scales = model.scales or info
     with tempfile.TemporaryDirectory() as folder:
         autoencoder.fetch(ref, Path(folder))
         config = json.loads(Path(folder, autoencoder.CONFIG).read_bytes())

@@ -1,4 +1,4 @@
-"""The layout of diffusers' DiTTransformer2DModel and ours, each from the other."""
+"""Converts between the layout of diffusers' DiTTransformer2DModel and ours."""
 
 # D = width, N = tokens
 
@@ -41,20 +41,20 @@ IN_EVERY_BLOCK = {
     "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
     "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
 }
-"""What is there once in ours and copied into each block of theirs."""
+"""Tensors that our layout has once and theirs copies into each block."""
 
 
 class Rule(NamedTuple):
-    """One tensor of ours and those of theirs that hold it."""
+    """One of our tensors, and the tensors of theirs that hold it."""
 
     ours: str
     theirs: list[str]
     copied: bool = False
-    """Whether each of theirs is all of ours; otherwise they are ours when stacked."""
+    """Whether each of theirs is a copy of ours; otherwise ours is their concatenation."""
 
 
 class Fields(BaseModel):
-    """What config.json says of the model, with diffusers' defaults; what has no place in our layout is refused."""
+    """Fields of config.json, with diffusers' defaults. Values that our layout does not have are refused."""
 
     class_name: Literal["DiTTransformer2DModel", "Transformer2DModel"] = Field(alias="_class_name")
     norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
@@ -74,8 +74,8 @@ class Fields(BaseModel):
 def from_diffusers(config: bytes, tensors: dict[str, Tensor], where: str) -> tuple[DiTConfig, dict[str, Tensor]]:
     """Config and weights in our layout from those of a diffusers folder.
 
-    The weights are taken to be those of a published checkpoint, or trained here: a model trained
-    with diffusers' own time projection means other times than ours (docs/numerics.md).
+    The weights must come from a published checkpoint or from here: a model trained with diffusers' own time
+    projection has other time embeddings (docs/numerics.md).
 
     Raises:
         InputError: the config is of another network, the weights do not fit it, or a block has its own embedders.
@@ -98,9 +98,9 @@ def to_diffusers(config: DiTConfig, state: dict[str, Tensor]) -> tuple[dict[str,
         InputError: diffusers has no such model.
     """
     if config.num_classes == 0:
-        raise InputError("diffusers has no unconditional DiT: write --to reference")
+        raise InputError("--to: diffusers has no unconditional DiT; use --to reference")
     if config.mlp_ratio != MLP_RATIO:
-        raise InputError(f"diffusers' DiT has mlp_ratio 4, not {config.mlp_ratio:g}: write --to reference")
+        raise InputError(f"--to: diffusers' DiT has mlp_ratio 4, not {config.mlp_ratio:g}; use --to reference")
     weights: dict[str, Tensor] = {}
     for rule in _rules(config.depth):
         count, whole = len(rule.theirs), state[rule.ours]
@@ -128,7 +128,7 @@ def _rules(depth: int) -> Iterator[Rule]:
 
 
 def _joined(rule: Rule, rest: dict[str, Tensor], where: str) -> Tensor:
-    """Take a rule's tensors out of the rest."""
+    """Our tensor of a rule; theirs are removed from ``rest``."""
     missing = [name for name in rule.theirs if name not in rest]
     if missing:
         raise InputError(f"{where}: no tensor {missing[0]}")

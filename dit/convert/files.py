@@ -1,4 +1,4 @@
-"""Files of tensors. Pickles are read by torch's restricted unpickler, which runs no code of theirs."""
+"""Files of tensors. Pickles are read by torch's restricted unpickler, which runs no code from them."""
 
 import argparse
 import io
@@ -25,10 +25,10 @@ def suffix(url: str) -> str:
 
 
 def read_tensors(url: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or a pickle, on the CPU; those of a pickle bare, or below "ema" or "model".
+    """The tensors of a .safetensors file or a pickle, on the CPU; in a pickle bare, or under "ema" or "model".
 
     Raises:
-        InputError: there is no such file, it is broken, or it holds other things than tensors.
+        InputError: there is no such file, it is damaged, or it contains other objects than tensors.
     """
     local, where = uri.local_path(url), uri.redact(url)
     try:
@@ -40,24 +40,24 @@ def read_tensors(url: str) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise InputError(f"{where}: no such file") from error
     except pickle.UnpicklingError as error:
-        raise InputError(f"{where}: broken, or holds objects besides tensors, which are never loaded") from error
+        raise InputError(f"{where}: damaged, or contains objects besides tensors, which are not loaded") from error
     except Exception as error:  # safetensors, torch and stores promise no exception types
         raise InputError(f"{where}: cannot be read ({one_line(error)})") from error
 
 
 def _unpickled(file: str | io.BytesIO) -> Any:
-    lazily = isinstance(file, str) and zipfile.is_zipfile(file)  # of a training checkpoint only a part is needed
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the published code puts its options beside
+    lazily = isinstance(file, str) and zipfile.is_zipfile(file)  # only a part of a training checkpoint is needed
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the published code adds its options
         return torch.load(file, map_location="cpu", weights_only=True, mmap=lazily or None)
 
 
-def _weights(found: Any, where: str) -> dict[str, Tensor]:
+def _weights(content: Any, where: str) -> dict[str, Tensor]:
     for key in ("ema", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
             break
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
-        raise InputError(f"{where}: neither tensors by name nor such below 'ema' or 'model'")
-    return dict(found)
+        raise InputError(f"{where}: contains no tensors by name, nor any under 'ema' or 'model'")
+    return dict(content)

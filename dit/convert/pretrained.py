@@ -1,4 +1,4 @@
-"""A DiT as its weights tell it. Names and shapes are those of the published checkpoints, which are our own too."""
+"""A DiT from its weights alone. Our names and shapes are those of the published checkpoints."""
 
 # D = width, C = latent channels, p = patch size, N = tokens
 
@@ -21,7 +21,7 @@ from storage.latents import VaeInfo
 LAYOUT = "only an adaLN-Zero DiT has this layout"
 TABLE_ERROR = 1e-5
 HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
-"""Heads of the published sizes by width: the weights do not tell them."""
+"""Heads of the published sizes, by width. A checkpoint does not record the number of heads."""
 
 
 @dataclass(frozen=True)
@@ -29,33 +29,33 @@ class Pretrained:
     """An adaLN-Zero DiT that was trained elsewhere or here."""
 
     config: DiTConfig
-    """What it is made of."""
+    """Config of the network."""
     state: dict[str, Tensor]
     """Its weights in float32, in the layout of the published checkpoints."""
     diffusion: DiffusionConfig
-    """The process that it undoes: the published one, unless its card says otherwise."""
+    """Diffusion process that it reverses: the published one, unless its card says otherwise."""
     scales: VaeInfo | None = None
-    """How its latents are scaled, if its card says so; else as their autoencoder says."""
+    """Scaling of its latents, if its card records it; else that of the autoencoder."""
     vae: str | None = None
-    """Where the autoencoder of its latents lies, if it comes with one."""
+    """Location of the autoencoder of its latents, if it comes with one."""
 
     def build(self, device: torch.device | str = "cpu") -> DiT:
         """The model, in evaluation mode."""
-        with torch.device("meta"):  # no time is spent on initial weights
+        with torch.device("meta"):  # skips the initial weights
             model = DiT(self.config)
         model.load_state_dict(self.state, assign=True)
         return model.to(device).eval().requires_grad_(False)
 
 
 def infer(tensors: dict[str, Tensor], heads: int | None, where: str) -> DiTConfig:
-    """The config that the shapes of the weights tell.
+    """The config, from the shapes of the weights.
 
-    Whether the label table's last row is a null label cannot be seen; it is taken to be one.
+    The last row of the label table is taken as the null label; the shapes do not show it.
 
     Args:
         tensors: weights in the layout of the published checkpoints.
-        heads: attention heads, which no shape tells; None for those of the published size with this width.
-        where: where the weights lie, for errors.
+        heads: attention heads, which no shape shows; None for those of the published size with this width.
+        where: location of the weights, for errors.
 
     Raises:
         InputError: a tensor is missing or of an unusable shape, or the heads are not known.
@@ -66,7 +66,7 @@ def infer(tensors: dict[str, Tensor], heads: int | None, where: str) -> DiTConfi
     outputs, _ = _shape(tensors, "final_layer.linear.weight", 2, where)
     if outputs not in (patch**2 * channels, 2 * patch**2 * channels):
         name, numbers = "final_layer.linear.weight", f"({outputs}, {width})"
-        raise InputError(f"{where}: {name} {numbers} makes neither the noise of a patch nor that and its variance")
+        raise InputError(f"{where}: {name} {numbers} fits neither noise alone nor noise and variance; {LAYOUT}")
     table = "y_embedder.embedding_table.weight"
     fields = {
         "input_size": isqrt(tokens) * patch,
@@ -80,7 +80,8 @@ def infer(tensors: dict[str, Tensor], heads: int | None, where: str) -> DiTConfi
         "learn_variance": outputs == 2 * patch**2 * channels,
     }
     if fields["heads"] is None:
-        raise InputError(f"{where}: no published DiT has width {width}, so its heads are not known; say --heads")
+        unknown = f"a checkpoint does not record the number of heads, and no published DiT has width {width}"
+        raise InputError(f"{where}: {unknown}; pass --heads")
     return validated(fields, where)
 
 
@@ -88,7 +89,7 @@ def validated(fields: Mapping[str, object], where: str) -> DiTConfig:
     """A config of these fields.
 
     Raises:
-        InputError: they do not fit each other.
+        InputError: the fields do not fit each other.
     """
     try:
         return DiTConfig.model_validate(fields)
@@ -97,7 +98,7 @@ def validated(fields: Mapping[str, object], where: str) -> DiTConfig:
 
 
 def fitted(config: DiTConfig, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The weights in float32, if they are those of a model with this config.
+    """The weights in float32, checked against the config.
 
     Raises:
         InputError: a tensor is missing, unknown, or of another shape; or the position table is not the fixed one.
@@ -110,8 +111,8 @@ def fitted(config: DiTConfig, tensors: dict[str, Tensor], where: str) -> dict[st
         if name not in expected:
             raise InputError(f"{where}: unknown tensor {name}; {LAYOUT}")
         if tensors[name].shape != expected[name] or not tensors[name].is_floating_point():
-            found, wanted = tuple(tensors[name].shape), tuple(expected[name])
-            raise InputError(f"{where}: {name} is {tensors[name].dtype} {found}, not floats {wanted}; {LAYOUT}")
+            shape, needed = tuple(tensors[name].shape), tuple(expected[name])
+            raise InputError(f"{where}: {name} is {tensors[name].dtype} {shape}, not floats {needed}; {LAYOUT}")
     _check_positions(config, tensors["pos_embed"], where)
     return {name: tensors[name].float() for name in expected}
 
@@ -119,7 +120,9 @@ def fitted(config: DiTConfig, tensors: dict[str, Tensor], where: str) -> dict[st
 def _check_positions(config: DiTConfig, table: Tensor, where: str) -> None:
     error = float((table.float() - grid_sinusoid(config.width, config.grid)).abs().max())
     if not error <= max(TABLE_ERROR, torch.finfo(table.dtype).eps):
-        raise InputError(f"{where}: pos_embed is off the fixed sin-cos table by {error:.2g}; learned ones are not read")
+        raise InputError(
+            f"{where}: pos_embed is {error:.2g} off the fixed sin-cos table, and learned ones are not read"
+        )
 
 
 def _shape(tensors: dict[str, Tensor], name: str, dimensions: int, where: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Where a DiT may come from: files and folders of others, and our own."""
+"""Reads a DiT from checkpoints of others, or our own."""
 
 from dataclasses import replace
 
@@ -21,27 +21,27 @@ KINDS = (
 
 
 def read(source: str, *, heads: int | None = None) -> Pretrained:
-    """A DiT from any of the layouts that are known, by path or fsspec URL.
+    """A DiT from any known layout, by path or fsspec URL.
 
-    They are a file in the layout of the published checkpoints (.pt, bare or below "ema" or "model",
-    or .safetensors); a folder of a diffusers DiTTransformer2DModel, or of a pipeline with one; and a
-    folder of a model that was trained here.
+    Known are a file in the layout of the published checkpoints (.pt, bare or under "ema" or "model", or
+    .safetensors); a folder of a diffusers DiTTransformer2DModel, or of a pipeline with one; and a folder of a
+    model trained here.
 
     Args:
         source: the file or folder.
-        heads: attention heads, where neither the source nor a published size of that width tells them.
+        heads: attention heads, if neither the source nor a published size of that width determines them.
 
     Raises:
-        InputError: there is no such thing, it is broken, or it is not an adaLN-Zero DiT.
+        InputError: there is no such checkpoint, it is damaged, or it is not an adaLN-Zero DiT.
     """
     if suffix(source) in (*PICKLES, SAFETENSORS):
         tensors, where = read_tensors(source), uri.redact(source)
         config = infer(tensors, heads, where)
         return Pretrained(config, fitted(config, tensors, where), DiffusionConfig())
-    found = _folder(source)
-    if heads not in (None, found.config.heads):
-        raise InputError(f"{uri.redact(source)}: has {found.config.heads} heads, not {heads}; leave --heads out")
-    return found
+    pretrained = _folder(source)
+    if heads not in (None, pretrained.config.heads):
+        raise InputError(f"{uri.redact(source)}: has {pretrained.config.heads} heads, not {heads}; remove --heads")
+    return pretrained
 
 
 def _folder(source: str) -> Pretrained:
@@ -49,7 +49,7 @@ def _folder(source: str) -> Pretrained:
         names = uri.names(source)
     except InputError:
         raise
-    except Exception as error:  # stores of all kinds have their own ways to say no
+    except Exception as error:  # file systems promise no exception types
         raise InputError(f"{uri.redact(source)}: cannot be listed ({one_line(error)}); {KINDS}") from error
     if MODEL in names:
         return _ours(source)
@@ -58,16 +58,16 @@ def _folder(source: str) -> Pretrained:
         return replace(_folder(uri.join(source, TRANSFORMER)), vae=vae)
     if diffusers.CONFIG in names:
         return _diffusers(source, names)
-    raise InputError(f"{uri.redact(source)}: no checkpoint; {KINDS}")
+    raise InputError(f"{uri.redact(source)}: not a checkpoint; {KINDS}")
 
 
 def _ours(source: str) -> Pretrained:
     trained = load(source)
     config, card = trained.card.model, trained.card
     if not isinstance(config, DiTConfig) or config.block != "adaln_zero":
-        raise InputError(f"{uri.redact(source)}: {MODEL} is of another model; {LAYOUT}")
+        raise InputError(f"{uri.redact(source)}: {MODEL} describes another model; {LAYOUT}")
     if not isinstance(card.diffusion, DiffusionConfig):
-        raise InputError(f"{uri.redact(source)}: was trained with another process than these layouts are for")
+        raise InputError(f"{uri.redact(source)}: was trained with EDM's process, which these layouts do not have")
     return Pretrained(config, trained.model.state_dict(), card.diffusion, card.vae)
 
 

@@ -252,7 +252,7 @@ def test_broken_config_names_the_field(copy: Path, text: str, reason: str) -> No
 
 def test_config_that_diffusers_refuses_is_one_line(copy: Path) -> None:
     edit_config(copy, down_block_types=["NoSuchBlock", "NoSuchBlock"])
-    assert f"{copy}: {CONFIG} or {WEIGHTS} is broken" in refusal(VaeRef(source=str(copy)))
+    assert f"{copy}: {CONFIG} or {WEIGHTS} is damaged" in refusal(VaeRef(source=str(copy)))
 
 
 def test_weights_of_another_shape_are_refused(copy: Path) -> None:
@@ -267,7 +267,7 @@ def test_missing_tensors_are_refused_not_made_up(copy: Path) -> None:
 
 def test_file_that_is_no_safetensors_is_refused(copy: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, copy / WEIGHTS)
-    assert "is broken" in refusal(VaeRef(source=str(copy)))
+    assert "is damaged" in refusal(VaeRef(source=str(copy)))
 
 
 def test_only_the_hashed_file_is_loaded(copy: Path, vae: Vae) -> None:

@@ -19,18 +19,18 @@ Images = NDArray[np.uint8] | Tensor
 
 @dataclass(frozen=True)
 class Outputs:
-    """What an extractor makes of images, in float32."""
+    """Outputs of an extractor for some images, in float32."""
 
     features: Tensor
     """(B, D)."""
     logits: Tensor | None = None
-    """Of its classes (B, C), if it has any."""
+    """Logits (B, C) of its classes, if it has any."""
     spatial: Tensor | None = None
-    """Features that still know where things are (B, S), if the network has an agreed layer for them."""
+    """Spatial features (B, S), as sFID needs them, if the network has a layer agreed for them."""
 
     @classmethod
     def of(cls, parts: "Sequence[Outputs]") -> Self:
-        """Those of several batches, at least one and all of one network, together."""
+        """The outputs of several batches of one network, at least one, concatenated."""
         first = parts[0]
         return cls(
             torch.cat([part.features for part in parts]),
@@ -46,15 +46,15 @@ class Outputs:
 
 
 class FeatureExtractor(Protocol):
-    """A fixed network. Distances taken with different extractors, or weights, do not compare."""
+    """A fixed network. Distances by different extractors, or other weights, cannot be compared."""
 
     @property
     def name(self) -> str:
-        """Which network, such as ``demo-digits``."""
+        """Name of the network, such as ``demo-digits``."""
 
     @property
     def version(self) -> int:
-        """Grows when the same weights would give other features."""
+        """Raised when the same weights give other features."""
 
     @property
     def dims(self) -> int:
@@ -62,7 +62,7 @@ class FeatureExtractor(Protocol):
 
     @property
     def preprocessing(self) -> str:
-        """Id of what is done to the pixels before the network sees them."""
+        """Id of the preprocessing of the pixels."""
 
     @property
     def sha256(self) -> str:
@@ -73,7 +73,7 @@ class FeatureExtractor(Protocol):
         """Whether these are the network and the weights that FID, sFID, KID and IS are defined with."""
 
     def outputs(self, images: Images) -> Outputs:
-        """All that the network has to say of images uint8 (B, H, W, 3); errors as in `__call__`."""
+        """All outputs for images uint8 (B, H, W, 3); errors as in `__call__`."""
 
     def __call__(self, images: Images) -> Tensor:
         """Features float32 (B, D) of images uint8 (B, H, W, 3).
@@ -84,12 +84,17 @@ class FeatureExtractor(Protocol):
 
 
 def checked(images: Images, name: str, device: torch.device) -> Tensor:
-    """The images (B, H, W, 3) on the device of the extractor of that name.
+    """The images (B, H, W, 3) on a device.
+
+    Args:
+        images: uint8 images.
+        name: name of the extractor, for errors.
+        device: where to put them.
 
     Raises:
-        InputError: they are no uint8 images.
+        InputError: they are not uint8 images (B, H, W, 3).
     """
     tensor = torch.as_tensor(images, device=device)
     if tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[3] != 3:
-        raise InputError(f"{name}: reads uint8 images (B, H, W, 3), not {tensor.dtype} {tuple(tensor.shape)}")
+        raise InputError(f"{name}: needs uint8 images (B, H, W, 3), not {tensor.dtype} {tuple(tensor.shape)}")
     return tensor

@@ -89,18 +89,18 @@ class DemoDigits:
         return self.logits(images).argmax(1)
 
     def accuracy(self, images: Images, labels: NDArray[np.integer] | Tensor) -> float:
-        """The share in 0..1 of images whose label is the one given; images and errors as in `__call__`."""
-        found = self.classify(images)
-        return float((found == torch.as_tensor(labels, device=found.device)).double().mean())
+        """The share in 0..1 of images that get their label; images and errors as in `__call__`."""
+        predicted = self.classify(images)
+        return float((predicted == torch.as_tensor(labels, device=predicted.device)).double().mean())
 
     def _prepared(self, images: Images) -> Tensor:
-        """Images (B, 32, 32, 3) in 0..255, smaller ones enlarged."""
+        """Images (B, 32, 32, 3) in 0..255; smaller ones are enlarged."""
         tensor = torch.as_tensor(images, device=self.network.head.weight.device)
         side = tensor.shape[1]
         if tensor.dtype != torch.uint8 or tensor.shape[1:] != (side, side, 3) or side > SIDE:
             raise InputError(
-                f"{self.name}: reads square uint8 images of at most {SIDE}x{SIDE}x3, not {tensor.dtype} of "
-                f"{tuple(tensor.shape[1:])}; choose an extractor for this size"
+                f"{self.name}: needs square uint8 images of at most {SIDE}x{SIDE}x3, not {tensor.dtype} of "
+                f"{tuple(tensor.shape[1:])}; choose another extractor"
             )
         if side == SIDE:
             return tensor
@@ -113,11 +113,11 @@ def load_digits_classifier(url: str, sha256: str | None = None, device: torch.de
 
     Args:
         url: the file or folder, by path or fsspec URL.
-        sha256: the hash that the file must have, or None to take it as it is.
-        device: where to run it.
+        sha256: the hash that the file must have; None accepts any file.
+        device: device to run it on.
 
     Raises:
         InputError: the file is missing or broken, is not this classifier, or has another hash.
     """
-    network, found = FILE.load(url, sha256, lambda _: DigitsClassifier())
-    return DemoDigits(network.to(device), found)
+    network, digest = FILE.load(url, sha256, lambda _: DigitsClassifier())
+    return DemoDigits(network.to(device), digest)

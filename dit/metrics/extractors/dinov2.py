@@ -28,9 +28,9 @@ FILE: Final = WeightsFile(
 SIDE: Final = 224
 PATCH: Final = 14
 TRAINED_GRID: Final = 37
-"""G that the positions were learned on: images of 518 px."""
+"""Side of the grid of patches in training, on images of 518 px: one learned position for each patch."""
 OFFSET: Final = 0.1
-"""What the published network adds to G before it scales the positions to it."""
+"""The published network adds this to the side of the grid before it scales the positions to it."""
 HEAD_WIDTH: Final = 64
 EPS: Final = 1e-6
 MEAN: Final = (0.485, 0.456, 0.406)
@@ -38,7 +38,7 @@ DEVIATION: Final = (0.229, 0.224, 0.225)
 
 
 class Scale(nn.Module):
-    """A factor for each channel."""
+    """A learned factor for each channel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normed before and scaled after."""
+    """Attention and MLP, each with a norm before and a learned scale after."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -104,20 +104,20 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + TRAINED_GRID**2, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, width))  # for training alone, but it lies in the file
+        self.mask_token = nn.Parameter(torch.zeros(1, width))  # used only in training, but contained in the file
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
         self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, EPS)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The class token (B, D), normed, of images float32 (B, 3, 224, 224) of the usual mean and deviation."""
+        """The class token (B, D) after the last norm, of images float32 (B, 3, 224, 224) normalised as ImageNet."""
         patches = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], 1) + self._positions()
         out: Tensor = self.norm(self.blocks(tokens)[:, 0])
         return out
 
     def _positions(self) -> Tensor:
-        """The positions (1, 1 + G G, D) on the grid of 224 px."""
+        """The positions (1, 1 + G G, D), scaled to the grid of 224 px."""
         first, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:].unflatten(1, (TRAINED_GRID, TRAINED_GRID))
         factor = (SIDE // PATCH + OFFSET) / TRAINED_GRID
         scaled = F.interpolate(grid.permute(0, 3, 1, 2), scale_factor=factor, mode="bicubic")
@@ -149,7 +149,7 @@ class DinoV2:
         """Features float32 (B, D) of images uint8 (B, H, W, 3).
 
         Raises:
-            InputError: the images are none of that.
+            InputError: the images have another type or shape.
         """
         tensor = checked(images, self.name, self.network.cls_token.device)
         mean, deviation = (torch.tensor(each, device=tensor.device).view(3, 1, 1) for each in (MEAN, DEVIATION))
@@ -160,20 +160,20 @@ class DinoV2:
 
 
 def load_dinov2(url: str, sha256: str | None = None, device: torch.device | str = "cpu") -> DinoV2:
-    """The extractor from the published weights, as they come or as safetensors; its size is that of the weights.
+    """The extractor from the published weights, as published or as safetensors. The weights determine its size.
 
     Args:
-        url: the file, or the folder that ViT-L's lies in under its published name, by path or fsspec URL.
-        sha256: the hash that the file must have, or None to take it as it is.
-        device: where to run it.
+        url: the file, or the folder that contains ViT-L's under its published name, by path or fsspec URL.
+        sha256: the hash that the file must have; None accepts any file.
+        device: device to run it on.
 
     Raises:
-        InputError: the file is missing or broken, is not this network, or has another hash.
+        InputError: the file is missing or damaged, has another hash, or contains another network.
     """
-    network, found = FILE.load(url, sha256, _build)
-    return DinoV2(network.to(device), found)
+    network, digest = FILE.load(url, sha256, _build)
+    return DinoV2(network.to(device), digest)
 
 
 def _build(state: dict[str, Tensor]) -> VisionTransformer:
-    """The network whose weights these are."""
+    """The network that has these weights."""
     return VisionTransformer(state["cls_token"].shape[2], sum(name.endswith(".ls1.gamma") for name in state))

@@ -23,7 +23,7 @@ from dit.weights import WeightsFile
 
 WEIGHTS: Final = "weights-inception-2015-12-05-6726825d.pth"
 PUBLISHED: Final = "6726825d"
-"""What the sha256 of the published weights begins with."""
+"""First digits of the sha256 of the published weights."""
 FILE: Final = WeightsFile(
     WEIGHTS,
     title="Inception",
@@ -46,7 +46,7 @@ Pool = Literal["average", "max"]
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm, ReLU. Kernels are padded to keep the side, unless ``valid`` or strided."""
+    """Convolution, batch norm, ReLU. Inputs are padded to keep the side, unless ``valid`` or strided."""
 
     def __init__(self, width_in: int, width: int, kernel: Kernel, stride: int = 1, *, valid: bool = False) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class Conv(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Chains of convolutions side by side, concatenated in order.
+    """Chains of convolutions side by side, whose outputs are concatenated in order.
 
     Args:
         width_in: C.
-        chains: the last one works on a pool of the input; empty, it is the pool itself.
-        pool: of 3x3.
-        stride: of the last convolution of every chain, and of the pool.
+        chains: the last one works on the pooled input; if it is empty, it is the pool itself.
+        pool: kind of the 3x3 pool.
+        stride: stride of the last convolution of every chain, and of the pool.
     """
 
     def __init__(self, width_in: int, chains: tuple[Chain, ...], pool: Pool, stride: int = 1) -> None:
@@ -124,7 +124,7 @@ class InceptionV3(nn.Module):
 
 
 def fold_norms(network: nn.Module) -> None:
-    """Make every batch norm a part of its convolution: the same but for rounding, and faster. After ``eval()``."""
+    """Fold every batch norm into its convolution: faster, and the same up to rounding. Call it after ``eval()``."""
     for layer in list(network.modules()):
         if isinstance(layer, Conv) and isinstance(layer.bn, nn.BatchNorm2d):
             layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
@@ -230,7 +230,7 @@ class InceptionTF:
         """Features (B, 2048), logits (B, 1008) and spatial features (B, 2023), of images uint8 (B, H, W, 3).
 
         Raises:
-            InputError: the images are none of that.
+            InputError: the images have another type or shape.
         """
         tensor = checked(images, self.name, self.network.fc.weight.device)
         x = (resize_tf1(tensor.permute(0, 3, 1, 2).float(), SIDE) - 128) / 128
@@ -240,16 +240,16 @@ class InceptionTF:
 
 
 def load_inception(url: str, sha256: str | None = None, device: torch.device | str = "cpu") -> InceptionTF:
-    """The extractor from the published weights, as they come or as safetensors.
+    """The extractor from the published weights, as published or as safetensors.
 
     Args:
-        url: the file, or the folder that it lies in under its published name, by path or fsspec URL.
-        sha256: the hash that the file must have, or None to take it as it is.
-        device: where to run it.
+        url: the file, or the folder that contains it under its published name, by path or fsspec URL.
+        sha256: the hash that the file must have; None accepts any file.
+        device: device to run it on.
 
     Raises:
-        InputError: the file is missing or broken, is not this network, or has another hash.
+        InputError: the file is missing or damaged, has another hash, or contains another network.
     """
-    network, found = FILE.load(url, sha256, lambda _: InceptionV3())
+    network, digest = FILE.load(url, sha256, lambda _: InceptionV3())
     fold_norms(network)
-    return InceptionTF(network.to(device, memory_format=torch.channels_last), found)  # type: ignore[call-overload]
+    return InceptionTF(network.to(device, memory_format=torch.channels_last), digest)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""Resizing as TensorFlow 1 does it, which FID is defined with, and as Pillow does, for FD-DINOv2."""
+"""Resizing as in TensorFlow 1, which FID is defined with, and as in Pillow, for FD-DINOv2."""
 
 # B = batch, C = channels, H, W = image sides
 
@@ -29,8 +29,8 @@ def resize_bicubic(images: Tensor, side: int) -> Tensor:
 def _along(images: Tensor, side: int, dim: int) -> Tensor:
     length = images.shape[dim]
     scale = torch.tensor(length, dtype=torch.float32, device=images.device) / side
-    place = torch.arange(side, dtype=torch.float32, device=images.device) * scale
-    low = place.floor().long()
+    source = torch.arange(side, dtype=torch.float32, device=images.device) * scale
+    low = source.floor().long()
     a, b = images.index_select(dim, low), images.index_select(dim, (low + 1).clamp(max=length - 1))
-    share = (place - low).view(-1, *[1] * (3 - dim))
+    share = (source - low).view(-1, *[1] * (3 - dim))
     return a + (b - a) * share

@@ -142,7 +142,7 @@ def test_without_an_autoencoder(tmp_path: Path, model: DiT) -> None:
 
 
 def test_an_autoencoder_of_other_latents_is_refused(tmp_path: Path, vae: VaeRef) -> None:
-    with pytest.raises(InputError, match="the autoencoder has 4 latent channels and the model 3"):
+    with pytest.raises(InputError, match="the autoencoder has 4 latent channels, the model 3"):
         write(pretrained(random_dit(in_channels=3)), str(tmp_path / "p"), "pipeline", vae=vae.source)
     assert not (tmp_path / "p").exists()
 

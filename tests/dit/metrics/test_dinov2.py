@@ -159,5 +159,5 @@ def test_other_weights_are_refused_in_one_line(tmp_path: Path, state: State, kin
 
 
 def test_other_images_are_refused(weights: Path) -> None:
-    with pytest.raises(InputError, match=r"dinov2: reads uint8 images \(B, H, W, 3\)"):
+    with pytest.raises(InputError, match=r"dinov2: needs uint8 images \(B, H, W, 3\)"):
         load_dinov2(str(weights))(np.zeros((1, 3, 8, 8), np.uint8))

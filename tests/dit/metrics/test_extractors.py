@@ -90,7 +90,7 @@ def test_features_do_not_depend_on_the_batch(folder: Path) -> None:
     ],
 )
 def test_other_images_are_refused(folder: Path, images: np.ndarray) -> None:
-    with pytest.raises(InputError, match="demo-digits: reads square uint8 images of at most 32x32x3"):
+    with pytest.raises(InputError, match="demo-digits: needs square uint8 images of at most 32x32x3"):
         load_digits_classifier(str(folder))(images)
 
 

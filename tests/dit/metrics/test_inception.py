@@ -275,7 +275,7 @@ def test_broken_weights_are_refused_in_one_line(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("images", [pictures().astype(np.float32), pictures()[0], pictures().transpose(0, 3, 1, 2)])
 def test_other_images_are_refused(extractor: InceptionTF, images: NDArray[np.uint8]) -> None:
-    with pytest.raises(InputError, match="inception-tf: reads uint8 images"):
+    with pytest.raises(InputError, match="inception-tf: needs uint8 images"):
         extractor(images)
 
 

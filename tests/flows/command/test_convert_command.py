@@ -64,10 +64,10 @@ def test_a_pipeline_and_how_to_load_it(
 
 def test_input_that_is_wrong(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     to = ("--to", "reference")
-    assert error(capsys, source, source, *to, "--heads", "2") == f"{source}: is there already; name another place"
-    assert error(capsys, source, tmp_path / "x.pt", *to).endswith("its heads are not known; say --heads")
+    assert error(capsys, source, source, *to, "--heads", "2") == f"{source}: exists already; name another destination"
+    assert error(capsys, source, tmp_path / "x.pt", *to).endswith("no published DiT has width 32; pass --heads")
     assert error(capsys, tmp_path / "none.pt", tmp_path / "x.pt", *to) == f"{tmp_path}/none.pt: no such file"
-    assert "no checkpoint; name a" in error(capsys, tmp_path / "none", tmp_path / "x.pt", *to)
+    assert "not a checkpoint; name a" in error(capsys, tmp_path / "none", tmp_path / "x.pt", *to)
     missing = error(capsys, source, tmp_path / "x", "--to", "pipeline", "--heads", "2", "--vae", str(tmp_path / "none"))
     assert f"{tmp_path}/none/config.json: no such object" in missing
     assert list(tmp_path.iterdir()) == [source]

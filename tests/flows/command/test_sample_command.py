@@ -38,7 +38,7 @@ def test_a_picture_and_an_npz_and_no_root(
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        (["--vae", VAE], "no published DiT has width 32, so its heads are not known; say --heads"),
+        (["--vae", VAE], "no published DiT has width 32; pass --heads"),
         (["--heads", "2"], "the checkpoint does not name its autoencoder"),
         (["--heads", "2", "--vae", VAE, "--set", "sample.stepz=2"], "--set sample.stepz: no such key"),
         (
