@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from storage.tracker import NullTracker, Tracker
 
@@ -27,13 +26,6 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is rank 0, which writes and tracks."""
         return self.rank == 0
-
-    def mean(self, value: Tensor) -> float:
-        """The mean of a scalar over all ranks."""
-        value = value.detach().double()
-        if self.world_size > 1:
-            dist.all_reduce(value)
-        return value.item() / self.world_size
 
     def agreed(self, value: T) -> T:
         """The first rank's value, on all ranks."""

@@ -192,15 +192,6 @@ class Manifest(Header):
         for entry, damage in self.damaged(lambda _: False):
             raise self.fault(entry.path, damage)
 
-    def verify(self) -> None:
-        """Read every committed object and compare it with its hash.
-
-        Raises:
-            StorageError: an object is missing or holds other bytes; the line names the first.
-        """
-        for entry, damage in self.damaged(lambda _: True):
-            raise self.fault(entry.path, damage)
-
     def read_object(self, path: str) -> bytes:
         """The bytes of a committed object, compared with its hash.
 

@@ -35,7 +35,6 @@ DIMS: Final = 2048
 CLASSES: Final = 1008
 SPATIAL_BLOCK: Final = "Mixed_6d"
 SPATIAL_CHANNELS: Final = 7
-SPATIAL_DIMS: Final = SPATIAL_CHANNELS * 17 * 17
 
 Kernel = int | tuple[int, int]
 Step = tuple[tuple[str, int, Kernel], ...]

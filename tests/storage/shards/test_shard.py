@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from recorder import Recorder
 
-from storage import uri
+from storage import uri, verify
 from storage.archives.open import Archive, ArchiveRef, open_archive
 from storage.errors import InputError, StorageError
 from storage.manifest import StageOutput, stage_output
@@ -70,7 +70,7 @@ def test_every_image_once_with_its_own_bytes(tmp_path: Path, archive: ArchiveRef
 
 def test_the_manifest_lists_all_files(tmp_path: Path, archive: ArchiveRef) -> None:
     manifest = run(tmp_path / "out", archive)
-    manifest.verify()
+    assert not verify.faults(manifest, full=True)
     assert set(objects(manifest)) == {entry.path for entry in manifest.files}
 
 
@@ -284,7 +284,7 @@ def test_two_runs_at_once_do_no_harm(tmp_path: Path, archive: ArchiveRef, monkey
         return create(url, data)
 
     monkeypatch.setattr(uri, "create", late)
-    run(tmp_path / "out", archive).verify()
+    assert not verify.faults(run(tmp_path / "out", archive), full=True)
 
 
 @pytest.fixture
