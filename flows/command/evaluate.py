@@ -32,12 +32,12 @@ def run(options: Namespace) -> None:
     if options.recipe:
         STAGE.run(options)
         return
-    found = _judged(options)
+    found = _compared(options)
     for line in [found.model_dump_json()] if options.json else _lines(found):
         print(line)
 
 
-def _judged(options: Namespace) -> "ImageComparison":
+def _compared(options: Namespace) -> "ImageComparison":
     """With Inception from this folder, unless ``--set`` names another extractor."""
     from dit.compare import compare_images
     from dit.evaluate import EvaluateConfig

@@ -71,9 +71,9 @@ class Plan:
         """One line each for disk, cache and memory."""
         there = "free space unknown" if self.disk_there is None else f"{self.disk_there / 1e9:,.1f} GB free"
         copy = self.copy and f"{self.copy.size / 1e9:,.2f} GB of latents to copy to {self.copy.folder}, "
-        memory = f"{self.memory / 2**30:,.1f} GiB a rank, {self.memory_there / 2**30:,.1f} GiB available"
+        need, available = f"{self.memory / 2**30:,.1f} GiB", f"{self.memory_there / 2**30:,.1f} GiB"
         return [
             f"disk    {self.disk / 1e9:,.2f} GB to write, {there}",
             *([f"cache   {copy}{self.copy.there / 1e9:,.1f} GB free"] if self.copy else []),
-            f"memory  {memory}, for training",
+            f"memory  {need} on each rank in training, {available} available",
         ]

@@ -1,1 +1,1 @@
-"""The page of a finished pipeline."""
+"""The page of a finished pipeline, and the scaling of a sweep."""
