@@ -51,7 +51,7 @@ class StoredArray:
 
     @cached_property
     def row(self) -> tuple[int, ...]:
-        """Shape of one stored row: (h, ...), without the split axis."""
+        """Shape of one stored row, without the split axis."""
         return self.shape[1:] if self.splits is None else self.shape[2:]
 
     @cached_property
