@@ -1,7 +1,7 @@
 """Groups of shards as Prefect tasks, on the task runner that ``shard.runner`` names.
 
-The shard stage plans groups of shards; `spread` runs each group as a task, in threads, in processes or on a Dask or Ray
-cluster. A task that fails is retried twice, unless the input is wrong. Shards that it has written stay.
+The shard stage plans groups of shards; `distribute` runs each group as a task, in threads, in processes or on a Dask
+or Ray cluster. A task that fails is retried twice, unless the input is wrong. Shards that it has written stay.
 """
 
 import os
@@ -21,7 +21,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from flows.children import set_parent_death_signal
 from storage.errors import DitflowError, InputError, one_line
 from storage.shards.runners import Dask, Processes, Ray, Runner, Threads
-from storage.shards.shard import Build, Built, Spread
+from storage.shards.shard import Build, BuildResult, Distribute
 
 RETRY_SECONDS = [1.0, 10.0]
 
@@ -30,7 +30,7 @@ class TaskError(DitflowError):
     """A task failed with an unexpected error, or its worker died."""
 
 
-def spread(runner: Runner) -> Spread:
+def distribute(runner: Runner) -> Distribute:
     """A function that builds groups of shards as tasks of the running flow, for `storage.shards.shard.run`.
 
     Raises, when called:
@@ -38,7 +38,7 @@ def spread(runner: Runner) -> Spread:
         StorageError: a task could not read or write.
         TaskError: a task failed with an unexpected error, or its worker died.
     """
-    return partial(_spread, runner)
+    return partial(_distribute, runner)
 
 
 def _is_worth_a_retry(_: Task[Any, Any], __: TaskRun, state: State[Any]) -> bool:
@@ -53,19 +53,19 @@ def _is_worth_a_retry(_: Task[Any, Any], __: TaskRun, state: State[Any]) -> bool
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def build_shards(build: Build, numbers: range) -> Built:
+def build_shards(build: Build, numbers: range) -> BuildResult:
     """Build one group of shards."""
     return build(numbers)
 
 
-def _spread(runner: Runner, build: Build, groups: Sequence[range]) -> Iterator[Built]:
+def _distribute(runner: Runner, build: Build, groups: Sequence[range]) -> Iterator[BuildResult]:
     with _started(runner) as started:
         futures = [started.submit(build_shards, {"build": build, "numbers": numbers}) for numbers in groups]
         for future in futures:
             yield _result(future)
 
 
-def _result(future: PrefectFuture[Built]) -> Built:
+def _result(future: PrefectFuture[BuildResult]) -> BuildResult:
     try:
         return future.result()
     except DitflowError:

@@ -16,7 +16,7 @@ from pydantic import Field
 from flows.contract import STAGES, Stage
 from flows.launch.spec import LaunchSpec, LocalLaunch
 from flows.perform import RunSettings, perform
-from flows.shard_tasks import spread
+from flows.shard_tasks import distribute
 from storage.archives.open import ArchiveRef
 from storage.manifest import Manifest
 from storage.shards import shard as tars
@@ -65,7 +65,7 @@ def _parameters(stage: Stage) -> list[Parameter]:
 
 
 def _shard_in_tasks(config: ShardConfig, archive: ArchiveRef, **output: Any) -> Manifest:
-    return tars.run(config, archive, spread=spread(config.runner), **output)
+    return tars.run(config, archive, distribute=distribute(config.runner), **output)
 
 
 _RUNS = {"shard": _shard_in_tasks}

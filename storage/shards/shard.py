@@ -111,7 +111,7 @@ class Sample:
     """Bytes of the image file."""
 
 
-class Built(Config):
+class BuildResult(Config):
     """The result of building a group of shards."""
 
     images: int
@@ -120,10 +120,10 @@ class Built(Config):
     """Files that were left out."""
 
 
-Build = Callable[[range], Built]
+Build = Callable[[range], BuildResult]
 """Builds the shards of these numbers. It can be pickled, and called again it builds only the missing ones."""
 
-Spread = Callable[[Build, Sequence[range]], Iterable[Built]]
+Distribute = Callable[[Build, Sequence[range]], Iterable[BuildResult]]
 """Calls the function with each of the ranges, on any worker and in any order, and yields the results."""
 
 
@@ -162,7 +162,12 @@ def input_digests(archive: ArchiveRef) -> dict[str, str]:
 
 
 def run(
-    config: ShardConfig, archive: ArchiveRef, *, out: StageOutput, tracker: Tracker, spread: Spread | None = None
+    config: ShardConfig,
+    archive: ArchiveRef,
+    *,
+    out: StageOutput,
+    tracker: Tracker,
+    distribute: Distribute | None = None,
 ) -> ShardManifest:
     """Build the missing tars and commit the stage.
 
@@ -171,7 +176,7 @@ def run(
         archive: the images.
         out: the stage's output.
         tracker: receives progress and the contact sheet.
-        spread: distributes groups of shards to workers; by default to threads of this process.
+        distribute: runs groups of shards on workers; by default on threads of this process.
 
     Raises:
         InputError: an archive is unusable, has changed since the output was named, or has more
@@ -181,13 +186,13 @@ def run(
     archive = archive.absolute()
     try:
         plan = _plan(config, archive, out)
-        _build_all(config, archive, plan, out, tracker, spread or partial(_in_threads, config.runner))
+        _build_all(config, archive, plan, out, tracker, distribute or partial(_in_threads, config.runner))
         return _finish(plan, out, tracker)
     finally:
         _planned.cache_clear()  # a plan of a million images is large
 
 
-def build(config: ShardConfig, archive: ArchiveRef, out: StageOutput, numbers: range) -> Built:
+def build(config: ShardConfig, archive: ArchiveRef, out: StageOutput, numbers: range) -> BuildResult:
     """Build the shards of these numbers that are not committed, in any process that can read the archive.
 
     Each process lists the archive once.
@@ -199,7 +204,7 @@ def build(config: ShardConfig, archive: ArchiveRef, out: StageOutput, numbers: r
     plan = _plan(config, archive, out)
     tasks = plan.tasks[numbers.start : numbers.stop]
     left_out = [item for task in tasks for item in _build(config, plan.archives[task.split], out, task)]
-    return Built(images=sum(len(task.indices) for task in tasks), unreadable=tuple(left_out))
+    return BuildResult(images=sum(len(task.indices) for task in tasks), unreadable=tuple(left_out))
 
 
 def read_images(manifest: ShardManifest, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
@@ -252,19 +257,19 @@ def _groups(config: ShardConfig, count: int) -> list[range]:
     return [range(count)[start : start + size] for start in range(0, count, size)]
 
 
-def _in_threads(runner: Runner, build: Build, groups: Sequence[range]) -> Iterator[Built]:
+def _in_threads(runner: Runner, build: Build, groups: Sequence[range]) -> Iterator[BuildResult]:
     with threads(local_workers(runner)) as pool:
         yield from pool.map(build, groups)
 
 
 def _build_all(
-    config: ShardConfig, archive: ArchiveRef, plan: _Plan, out: StageOutput, tracker: Tracker, spread: Spread
+    config: ShardConfig, archive: ArchiveRef, plan: _Plan, out: StageOutput, tracker: Tracker, distribute: Distribute
 ) -> None:
     total = sum(len(task.indices) for task in plan.tasks)
     done, unreadable = 0, list[Unreadable]()
-    for built in spread(partial(build, config, archive, out), _groups(config, len(plan.tasks))):
-        done += built.images
-        unreadable += built.unreadable
+    for result in distribute(partial(build, config, archive, out), _groups(config, len(plan.tasks))):
+        done += result.images
+        unreadable += result.unreadable
         _check_limit(unreadable, done, total, config.max_unreadable)
         tracker.progress(done, total, "images")
 

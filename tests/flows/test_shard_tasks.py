@@ -15,13 +15,13 @@ from PIL import Image
 from prefect import flow
 from until import until
 
-from flows.shard_tasks import TaskError, build_shards, spread
+from flows.shard_tasks import TaskError, build_shards, distribute
 from storage.archives.open import ArchiveRef
 from storage.errors import InputError, StorageError
 from storage.manifest import stage_output
 from storage.shards import shard
 from storage.shards.runners import Dask, Processes, Ray, Runner, Threads
-from storage.shards.shard import Build, Built, ShardConfig, ShardManifest
+from storage.shards.shard import Build, BuildResult, ShardConfig, ShardManifest
 from storage.tracker import NullTracker
 from storage.verify import faults
 
@@ -49,7 +49,7 @@ def bare(root: Path, archive: ArchiveRef, runner: Runner, **options: object) -> 
 
 @flow
 def sharding(root: Path, archive: ArchiveRef, runner: Runner) -> ShardManifest:
-    return bare(root, archive, runner, spread=spread(runner))
+    return bare(root, archive, runner, distribute=distribute(runner))
 
 
 @pytest.fixture
@@ -107,17 +107,17 @@ class Once:
     def __init__(self, folder: Path, error: Exception) -> None:
         self.folder, self.error = folder, error
 
-    def __call__(self, numbers: range) -> Built:
+    def __call__(self, numbers: range) -> BuildResult:
         tries = self.folder / str(numbers.start)
         tries.open("a").write("x")
         if len(tries.read_text()) == 1:
             raise self.error
-        return Built(images=len(numbers), unreadable=())
+        return BuildResult(images=len(numbers), unreadable=())
 
 
 @flow
-def building(build: Build, runner: Runner) -> list[Built]:
-    return list(spread(runner)(build, [range(2), range(2, 3)]))
+def building(build: Build, runner: Runner) -> list[BuildResult]:
+    return list(distribute(runner)(build, [range(2), range(2, 3)]))
 
 
 def tries(folder: Path) -> dict[str, int]:
@@ -144,7 +144,7 @@ class Fails:
     def __init__(self, *, kill: bool) -> None:
         self.kill = kill
 
-    def __call__(self, numbers: range) -> Built:
+    def __call__(self, numbers: range) -> BuildResult:
         if self.kill:
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("first line\nsecond line")
@@ -190,27 +190,27 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from prefect import flow
-from flows.shard_tasks import spread
+from flows.shard_tasks import distribute
 from storage.shards.runners import Processes, Threads
-from storage.shards.shard import Built
+from storage.shards.shard import BuildResult
 sys.path.insert(0, {folder!r})
 from slow import slow
 
 @flow
 def working(runner):
-    list(spread(runner)(slow, [range(k, k + 1) for k in range(200)]))
+    list(distribute(runner)(slow, [range(k, k + 1) for k in range(200)]))
 
 working({runner})
 """
 BUILD = """
 import time
 from pathlib import Path
-from storage.shards.shard import Built
+from storage.shards.shard import BuildResult
 
 def slow(numbers):
     Path({folder!r}, str(numbers.start)).touch()
     time.sleep(1)  # the last one would end minutes after the run was
-    return Built(images=1, unreadable=())
+    return BuildResult(images=1, unreadable=())
 """
 
 
