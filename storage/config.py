@@ -38,11 +38,11 @@ def operational(default: Any = ..., **kwargs: Any) -> Any:
 
 
 def is_text(kind: Any, keys: Sequence[str]) -> bool:
-    """Whether the field at a dotted key holds text and nothing else but null.
+    """Whether the field at a dotted key holds only text or null.
 
     Args:
         kind: a config's class, or any type.
-        keys: the parts of the key; below a union, those of any of its members.
+        keys: the parts of the key; in a union, the field must hold text in every member that has it.
     """
     if keys:
         below = [field for each in _members(kind) for field in _fields(each, keys[0])]
@@ -52,7 +52,7 @@ def is_text(kind: Any, keys: Sequence[str]) -> bool:
 
 
 def _members(kind: Any) -> Iterator[Any]:
-    """The types of a union, those of literals instead of the literals."""
+    """The member types of a union; a literal counts as its value's type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         yield from _members(arguments[0])

@@ -1,4 +1,4 @@
-"""Lists of archives that several uses share. Imports no archive, so that any command can begin with it."""
+"""Keeps opened archives, so that each is listed once within a block. Imports no archive, so any command can use it."""
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -13,9 +13,9 @@ _LISTED: ContextVar[dict[Hashable, Any] | None] = ContextVar("_LISTED", default=
 
 @contextmanager
 def listed_once() -> Iterator[None]:
-    """Within the block each archive is listed once: a later change of its files is not noticed.
+    """Within the block each archive is listed once; changes of its files after that are not noticed.
 
-    A block inside another shares its lists and drops them at its end, because those of a million images are large.
+    A block inside another shares its lists, and drops them when it ends: a list of a million images is large.
     """
     lists = _LISTED.get()
     lists = {} if lists is None else lists
@@ -28,11 +28,11 @@ def listed_once() -> Iterator[None]:
 
 
 def listed(ref: RefT, make: Callable[[RefT], ListedT]) -> ListedT:
-    """What ``make`` lists, kept until the end of the block if this is inside of one."""
+    """The result of ``make(ref)``, kept until the block of `listed_once` ends, if there is one."""
     lists = _LISTED.get()
     if lists is None:
         return make(ref)
     if ref not in lists:
         lists[ref] = make(ref)
-    found: ListedT = lists[ref]
-    return found
+    result: ListedT = lists[ref]
+    return result

@@ -48,7 +48,7 @@ class ArchiveRef(Config):
 
 
 def open_splits(ref: ArchiveRef) -> dict[str, Archive]:
-    """The archives by split: ``train`` and, if there are such images, ``held_out``.
+    """The archives by split: ``train`` and, if there are held-out images, ``held_out``.
 
     Raises:
         InputError, StorageError: as `open_archive`.
