@@ -1,6 +1,7 @@
 """The processes that share a stage's work, as torchrun starts them."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # by a star import
 
 from storage.tracker import NullTracker, Tracker
 
@@ -65,7 +67,8 @@ class Share(NullTracker):
 
 def cores() -> int:
     """Processor cores per rank of this machine."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+    return max(1, (os.cpu_count() or 1) // local)
 
 
 @contextmanager
@@ -75,17 +78,32 @@ def joined(timeout: timedelta | None = None) -> Iterator[Ranks]:
     Args:
         timeout: how long ranks wait for one another; torch's default by default.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    # Another launcher's WORLD_SIZE, such as a cluster's, is not about us.
+    world_size = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
     if world_size == 1:
         yield Ranks()
         return
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
-    ranks = Ranks(dist.get_rank(), world_size)
+    rank = int(os.environ["RANK"])
+    store = _loopback_store(rank, world_size)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, store=store, rank=rank, world_size=world_size)
+    ranks = Ranks(rank, world_size)
     try:
         ranks.wait()  # else a rank that fails at once is gone before the others connect, and they fail too
         yield ranks
     finally:
         dist.destroy_process_group()
+
+
+def _loopback_store(rank: int, world_size: int) -> TCPStore | None:
+    """Where the ranks of one machine find each other; None leaves that to torch.
+
+    Torch's own store listens on all interfaces, this one on the loopback address that the launcher gives.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if host != "127.0.0.1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    listener = socket.create_server((host, port)).detach() if rank == 0 else None
+    return TCPStore(host, port, world_size, is_master=rank == 0, master_listen_fd=listener)

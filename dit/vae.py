@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dit.pixels import to_bytes, to_unit
 from dit.weights import read_weights, weights_hash
 from storage import uri
-from storage.config import Config, operational, problem
+from storage.config import Config, Location, operational, problem
 from storage.errors import InputError, StorageError, one_line
 from storage.latents import VaeInfo
 from storage.manifest import json_digest
@@ -38,7 +38,7 @@ WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 class VaeRef(Config):
     """An autoencoder. Its location is not part of the identity; the hash of its weights is."""
 
-    source: str = operational()
+    source: Location = operational()
     """Autoencoder: a folder, an fsspec URL of a folder, or a Hugging Face hub id. It holds an AutoencoderKL or VQModel
     of diffusers, with weights as safetensors."""
     sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")

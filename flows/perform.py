@@ -29,7 +29,7 @@ from flows.tracking.spec import TrackingSpec
 from storage import uri
 from storage.archives.once import listed_once
 from storage.archives.open import ArchiveRef
-from storage.config import Config
+from storage.config import Config, Location
 from storage.manifest import Manifest, Provenance, StageOutput
 from storage.stage import Run
 
@@ -41,7 +41,7 @@ MAX_PICTURE_BYTES = 300_000  # Prefect accepts about 500 kB, and base64 adds a t
 class RunSettings(Config):
     """Settings of a run that are the same for every stage."""
 
-    root: str = Field(default_factory=lambda: os.environ.get("DITFLOW_ROOT", "runs"))
+    root: Location = Field(default_factory=lambda: os.environ.get("DITFLOW_ROOT", "runs"))
     """Folder or fsspec URL of all outputs. Default: DITFLOW_ROOT, else runs."""
     force: bool = False
     """Whether to run a finished stage again, into a new folder beside its old output."""

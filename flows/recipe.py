@@ -17,6 +17,7 @@ from flows.launch.spec import LaunchSpec, LocalLaunch
 from flows.registry.config import RegisterConfig
 from flows.servers import local_home
 from flows.tracking import runs
+from storage import uri
 from storage.archives.open import ArchiveRef
 from storage.config import Config, is_text, operational, problem
 from storage.errors import InputError
@@ -171,7 +172,7 @@ def recipe_of(values: dict[str, Any], where: str, overrides: Sequence[str]) -> R
         keys = {f"{text.partition('=')[0]}.": text for text in overrides}
         place = f"{found.place}."
         said = [text for key, text in keys.items() if place.startswith(key) or key.startswith(place)]
-        raise InputError(f"{f'--set {said[-1]}' if said else where}: {found}") from error
+        raise InputError(f"{f'--set {uri.redact(said[-1])}' if said else where}: {found}") from error
 
 
 def config_alone(kind: type[AnyConfig], stage: str, defaults: dict[str, Any], overrides: Sequence[str]) -> AnyConfig:
@@ -210,7 +211,7 @@ def parse_override(text: str, kind: Any) -> tuple[str, Any, str]:
     Raises:
         InputError: it is not of that form, or not YAML.
     """
-    where = f"--set {text}"
+    where = f"--set {uri.redact(text)}"
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise InputError(f"{where}: write key=value, such as train.steps=2000")

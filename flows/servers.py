@@ -7,6 +7,7 @@ file in the root without a server.
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -33,12 +34,16 @@ SERVERS = "servers.json"
 
 
 @contextmanager
-def prefect_server(home: Path, port: int = 0, *, scheduler: bool = False) -> Iterator[str]:
+def prefect_server(home: Path, port: int = 0, *, password: str, scheduler: bool = False) -> Iterator[str]:
     """A Prefect server with its database below ``home``; yields its address.
+
+    It runs code for whoever may create deployments, so it answers nobody without the password (Prefect calls it the
+    auth string), and no page of another origin.
 
     Args:
         home: folder of the database and the log.
         port: 0 for a free one.
+        password: see `new_password`; clients take it from ``PREFECT_API_AUTH_STRING``.
         scheduler: run the services that schedules, automations and workers need.
 
     Raises:
@@ -47,8 +52,15 @@ def prefect_server(home: Path, port: int = 0, *, scheduler: bool = False) -> Ite
     port = port or free_port()
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     command += [] if scheduler else ["--no-services"]
-    env = prefect_env(home) | {"PREFECT_UI_API_URL": f"http://{HOST}:{port}/api"}
-    with _server("prefect-server", home, command, env, port, "/api/health") as address:
+    address = f"http://{HOST}:{port}"
+    env = prefect_env(home) | {
+        "PREFECT_UI_API_URL": f"{address}/api",
+        "PREFECT_SERVER_API_AUTH_STRING": password,
+        "PREFECT_API_AUTH_STRING": password,  # its own services are clients too
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": address,
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+    }
+    with _server("prefect-server", home, command, env, port, "/api/health"):
         yield address
 
 
@@ -74,10 +86,18 @@ def local_home(root: str) -> Path:
     return uri.local_path(root) or Path("runs").absolute()
 
 
-def announce(root: str, prefect: str, mlflow: str) -> Path:
-    """Write the addresses of a root's servers to `SERVERS`; return the path of that file."""
+def new_password() -> str:
+    """A password for a Prefect server, in the form that its UI asks for."""
+    return f"ditflow:{secrets.token_urlsafe(12)}"
+
+
+def announce(root: str, prefect: str, mlflow: str, password: str) -> Path:
+    """Write the addresses of a root's servers to `SERVERS`, which only this user can read; return its path."""
     path = local_home(root) / SERVERS
-    path.write_text(json.dumps({"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow}))
+    path.unlink(missing_ok=True)  # one that is there may be readable by others
+    note = {"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow, "password": password}
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123  a descriptor
+        json.dump(note, file)
     return path
 
 
@@ -89,11 +109,12 @@ def use_running(root: str) -> bool:
     try:
         servers = json.loads((local_home(root) / SERVERS).read_bytes())
         pid, prefect, mlflow = int(servers["pid"]), str(servers["prefect"]), str(servers["mlflow"])
+        password = str(servers["password"])
     except (OSError, ValueError, TypeError, KeyError):  # no such file, or a damaged one
         return False
     if not (psutil.pid_exists(pid) and _healthy(f"{prefect}/api/health")):
         return False
-    os.environ["PREFECT_API_URL"] = f"{prefect}/api"
+    os.environ |= {"PREFECT_API_URL": f"{prefect}/api", "PREFECT_API_AUTH_STRING": password}
     if _healthy(f"{mlflow}/health"):
         os.environ.setdefault("MLFLOW_TRACKING_URI", mlflow)
     return True

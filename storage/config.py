@@ -5,7 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from storage import uri
+
+Location = Annotated[str, AfterValidator(uri.without_credentials)]
+"""A path or fsspec URL, which holds no secret, since configs are shown and stored openly."""
 
 _MESSAGES = {"extra_forbidden": "no such key", "union_tag_not_found": "say which with `kind`"}
 

@@ -22,6 +22,9 @@ from fsspec.implementations.local import LocalFileSystem
 from storage.errors import DitflowError, InputError, StorageError
 
 _VERSION_KEYS = ("mtime", "created", "ino", "ETag", "etag", "LastModified", "last_modified", "md5Hash", "generation")
+_SECRET_QUERY = re.compile(
+    r"[?&]([^=&#]*(?:signature|credential|secret|token|passw|key)[^=&#]*|sig|pwd|auth)=", re.IGNORECASE
+)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -50,10 +53,11 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Listings are not cached, since other processes write to the same folders.
 
     Raises:
-        InputError: the scheme is unknown or its package is not installed.
+        InputError: the scheme is unknown, its package is not installed, or the URL contains credentials: the errors
+            of a store would show them.
     """
     try:
-        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        fs, path = fsspec.core.url_to_fs(without_credentials(url), use_listings_cache=False)
     except (ValueError, ImportError, OSError) as error:
         raise InputError(f"{redact(url)}: not a usable URL ({error})") from error
     return fs, str(path)
@@ -98,13 +102,15 @@ def redact_json(value: Any) -> Any:
 
 
 def without_credentials(url: str) -> str:
-    """The URL itself, checked to contain no user or password, since parameters are shown and stored openly.
+    """The URL itself, checked to contain no secret, since parameters, logs and errors are shown and stored openly.
 
     Raises:
-        ValueError: it contains some.
+        ValueError: it has a user or password, or a signature or key in its query.
     """
-    if re.search(r"://[^/]*@", url):
-        raise ValueError("the URL contains credentials; set them in the environment or in fsspec's config instead")
+    query = _SECRET_QUERY.search(url) if "://" in url else None
+    if re.search(r"://[^/]*@", url) or query:
+        where = f" ({query[1]} in its query)" if query else ""
+        raise ValueError(f"the URL contains credentials{where}; set them in the environment or in fsspec's config")
     return url
 
 

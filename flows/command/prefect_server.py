@@ -30,12 +30,13 @@ def serving_prefect(root: str, *, quiet: bool) -> Iterator[None]:
         _hide_explained_tracebacks()
         yield
         return
-    home, port = servers.local_home(root) / "prefect", servers.free_port()
-    os.environ |= servers.prefect_env(home) | {"PREFECT_API_URL": f"http://{servers.HOST}:{port}/api"}
+    home, port, password = servers.local_home(root) / "prefect", servers.free_port(), servers.new_password()
+    address = {"PREFECT_API_URL": f"http://{servers.HOST}:{port}/api", "PREFECT_API_AUTH_STRING": password}
+    os.environ |= servers.prefect_env(home) | address
     warm = threading.Thread(target=_warm_up, args=(root,))
     warm.start()
     try:
-        with servers.prefect_server(home, port):
+        with servers.prefect_server(home, port, password=password):
             warm.join()
             _hide_explained_tracebacks()
             try:

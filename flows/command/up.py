@@ -66,18 +66,22 @@ def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> Non
     for port, option in ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port")):
         if not servers.is_free(port):
             raise InputError(f"port {port} is taken; choose another with {option}")
-    home = servers.local_home(root)
+    home, password = servers.local_home(root), servers.new_password()
     os.environ |= servers.prefect_env(home / "prefect") | {"DITFLOW_ROOT": uri.absolute(root)}
     with ExitStack() as stack:
-        prefect = stack.enter_context(servers.prefect_server(home / "prefect", prefect_port, scheduler=True))
+        prefect = stack.enter_context(
+            servers.prefect_server(home / "prefect", prefect_port, password=password, scheduler=True)
+        )
         mlflow = stack.enter_context(servers.mlflow_server(home, mlflow_port))
-        os.environ |= {"PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow}
+        os.environ |= {"PREFECT_API_URL": f"{prefect}/api", "PREFECT_API_AUTH_STRING": password}
+        os.environ["MLFLOW_TRACKING_URI"] = mlflow
         _deploy(values)
         log = stack.enter_context((home / "prefect" / "worker.log").open("wb"))
         start = ["worker", "start", "--pool", POOL, "--name", "ditflow-up"]
         worker = stack.enter_context(child(_prefect(*start), env={"PREFECT_WORKER_QUERY_SECONDS": "2"}, output=log))
-        stack.callback(servers.announce(root, prefect, mlflow).unlink)
-        sys.stdout.write(f"Prefect  {prefect}\nMLflow   {mlflow}\nroot     {uri.absolute(root)}\nCtrl-C stops all.\n")
+        stack.callback(servers.announce(root, prefect, mlflow, password).unlink)
+        sys.stdout.write(f"Prefect  {prefect}\npassword {password} (Prefect's pages ask for it)\nMLflow   {mlflow}\n")
+        sys.stdout.write(f"root     {uri.absolute(root)}\nCtrl-C stops all.\n")
         sys.stdout.flush()
         _watch(worker, log.name, (prefect_port, mlflow_port))
 

@@ -60,7 +60,8 @@ def _run_torchrun(spec: WorkerSpec, launch: LocalLaunch | NodesLaunch, ranks: Ra
     with tempfile.TemporaryDirectory(prefix="ditflow-") as folder:
         path = Path(folder) / "spec.json"
         path.write_text(spec.model_dump_json())
-        with child(_command(launch, path, spec.output.header.folder_name), env=_env()) as process:
+        command = _command(launch, path, spec.output.header.folder_name)
+        with child(command, env=_env(launch)) as process:
             assert process.stdout is not None
             ranks.read(process.stdout)
             code = process.wait()
@@ -70,11 +71,18 @@ def _run_torchrun(spec: WorkerSpec, launch: LocalLaunch | NodesLaunch, ranks: Ra
 
 def _command(launch: LocalLaunch | NodesLaunch, spec: Path, run_id: str) -> list[str]:
     if isinstance(launch, LocalLaunch):
-        options, nodes, nproc = ["--standalone", "--local-addr=127.0.0.1"], 1, launch.world_size
+        # By file: torchrun's own store would listen on all interfaces.
+        file = spec.with_name("rendezvous")
+        options = ["--local-addr=127.0.0.1", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file"]
+        options, nodes, nproc = [*options, f"--rdzv-endpoint={file}"], 1, launch.world_size
     else:
         options, nodes, nproc = torchrun.rendezvous(launch.address, run_id), launch.nodes, launch.nproc
+    options.append(f"--log-dir={spec.parent}")  # the default is a folder that nobody removes
     return torchrun.command(sys.executable, options, nodes, nproc, str(spec))
 
 
-def _env() -> dict[str, str]:
-    return {LAUNCHER: str(os.getpid()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **torchrun.ENV}
+def _env(launch: LocalLaunch | NodesLaunch) -> dict[str, str]:
+    env = {LAUNCHER: str(os.getpid()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **torchrun.ENV}
+    if isinstance(launch, LocalLaunch) and sys.platform == "linux":
+        env |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # ranks of one machine talk on loopback alone
+    return env

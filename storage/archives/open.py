@@ -1,8 +1,8 @@
 """Opens an archive of any type: folders, tars, zips and Parquet, on any fsspec file system."""
 
-from typing import Annotated, Self
+from typing import Self
 
-from pydantic import AfterValidator, model_validator
+from pydantic import model_validator
 
 from storage import uri
 from storage.archives.folder import entries, entry_name, open_folder
@@ -12,7 +12,7 @@ from storage.archives.once import listed
 from storage.archives.parquets import open_parquet
 from storage.archives.tars import expand_braces, open_tar, open_tars
 from storage.archives.zips import open_zip
-from storage.config import Config, operational
+from storage.config import Config, Location, operational
 from storage.errors import InputError
 
 __all__ = ["Archive", "ArchiveRef", "Member", "open_archive", "open_splits"]
@@ -26,11 +26,11 @@ class ArchiveRef(Config):
     Locations are not part of the identity; contents enter the digest by their listing.
     """
 
-    train: Annotated[str, AfterValidator(uri.without_credentials)] = operational()
+    train: Location = operational()
     """URL of the training images with their classes: a folder of class folders, tars, a zip or Parquet files."""
-    held_out: Annotated[str, AfterValidator(uri.without_credentials)] | None = operational(None)
+    held_out: Location | None = operational(None)
     """URL of held-out images of the same classes, which are not trained on; null for none."""
-    held_out_labels: Annotated[str, AfterValidator(uri.without_credentials)] | None = operational(None)
+    held_out_labels: Location | None = operational(None)
     """URL of the labels, if ``held_out`` is a tar of images without class folders: a text file with one class name a
     line, in the order of the sorted file names, or ImageNet's ``ILSVRC2012_devkit_t12.tar.gz`` as published."""
 

@@ -5,10 +5,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from storage import uri
-from storage.config import Config
+from storage.config import Config, Location
 
 
 class Threads(Config):
@@ -31,7 +30,7 @@ class Dask(Config):
     """A Dask cluster. Its workers need this package, and the archive and the root under the same URLs."""
 
     kind: Literal["dask"] = "dask"
-    address: Annotated[str, AfterValidator(uri.without_credentials)] | None = None
+    address: Location | None = None
     """Address of the scheduler, such as ``tcp://10.0.0.1:8786``; null starts a cluster on this machine for the run."""
 
 
@@ -39,7 +38,7 @@ class Ray(Config):
     """A Ray cluster. Its workers need this package, and the archive and the root under the same URLs."""
 
     kind: Literal["ray"] = "ray"
-    address: Annotated[str, AfterValidator(uri.without_credentials)] | None = None
+    address: Location | None = None
     """Address of the cluster, such as ``ray://10.0.0.1:10001``; null starts one on this machine for the run."""
 
 

@@ -264,6 +264,7 @@ def attempt(folder: Path, job: dict[str, Any], number: int, port: int) -> list[i
     for each in range(job["ranks"]):
         values = {"RANK": each, "LOCAL_RANK": each, "WORLD_SIZE": job["ranks"], "TORCHELASTIC_RESTART_COUNT": number}
         values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        values |= {"TORCHELASTIC_RUN_ID": "forked"}  # by which torch, and we, know torchrun
         pids.append(fork(work))
     codes = dict[int, int]()
     while len(codes) < len(pids):

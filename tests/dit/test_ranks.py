@@ -18,13 +18,17 @@ def test_cores_are_divided_among_the_ranks_of_a_machine(monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert cores() == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # somebody else's
+    assert cores() == 12
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     for ranks, expected in ((8, 1), (5, 2), (16, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert cores() == expected
 
 
 def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in (("WORLD_SIZE", "8"), ("RANK", "3"), ("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)  # another launcher's
     with joined() as ranks:
         assert ranks == Ranks(0, 1)
         assert ranks.first

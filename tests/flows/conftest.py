@@ -15,6 +15,7 @@ from faults import MlflowServer, all_gone, descendants, prefect_at
 from launching import LOG, write_latents
 from mlflow import MlflowClient
 from pipelines import KEPT
+from prefect_rest import PASSWORD
 from small import few_digits
 from until import until
 
@@ -47,7 +48,7 @@ def prefect(prefect_template: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The address of a Prefect server."""
     home = tmp_path_factory.mktemp("prefect")
     shutil.copy(prefect_template, home)
-    with servers.prefect_server(home) as address:
+    with servers.prefect_server(home, password=PASSWORD) as address:
         yield address
 
 

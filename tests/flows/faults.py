@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from prefect.context import refresh_global_settings_context
+from prefect_rest import PASSWORD
 from until import until
 
 from flows import servers
@@ -45,7 +46,9 @@ def prefect_at(address: str) -> Iterator[None]:
     """Flows of this process, in any of its threads, and of its children run against this Prefect server."""
     with ExitStack() as stack:
         stack.callback(refresh_global_settings_context)
-        stack.enter_context(pytest.MonkeyPatch.context()).setenv("PREFECT_API_URL", f"{address}/api")
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("PREFECT_API_URL", f"{address}/api")
+        patch.setenv("PREFECT_API_AUTH_STRING", PASSWORD)
         stack.callback(flush_logs)
         refresh_global_settings_context()
         yield

@@ -1,8 +1,6 @@
 """Champion and candidate evaluated again, with real MLflow and Prefect servers."""
 
-import json
 import shutil
-import urllib.request
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 from faults import MlflowServer, prefect_at
 from mlflow import MlflowClient
 from prefect.client.schemas.objects import State
+from prefect_rest import PASSWORD, call
 from small import Small
 from until import until
 
@@ -50,10 +49,7 @@ class World:
             small.registered(small.evaluated(small.checkpoint(latents, steps)), config)
 
     def call(self, path: str, body: Any) -> Any:
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.prefect}/api{path}", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=180) as answer:
-            return json.load(answer)
+        return call(self.prefect, path, body)
 
     def events(self, name: str) -> list[dict[str, Any]]:
         found = self.call("/events/filter", {"filter": {"event": {"name": [name]}}, "limit": 50})
@@ -82,7 +78,7 @@ def world(
     """The Prefect server is one that keeps events."""
     folder = tmp_path_factory.mktemp("world")
     shutil.copy(prefect_template, folder)
-    with servers.prefect_server(folder, scheduler=True) as prefect, prefect_at(prefect):
+    with servers.prefect_server(folder, password=PASSWORD, scheduler=True) as prefect, prefect_at(prefect):
         yield World(folder, mlflow_server, prefect)
 
 

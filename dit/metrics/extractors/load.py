@@ -9,7 +9,7 @@ from pydantic import Field
 from dit.metrics.extractors import demo_digits, dinov2, inception
 from dit.metrics.extractors.base import FeatureExtractor
 from dit.weights import WeightsFile
-from storage.config import Config, operational
+from storage.config import Config, Location, operational
 
 
 class _Load(Protocol):
@@ -50,7 +50,7 @@ class ExtractorRef(Config):
         "demo-digits",
         description=f"The network: {', '.join(f'``{name}`` is {row.help}' for name, row in EXTRACTORS.items())}.",
     )
-    weights: str = operational()
+    weights: Location = operational()
     """Weights file of the network, or the folder that contains it, by path or fsspec URL."""
     sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")
     """SHA-256 that the weights file must have, 64 hex digits. Null: any file is accepted."""

@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from uuid import uuid4
 import psutil
 import pytest
 import yaml
+from prefect_rest import call
 from until import until
 
 from flows import servers
@@ -57,17 +58,8 @@ class Up:
         raise AssertionError("".join(lines))
 
     def call(self, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"http://127.0.0.1:{self.api}/api{path}", data, headers)
-        while True:
-            try:
-                with urllib.request.urlopen(request, timeout=180) as answer:
-                    return json.loads(answer.read() or "null")
-            except urllib.error.HTTPError as error:
-                if error.code != 503:  # sqlite is busy: Prefect's own clients try again as well
-                    raise
-                time.sleep(0.5)
+        password = json.loads((self.root / servers.SERVERS).read_bytes())["password"]
+        return call(f"http://127.0.0.1:{self.api}", path, body, password)
 
     def start(self, flow: str, **parameters: Any) -> str:
         """Run a flow as its form would, the fields left alone at their filled-in values."""

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,23 @@ def test_a_stage_runs_and_reports(
     lines: pytest.LogCaptureFixture,
     nothing_left: None,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")  # so that every rank has something to say, if it has peers
-    noted, spec = Noted(), job(latents, TINY)
-    launcher.run(spec, LocalLaunch(nproc=nproc), progress=noted, log=LOG)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    noted, spec, addresses, before = Noted(), job(latents, TINY), set[str](), descendants()
+
+    def progress(done: int, total: int, unit: str) -> None:
+        noted(done, total, unit)
+        for pid in set(descendants()) - set(before):
+            with suppress(psutil.NoSuchProcess):
+                connections = psutil.Process(pid).net_connections("inet")
+                addresses.update(each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN)
+
+    launcher.run(spec, LocalLaunch(nproc=nproc), progress=progress, log=LOG)
+    assert addresses == ({"127.0.0.1"} if nproc > 1 else set())  # nobody else's machine can join
+    assert not [*tmp_path.glob("torchelastic_*"), *tmp_path.glob("ditflow-*")]
     manifest = STAGES["train"].kind.read(spec.output.uri)
     assert manifest.counts["steps"] == 4
     assert noted.progress[-1] == (4, 4, "steps")

@@ -1,9 +1,7 @@
 """The Prefect server is taken away from a flow in the middle of its training, and comes back."""
 
-import json
 import os
 import signal
-import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 from faults import all_gone, descendants, start
 from launching import TINY
+from prefect_rest import PASSWORD, call
 from until import until
 
 from flows import servers
@@ -35,9 +34,7 @@ def steps(folder: Path) -> int:
 
 
 def state_of_the_run(address: str) -> str:
-    request = urllib.request.Request(f"{address}/api/flow_runs/filter", b"{}", {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=180) as answer:
-        (run,) = json.load(answer)
+    (run,) = call(address, "/flow_runs/filter", {})
     return str(run["state"]["type"])
 
 
@@ -54,10 +51,11 @@ def test_training_goes_on_without_the_prefect_server(
         Path(STAGES["train"].output(str(Path(latents.uri).parents[1]), config, latents).uri),
     )
     monkeypatch.setenv("PREFECT_API_URL", f"http://{servers.HOST}:{port}/api")
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", PASSWORD)
     migrated(tmp_path)
     with ExitStack() as stack:
         before = set(descendants())
-        stack.enter_context(servers.prefect_server(tmp_path / "prefect", port))
+        stack.enter_context(servers.prefect_server(tmp_path / "prefect", port, password=PASSWORD))
         server = [pid for pid in descendants() if pid not in before]
         flow = stack.enter_context(start(FLOW, latents.uri, config.model_dump_json()))
         until(lambda: steps(folder) > 0)
@@ -66,7 +64,7 @@ def test_training_goes_on_without_the_prefect_server(
         until(lambda: all_gone(server))
         reached = steps(folder)
         until(lambda: steps(folder) > reached + 50)
-        address = stack.enter_context(servers.prefect_server(tmp_path / "prefect", port))
+        address = stack.enter_context(servers.prefect_server(tmp_path / "prefect", port, password=PASSWORD))
         output, _ = flow.communicate()
         assert flow.returncode == 0, output
         assert state_of_the_run(address) == "COMPLETED"

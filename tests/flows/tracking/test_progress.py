@@ -13,11 +13,13 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
     PREFECT_CLIENT_MAX_RETRIES,
     PREFECT_LOGGING_TO_API_ENABLED,
     temporary_settings,
 )
+from prefect_rest import PASSWORD
 from until import until
 
 from flows import servers
@@ -122,9 +124,10 @@ def test_a_killed_prefect_server_does_not_stop_the_work(
                 shown._sender.join()
         worked.append(True)
 
-    with servers.prefect_server(tmp_path) as address:
+    with servers.prefect_server(tmp_path, password=PASSWORD) as address:
         settings = {
             PREFECT_API_URL: f"{address}/api",
+            PREFECT_API_AUTH_STRING: PASSWORD,
             PREFECT_CLIENT_MAX_RETRIES: 0,
             PREFECT_LOGGING_TO_API_ENABLED: False,
         }

@@ -129,7 +129,16 @@ def test_locations_are_operational() -> None:
         ArchiveRef()
 
 
-@pytest.mark.parametrize("url", ["s3://me:secret@host/x.zip", "zip://flowers::https://me:secret@host/x.zip"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://me:secret@host/x.zip",
+        "zip://flowers::https://me:secret@host/x.zip",
+        "https://host/x.zip?X-Amz-Expires=60&X-Amz-Signature=secret",
+        "https://host/x.zip?sig=secret",
+        "zip://flowers::https://host/x.zip?access_token=secret",
+    ],
+)
 def test_locations_carry_no_credentials(url: str) -> None:
     with pytest.raises(ValueError, match="the URL contains credentials"):
         ArchiveRef(train=url)
