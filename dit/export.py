@@ -10,7 +10,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from dit.diffusion.config import ProcessConfig
-from dit.models.build import build
+from dit.models.build import AnyModelConfig, build
 from dit.models.config import ModelConfig
 from dit.vae import VaeRef
 from dit.weights import read_weights
@@ -33,7 +33,7 @@ def weights_file(name: str) -> str:
 class ModelCard(Config):
     """Everything needed to rebuild a trained model and to sample from it."""
 
-    model: ModelConfig
+    model: AnyModelConfig
     """Config of the network."""
     diffusion: ProcessConfig
     """Diffusion process that the model reverses."""

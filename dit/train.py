@@ -12,9 +12,9 @@ from dit.devices import Arithmetic, arithmetic, device, dtype
 from dit.diffusion.build import build_process
 from dit.diffusion.config import DiffusionConfig, ProcessConfig
 from dit.export import RAW_WEIGHTS, CheckpointManifest, ModelCard, export, weights_file
-from dit.models.build import build
-from dit.models.choice import DataSpec, DiTChoice, ModelChoice
-from dit.models.config import DiffiTImageConfig, ModelConfig
+from dit.models.build import AnyModelChoice, build
+from dit.models.choice import DataSpec, DiTChoice
+from dit.models.config import ModelConfig
 from dit.models.cost import activations, cost
 from dit.ranks import Ranks, joined
 from dit.rates import at_once, training_rate
@@ -43,7 +43,7 @@ LOGGER = logging.getLogger(__name__)
 class TrainConfig(Config):
     """Settings of the training stage."""
 
-    model: ModelChoice = DiTChoice()
+    model: AnyModelChoice = DiTChoice()
     """Model to train. Image size, channels and number of classes are taken from the data."""
     diffusion: ProcessConfig = DiffusionConfig()
     """Diffusion process that the model learns to reverse."""
@@ -197,7 +197,7 @@ def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentMani
         augmentation=config.augmentation,
         order=config.order,
         streamed=config.reading == "streamed",
-        dropout=isinstance(model_config, DiffiTImageConfig) and model_config.dropout > 0,
+        dropout=model_config.uses_dropout,
     )
 
 

@@ -1,19 +1,52 @@
-"""From a config to a model."""
+"""The table of models, and from a config to a model. A new model is a module and a row here."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
+from pydantic import Field
 from torch import nn
 
-from dit.models.config import ModelConfig
+from dit.models.choice import DiffiTChoice, DiffiTImageChoice, DiTChoice, ModelChoice
+from dit.models.config import DiffiTConfig, DiffiTImageConfig, DiTConfig, ModelConfig
 from dit.models.diffit_image import ImageDiffiT
 from dit.models.diffit_latent import LatentDiffiT
 from dit.models.dit import DiT
 
-MODELS: dict[str, Callable[[Any], nn.Module]] = {"dit": DiT, "diffit": LatentDiffiT, "diffit_image": ImageDiffiT}
-"""A class for each `kind` of model config."""
+
+@dataclass(frozen=True)
+class Model:
+    """A kind of model.
+
+    Args:
+        choice: what a recipe says of it.
+        config: everything that determines it; its ``kind`` is that of the choice.
+        network: makes it of its config.
+    """
+
+    choice: type[ModelChoice]
+    config: type[ModelConfig]
+    network: Callable[[Any], nn.Module]
+
+
+MODELS = (
+    Model(DiTChoice, DiTConfig, DiT),
+    Model(DiffiTChoice, DiffiTConfig, LatentDiffiT),
+    Model(DiffiTImageChoice, DiffiTImageConfig, ImageDiffiT),
+)
+
+if TYPE_CHECKING:
+    AnyModelChoice: TypeAlias = ModelChoice
+    AnyModelConfig: TypeAlias = ModelConfig
+else:
+    AnyModelChoice = Annotated[reduce(or_, [model.choice for model in MODELS]), Field(discriminator="kind")]
+    """A choice of any model; ``kind`` says which."""
+    AnyModelConfig = Annotated[reduce(or_, [model.config for model in MODELS]), Field(discriminator="kind")]
+    """The config of any model; ``kind`` says which."""
 
 
 def build(config: ModelConfig) -> nn.Module:
     """A freshly initialised model on torch's default device, drawn from torch's generator."""
-    return MODELS[config.kind](config)
+    return next(model.network for model in MODELS if isinstance(config, model.config))(config)

@@ -1,8 +1,8 @@
 """The choice of a model in a recipe: what data and process do not determine."""
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from dit.models.config import (
     DiffiTImageConfig,
     DiTConfig,
     ImageSize,
+    ModelConfig,
     Size,
     TransformerShape,
     UShape,
@@ -44,7 +45,7 @@ class ImageShape(UShape):
     """Widths, depths and window of your own."""
 
 
-class _Choice(Config, ABC):
+class ModelChoice(Config, ABC):
     """Fields of every model."""
 
     conditional: bool = True
@@ -60,8 +61,16 @@ class _Choice(Config, ABC):
             "label_dropout": self.label_dropout,
         }
 
+    @abstractmethod
+    def config(self, data: DataSpec) -> ModelConfig:
+        """The full config.
 
-class _PatchChoice(_Choice, ABC):
+        Raises:
+            InputError, ValidationError: choice and data do not fit each other.
+        """
+
+
+class _PatchChoice(ModelChoice, ABC):
     """Fields of the transformers over patches."""
 
     size: Size | Shape = "XL"
@@ -109,7 +118,7 @@ class DiffiTChoice(_PatchChoice):
         return DiffiTConfig(**self._patches(data))
 
 
-class DiffiTImageChoice(_Choice):
+class DiffiTImageChoice(ModelChoice):
     """An image-space DiffiT (Hatamizadeh et al., arXiv 2312.02139). It does not learn a variance."""
 
     kind: Literal["diffit_image"] = "diffit_image"
@@ -132,7 +141,3 @@ class DiffiTImageChoice(_Choice):
         dropout = {} if self.dropout is None else {"dropout": self.dropout}
         common = self._common(data) | {"augmented": data.augmented}
         return DiffiTImageConfig.model_validate(shape | common | dropout)
-
-
-ModelChoice = Annotated[DiTChoice | DiffiTChoice | DiffiTImageChoice, Field(discriminator="kind")]
-"""Any choice; ``kind`` says which."""

@@ -1,7 +1,7 @@
 """Configs of the models. A size is a row in a table."""
 
 from abc import ABC
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,27 @@ HEAD_WIDTH = 32
 BlockKind = Literal["in_context", "cross_attention", "adaln", "adaln_zero"]
 Size = Literal["S", "B", "L", "XL"]
 ImageSize = Literal["cifar10", "ffhq64", "digits16"]
+
+
+class ModelConfig(Config, ABC):
+    """Everything that determines a model, apart from its weights."""
+
+    if TYPE_CHECKING:  # each model declares these itself, in an order of its own
+        kind: str
+        input_size: int
+        in_channels: int
+        num_classes: int
+        label_dropout: float
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of an image; None if their number differs between layers."""
+        return None
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether training drops anything but labels."""
+        return False
 
 
 class TransformerShape(Config, ABC):
@@ -29,7 +50,7 @@ class TransformerShape(Config, ABC):
     """Hidden width of a block's MLP, as a multiple of the width."""
 
 
-class PatchTransformerConfig(TransformerShape, ABC):
+class PatchTransformerConfig(TransformerShape, ModelConfig, ABC):
     """A transformer over the patches of a latent."""
 
     input_size: int = Field(32, ge=1)
@@ -64,6 +85,11 @@ class PatchTransformerConfig(TransformerShape, ABC):
     def grid(self) -> int:
         """Tokens along a side."""
         return self.input_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return self.grid**2
 
 
 class DiTConfig(PatchTransformerConfig):
@@ -100,7 +126,7 @@ class UShape(Config, ABC):
     """Channels of the embedded noise level."""
 
 
-class DiffiTImageConfig(UShape):
+class DiffiTImageConfig(UShape, ModelConfig):
     """An image-space DiffiT (Hatamizadeh et al., arXiv 2312.02139). See `diffit_image_config` for sizes."""
 
     kind: Literal["diffit_image"] = "diffit_image"
@@ -130,9 +156,11 @@ class DiffiTImageConfig(UShape):
             raise ValueError(f"input_size {self.input_size}: {reason}")
         return self
 
+    @property
+    def uses_dropout(self) -> bool:
+        """See `ModelConfig`."""
+        return self.dropout > 0
 
-ModelConfig = Annotated[DiTConfig | DiffiTConfig | DiffiTImageConfig, Field(discriminator="kind")]
-"""Any model; ``kind`` says which."""
 
 SIZES: dict[Size, dict[str, int]] = {
     "S": {"depth": 12, "width": 384, "heads": 6},

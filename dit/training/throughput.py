@@ -62,8 +62,8 @@ class ThroughputMeter:
             "tflops": flops / TERA,
             "data_wait_share": (waited - last_waited) / (now - last_time),
         }
-        if self.model.kind != "diffit_image":
-            rates["tokens_per_second"] = speed * self.model.grid**2
+        if self.model.tokens is not None:
+            rates["tokens_per_second"] = speed * self.model.tokens
         if self._peak is not None:
             rates["mfu"] = flops / self._peak
         return rates | {"memory_gib": memory(self.device) / GIB} | system(self.device)

@@ -4,7 +4,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from dit.models.choice import DataSpec, DiffiTChoice, DiffiTImageChoice, DiTChoice, ImageShape, ModelChoice, Shape
+from dit.models.build import MODELS, AnyModelChoice
+from dit.models.choice import DataSpec, DiffiTChoice, DiffiTImageChoice, DiTChoice, ImageShape, Shape
 from dit.models.config import (
     IMAGE_SIZES,
     SIZES,
@@ -65,8 +66,13 @@ def test_only_image_models_can_be_told_of_augmentation() -> None:
 
 
 def test_kind_tells_them_apart() -> None:
-    adapter: TypeAdapter[Any] = TypeAdapter(ModelChoice)
+    adapter: TypeAdapter[Any] = TypeAdapter(AnyModelChoice)
     for kind, choice in (("dit", DiTChoice), ("diffit", DiffiTChoice), ("diffit_image", DiffiTImageChoice)):
         assert adapter.validate_python({"kind": kind}) == choice()
     with pytest.raises(ValidationError, match="kind"):
         adapter.validate_python({"size": "B"})
+
+
+def test_a_choice_and_its_config_are_of_one_kind() -> None:
+    kinds = [(model.choice.model_fields["kind"].default, model.config.model_fields["kind"].default) for model in MODELS]
+    assert kinds == [("dit", "dit"), ("diffit", "diffit"), ("diffit_image", "diffit_image")]
