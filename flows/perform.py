@@ -93,7 +93,7 @@ def _perform(
         runs.sync_run(done, settings.root)
         _show(stage, partial(_link, stage, done.provenance.mlflow_run_id, settings.root))
         _show(stage, partial(_create_artifacts, stage, done))
-        return Completed(name=SKIPPED, message=f"done before: {done.url}", data=done.url)
+        return Completed(name=SKIPPED, message=f"already done: {done.url}", data=done.url)
     with runs.stage_run(output, settings.root) as (tracked, spec):
         _show(stage, partial(_link, stage, spec.run_id, settings.root))
         manifest = _run(stage, config, source, tracked, spec, launcher, run)

@@ -223,13 +223,13 @@ def put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
     """Set the value of a dotted key.
 
     Raises:
-        InputError: something on the way is a value, and nothing lies below it.
+        InputError: a part of the key before the last is a single value.
     """
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise InputError(f"{where}: {parent} is a value, nothing lies below it")
+            raise InputError(f"{where}: {parent} is a value and has no fields")
     values[last] = value
 
 

@@ -105,7 +105,7 @@ def reevaluate(
             if window.step not in _steps(client, _series(client, experiment_id, model_name, version))
         }
     if not missing:
-        return Completed(name=SKIPPED, message=f"done before for {window.label}", data=window.label)
+        return Completed(name=SKIPPED, message=f"already done for {window.label}", data=window.label)
     with runs.pipeline_run(str(settings.pipeline_id), settings.root):
         found = [
             _reevaluate(client, model_name, version, names, window, settings) for version, names in missing.items()
@@ -114,7 +114,7 @@ def reevaluate(
     for each in found:  # last: after a kill, events are sent again rather than never
         _log(client, _series(client, experiment_id, model_name, each.version), window, each.now)
     drifted = [f"{each.version} {name}" for each in found for name in each.drifts()]
-    return Completed(message=f"{window.label}: drifted: {', '.join(drifted) or 'nothing'}", data=window.label)
+    return Completed(message=f"{window.label}: drifted: {', '.join(drifted) or 'no metric'}", data=window.label)
 
 
 def _versions(client: MlflowClient, name: str) -> dict[int, list[str]]:
@@ -172,10 +172,10 @@ def _table(found: list[_Reevaluation]) -> str:
         who, changes, drifts = f"{each.version} ({', '.join(each.aliases)})", each.changes(), each.drifts()
         for metric, now in each.now.metrics.items():
             change = changes.get(metric)
-            told = f"{-change.value:+.4g} ± {change.margin:.2g}" if change else ""
+            difference = f"{-change.value:+.4g} ± {change.margin:.2g}" if change else ""
             alarm = "**drifted**" if metric in drifts else ""
             then = each.then.metrics.get(metric, float("nan"))
-            rows += f"| {who} | {metric} | {then:.6g} | {now:.6g} | {told} | {alarm} |\n"
+            rows += f"| {who} | {metric} | {then:.6g} | {now:.6g} | {difference} | {alarm} |\n"
     return head + rows
 
 

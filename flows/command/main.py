@@ -52,7 +52,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+    """Run the command; return its exit code. SIGTERM ends it with 143, after its child processes have ended."""
     signal.signal(signal.SIGTERM, _terminated)
     options = _parser().parse_args(arguments)
     servers.bypass_proxy()

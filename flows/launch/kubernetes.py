@@ -44,7 +44,7 @@ def run(spec: WorkerSpec, launch: KubernetesLaunch, *, progress: Progress, log: 
     if applied.returncode:
         raise InputError(f"launch: Kubernetes refuses the job: {' '.join(applied.stderr.split())}")
     name, ranks = spec.job_name, RankLog(progress, log.info)
-    log.info(f"Kubernetes job {name} in {launch.namespace}")
+    log.info(f"Kubernetes job {name} applied in namespace {launch.namespace}")
     try:
         last = ""
         while (end := _end_state(name, launch)) is None:

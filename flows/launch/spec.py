@@ -105,7 +105,7 @@ class KubernetesLaunch(Config):
     volumes: dict[str, str] = Field(default_factory=dict)
     """Paths at which the pods mount persistent volumes, by the name of the volume claim."""
     max_restarts: int = Field(10, ge=0)
-    """How many restarts the job may use for each pod."""
+    """Pod restarts before the job fails: this number times the number of pods."""
     poll_seconds: float = Field(5.0, gt=0)
     """Seconds between two queries of the job's state."""
 

@@ -14,7 +14,7 @@ LOGGER = logging.getLogger(__name__)
 GUIDANCE = "guidance_"
 SETTINGS = ("channels", "schedule", "interval")
 Fixed = tuple[str, int, str, dict[str, str | int | float]]
-"""What must be the same: distance, version of the stage, digest of the checkpoint, conditions."""
+"""What must be equal: distance, version of the stage, digest of the checkpoint, conditions without guidance."""
 
 
 def sweep_of(found: MetricsManifest, root: str) -> list[MetricsManifest]:
@@ -39,7 +39,7 @@ def lines(evaluations: Sequence[MetricsManifest]) -> list[GuidanceLine]:
 
 
 def _evaluations(root: str, but: str) -> Iterator[tuple[MetricsManifest, Fixed]]:
-    """All finished ones but one, each with what must be the same."""
+    """The finished evaluations except one, each with what must be equal."""
     excluded = MetricsManifest.folder(root, but)
     for folder in finished_outputs(root, MetricsManifest.STAGE):
         if folder != excluded:
@@ -75,5 +75,5 @@ def _line(setting: str, evaluations: Sequence[MetricsManifest]) -> GuidanceLine:
 
 
 def _published_or_fp32(name: str, found: MetricsManifest) -> float:
-    """In the precision of the published numbers where there is one."""
+    """The metric in the arithmetic of published results, if it was measured, else in float32."""
     return found.metrics.get(f"{name}_adm_fp16", found.metrics[f"{name}_fp32"])

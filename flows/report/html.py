@@ -1,4 +1,4 @@
-"""A page as data, and its HTML, which needs nothing but itself: text is escaped, pictures lie in the page."""
+"""A page as data, rendered to one HTML file: text is escaped, pictures are embedded."""
 
 import base64
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ class Figure:
     png: bytes
     caption: str
     plot: bool = False
-    """Whether it is a drawing, whose pixels are smoothed."""
+    """Whether it is a plot, which browsers may smooth when they scale it."""
 
 
 @dataclass(frozen=True)
 class Strips:
-    """PNGs below each other, each with a name before it."""
+    """PNGs below each other, each with its name on the left."""
 
     strips: Sequence[tuple[str, bytes]]
 
@@ -36,13 +36,13 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """For each column whether all its cells are numbers; those stand to the right."""
+        """For each column, whether all its cells are numbers; such columns are aligned to the right."""
         return [all(map(_is_number, column)) for column in zip(*self.rows, strict=True)]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is below it; a string is a paragraph."""
+    """A heading and its content; a string is a paragraph."""
 
     title: str
     parts: Sequence[str | Figure | Strips | Table]

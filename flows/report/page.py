@@ -1,4 +1,7 @@
-"""The report of a pipeline run: one HTML file with everything in it, and nothing in it that runs."""
+"""The report of a pipeline run: one HTML file with all pictures in it and no scripts.
+
+It is made from manifests alone. Its name is a hash of their digests and `VERSION`, so a report is written once.
+"""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -26,7 +29,7 @@ FOLDER, REPORT = "reports", "report.html"
 VERSION = 3
 """Raised when the same manifests make another page."""
 CLASSES, EACH, WIDE = 10, 16, 1024
-"""Classes shown, and samples of each: as many as fit in so many pixels, from 4 to 16."""
+"""Number of classes shown, most samples of each, and width of a strip in pixels."""
 SHOWN, NEAREST = 8, 5
 PUBLISHED = (
     "Papers report FID on ImageNet, CIFAR-10 and FFHQ; a distance over other images, in another size or by another "

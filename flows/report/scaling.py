@@ -1,4 +1,4 @@
-"""How the distance falls as models grow: the finished runs of a sweep, and a line through them."""
+"""Scaling: the Fréchet distance against compute over the finished runs of a sweep, with a fitted power law."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from storage.manifest import json_digest, short_digest
 
 @dataclass(frozen=True)
 class Run:
-    """A trained model, what it costs, and how far its samples are from the images."""
+    """A trained model, its compute, and the distance of its samples."""
 
     name: str
     parameters: int
@@ -35,24 +35,24 @@ class Run:
     """URL of the metrics."""
 
     def cells(self) -> tuple[str, ...]:
-        """Name, million parameters, GMAC, images seen, training FLOPs and distance, for people."""
+        """Table cells: name, million parameters, GMAC, images seen, training FLOPs and distance."""
         counts = f"{self.parameters / 1e6:.3g}", f"{self.gmac:.3g}", f"{self.images_seen:,}"
         return self.name, *counts, f"{self.training_flops:.3g}", str(self.distance)
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a sweep says."""
+    """The runs of a sweep and the fits."""
 
     distance: str
-    """Its name and space."""
+    """Name of the distance with its feature extractor."""
     runs: list[Run]
     missing: list[str]
-    """Recipes whose metrics are not there."""
+    """Recipes that have no metrics yet."""
     fits: dict[str, PowerLaw]
-    """By what the distance is a function of."""
+    """The power law by its variable: training FLOPs, or GMAC."""
     picture: str
-    """URL of a PNG."""
+    """URL of the plot, a PNG."""
 
     def as_json(self) -> str:
         """One object."""
@@ -60,7 +60,7 @@ class Scaling:
 
 
 def scaling(names: Sequence[str], overrides: Sequence[str], root: str) -> Scaling:
-    """The finished runs of some recipes or sweeps, and the lines through them.
+    """Fit the distance over the finished runs of recipes or sweeps.
 
     The distance is fitted against the training FLOPs, and against the GMAC of the model if all have
     seen equally many images. Training takes six FLOPs for each multiply-accumulate of each image seen.
@@ -93,7 +93,7 @@ def _metrics(recipe: Recipe, root: str) -> MetricsManifest | None:
 
 
 def _check(done: Sequence[tuple[str, MetricsManifest]]) -> None:
-    """See that all numbers may be compared."""
+    """Check that all runs were evaluated under the same conditions."""
     for name, metrics in done[1:]:
         first, other = done[0]
         different = differing(metrics.conditions, other.conditions)
@@ -117,7 +117,7 @@ def _run(name: str, metrics: MetricsManifest) -> Run:
 
 
 def _laws(runs: Sequence[Run]) -> dict[str, tuple[list[float], PowerLaw]]:
-    """For each x its values and the line."""
+    """For each variable its values and the power law."""
     places = {"training FLOPs": [run.training_flops for run in runs]}
     if len({run.images_seen for run in runs}) == 1:
         places["GMAC"] = [run.gmac for run in runs]
