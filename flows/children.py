@@ -26,7 +26,7 @@ _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 @contextmanager
 def child(
-    command: Sequence[str], *, env: Mapping[str, str] | None = None, output: int | IO[bytes] = subprocess.PIPE
+    command: Sequence[str], *, env: Mapping[str, str | None] | None = None, output: int | IO[bytes] = subprocess.PIPE
 ) -> Iterator[subprocess.Popen[str]]:
     """Run a command for the length of the block.
 
@@ -37,12 +37,13 @@ def child(
 
     Args:
         command: program and arguments.
-        env: variables to add to the environment.
+        env: variables to add to the environment, or with None to leave out.
         output: receives stdout and stderr together.
     """
+    variables = {**os.environ, **(env or {})}
     process = subprocess.Popen(
         command,
-        env=os.environ | dict(env or {}),
+        env={name: value for name, value in variables.items() if value is not None},
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -29,6 +29,7 @@ START_SECONDS = 120.0
 """How long a server may take to start."""
 ANSWER_SECONDS = 2.0
 """How long a server may take for one answer."""
+_FOR_ANOTHER_SERVER = ("PREFECT_SERVER_", "PREFECT_API_DATABASE_", "PREFECT_UI_", "PREFECT_PROFILE")
 SERVERS = "servers.json"
 """File in the root with the addresses of the servers of a running ``ditflow up``."""
 
@@ -53,7 +54,8 @@ def prefect_server(home: Path, port: int = 0, *, password: str, scheduler: bool 
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     command += [] if scheduler else ["--no-services"]
     address = f"http://{HOST}:{port}"
-    env = prefect_env(home) | {
+    env: dict[str, str | None] = {name: None for name in os.environ if name.startswith(_FOR_ANOTHER_SERVER)}
+    env |= prefect_env(home) | {
         "PREFECT_UI_API_URL": f"{address}/api",
         "PREFECT_SERVER_API_AUTH_STRING": password,
         "PREFECT_API_AUTH_STRING": password,  # its own services are clients too
@@ -149,7 +151,9 @@ def is_free(port: int) -> bool:
 
 
 @contextmanager
-def _server(name: str, folder: Path, command: list[str], env: dict[str, str], port: int, health: str) -> Iterator[str]:
+def _server(
+    name: str, folder: Path, command: list[str], env: Mapping[str, str | None], port: int, health: str
+) -> Iterator[str]:
     if not is_free(port):  # else another server there would be taken for ours
         raise DitflowError(f"{name}: port {port} of {HOST} is taken; stop what listens there, or choose another port")
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 
-ENV = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""A shared store can hang the ranks: https://github.com/pytorch/pytorch/issues/135712."""
+ENV = {
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # it can hang the ranks: https://github.com/pytorch/pytorch/issues/135712
+    "PYTHONSAFEPATH": "1",  # ranks import our packages, and not folders of the same names in the working directory
+}
 JOIN_TIMEOUT_SECONDS = 600
 """How long a node waits for the others, at the start and after each restart."""
 

@@ -46,13 +46,17 @@ def test_servers_are_up_in_the_block_and_gone_after(
     tmp_path: Path, migrated: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     migrated(tmp_path)
+    monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{tmp_path}/of-the-user.db")
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "of:another-server")
     before = set(descendants())
     with ExitStack() as stack:
         prefect = stack.enter_context(servers.prefect_server(tmp_path / "prefect", password=PASSWORD))
         mlflow = stack.enter_context(servers.mlflow_server(tmp_path))
         assert json.loads(get(f"{prefect}/api/health")) is True
         assert get(f"{mlflow}/health") == b"OK"
+        assert call(prefect, "/flows/filter", {"limit": 1}) == []
         assert (tmp_path / "prefect" / "prefect.db").is_file()
+        assert not (tmp_path / "of-the-user.db").exists()
         mine = set(descendants()) - before
         assert len(mine) >= 2
         _use_what_is_announced(tmp_path, prefect, mlflow, monkeypatch)

@@ -57,6 +57,9 @@ def test_a_stage_runs_and_reports(
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")  # so that every rank has something to say, if it has peers
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "__init__.py").write_text("raise AssertionError('a package of the user')")
+    monkeypatch.chdir(tmp_path)
     noted, spec, addresses, before = Noted(), job(latents, TINY), set[str](), descendants()
 
     def progress(done: int, total: int, unit: str) -> None:
