@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from flows import servers
+from flows.tracking import database
 from storage.errors import DitflowError
 
 
@@ -22,7 +23,12 @@ def serving_prefect(root: str, *, quiet: bool) -> Iterator[None]:
     Args:
         root: folder of all outputs.
         quiet: print only warnings of Prefect, as on a terminal.
+
+    Raises:
+        InputError: MLflow's database in the root is half-made.
     """
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        database.check(servers.local_home(root))
     console = "WARNING" if quiet or sys.stderr.isatty() else "INFO"
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", console)
     if os.environ.get("PREFECT_API_URL") or servers.use_running(root):

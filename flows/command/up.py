@@ -19,6 +19,7 @@ import psutil
 from flows import servers
 from flows.children import GRACE_SECONDS, child
 from flows.command.options import add_root
+from flows.tracking import database
 from storage import uri
 from storage.errors import DitflowError, InputError
 
@@ -55,7 +56,7 @@ def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> Non
         mlflow_port: port of the MLflow server.
 
     Raises:
-        InputError: a port is taken, or this is not the folder with prefect.yaml.
+        InputError: MLflow's database is half-made, a port is taken, or this is not the folder with prefect.yaml.
         DitflowError: a server, the worker or the deployment fails.
     """
     if not PROJECT.is_file():
@@ -68,6 +69,7 @@ def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> Non
             raise InputError(f"port {port} is taken; choose another with {option}")
     home, password = servers.local_home(root), servers.new_password()
     os.environ |= servers.prefect_env(home / "prefect") | {"DITFLOW_ROOT": uri.absolute(root)}
+    database.create(home)
     with ExitStack() as stack:
         prefect = stack.enter_context(
             servers.prefect_server(home / "prefect", prefect_port, password=password, scheduler=True)

@@ -22,6 +22,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 
 from flows.servers import local_home
+from flows.tracking import database
 from flows.tracking.sink import UNSENT, log_file, log_records, read_unsent
 from flows.tracking.spec import TrackingSpec
 from storage import uri
@@ -39,17 +40,17 @@ STAGE_TAG = "ditflow.stage"
 def tracking_uri(root: str) -> str:
     """``MLFLOW_TRACKING_URI``, else a sqlite file in the root, or in ``runs`` here if the root is remote."""
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    return given or f"sqlite:///{local_home(root) / 'mlflow.db'}"
+    return given or database.address(local_home(root))
 
 
 def open_client(root: str) -> tuple[MlflowClient, str]:
     """A client of a root's tracking store, and the id of the experiment ``ditflow``. Raises what MLflow raises."""
-    home = local_home(root)
-    client = MlflowClient(tracking_uri(root))
-    location = None
-    if client.tracking_uri.startswith("sqlite:"):
-        home.mkdir(parents=True, exist_ok=True)
+    home, where, location = local_home(root), tracking_uri(root), None
+    if where == database.address(home):
+        database.create(home)
+    if where.startswith("sqlite:"):
         location = (home / "mlflow-artifacts").as_uri()
+    client = MlflowClient(where)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is not None:
         return client, str(experiment.experiment_id)

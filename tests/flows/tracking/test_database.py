@@ -1,0 +1,62 @@
+"""MLflow's database of a root, whose making is killed, shared and found half done."""
+
+import signal
+import sqlite3
+from pathlib import Path
+
+import pytest
+from faults import start
+from mlflow import MlflowClient
+from until import until
+
+from flows.tracking import database, runs
+from storage.errors import InputError
+
+CREATE = "import sys; from pathlib import Path; from flows.tracking import database; database.create(Path(sys.argv[1]))"
+
+
+def is_being_made(home: Path) -> bool:
+    """Whether some of the tables are there."""
+    return any(path.stat().st_size > 0 for path in home.glob(".mlflow-*/mlflow.db"))
+
+
+def is_whole(home: Path) -> bool:
+    database.check(home)
+    return bool(MlflowClient(database.address(home)).search_experiments())
+
+
+def test_killed_while_it_is_made_it_is_made_again(tmp_path: Path) -> None:
+    with start(CREATE, tmp_path) as process:
+        until(lambda: is_being_made(tmp_path))
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "mlflow.db").exists()
+    database.create(tmp_path)
+    assert is_whole(tmp_path)
+    assert not list(tmp_path.glob(".mlflow-*/"))
+
+
+@pytest.mark.full
+def test_two_processes_make_one(tmp_path: Path) -> None:
+    with start(CREATE, tmp_path) as one, start(CREATE, tmp_path) as other:
+        assert (one.wait(), other.wait()) == (0, 0)
+    assert is_whole(tmp_path)
+
+
+def test_a_half_made_one_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with sqlite3.connect(tmp_path / "mlflow.db") as half:
+        half.execute("CREATE TABLE alembic_version (version_num)")
+        half.execute("CREATE TABLE _alembic_tmp_experiments (id)")
+    half.close()
+    with pytest.raises(InputError, match=r"mlflow\.db: MLflow was killed while .*; move the file away and run the"):
+        runs.open_client(str(tmp_path))
+    (tmp_path / "mlflow.db").write_bytes(b"something else" * 100)
+    with pytest.raises(InputError, match=r"mlflow\.db: not a database .*; move the file away"):
+        database.check(tmp_path)
+
+
+def test_one_that_is_there_is_left_alone(tmp_path: Path, tracking_template: Path) -> None:
+    database.check(tmp_path)
+    (tmp_path / "mlflow.db").write_bytes(tracking_template.read_bytes())
+    database.create(tmp_path)
+    assert (tmp_path / "mlflow.db").read_bytes() == tracking_template.read_bytes()
