@@ -19,6 +19,7 @@ from dit.models.cost import activations, cost
 from dit.ranks import Ranks, joined
 from dit.rates import at_once, training_rate
 from dit.training.data import Batches, Order, open_data
+from dit.training.divergence import DivergedError, check_compilation, skipped_in_a_row
 from dit.training.ema import EMA
 from dit.training.layers import compile_blocks, recompute_blocks
 from dit.training.loop import StepConfig, StepResult, TrainState, eager_loss, train
@@ -29,7 +30,7 @@ from dit.training.sample_grid import SampleGrid
 from dit.training.throughput import LoggedStep, ThroughputMeter
 from storage import uri
 from storage.config import Config, operational, problem
-from storage.errors import DitflowError, InputError, PreemptedError
+from storage.errors import InputError, PreemptedError
 from storage.estimate import PlanContext, StageCost
 from storage.latents import LatentManifest, bytes_to_stage
 from storage.manifest import StageOutput
@@ -117,10 +118,6 @@ class TrainConfig(Config):
         if self.reading == "streamed" and self.order == "shuffled":
             raise ValueError("reading: streamed fetches a chunk for each image if order is shuffled; set order: pooled")
         return self
-
-
-class DivergedError(DitflowError):
-    """Too many steps in a row were skipped."""
 
 
 def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, tracker: Tracker) -> CheckpointManifest:
@@ -226,6 +223,20 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * factors[config.decay]
 
 
+def _step_config(config: TrainConfig) -> StepConfig:
+    return StepConfig(
+        learning_rate=lambda step: learning_rate(config, step),
+        gradient_clip=config.gradient_clip,
+        autocast=_autocast(config),
+        micro_batch=config.micro_batch,
+    )
+
+
+def _autocast(config: TrainConfig) -> torch.dtype | None:
+    lower = dtype(config.precision)
+    return None if lower == torch.float32 else lower
+
+
 def _train(
     config: TrainConfig,
     card: ModelCard,
@@ -240,29 +251,23 @@ def _train(
     state = _initial_state(config, card.model, ranks)
     history = _resume(state, ranks, out)
     process = build_process(config.diffusion, batches.device)
-    lower = dtype(config.precision)
-    step_config = StepConfig(
-        learning_rate=lambda step: learning_rate(config, step),
-        gradient_clip=config.gradient_clip,
-        autocast=None if lower == torch.float32 else lower,
-        micro_batch=config.micro_batch,
-    )
+    step_config = _step_config(config)
     saver = checkpoint.Saver(out, state, ranks, keep=config.keep_checkpoints, keep_every=config.keep_every)
     grid = SampleGrid(card, config.precision)
-    meter = ThroughputMeter(card.model, config.batch_size, ranks.world_size, batches.device, lower)
+    meter = ThroughputMeter(card.model, config.batch_size, ranks.world_size, batches.device, dtype(config.precision))
     steps = range(state.step, config.steps)
     with preemption(ranks) as stop, closing(saver), prefetched(batches, steps) as next_batch:
         meter.begin(state.step)
         for result in train(state, process, next_batch, step_config, stop=config.steps, ranks=ranks):
             saver.check()
             if config.compile and result.step == steps.start + 1 and not result.terms["loss"].isfinite():
-                _blame_compiler(eager_loss(state.model, process, batches(steps.start), step_config, ranks))
+                check_compilation(eager_loss(state.model, process, batches(steps.start), step_config, ranks))
             last = result.step == config.steps
             stops = stop.requested() and not last
             logs = result.step % config.log_every == 0 or last
             saves = (result.step % config.checkpoint_every == 0 and not last) or stops
             if logs or saves or result.step % config.max_skipped == 0:
-                skipped = _skipped_in_a_row(result, config, batches)
+                skipped = skipped_in_a_row(result, batches, config.max_skipped)
             if logs:
                 _log(config, result, history, meter.measure(result.step, next_batch.waited), tracker)
             if config.sample_every and result.step % config.sample_every == 0:
@@ -277,17 +282,6 @@ def _train(
     if not history:
         raise DivergedError("training diverged: no logged loss is finite; lower train.learning_rate")
     return state, history
-
-
-def _blame_compiler(loss: float) -> None:
-    """Raise if the first loss is finite without compilation: the compiled run can only diverge.
-
-    Raises:
-        DitflowError: the loss is finite.
-    """
-    if math.isfinite(loss):
-        compiled = "train.compile: the first loss of the compiled model is not finite"
-        raise DitflowError(f"{compiled}, without compilation it is {loss:.4g}; set train.compile=false on this machine")
 
 
 def _log(
@@ -311,23 +305,6 @@ def _sample(grid: SampleGrid, state: TrainState, ranks: Ranks, tracker: Tracker)
     picture = grid.draw(weights) if ranks.first else None
     if picture is not None:
         tracker.artifact(f"samples-{state.step:09d}.png", picture)
-
-
-def _skipped_in_a_row(result: StepResult, config: TrainConfig, batches: Batches) -> int:
-    """Steps in a row that were skipped, up to this one.
-
-    Raises:
-        DivergedError: they are too many.
-    """
-    count = int(result.skipped_in_a_row)
-    if count < config.max_skipped:
-        return count
-    first = result.step - count
-    items = batches.items(first)
-    named = ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
-    steps = f"training diverged: {count:,} steps from step {first + 1:,} on had no finite loss or gradient"
-    which = f"the first of them used images {named} of the store"
-    raise DivergedError(f"{steps}; {which}; lower train.learning_rate or check these images")
 
 
 def _resume(state: TrainState, ranks: Ranks, out: StageOutput) -> list[LoggedStep]:
@@ -399,8 +376,7 @@ def _parts(config: TrainConfig, plan: PlanContext) -> int:
 
 
 def _activations(config: TrainConfig, model: ModelConfig, batch: int) -> int:
-    lower, prepare = dtype(config.precision), recompute_blocks if config.checkpoint_activations else None
-    return activations(model, batch, None if lower == torch.float32 else lower, prepare)
+    return activations(model, batch, _autocast(config), recompute_blocks if config.checkpoint_activations else None)
 
 
 DEFINITION = StageDefinition(

@@ -1,4 +1,4 @@
-"""Weights files that others made: read whole, hashed, and compared with the hash that is expected."""
+"""Weights files of other projects: read, hashed, and compared with the expected hash."""
 
 import io
 from collections.abc import Callable
@@ -14,24 +14,22 @@ from storage.errors import InputError, StorageError, one_line
 
 Network = TypeVar("Network", bound=nn.Module)
 SUFFIXES: Final = (".safetensors", ".pth", ".pt")
-"""What a URL of a weights file ends in; any other is a folder's."""
-
-
-HINT: Final = "name the place of the weights file"
+"""Endings of weights files. A URL with another ending is a folder."""
+HINT: Final = "check the location of the weights file"
 _HASHES: Final[dict[str, tuple[dict[str, str], str]]] = {}
-"""By URL the version of a file that was hashed, as `uri.version`, and its sha256."""
+"""For each URL, the version of the hashed file (see `uri.version`) and its sha256."""
 
 
 def read_weights(url: str, expected: str | None, hint: str = HINT) -> tuple[bytes, str]:
-    """The bytes of a weights file and their sha256, which a process computes once for each version of the file.
+    """The bytes of a weights file and their sha256. A process hashes each version of a file once.
 
     Args:
         url: the file, by path or fsspec URL.
-        expected: the sha256 that the file must have, or None to take it as it is.
-        hint: what to do if there is no such file.
+        expected: the sha256 that the file must have; None accepts any file.
+        hint: what to do if the file is missing, for the error.
 
     Raises:
-        InputError: there is no such file, or its hash is another.
+        InputError: the file is missing, or has another hash.
     """
     try:
         version, data = uri.version(url), uri.read(url)
@@ -41,48 +39,52 @@ def read_weights(url: str, expected: str | None, hint: str = HINT) -> tuple[byte
 
 
 def weights_hash(url: str, expected: str | None, hint: str = HINT) -> str:
-    """The sha256 of a weights file, which may be larger than the memory. Arguments and errors as `read_weights`."""
+    """The sha256 of a weights file, read piece by piece. Arguments and errors as `read_weights`."""
     try:
-        found = _hashed(url, uri.version(url), lambda: uri.file_sha256(url))
+        sha256 = _hashed(url, uri.version(url), lambda: uri.file_sha256(url))
     except StorageError as error:
         raise InputError(f"{error}; {hint}") from error
-    return _checked(url, found, expected)
+    return _checked(url, sha256, expected)
 
 
 def _hashed(url: str, version: dict[str, str] | None, compute: Callable[[], str]) -> str:
-    """The sha256 of a file, computed if it is not known of this version, which the file had before it was read."""
+    """The sha256 of a file, computed unless it is known of this version. ``version`` is that from before reading."""
     known = _HASHES.get(url)
     if version and known and known[0] == version == uri.version(url):
         return known[1]
-    found = compute()
-    if version and version == uri.version(url):  # else it was written meanwhile
-        _HASHES[url] = version, found
-    return found
+    sha256 = compute()
+    if version and version == uri.version(url):  # else the file changed meanwhile
+        _HASHES[url] = version, sha256
+    return sha256
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A weights file by the name it is published under."""
+    """A published weights file.
+
+    Args:
+        name: name of the file.
+        title: name of its network, for errors.
+        hint: which file is needed, for the error if it is missing.
+    """
 
     name: str
     title: str
-    """Of the network that it holds, for errors."""
     hint: str
-    """Which file is meant, for whom it is missing."""
 
     def url(self, location: str) -> str:
-        """The file at a location, which is its own URL or that of the folder that it lies in."""
+        """URL of the file at a location: of the file itself, or of the folder that contains it."""
         return location if uri.redact(location).endswith(SUFFIXES) else uri.join(location, self.name)
 
     def sha256(self, location: str, expected: str | None) -> str:
-        """The hash of the file; the network is not built.
+        """The hash of the file. The network is not built.
 
         Args:
             location: the file or its folder, by path or fsspec URL.
-            expected: the sha256 that the file must have, or None to take it as it is.
+            expected: the sha256 that the file must have; None accepts any file.
 
         Raises:
-            InputError: there is no such file, or its hash is another.
+            InputError: the file is missing, or has another hash.
         """
         return weights_hash(self.url(location), expected, self.hint)
 
@@ -92,12 +94,12 @@ class WeightsFile:
         """The network with the weights of the file, frozen, in float32 on the CPU, and the file's sha256.
 
         Args:
-            location: as in `sha256`; the file is a safetensors one, or one that torch saved.
+            location: as in `sha256`; the file is safetensors, or saved by torch.
             expected: as in `sha256`.
-            build: makes the network without its weights, from which it takes its shape.
+            build: makes the network, whose size it can take from the weights.
 
         Raises:
-            InputError: the file is missing, has another hash, or holds other weights.
+            InputError: the file is missing, has another hash, or contains other weights.
         """
         url = self.url(location)
         data, sha256 = read_weights(url, expected, self.hint)

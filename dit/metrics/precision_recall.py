@@ -44,8 +44,8 @@ def precision_recall(reference: Tensor, samples: Tensor, mode: Mode, block: int 
     """
     if min(len(reference), len(samples)) <= NEIGHBOUR:
         raise InputError(
-            f"precision and recall: need at least {NEIGHBOUR + 1} reference images and samples, not {len(reference)} "
-            f"and {len(samples)}"
+            f"precision and recall: at least {NEIGHBOUR + 1} reference images and samples are needed, not "
+            f"{len(reference)} and {len(samples)}"
         )
     with exact_float32():
         reference_radii, sample_radii = _radii(reference, mode, block), _radii(samples, mode, block)

@@ -501,7 +501,7 @@ def test_the_order_is_part_of_what_a_run_is(
 
 
 def test_streaming_in_shuffled_order_is_refused() -> None:
-    with pytest.raises(ValidationError, match="a chunk for every image in this order; set order: pooled"):
+    with pytest.raises(ValidationError, match="a chunk for each image if order is shuffled; set order: pooled"):
         TrainConfig(reading="streamed")
     assert TrainConfig(reading="streamed", order="pooled").reading == "streamed"
 
