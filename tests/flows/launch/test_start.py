@@ -45,7 +45,8 @@ def _rank(process: psutil.Process) -> int:
         return -1
 
 
-@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("nproc", [1, 2])
 def test_a_stage_runs_and_reports(
     nproc: int,
     latents: LatentManifest,
