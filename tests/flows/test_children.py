@@ -13,7 +13,7 @@ from until import until
 from flows import children
 from flows.children import child
 
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(999)"
 
 
 def python(script: str, *arguments: str) -> list[str]:
@@ -55,7 +55,7 @@ def test_the_end_of_the_block_asks_the_child_to_end() -> None:
     script = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
-        "print('up', flush=True); time.sleep(60)"
+        "print('up', flush=True); time.sleep(600)"
     )
     with child(python(script)) as running:
         assert first_line(running) == "up"
@@ -63,7 +63,7 @@ def test_the_end_of_the_block_asks_the_child_to_end() -> None:
 
 
 def test_an_exception_in_the_block_ends_the_child() -> None:
-    with pytest.raises(KeyboardInterrupt), child(python("import time; print('up', flush=True); time.sleep(60)")) as it:
+    with pytest.raises(KeyboardInterrupt), child(python("import time; print('up', flush=True); time.sleep(600)")) as it:
         assert first_line(it) == "up"
         raise KeyboardInterrupt
     assert it.returncode == -signal.SIGTERM
@@ -77,7 +77,7 @@ def test_a_child_that_says_much_at_its_end_is_heard_out() -> None:
         "    sys.stdout.write('x' * 1_000_000)\n"
         "    sys.exit(7)\n"
         "signal.signal(signal.SIGTERM, end)\n"
-        "print('up', flush=True); time.sleep(60)"
+        "print('up', flush=True); time.sleep(600)"
     )
     with child(python(script)) as running:
         assert first_line(running) == "up"

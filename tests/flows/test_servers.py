@@ -139,7 +139,7 @@ from flows import servers
 home = Path(sys.argv[1])
 with servers.mlflow_server(home), servers.prefect_server(home / "prefect", password="of:this"):
     print("up", flush=True)
-    time.sleep(100)
+    time.sleep(600)
 """
     command = start(script, tmp_path)
     assert command.stdout is not None
