@@ -19,7 +19,7 @@ Source: TypeAlias = "ArchiveRef | Manifest"
 
 @dataclass(frozen=True)
 class Stage:
-    """One arrow of the pipeline.
+    """One stage of the pipeline.
 
     Args:
         name: the stage's folder, its command, its flow.

@@ -57,7 +57,7 @@ class Recipe(Config):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages that this recipe goes through: those with a config, as far as what they read is made."""
+        """The stages of this recipe: those that have a config, and whose input another one of them makes."""
         found: list[str] = []
         for name, stage in STAGES.items():
             if getattr(self, _field(name)) is not None and (stage.reads is None or stage.reads in found):
@@ -65,10 +65,10 @@ class Recipe(Config):
         return tuple(found)
 
     def config_of(self, stage: str) -> Config:
-        """The config of a stage by the stage's name.
+        """The config of a stage.
 
         Raises:
-            InputError: the recipe does not go that far.
+            InputError: the recipe does not have the stage.
         """
         if stage not in self.stages:
             missing = next(name for name in STAGES if name not in self.stages)
@@ -80,17 +80,17 @@ class Recipe(Config):
         return config
 
     def form(self, stage: str) -> dict[str, Config]:
-        """What this recipe gives to a stage's flow: the config, and launcher and archive if the stage takes them.
+        """The arguments of a stage's flow: the config, and launcher and archive if the stage takes them.
 
         Raises:
-            InputError: the recipe does not go that far.
+            InputError: the recipe does not have the stage.
         """
         launcher = {"launcher": self.launch} if STAGES[stage].ranked else {}
         archive = {} if STAGES[stage].reads else {STAGES[stage].role: self.archive}
         return {"config": self.config_of(stage), **launcher, **archive}
 
     def finished(self, root: str, before: str | None = None) -> list[Manifest] | None:
-        """The manifests of all stages, or of those before one, if every one is done; else None."""
+        """The manifests of all stages, or of those before one; None if any of them is not done."""
         manifests: dict[str, Manifest] = {}
         for name in self.stages:
             if name == before:
@@ -104,7 +104,7 @@ class Recipe(Config):
         return list(manifests.values())
 
     def source_of(self, stage: str, given: str | None, root: str) -> ArchiveRef | str:
-        """What a stage of this recipe starts from: the given reference, or the recipe's own earlier output.
+        """The input of a stage: the given reference, or the recipe's own earlier output.
 
         Raises:
             InputError: there is none, or it is not what the stage reads.
@@ -145,7 +145,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: str = "runs") ->
 
 
 def read_values(name: str, root: str) -> tuple[dict[str, Any], str]:
-    """The values of a recipe's file, as yet unchecked, and its path. Arguments and errors as `load_recipe`."""
+    """The unchecked values of a recipe's file, and its path. Arguments and errors as `load_recipe`."""
     path = Path(name) if name.lower().endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         presets = ", ".join(sorted(preset.stem for preset in RECIPES.glob("*.yaml")))
@@ -158,7 +158,7 @@ def read_values(name: str, root: str) -> tuple[dict[str, Any], str]:
 
 
 def recipe_of(values: dict[str, Any], where: str, overrides: Sequence[str]) -> Recipe:
-    """The recipe of some values, which the overrides change in place.
+    """The recipe with these values, which the overrides change in place.
 
     Raises:
         InputError: something is wrong; the line says where.

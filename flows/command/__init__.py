@@ -1,1 +1,1 @@
-"""The command ``ditflow``: one module a command."""
+"""The command ``ditflow``: one module for each of its commands."""

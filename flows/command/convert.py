@@ -8,7 +8,7 @@ HELP = "convert a DiT checkpoint into another layout"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """From where to where."""
+    """Add the arguments of the command."""
     text = ".pt or .safetensors file, diffusers folder, or folder of a trained model; path or URL"
     parser.add_argument("source", help=text)
     text = "new .pt or .safetensors file for --to reference, else a new folder"
@@ -19,7 +19,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Write it, and say what was written."""
+    """Convert the checkpoint; print how to load the result."""
     from dit.convert import read, summary, write
 
     found = read(options.source, heads=options.heads)

@@ -11,13 +11,13 @@ RECIPES = ("demo", "demo-diffit", "demo-scaling")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Which of the demo's recipes."""
+    """Add the arguments of the command."""
     parser.add_argument("--recipe", default="demo", choices=RECIPES, help="which model (default: demo, a latent DiT)")
     add_running(parser)
 
 
 def run(options: Namespace) -> None:
-    """Write the digits out as images, and run the recipe on them."""
+    """Write the digits as PNG files, and run the recipe on them."""
     from flows.demo.digits import write_digits
 
     write_digits(servers.local_home(options.root) / "digits")

@@ -17,7 +17,7 @@ HELP = f"{STAGE.HELP}; or compare any samples with any reference"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Those of the stage, and those of comparing without a recipe."""
+    """Add the arguments of the command."""
     STAGE.add_arguments(parser, optional=True)
     group = parser.add_argument_group("without a recipe", "Print the metrics of samples against a reference.")
     group.add_argument("--samples", metavar="SOURCE", help="manifest of samples, folder of images, or npz with arr_0")
@@ -38,7 +38,7 @@ def run(options: Namespace) -> None:
 
 
 def _compared(options: Namespace) -> "ImageComparison":
-    """With Inception from this folder, unless ``--set`` names another extractor."""
+    """Compare with Inception, whose weights file is in this folder, unless ``--set`` names another extractor."""
     from dit.compare import compare_images
     from dit.evaluate import EvaluateConfig
     from dit.metrics.extractors.inception import WEIGHTS
@@ -54,7 +54,7 @@ def _compared(options: Namespace) -> "ImageComparison":
 
 
 def _lines(found: "ImageComparison") -> Iterator[str]:
-    """The distance's name, the metrics, and all conditions, a line each."""
+    """The distance's name, and one line for each metric, count and condition."""
     yield found.distance
     numbers = [(name, f"{value:.6g}") for name, value in found.metrics.items()]
     counts = [(name, f"{count:,}") for name, count in found.counts.items()]

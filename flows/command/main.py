@@ -1,4 +1,8 @@
-"""The command ``ditflow``. Exits with 0 when done, 2 if the user's input is wrong, 1 at a fault, 75 if preempted."""
+"""The command ``ditflow`` and its exit codes.
+
+0 when done, 1 after a fault, 2 if the user's input is wrong, 75 if the ranks were preempted too often, 130 after
+Ctrl-C, 143 after SIGTERM. After the last three the same command resumes.
+"""
 
 import os
 import signal
@@ -18,7 +22,7 @@ from storage.errors import DitflowError, InputError, PreemptedError
 
 
 class Command(Protocol):
-    """What the module of a command has.
+    """The interface of a command's module.
 
     It imports nothing heavy before ``run``: help comes at once, and Prefect, which reads its settings when it is
     imported, is imported after they are set.
@@ -27,10 +31,10 @@ class Command(Protocol):
     HELP: str
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        """Add what the command takes."""
+        """Add the arguments of the command."""
 
     def run(self, options: Namespace) -> None:
-        """Do it."""
+        """Run the command."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -70,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DitflowError as error:
         sys.stderr.write(f"fault: {error}\n")
         return 1
-    except BrokenPipeError:  # who reads, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to continue\n")
@@ -82,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> ArgumentParser:
-    """``command`` in what it parses is the name of the command."""
+    """Its result has the name of the command as ``command``."""
     top = ArgumentParser(prog="ditflow", description="From images to a registered Diffusion Transformer.")
     commands = top.add_subparsers(required=True, metavar="command", dest="command")
     for name, command in COMMANDS.items():

@@ -18,20 +18,20 @@ NOTE = "params M: with DiT's fixed position table and without DiffiT's, as the p
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The size of the latents."""
+    """Add the arguments of the command."""
     text = "side of the latents, in latent pixels (default: 32, for images of 256 pixels)"
     parser.add_argument("--latent", type=int, default=32, metavar="SIDE", help=text)
     add_json(parser)
 
 
 def run(options: Namespace) -> None:
-    """Print them."""
+    """Print the models."""
     for line in [as_json(options.latent)] if options.json else table(options.latent):
         print(line)
 
 
 def table(latent: int) -> Iterator[str]:
-    """One line a model, each as soon as it is counted, and what its parameters are.
+    """One line for each model, as soon as it is counted, and a note on the parameters.
 
     Parameters are counted as in `as_json`; GFLOP are those of training, memory is in GiB of float32.
 
@@ -48,7 +48,7 @@ def table(latent: int) -> Iterator[str]:
 
 
 def as_json(latent: int) -> str:
-    """One object: the side of the latent, and the models in the table's order.
+    """A JSON object with the side of the latents and the models in the table's order.
 
     ``params_m`` are the million parameters that the model's paper counts, and ``params_counted`` says which:
     "all" for DiT, with the fixed position table; "trained" for DiffiT, without it.
@@ -81,7 +81,7 @@ def _cells(config: "ModelConfig", found: "Cost") -> list[str]:
 
 
 def _published(config: "ModelConfig", found: "Cost") -> tuple[str, int]:
-    """Which parameters the model's paper counts, and how many they are."""
+    """Which parameters the model's paper counts, and their number."""
     return ("all", found.parameters) if config.kind == "dit" else ("trained", found.trained)
 
 

@@ -8,7 +8,7 @@ HELP = "write samples to one npz file, as ADM's evaluation suite reads it"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """From where to where."""
+    """Add the arguments of the command."""
     parser.add_argument("samples", help="manifest of samples, or its folder")
     parser.add_argument("file", help="path or URL of a new file; its name ends in .npz")
 

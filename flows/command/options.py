@@ -14,28 +14,28 @@ RECIPE = "name of a preset, or path of a YAML file"
 
 
 def add_recipe(parser: ArgumentParser, *, optional: bool = False) -> None:
-    """The recipe that a command is about."""
+    """Add the recipe."""
     parser.add_argument("recipe", nargs="?" if optional else None, help=RECIPE)
 
 
 def add_root(parser: ArgumentParser) -> None:
-    """``--root``, which `check_root` checks."""
+    """Add ``--root``; `check_root` checks its value."""
     default = os.environ.get("DITFLOW_ROOT", "runs")
     parser.add_argument("--root", default=default, help="folder or URL of all outputs (default: %(default)s)")
 
 
 def add_set(parser: ArgumentParser, text: str = "change one value of the recipe, such as train.steps=2000") -> None:
-    """``--set``, any number of times."""
+    """Add ``--set``, which may be given several times."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"{text}; repeatable")
 
 
 def add_json(parser: ArgumentParser) -> None:
-    """``--json``."""
+    """Add ``--json``."""
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else, one object a line")
 
 
 def add_running(parser: ArgumentParser) -> None:
-    """What all commands take that run stages."""
+    """Add the options of all commands that run stages."""
     add_root(parser)
     add_set(parser)
     add_json(parser)
@@ -44,16 +44,16 @@ def add_running(parser: ArgumentParser) -> None:
 
 
 def add_heads(parser: "_ActionsContainer") -> None:
-    """``--heads``: no checkpoint of a DiT records it."""
+    """Add ``--heads``, which published checkpoints do not record."""
     text = "number of attention heads; needed unless the model has the width of a published size"
     parser.add_argument("--heads", type=int, help=text)
 
 
 def check_root(root: str) -> None:
-    """See that outputs can be written there, and make the folder.
+    """Check that outputs can be written to a root; create a local one.
 
     Raises:
-        InputError: they cannot.
+        InputError: outputs cannot be written.
     """
     try:
         home = uri.local_path(uri.without_credentials(root))
@@ -63,5 +63,5 @@ def check_root(root: str) -> None:
         home.mkdir(parents=True, exist_ok=True)
         if not os.access(home, os.W_OK):
             raise InputError("cannot be written to")
-    except Exception as error:  # stores of all kinds have their own ways to say no
+    except Exception as error:  # each kind of store raises its own exceptions
         raise InputError(f"--root {uri.redact(root)}: {getattr(error, 'strerror', None) or error}") from error

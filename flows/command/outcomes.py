@@ -1,4 +1,4 @@
-"""The result of a run, for people and for programs. It imports MLflow, so commands import it after they have run."""
+"""The result of a run, as text or JSON. It imports MLflow, so commands import it after they have run."""
 
 import json
 import sys
@@ -69,7 +69,7 @@ def _tracking_hint(root: str) -> str:
 
 
 def _installed(command: str) -> str:
-    """How to call one of our environment's commands from here."""
+    """The path of a command of this environment, relative to the current folder if possible."""
     path = Path(sys.executable).with_name(command)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
@@ -79,5 +79,5 @@ def _print_table(rows: list[list[str]]) -> None:
 
 
 def _metrics(manifests: list[Manifest]) -> dict[str, float]:
-    """The numbers of all stages; a later stage's win."""
+    """The metrics of all stages; a later stage replaces those of the same name."""
     return {name: value for manifest in manifests for name, value in manifest.metrics.items()}

@@ -16,7 +16,7 @@ HELP = "estimate what a recipe will cost before it runs"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The recipe, and how fast the machine is."""
+    """Add the arguments of the command."""
     add_recipe(parser)
     text = "YAML file with the rates of another machine (default: measured on this one)"
     parser.add_argument("--rates", metavar="FILE", help=text)
@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Print the plan; refuse what cannot fit."""
+    """Print the plan; fail if the recipe does not fit."""
     from flows.plan.estimate import plan, read_rates
     from flows.sweep import load_recipes
 

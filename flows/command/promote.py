@@ -1,4 +1,4 @@
-"""``ditflow promote``: a person chooses the champion."""
+"""``ditflow promote``: make a model version the champion by hand."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -8,7 +8,7 @@ HELP = "make a version of a registered model the champion"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Which version, and why."""
+    """Add the arguments of the command."""
     parser.add_argument("model", help="name of the registered model")
     parser.add_argument("version", nargs="?", type=int, help="number of the version (default: the candidate)")
     parser.add_argument("--reason", default="", help="why; kept in the version's tags")
@@ -16,7 +16,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Promote it."""
+    """Promote the version."""
     from flows.registry.promotion import promote
 
     print(promote(options.model, options.version, options.reason, options.root))

@@ -1,4 +1,4 @@
-"""``ditflow report``: the page of a finished recipe."""
+"""``ditflow report``: the HTML report of a finished recipe."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -9,14 +9,14 @@ HELP = "write the HTML report of a finished recipe"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The recipe as it was run."""
+    """Add the arguments of the command."""
     add_recipe(parser)
     add_root(parser)
     add_set(parser, "the same KEY=VALUE that the recipe was run with")
 
 
 def run(options: Namespace) -> None:
-    """Write the page if it is not there."""
+    """Write the report if it is missing; print its URL."""
     from flows.recipe import load_recipe
     from flows.report.page import write_page
 

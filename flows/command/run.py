@@ -1,4 +1,4 @@
-"""``ditflow run``: the pipeline of a recipe, or one after the other those of a sweep."""
+"""``ditflow run``: the pipeline of a recipe, or those of a sweep in turn."""
 
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ HELP = "run the whole pipeline of a recipe, or of each recipe of a sweep"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The recipe, and how to run."""
+    """Add the arguments of the command."""
     add_recipe(parser)
     add_running(parser)
 

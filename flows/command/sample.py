@@ -19,7 +19,7 @@ COUNT = 16
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Those of the stage, and those of sampling without a recipe."""
+    """Add the arguments of the command."""
     STAGE.add_arguments(parser, optional=True)
     group = parser.add_argument_group("without a recipe", "Draw a picture and an npz file from a checkpoint.")
     text = "folder of a trained model, .pt or .safetensors file of a published DiT, or diffusers folder"

@@ -1,4 +1,4 @@
-"""``ditflow scaling``: how the distance falls as models grow."""
+"""``ditflow scaling``: fit the Fréchet distance against compute."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ HEAD = ("run", "params M", "GMAC", "images seen", "training FLOPs", "distance (9
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The recipes as they were run."""
+    """Add the arguments of the command."""
     parser.add_argument("recipe", nargs="+", help=f"sweep or single recipe: {RECIPE}")
     add_root(parser)
     add_set(parser, "the same KEY=VALUE that the recipes were run with")
@@ -24,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Fit, draw and print."""
+    """Fit, plot and print."""
     from flows.report.scaling import scaling
 
     found = scaling(options.recipe, options.set, options.root)

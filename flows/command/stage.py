@@ -1,4 +1,4 @@
-"""The commands of the stages: what ``flows.contract.STAGES`` says of each."""
+"""The commands of the stages, made from the table of stages."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -15,7 +15,7 @@ class StageCommand:
         self._stage = stage
 
     def add_arguments(self, parser: ArgumentParser, *, optional: bool = False) -> None:
-        """The recipe, which may be left out if optional; where the stage starts, and how to run."""
+        """Add the recipe, which may be optional, the stage's input, and the options of a run."""
         add_recipe(parser, optional=optional)
         if self._stage.reads is not None:
             text = f"manifest or MLflow run id of the {self._stage.reads} stage (default: the recipe's own)"

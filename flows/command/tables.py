@@ -1,14 +1,14 @@
-"""Tables as plain text: the same on a terminal and in a pipe, a line a row."""
+"""Tables as plain text, the same on a terminal and in a pipe: one line for each row."""
 
 from collections.abc import Container, Iterator, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], numbers: Container[int] = ()) -> Iterator[str]:
-    """Rows of equally many cells, a line each, with all columns aligned.
+    """One line for each row, with all columns aligned.
 
     Args:
-        rows: the cells, those of the head among them.
-        numbers: the columns that stand to the right.
+        rows: the cells, with those of the header; all rows have the same number.
+        numbers: indices of the columns that are aligned to the right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

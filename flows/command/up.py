@@ -33,7 +33,7 @@ PROJECT = Path("prefect.yaml")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """What the forms show, and where the servers listen."""
+    """Add the arguments of the command."""
     parser.add_argument("--recipe", default="demo", help="recipe whose values fill the forms in the Prefect UI")
     for server, port in (("Prefect", 4200), ("MLflow", 5000)):
         option, text = f"--{server.lower()}-port", f"port of the {server} server (default: {port})"

@@ -1,4 +1,4 @@
-"""``ditflow verify``: are outputs still what was committed?"""
+"""``ditflow verify``: check outputs against what was committed, and withdraw damaged ones."""
 
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
@@ -13,14 +13,14 @@ HELP = "check that outputs are what was committed, and withdraw damaged ones"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """What to check, and how well."""
+    """Add the arguments of the command."""
     parser.add_argument("url", help="manifest or folder of one output, or a root with many")
     text = "read every byte and compare hashes (default: sizes and commit records alone)"
     parser.add_argument("--full", action="store_true", help=text)
 
 
 def run(options: Namespace) -> None:
-    """Check all outputs there."""
+    """Check all outputs at the URL."""
     from storage.verify import outputs
 
     damaged = [manifest for manifest in outputs(options.url) if _damaged(manifest, full=options.full)]
@@ -29,7 +29,7 @@ def run(options: Namespace) -> None:
 
 
 def _damaged(manifest: "Manifest", *, full: bool) -> bool:
-    """Print how an output is, and withdraw it if it is damaged."""
+    """Print the state of an output, and withdraw it if it is damaged."""
     from storage.verify import faults, withdraw
 
     found, where = faults(manifest, full=full), uri.redact(manifest.uri)
