@@ -171,8 +171,8 @@ def recipe_of(values: dict[str, Any], where: str, overrides: Sequence[str]) -> R
         found = problem(error, values)
         keys = {f"{text.partition('=')[0]}.": text for text in overrides}
         place = f"{found.place}."
-        said = [text for key, text in keys.items() if place.startswith(key) or key.startswith(place)]
-        raise InputError(f"{f'--set {uri.redact(said[-1])}' if said else where}: {found}") from error
+        overriding = [text for key, text in keys.items() if place.startswith(key) or key.startswith(place)]
+        raise InputError(f"{f'--set {uri.redact(overriding[-1])}' if overriding else where}: {found}") from error
 
 
 def config_alone(kind: type[AnyConfig], stage: str, defaults: dict[str, Any], overrides: Sequence[str]) -> AnyConfig:

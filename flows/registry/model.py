@@ -56,8 +56,8 @@ class Generator(PythonModel):
         try:
             pngs = [_base64(image) for image in self._images(model_input["label"].to_numpy(), params or {})]
         except (InputError, ValidationError) as error:
-            said = problem(error) if isinstance(error, ValidationError) else error
-            raise MlflowException(str(said), INVALID_PARAMETER_VALUE) from error
+            message = problem(error) if isinstance(error, ValidationError) else error
+            raise MlflowException(str(message), INVALID_PARAMETER_VALUE) from error
         return pd.DataFrame({"png_base64": pngs})
 
     def _images(self, asked: NDArray[np.int64], params: dict[str, Any]) -> Iterator[NDArray[np.uint8]]:
