@@ -16,7 +16,7 @@ HEAVY = (
     *("flows/launch/test_nodes.py", "dit/test_train.py", "dit/test_sample.py", "dit/diffusion/test_mixture.py"),
     *("dit/test_exact.py", "dit/training/test_parallelize.py", "dit/test_evaluate.py", "flows/test_shard_tasks.py"),
     *("flows/test_reevaluate.py", "flows/command/test_main.py", "flows/registry/test_register.py"),
-    *("dit/test_encode.py", "dit/test_kills.py", "flows/test_pipeline_s3.py", "flows/tracking/test_away.py"),
+    *("dit/test_encode.py", "dit/training/test_compile.py", "flows/test_pipeline_s3.py", "flows/tracking/test_away.py"),
     *("flows/command/test_models_command.py", "flows/report/test_page.py", "flows/plan/test_estimate.py"),
 )
 """Files that take longest. They go first, so that no worker is left alone with one at the end."""

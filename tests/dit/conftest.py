@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import synthetic
 import tiny
 import torch
 from forked import Template
@@ -80,6 +81,12 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> VaeRef:
 @pytest.fixture(scope="session")
 def latents(root: Path, shards: ShardManifest, vae: VaeRef) -> LatentManifest:
     return tiny.run_encode(root, tiny.encode_config(vae), shards)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> LatentManifest:
+    """Latents of no pictures."""
+    return synthetic.latents(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="session")

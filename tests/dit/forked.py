@@ -48,8 +48,8 @@ STAGES: dict[str, tuple[Any, type[Config], Callable[[str], Any]]] = {
     "sample": (sample.run, SampleConfig, CheckpointManifest.read),
     "evaluate": (evaluate.run, EvaluateConfig, SampleManifest.read),
 }
-LATE = ("dit.training.checkpoint", "dit.report.plots")
-"""What stages import when they need it."""
+LATE = ("dit.training.checkpoint", "dit.report.plots", "diffusers.models.autoencoders.autoencoder_kl", "torch._dynamo")
+"""What stages, diffusers and torch import when they need it."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import synthetic
 import tiny
 from forked import Faults, Job, Template
 
@@ -16,11 +15,6 @@ from dit.train import TrainConfig
 from storage.latents import LatentManifest
 
 CONFIG = tiny.TRAINING.model_copy(update={"checkpoint_every": 2, "keep_checkpoints": 9})
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> LatentManifest:
-    return synthetic.latents(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ DIT = DiTConfig(input_size=8, width=32, depth=3, heads=2, num_classes=4)
 IMAGE = DiffiTImageConfig(
     input_size=16, stem_width=32, widths=(32, 64), depths=(2, 1), window=4, time_width=32, dropout=0.5
 )
+ONE_STAGE = IMAGE.model_copy(update={"widths": (32,), "depths": (2,)})
 
 
 def drawn(config: ModelConfig) -> nn.Module:
@@ -65,7 +66,7 @@ def test_going_through_blocks_twice_changes_no_bit_and_keeps_less(config: ModelC
     assert less < kept / 2
 
 
-@pytest.mark.parametrize(("config", "graphs"), [(DIT, 1), (IMAGE, 5)], ids=["dit", "image"])
+@pytest.mark.parametrize(("config", "graphs"), [(DIT, 1), (ONE_STAGE, 2)], ids=["dit", "image"])
 def test_blocks_are_compiled_for_both_sizes_of_micro_batches(
     config: ModelConfig, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

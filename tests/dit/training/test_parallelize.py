@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import synthetic
 import tiny
 import torch
 from forked import Faults, Job, Template
@@ -40,11 +39,6 @@ def job(root: Path, store: LatentManifest, config: TrainConfig, **shape: Any) ->
 def trained(template: Template, job: Job) -> CheckpointManifest:
     template.finish(job)
     return CheckpointManifest.read(job.out.uri)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> LatentManifest:
-    return synthetic.latents(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
