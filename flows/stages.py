@@ -7,11 +7,10 @@ the URL of its manifest. A stage that was done before ends in the state ``Skippe
 
 from functools import cache
 from inspect import Parameter, Signature
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import Flow
 from prefect.client.schemas.objects import State
-from pydantic import Field
 
 from flows.contract import STAGES, Stage
 from flows.launch.spec import LaunchSpec, LocalLaunch
@@ -22,9 +21,7 @@ from storage.manifest import Manifest
 from storage.shards import shard as tars
 from storage.shards.shard import ShardConfig
 
-ManifestRef = Annotated[
-    str, Field(description="URL or folder of the manifest of the stage before, or its MLflow run id")
-]
+_MANIFEST = "URL or folder of the manifest of the stage before, or its MLflow run id"
 StageFlow = Flow[..., State[str]]
 
 HERE = RunSettings()
@@ -45,18 +42,18 @@ def stage_flow(name: str) -> StageFlow:
         source, settings, run = given[stage.role], given["settings"], _RUNS.get(name)
         return perform(stage, given["config"], source, settings, given.get("launcher"), run)
 
-    shared = " The work can be shared among ranks." if stage.ranked else ""
+    about = f"{stage.help[0].upper()}{stage.help[1:]}." + (" Ranks can share the work." if stage.ranked else "")
     work.__name__ = work.__qualname__ = name
-    work.__doc__ = f"{stage.help[0].upper()}{stage.help[1:]}.{shared}"
+    work.__doc__ = f"{about}\n\nArgs:\n    {stage.role}: {_MANIFEST}." if stage.reads else about  # texts of the form
     work.__signature__ = Signature(_parameters(stage), return_annotation=State[str])  # type: ignore[attr-defined]
-    return Flow(work, name=name, flow_run_name=name)
+    return Flow(work, name=name, flow_run_name=name, description=about)
 
 
 def _parameters(stage: Stage) -> list[Parameter]:
     """The parameters of the flow, from which Prefect makes its form."""
     required = any(field.is_required() for field in stage.config.model_fields.values())
     found: list[tuple[str, Any, Any]] = [
-        (stage.role, ManifestRef if stage.reads else ArchiveRef, Parameter.empty),
+        (stage.role, str if stage.reads else ArchiveRef, Parameter.empty),
         ("config", stage.config, Parameter.empty if required else stage.config()),
         *([("launcher", LaunchSpec, LocalLaunch())] if stage.ranked else []),
         ("settings", RunSettings, HERE),
