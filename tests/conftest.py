@@ -25,7 +25,8 @@ HEAVY = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     rank = {here / name: place for place, name in enumerate(HEAVY)}
-    assert all(path.exists() for path in rank)
+    missing = [str(path) for path in rank if not path.exists()]
+    assert not missing, f"HEAVY names files that are not there: {missing}"
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 

@@ -83,7 +83,7 @@ def world(
 
 
 def test_a_registered_version_is_an_event(world: World) -> None:
-    until(lambda: len(world.events(REGISTERED)) == 2)
+    until(lambda: len(world.events(REGISTERED)) == 2, 0.2)
     found = {event["payload"]["version"]: event for event in world.events(REGISTERED)}
     assert set(found) == {1, 2}
     assert found[2]["resource"]["prefect.resource.id"] == f"ditflow.model.{NAME}"
@@ -119,7 +119,7 @@ def test_a_number_outside_its_interval_is_an_event_and_in_bold(world: World) -> 
     world.client.set_model_version_tag(NAME, "2", EVALUATION_TAG, told.model_dump_json())
     assert "2026-W48: drifted: " in str(state.message)
     assert "2 fd" in str(state.message)
-    until(lambda: any(event["payload"]["version"] == 2 for event in world.events(DRIFTED)))
+    until(lambda: any(event["payload"]["version"] == 2 for event in world.events(DRIFTED)), 0.2)
     event = next(event for event in world.events(DRIFTED) if event["payload"]["version"] == 2)
     payload = event["payload"]
     assert (payload["metric"], payload["period"], payload["aliases"]) == ("fd", "2026-W48", ["candidate"])

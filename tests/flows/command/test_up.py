@@ -28,6 +28,7 @@ REPOSITORY = Path(__file__).parents[3]
 FLOWS = {"pipeline", "shard", "encode", "train", "sample", "evaluate", "register", "reevaluate"}
 
 TRAINING = {"steps": 1_000_000, "checkpoint_every": 100, "log_every": 5}
+PAUSE = 0.5  # between two questions to the server, which the worker and the flows use as well
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
@@ -71,7 +72,7 @@ class Up:
         return str(self.call(f"/flow_runs/{run}")["state"]["type"])
 
     def end_of(self, run: str) -> str:
-        until(lambda: self.state(run) in ENDED)
+        until(lambda: self.state(run) in ENDED, PAUSE)
         return self.state(run)
 
     def manifest(self, stage: str) -> str:
@@ -84,7 +85,7 @@ class Up:
         config = self.call("/deployments/name/train/train")["parameters"]["config"] | TRAINING
         run = self.start("train", latents=latents, launcher={"nproc": 2}, config=config)
         of_run = {"artifacts": {"flow_run_id": {"any_": [run]}, "type": {"any_": ["progress"]}}}
-        until(lambda: any(found["data"] for found in self.call("/artifacts/filter", of_run)))
+        until(lambda: any(found["data"] for found in self.call("/artifacts/filter", of_run)), PAUSE)
         until(lambda: self.saved() > before)
         ranks = self.ranks()
         assert len(ranks) == 3
@@ -186,7 +187,7 @@ def test_a_new_version_starts_its_evaluation(up: Up) -> None:
     }
     up.call("/events", [event])
     of_flow = {"flows": {"name": {"any_": ["reevaluate"]}}}
-    until(lambda: bool(up.call("/flow_runs/filter", of_flow)))
+    until(lambda: bool(up.call("/flow_runs/filter", of_flow)), PAUSE)
     (run,) = up.call("/flow_runs/filter", of_flow)
     assert run["parameters"]["model_name"] == "mine"
     assert up.end_of(run["id"]) == "FAILED"

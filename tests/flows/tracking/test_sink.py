@@ -94,14 +94,14 @@ def test_a_server_that_is_killed_and_comes_back_has_everything(
 ) -> None:
     sink = MlflowSink(mlflow_server.address, run_id)
     sink.metrics({"loss": 0.0}, 0)
-    until(lambda: steps(client, run_id, "loss") == [0])
+    until(lambda: steps(client, run_id, "loss") == [0], 0.2)
     mlflow_server.kill()
     for step in range(1, 50):
         sink.metrics({"loss": float(step)}, step)  # returns, or this test never ends
     sink.file("grid.png", PICTURE)
     until(lambda: "records are kept" in caplog.text)
     mlflow_server.start()
-    until(lambda: steps(client, run_id, "loss") == list(range(50)))
+    until(lambda: steps(client, run_id, "loss") == list(range(50)), 0.2)
     sink.metrics({"loss": 50.0}, 50)
     assert sink.close() == []
     assert steps(client, run_id, "loss") == list(range(51))
@@ -123,7 +123,7 @@ def test_a_server_that_stays_away_is_brought_up_to_date_later(
         assert spec.run_id is not None
         tracker = StageTracker(MlflowSink(spec.uri, spec.run_id, spec.skip_to), None)
         tracker.metrics({"loss": 0.0}, step=0)
-        until(lambda: steps(client, spec.run_id, "loss") == [0])
+        until(lambda: steps(client, spec.run_id, "loss") == [0], 0.2)
         mlflow_server.kill()
         for step in range(1, 4):
             tracker.metrics({"loss": math.nan if step == 2 else 1.0, "psnr": 2.0}, step=step)
