@@ -235,7 +235,7 @@ def test_sigkill_in_every_stage_ends_in_the_same_bits(
         ) as run:
             until(partial(begun, tmp_path, stage, before))
             os.kill(run.pid, signal.SIGKILL)
-        until(lambda: leftovers(tmp_path) == [])
+        until(lambda: leftovers(tmp_path) == [], 0.2)
     healed, undisturbed = manifests(reported("run", tmp_path, digits)), manifests(report)
     for stage in STAGES[:-1]:
         assert healed[stage]["digest"] == undisturbed[stage]["digest"]

@@ -83,7 +83,7 @@ def test_a_cancelled_flow_cancels_its_job(tmp_path: Path, latents: LatentManifes
         until(lambda: (Path(spec.output.uri) / "slurm" / "job.log").exists())
         process.send_signal(signal.SIGINT)
         process.communicate()
-    until(lambda: queue() == [])
+    until(lambda: queue() == [], 0.2)
 
 
 def test_a_killed_flow_is_followed_by_the_next(
@@ -93,7 +93,7 @@ def test_a_killed_flow_is_followed_by_the_next(
 ) -> None:
     spec = job(latents, LONG)
     with flow(tmp_path, spec) as process:
-        until(lambda: bool(queue()))
+        until(lambda: bool(queue()), 0.2)
         os.kill(process.pid, signal.SIGKILL)
     before = queue()
     assert len(before) == 1
