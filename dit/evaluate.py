@@ -96,7 +96,7 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
 
     Raises:
         InputError: the extractor cannot be loaded or cannot read these images, there are fewer than
-            four samples, or the stages behind them are gone.
+            four samples, or the outputs that they came from are missing.
         StorageError: samples or images are not what was committed.
     """
     with joined(TIMEOUT) as ranks:

@@ -1,13 +1,13 @@
 """Samples a class-conditional DiT (Peebles & Xie, arXiv 2212.09748) as its authors do, from a diffusers folder.
 
-This file needs torch and diffusers and nothing else. Load the folder that it lies in with
+This file needs only torch and diffusers. Load its folder with
 
     DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 
 diffusers' own DiTPipeline does not give the published model's samples:
 
 - Its time projection spaces the 128 frequencies as 10000^(-i/127), where the weights were trained with
-  10000^(-i/128); so the network is told another time, the more so the later the timestep.
+  10000^(-i/128); so the network gets another time, further off at later timesteps.
 - The LayerNorm before its MLPs has eps 1e-5 by default, where the weights were trained with 1e-6.
 - It discards the learned variance: its scheduler is given the noise alone.
 - Its null label is 1000, whatever the number of classes.

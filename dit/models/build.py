@@ -1,4 +1,4 @@
-"""The table of models, and from a config to a model. A new model is a module and a row here."""
+"""The table of models, and how one is built from its config. A new model is a module and a row here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class Model:
     """A kind of model.
 
     Args:
-        choice: what a recipe says of it.
+        choice: its fields in a recipe.
         config: everything that determines it; its ``kind`` is that of the choice.
-        network: makes it of its config.
+        network: builds it from its config.
     """
 
     choice: type[ModelChoice]

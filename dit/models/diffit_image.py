@@ -93,7 +93,7 @@ class ImageDiffiT(nn.Module):
         return out
 
     def init_weights(self) -> None:
-        """Draw the weights anew from torch's generator, also after `to_empty` of a model made on "meta".
+        """Draw new initial weights from torch's generator, also after `to_empty` of a model made on "meta".
 
         Xavier-uniform with zero bias; the last Linear of each attention and MLP and the head are zero, labels N(0, 1).
         """

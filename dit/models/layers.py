@@ -226,7 +226,7 @@ def unpatchify(patches: Tensor, side: int, patch_size: int) -> Tensor:
 
 
 def init_weights(model: nn.Module) -> None:
-    """Draw a model's weights anew from torch's generator.
+    """Draw new initial weights of a model from torch's generator.
 
     Linear layers are Xavier-uniform with zero bias, and norms have scale 1 and shift 0. A `SelfInitialised`
     module then sets its own.

@@ -44,7 +44,7 @@ class PatchTransformer(nn.Module, ABC):
         """
 
     def init_weights(self) -> None:
-        """Draw the weights anew from torch's generator, also after `to_empty` of a model made on "meta"."""
+        """Draw new initial weights from torch's generator, also after `to_empty` of a model made on "meta"."""
         tokens, width = self.pos_embed.shape[1:]
         with torch.no_grad():
             self.pos_embed.copy_(grid_sinusoid(width, round(tokens**0.5)))

@@ -53,7 +53,7 @@ def neighbours(
         tracker: receives the progress.
 
     Raises:
-        InputError: the extractor cannot be loaded, or the stages behind the samples are gone.
+        InputError: the extractor cannot be loaded, or the outputs that the samples came from are missing.
         StorageError: samples or images are not what was committed.
     """
     latents = samples.parent("checkpoint", CheckpointManifest).parent("latents", LatentManifest)

@@ -37,7 +37,7 @@ class SampleGrid:
         return open_decoder(self._config, self._card)
 
     def draw(self, weights: Mapping[str, Tensor]) -> bytes | None:
-        """A PNG of samples from these weights; None, with a warning, if the decoder is gone or they are not finite."""
+        """A PNG of samples from these weights; None, with a warning, if the decoder fails or they are not finite."""
         try:
             trained = Trained(rebuilt(self._card.model, weights).to(device()), self._card)
             parts = generate(self._config, trained, self._decoder, 0, COUNT)

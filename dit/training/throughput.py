@@ -33,7 +33,7 @@ class ThroughputMeter:
     world_size: int
     device: torch.device
     dtype: torch.dtype
-    """Of the matrix products."""
+    """Dtype of the matrix products."""
     _began: tuple[int, float, float] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Which feature extractor, and how it is loaded. A new one is a module beside this one and a row in `EXTRACTORS`."""
+"""The table of feature extractors. A new one is a module beside this one and a row in `EXTRACTORS`."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, Protocol
@@ -44,7 +44,7 @@ else:
 
 
 class ExtractorRef(Config):
-    """Which extractor, and where its weights lie."""
+    """A feature extractor and the location of its weights."""
 
     name: Name = Field(
         "demo-digits",
