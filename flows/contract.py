@@ -40,8 +40,8 @@ class Stage:
     @property
     def definition(self) -> StageDefinition[Any, Any, Any]:
         """The ``DEFINITION`` of the stage's module."""
-        found: StageDefinition[Any, Any, Any] = import_module(self.module).DEFINITION
-        return found
+        definition: StageDefinition[Any, Any, Any] = import_module(self.module).DEFINITION
+        return definition
 
     @property
     def config(self) -> type[Config]:

@@ -58,11 +58,11 @@ class Recipe(Config):
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of this recipe: those that have a config, and whose input another one of them makes."""
-        found: list[str] = []
+        names: list[str] = []
         for name, stage in STAGES.items():
-            if getattr(self, _field(name)) is not None and (stage.reads is None or stage.reads in found):
-                found.append(name)
-        return tuple(found)
+            if getattr(self, _field(name)) is not None and (stage.reads is None or stage.reads in names):
+                names.append(name)
+        return tuple(names)
 
     def config_of(self, stage: str) -> Config:
         """The config of a stage.
@@ -115,7 +115,7 @@ class Recipe(Config):
             before = self.finished(root, before=stage)
             if before is None:
                 raise InputError(f"{stage}: the stages before it are not done; run the recipe first, or give --from")
-            return next(found.url for found in before if found.stage == STAGES[stage].reads)
+            return next(manifest.url for manifest in before if manifest.stage == STAGES[stage].reads)
         url = runs.resolve(given, root)
         STAGES[stage].source(url)
         return url
@@ -168,11 +168,11 @@ def recipe_of(values: dict[str, Any], where: str, overrides: Sequence[str]) -> R
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        found = problem(error, values)
+        wrong = problem(error, values)
         keys = {f"{text.partition('=')[0]}.": text for text in overrides}
-        place = f"{found.place}."
+        place = f"{wrong.place}."
         overriding = [text for key, text in keys.items() if place.startswith(key) or key.startswith(place)]
-        raise InputError(f"{f'--set {uri.redact(overriding[-1])}' if overriding else where}: {found}") from error
+        raise InputError(f"{f'--set {uri.redact(overriding[-1])}' if overriding else where}: {wrong}") from error
 
 
 def config_alone(kind: type[AnyConfig], stage: str, defaults: dict[str, Any], overrides: Sequence[str]) -> AnyConfig:
@@ -196,8 +196,8 @@ def config_alone(kind: type[AnyConfig], stage: str, defaults: dict[str, Any], ov
     try:
         return kind.model_validate(values[stage])
     except ValidationError as error:
-        found = problem(error, values[stage])
-        raise InputError(f"--set {'.'.join(filter(None, (stage, found.place)))}: {found.message}") from error
+        wrong = problem(error, values[stage])
+        raise InputError(f"--set {'.'.join(filter(None, (stage, wrong.place)))}: {wrong.message}") from error
 
 
 def parse_override(text: str, kind: Any) -> tuple[str, Any, str]:

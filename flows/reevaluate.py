@@ -107,26 +107,26 @@ def reevaluate(
     if not missing:
         return Completed(name=SKIPPED, message=f"already done for {window.label}", data=window.label)
     with runs.pipeline_run(str(settings.pipeline_id), settings.root):
-        found = [
+        results = [
             _reevaluate(client, model_name, version, names, window, settings) for version, names in missing.items()
         ]
-    _report(model_name, window, found)
-    for each in found:  # last: after a kill, events are sent again rather than never
+    _report(model_name, window, results)
+    for each in results:  # last: after a kill, events are sent again rather than never
         _log(client, _series(client, experiment_id, model_name, each.version), window, each.now)
-    drifted = [f"{each.version} {name}" for each in found for name in each.drifts()]
+    drifted = [f"{each.version} {name}" for each in results for name in each.drifts()]
     return Completed(message=f"{window.label}: drifted: {', '.join(drifted) or 'no metric'}", data=window.label)
 
 
 def _versions(client: MlflowClient, name: str) -> dict[int, list[str]]:
     """Champion and candidate, which may be the same version, with their aliases."""
     aliases = client.get_registered_model(name).aliases
-    found: dict[int, list[str]] = {}
+    versions: dict[int, list[str]] = {}
     for alias in (CHAMPION, CANDIDATE):
         if alias in aliases:
-            found.setdefault(int(aliases[alias]), []).append(alias)
-    if not found:
+            versions.setdefault(int(aliases[alias]), []).append(alias)
+    if not versions:
         raise InputError(f"{name}: has neither {CHAMPION} nor {CANDIDATE}; register a model or promote one")
-    return found
+    return versions
 
 
 def _reevaluate(
@@ -140,8 +140,8 @@ def _reevaluate(
     checkpoint = samples.parent("checkpoint", CheckpointManifest)
     fresh = _done("sample", checkpoint=checkpoint.url, config=drawn, settings=settings)
     config = EvaluateConfig.model_validate(metrics.config)
-    found = MetricsManifest.read(_done("evaluate", samples=fresh, config=config, settings=settings))
-    now = Evaluation(distance=found.distance, metrics=found.metrics, conditions=found.conditions)
+    metrics = MetricsManifest.read(_done("evaluate", samples=fresh, config=config, settings=settings))
+    now = Evaluation(distance=metrics.distance, metrics=metrics.metrics, conditions=metrics.conditions)
     check_comparable(f"{name} {version}, as registered and now", then, now)
     return _Reevaluation(version, aliases, then, now)
 
@@ -151,24 +151,24 @@ def _done(stage: str, **given: Any) -> str:
     return str(stage_flow(stage)(**given, return_state=True).result())
 
 
-def _report(name: str, window: Window, found: list[_Reevaluation]) -> None:
+def _report(name: str, window: Window, results: list[_Reevaluation]) -> None:
     """Create a table in Prefect, and emit an event for each metric that drifted."""
-    for each in found:
+    for each in results:
         for metric, change in each.drifts().items():
             facts = {"version": each.version, "aliases": each.aliases, "metric": metric, "period": window.label}
             numbers = {"then": each.then.metrics[metric], "now": each.now.metrics[metric], "margin": change.margin}
             once = uuid5(NAMESPACE_URL, f"{DRIFTED}/{name}/{each.version}/{metric}/{window.label}")
             emit(DRIFTED, name, facts | numbers, once)
-    drifted = any(each.drifts() for each in found)
+    drifted = any(each.drifts() for each in results)
     title = f"# {name}, {window.label}: {'**drifted**' if drifted else 'within its intervals'}\n\n"
     key = re.sub(r"[^a-z0-9]+", "-", f"reevaluation-{name}".lower()).strip("-")
-    create_markdown_artifact(title + _table(found), key=key, description=f"Seed {window.seed}")
+    create_markdown_artifact(title + _table(results), key=key, description=f"Seed {window.seed}")
 
 
-def _table(found: list[_Reevaluation]) -> str:
+def _table(results: list[_Reevaluation]) -> str:
     head = "| version | metric | registered | now | difference | |\n|---|---|---|---|---|---|\n"
     rows = ""
-    for each in found:
+    for each in results:
         who, changes, drifts = f"{each.version} ({', '.join(each.aliases)})", each.changes(), each.drifts()
         for metric, now in each.now.metrics.items():
             change = changes.get(metric)
@@ -182,9 +182,9 @@ def _table(found: list[_Reevaluation]) -> str:
 def _series(client: MlflowClient, experiment_id: str, name: str, version: int) -> str:
     """Find or create the run that holds a version's series."""
     which = f"{name}/{version}"
-    found = client.search_runs([experiment_id], f"tags.`{SERIES_TAG}` = '{which}'", max_results=1)
-    if found:
-        return str(found[0].info.run_id)
+    series = client.search_runs([experiment_id], f"tags.`{SERIES_TAG}` = '{which}'", max_results=1)
+    if series:
+        return str(series[0].info.run_id)
     run_id = str(
         client.create_run(experiment_id, tags={MLFLOW_RUN_NAME: f"{which} again", SERIES_TAG: which}).info.run_id
     )

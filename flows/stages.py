@@ -52,13 +52,15 @@ def stage_flow(name: str) -> StageFlow:
 def _parameters(stage: Stage) -> list[Parameter]:
     """The parameters of the flow, from which Prefect makes its form."""
     required = any(field.is_required() for field in stage.config.model_fields.values())
-    found: list[tuple[str, Any, Any]] = [
+    parameters: list[tuple[str, Any, Any]] = [
         (stage.role, str if stage.reads else ArchiveRef, Parameter.empty),
         ("config", stage.config, Parameter.empty if required else stage.config()),
         *([("launcher", LaunchSpec, LocalLaunch())] if stage.ranked else []),
         ("settings", RunSettings, HERE),
     ]
-    return [Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind) for name, kind, default in found]
+    return [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind) for name, kind, default in parameters
+    ]
 
 
 def _shard_in_tasks(config: ShardConfig, archive: ArchiveRef, **output: Any) -> Manifest:

@@ -22,6 +22,6 @@ def run(options: Namespace) -> None:
     """Convert the checkpoint; print how to load the result."""
     from dit.convert import read, summary, write
 
-    found = read(options.source, heads=options.heads)
-    write(found, options.destination, options.to, vae=options.vae)
-    print(summary(found, options.destination, options.to))
+    checkpoint = read(options.source, heads=options.heads)
+    write(checkpoint, options.destination, options.to, vae=options.vae)
+    print(summary(checkpoint, options.destination, options.to))

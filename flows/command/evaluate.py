@@ -32,8 +32,8 @@ def run(options: Namespace) -> None:
     if options.recipe:
         STAGE.run(options)
         return
-    found = _compared(options)
-    for line in [found.model_dump_json()] if options.json else _lines(found):
+    comparison = _compared(options)
+    for line in [comparison.model_dump_json()] if options.json else _lines(comparison):
         print(line)
 
 
@@ -53,10 +53,10 @@ def _compared(options: Namespace) -> "ImageComparison":
         return compare_images(options.samples, options.reference, config, root=options.root, tracker=tracker)
 
 
-def _lines(found: "ImageComparison") -> Iterator[str]:
+def _lines(comparison: "ImageComparison") -> Iterator[str]:
     """The distance's name, and one line for each metric, count and condition."""
-    yield found.distance
-    numbers = [(name, f"{value:.6g}") for name, value in found.metrics.items()]
-    counts = [(name, f"{count:,}") for name, count in found.counts.items()]
-    conditions = [(name, str(value)) for name, value in found.conditions.items()]
+    yield comparison.distance
+    numbers = [(name, f"{value:.6g}") for name, value in comparison.metrics.items()]
+    counts = [(name, f"{count:,}") for name, count in comparison.counts.items()]
+    conditions = [(name, str(value)) for name, value in comparison.conditions.items()]
     yield from aligned([("", ""), *numbers, ("", ""), *counts, ("", ""), *conditions])

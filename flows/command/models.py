@@ -62,27 +62,27 @@ def as_json(latent: int) -> str:
     return json.dumps({"latent": latent, "models": rows})
 
 
-def _row(config: "ModelConfig", found: "Cost") -> dict[str, Any]:
-    counted, parameters = _published(config, found)
+def _row(config: "ModelConfig", cost: "Cost") -> dict[str, Any]:
+    counted, parameters = _published(config, cost)
     return {
         "config": config.model_dump(),
         "params_m": parameters / 1e6,
         "params_counted": counted,
-        "gmac": found.macs / 1e9,
-        "training_flops": found.training_flops,
-        "memory_bytes": found.memory,
+        "gmac": cost.macs / 1e9,
+        "training_flops": cost.training_flops,
+        "memory_bytes": cost.memory,
     }
 
 
-def _cells(config: "ModelConfig", found: "Cost") -> list[str]:
-    _, parameters = _published(config, found)
-    counts = (f"{parameters / 1e6:.2f}", f"{found.macs / 1e9:.2f}", f"{found.training_flops / 1e9:.1f}")
-    return [*counts, *(f"{size / 2**30:.2f}" for size in found.memory.values())]
+def _cells(config: "ModelConfig", cost: "Cost") -> list[str]:
+    _, parameters = _published(config, cost)
+    counts = (f"{parameters / 1e6:.2f}", f"{cost.macs / 1e9:.2f}", f"{cost.training_flops / 1e9:.1f}")
+    return [*counts, *(f"{size / 2**30:.2f}" for size in cost.memory.values())]
 
 
-def _published(config: "ModelConfig", found: "Cost") -> tuple[str, int]:
+def _published(config: "ModelConfig", cost: "Cost") -> tuple[str, int]:
     """Which parameters the model's paper counts, and their number."""
-    return ("all", found.parameters) if config.kind == "dit" else ("trained", found.trained)
+    return ("all", cost.parameters) if config.kind == "dit" else ("trained", cost.trained)
 
 
 def _line(cells: tuple[str, ...]) -> str:

@@ -53,9 +53,9 @@ def _show(recipe: str, outcomes: list[Outcome], root: str) -> None:
         if entry.path.endswith(".png")
     ]
     decisions = [
-        ["promotion", found.promotion]
-        for found in (ModelManifest.read(m.uri) for m in manifests if m.stage == ModelManifest.STAGE)
-        if found.promotion
+        ["promotion", version.promotion]
+        for version in (ModelManifest.read(m.uri) for m in manifests if m.stage == ModelManifest.STAGE)
+        if version.promotion
     ]
     page = page_url(manifests, root)
     pictures += [["report", page]] if uri.exists(page) else []

@@ -32,15 +32,15 @@ def run(options: Namespace) -> None:
 
     rates = read_rates(options.rates)
     plans = [plan(recipe, options.root, rates) for recipe in load_recipes(options.recipe, options.set, options.root)]
-    for found in plans:
-        for line in [json.dumps(found.as_json())] if options.json else _lines(found):
+    for estimate in plans:
+        for line in [json.dumps(estimate.as_json())] if options.json else _lines(estimate):
             print(line)
-    problems = [problem for found in plans for problem in found.problems]
+    problems = [problem for estimate in plans for problem in estimate.problems]
     if problems:
         raise InputError("; ".join(dict.fromkeys(problems)))
 
 
-def _lines(found: "Plan") -> Iterator[str]:
-    yield found.recipe
-    yield from aligned(found.rows(), numbers=range(2, 6))
-    yield from found.needs()
+def _lines(estimate: "Plan") -> Iterator[str]:
+    yield estimate.recipe
+    yield from aligned(estimate.rows(), numbers=range(2, 6))
+    yield from estimate.needs()

@@ -27,16 +27,16 @@ def run(options: Namespace) -> None:
     """Fit, plot and print."""
     from flows.report.scaling import scaling
 
-    found = scaling(options.recipe, options.set, options.root)
-    for line in [found.as_json()] if options.json else _lines(found):
+    result = scaling(options.recipe, options.set, options.root)
+    for line in [result.as_json()] if options.json else _lines(result):
         print(line)
 
 
-def _lines(found: "Scaling") -> Iterator[str]:
-    yield from aligned([HEAD, *(run.cells() for run in found.runs)])
+def _lines(result: "Scaling") -> Iterator[str]:
+    yield from aligned([HEAD, *(run.cells() for run in result.runs)])
     yield ""
-    for x, law in found.fits.items():
-        yield f"{found.distance} of {found.runs[0].samples:,} samples against x = {x}: {law}"
-    for name in found.missing:
+    for x, law in result.fits.items():
+        yield f"{result.distance} of {result.runs[0].samples:,} samples against x = {x}: {law}"
+    for name in result.missing:
         yield f"missing: {name} has no metrics below this root"
-    yield f"picture: {uri.redact(found.picture)}"
+    yield f"picture: {uri.redact(result.picture)}"

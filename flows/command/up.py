@@ -152,8 +152,8 @@ def _report_crashes() -> None:
     running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING]))
     with get_client(sync_client=True) as client:
         pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
-        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=running), work_pool_filter=pool)
-        of_these = FlowRunFilterParentFlowRunId(any_=[run.id for run in found])
-        found += client.read_flow_runs(flow_run_filter=FlowRunFilter(state=running, parent_flow_run_id=of_these))
-        for run in found:
+        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=running), work_pool_filter=pool)
+        of_these = FlowRunFilterParentFlowRunId(any_=[run.id for run in runs])
+        runs += client.read_flow_runs(flow_run_filter=FlowRunFilter(state=running, parent_flow_run_id=of_these))
+        for run in runs:
             client.set_flow_run_state(run.id, Crashed(message="the worker was killed"), force=True)

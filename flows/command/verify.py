@@ -32,13 +32,13 @@ def _damaged(manifest: "Manifest", *, full: bool) -> bool:
     """Print the state of an output, and withdraw it if it is damaged."""
     from storage.verify import faults, withdraw
 
-    found, where = faults(manifest, full=full), uri.redact(manifest.uri)
-    for fault in found:
+    damaged, where = faults(manifest, full=full), uri.redact(manifest.uri)
+    for fault in damaged:
         print(f"{uri.join(where, fault.entry.path)}: {fault.damage}")
-    if found:
-        withdraw(manifest, found)
+    if damaged:
+        withdraw(manifest, damaged)
     seen = "all bytes" if full else "sizes and records"
-    state = f"{len(found):,} damaged, withdrawn" if found else f"{seen} as committed"
+    state = f"{len(damaged):,} damaged, withdrawn" if damaged else f"{seen} as committed"
     size = sum(entry.size for entry in manifest.files)
     print(f"{where}: {len(manifest.files):,} objects, {size:,} bytes: {state}", flush=True)
-    return bool(found)
+    return bool(damaged)

@@ -42,12 +42,12 @@ class StageEstimate:
 
     def line(self) -> Line:
         """The stage's line of the plan."""
-        found = self.cost
-        done = found.units if self.finished else min(found.done, found.units)
-        left = 1 - done / found.units
-        state = "done" if not left else f"{done:,} of {found.units:,} {found.unit}" if done else "to do"
-        hours = left * found.seconds / HOUR
-        return Line(self.stage, state, found.images, found.objects, found.size, round(found.size * left), hours)
+        cost = self.cost
+        done = cost.units if self.finished else min(cost.done, cost.units)
+        left = 1 - done / cost.units
+        state = "done" if not left else f"{done:,} of {cost.units:,} {cost.unit}" if done else "to do"
+        hours = left * cost.seconds / HOUR
+        return Line(self.stage, state, cost.images, cost.objects, cost.size, round(cost.size * left), hours)
 
 
 def plan(recipe: Recipe, root: str, given: Mapping[str, float]) -> Plan:
@@ -112,10 +112,10 @@ def _estimates(recipe: Recipe, root: str, rates: dict[str, float]) -> Iterator[S
         source = before[stage.reads] if stage.reads else recipe.archive
         out = stage.output(root, config, source)
         world_size = launch.world_size if stage.ranked else 1
-        found = definition.estimate(config, source, PlanContext(out, rates, world_size, nodes, before))
+        cost = definition.estimate(config, source, PlanContext(out, rates, world_size, nodes, before))
         made = out.committed(stage.kind)
-        before[name] = made or out.manifest(stage.kind, **found.leaves)
-        yield StageEstimate(name, found, made is not None)
+        before[name] = made or out.manifest(stage.kind, **cost.leaves)
+        yield StageEstimate(name, cost, made is not None)
 
 
 def _copy(stages: list[StageEstimate]) -> Copy | None:
@@ -152,11 +152,11 @@ def _in_stages(stages: list[StageEstimate], recipe: Recipe, there: int) -> Itera
     """The problems of the stages: too little memory, and what they report themselves."""
     ranks = recipe.launch.world_size
     for each in stages:
-        found = each.cost
-        if found.memory * ranks // at_once(ranks) > there:
-            need = f"{found.memory / 2**30:,.1f} GiB on each of {ranks} ranks"
-            yield f"{each.stage}: needs {need}, and there are {there / 2**30:,.1f} GiB; {found.save_memory}"
-        yield from found.problems
+        cost = each.cost
+        if cost.memory * ranks // at_once(ranks) > there:
+            need = f"{cost.memory / 2**30:,.1f} GiB on each of {ranks} ranks"
+            yield f"{each.stage}: needs {need}, and there are {there / 2**30:,.1f} GiB; {cost.save_memory}"
+        yield from cost.problems
 
 
 def _no_room(copy: Copy | None) -> Iterator[str]:

@@ -49,7 +49,7 @@ class _Comparison:
     """None without a champion."""
 
     def __str__(self) -> str:
-        values = {version: Estimate.of(self.metric, found) for version, found in self.values.items()}
+        values = {version: Estimate.of(self.metric, evaluation) for version, evaluation in self.values.items()}
         numbers = [f"version {version}: {self.metric} {value}" for version, value in values.items()]
         return "; ".join([*numbers, str(self.gain)] if self.gain else numbers)
 
@@ -123,7 +123,7 @@ def check_comparable(what: str, old: Evaluation, new: Evaluation) -> None:
     Raises:
         InputError: they were not; the line gives both values of the first condition that differs.
     """
-    one, other = (dict[str, object](found.conditions, distance=found.distance) for found in (old, new))
+    one, other = (dict[str, object](evaluation.conditions, distance=evaluation.distance) for evaluation in (old, new))
     differ = differing(one, other)
     if differ:
         first = differ[0]
@@ -134,8 +134,8 @@ def check_comparable(what: str, old: Evaluation, new: Evaluation) -> None:
 
 
 def _champion(client: MlflowClient, name: str) -> int | None:
-    found = client.get_registered_model(name).aliases.get(CHAMPION)
-    return None if found is None else int(found)
+    number = client.get_registered_model(name).aliases.get(CHAMPION)
+    return None if number is None else int(number)
 
 
 def _compare(client: MlflowClient, name: str, version: int, champion: int | None, rule: PromotionRule) -> _Comparison:
@@ -149,11 +149,11 @@ def _compare(client: MlflowClient, name: str, version: int, champion: int | None
     return _Comparison(version, champion, metric, values, gain(metric, rule.direction, old.metrics, new.metrics))
 
 
-def _values(metric: str, found: Evaluation) -> dict[str, float]:
-    if metric not in found.metrics:
-        raise InputError(f"{metric}: no such metric; choose one of {', '.join(sorted(found.metrics))}")
+def _values(metric: str, evaluation: Evaluation) -> dict[str, float]:
+    if metric not in evaluation.metrics:
+        raise InputError(f"{metric}: no such metric; choose one of {', '.join(sorted(evaluation.metrics))}")
     names = (metric, f"{metric}_low", f"{metric}_high")
-    return {name: found.metrics[name] for name in names if name in found.metrics}
+    return {name: evaluation.metrics[name] for name in names if name in evaluation.metrics}
 
 
 def _record(

@@ -95,8 +95,8 @@ def emit(event: str, model_name: str, payload: dict[str, Any], once: UUID | None
 
 
 def _registered(client: MlflowClient, name: str, digest: str) -> int | None:
-    found = client.search_model_versions(f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'")
-    return min((int(version.version) for version in found), default=None)
+    versions = client.search_model_versions(f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'")
+    return min((int(version.version) for version in versions), default=None)
 
 
 def _numbers(metrics: MetricsManifest) -> dict[str, str]:

@@ -17,7 +17,7 @@ Fixed = tuple[str, int, str, dict[str, str | int | float]]
 """What must be equal: distance, version of the stage, digest of the checkpoint, conditions without guidance."""
 
 
-def sweep_of(found: MetricsManifest, root: str) -> list[MetricsManifest]:
+def sweep_of(metrics: MetricsManifest, root: str) -> list[MetricsManifest]:
     """All finished evaluations of a root that differ from one in nothing but guidance, that one included.
 
     Returns:
@@ -27,15 +27,15 @@ def sweep_of(found: MetricsManifest, root: str) -> list[MetricsManifest]:
         InputError: the samples of the given one are gone.
         StorageError: the store does not answer.
     """
-    own, others = _fixed(found), _evaluations(root, but=found.digest)
-    return sorted([found, *(each for each, fixed in others if fixed == own)], key=lambda each: each.digest)
+    own, others = _fixed(metrics), _evaluations(root, but=metrics.digest)
+    return sorted([metrics, *(each for each, fixed in others if fixed == own)], key=lambda each: each.digest)
 
 
 def lines(evaluations: Sequence[MetricsManifest]) -> list[GuidanceLine]:
     """A line for each guidance setting with at least two scales; samples without guidance are a point of every line."""
     settings = sorted({_setting(each) for each in evaluations if each.conditions["guidance_scale"] != UNGUIDED})
-    found = [_line(setting, evaluations) for setting in settings]
-    return [line for line in found if len(line.scales) > 1]
+    drawn = [_line(setting, evaluations) for setting in settings]
+    return [line for line in drawn if len(line.scales) > 1]
 
 
 def _evaluations(root: str, but: str) -> Iterator[tuple[MetricsManifest, Fixed]]:
@@ -44,20 +44,20 @@ def _evaluations(root: str, but: str) -> Iterator[tuple[MetricsManifest, Fixed]]
     for folder in finished_outputs(root, MetricsManifest.STAGE):
         if folder != excluded:
             try:
-                found = MetricsManifest.read(folder)
-                yield found, _fixed(found)
+                metrics = MetricsManifest.read(folder)
+                yield metrics, _fixed(metrics)
             except InputError as error:
                 LOGGER.warning("left out of the guidance sweep: %s", error)
 
 
-def _fixed(found: MetricsManifest) -> Fixed:
-    conditions = {name: value for name, value in found.conditions.items() if not name.startswith(GUIDANCE)}
-    checkpoint = found.parent("samples", SampleManifest).parents["checkpoint"]
-    return found.distance, found.version, checkpoint.digest, conditions
+def _fixed(metrics: MetricsManifest) -> Fixed:
+    conditions = {name: value for name, value in metrics.conditions.items() if not name.startswith(GUIDANCE)}
+    checkpoint = metrics.parent("samples", SampleManifest).parents["checkpoint"]
+    return metrics.distance, metrics.version, checkpoint.digest, conditions
 
 
-def _setting(found: MetricsManifest) -> str:
-    values = {name: found.conditions.get(f"{GUIDANCE}{name}") for name in SETTINGS}
+def _setting(metrics: MetricsManifest) -> str:
+    values = {name: metrics.conditions.get(f"{GUIDANCE}{name}") for name in SETTINGS}
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
@@ -74,6 +74,6 @@ def _line(setting: str, evaluations: Sequence[MetricsManifest]) -> GuidanceLine:
     )
 
 
-def _published_or_fp32(name: str, found: MetricsManifest) -> float:
+def _published_or_fp32(name: str, metrics: MetricsManifest) -> float:
     """The metric in the arithmetic of published results, if it was measured, else in float32."""
-    return found.metrics.get(f"{name}_adm_fp16", found.metrics[f"{name}_fp32"])
+    return metrics.metrics.get(f"{name}_adm_fp16", metrics.metrics[f"{name}_fp32"])

@@ -49,8 +49,8 @@ def page_url(manifests: Sequence[Manifest], root: str) -> str:
     Raises:
         InputError: a stage's output is gone.
     """
-    shown = [found.digest for found in manifests]
-    shown += [other.digest for found in _evaluations(manifests) for other in guidance.sweep_of(found, root)]
+    shown = [manifest.digest for manifest in manifests]
+    shown += [other.digest for manifest in _evaluations(manifests) for other in guidance.sweep_of(manifest, root)]
     name = short_digest(json_digest({"version": VERSION, "shown": shown}))
     return uri.join(uri.absolute(root), FOLDER, f"{name}.html")
 
@@ -94,65 +94,71 @@ def publish_missing(name: str, manifests: Sequence[Manifest], root: str) -> None
 def page(name: str, manifests: Sequence[Manifest], root: str) -> str:
     """The report as HTML: the same bytes for the same manifests. Errors as `write_page`."""
     evaluations = _evaluations(manifests)
-    sections = [_samples(SampleManifest.read(found.uri)) for found in manifests if found.stage == SampleManifest.STAGE]
-    for found in evaluations:
-        sections += [_papers(found), *_guided(guidance.sweep_of(found, root), found.distance), _nearest(found, root)]
+    sections = [
+        _samples(SampleManifest.read(manifest.uri)) for manifest in manifests if manifest.stage == SampleManifest.STAGE
+    ]
+    for manifest in evaluations:
+        sections += [
+            _papers(manifest),
+            *_guided(guidance.sweep_of(manifest, root), manifest.distance),
+            _nearest(manifest, root),
+        ]
     sections.append(Section("Pictures of the stages", list(_pictures(manifests))))
-    for found in evaluations:
-        sections += [_metrics(found), _conditions(found)]
-    return render(name, [_lead(found) for found in evaluations], [*sections, _lineage(manifests)])
+    for manifest in evaluations:
+        sections += [_metrics(manifest), _conditions(manifest)]
+    return render(name, [_lead(manifest) for manifest in evaluations], [*sections, _lineage(manifests)])
 
 
 def _evaluations(manifests: Sequence[Manifest]) -> list[MetricsManifest]:
-    return [MetricsManifest.read(found.uri) for found in manifests if found.stage == MetricsManifest.STAGE]
+    return [MetricsManifest.read(manifest.uri) for manifest in manifests if manifest.stage == MetricsManifest.STAGE]
 
 
-def _lead(found: MetricsManifest) -> tuple[str, str]:
+def _lead(metrics: MetricsManifest) -> tuple[str, str]:
     """The distance, and others to read it by."""
-    text = f"{found.distance} {found.estimate} from {found.counts['samples']:,} samples"
-    far = {end: found.metrics.get(f"{found.metric}_{end}") for end in ("ceiling", "floor", "at_floor_n")}
+    text = f"{metrics.distance} {metrics.estimate} from {metrics.counts['samples']:,} samples"
+    far = {end: metrics.metrics.get(f"{metrics.metric}_{end}") for end in ("ceiling", "floor", "at_floor_n")}
     bounds = f"The interval covers 95 %. Equally many images of noise have {far['ceiling']:.4g}."
     if far["floor"] is not None:
-        count = f"{found.counts['floor']:,}"
+        count = f"{metrics.counts['floor']:,}"
         bounds += f" {count} held-out images have {far['floor']:.4g}, {count} of the samples {far['at_floor_n']:.4g}."
     return text, bounds
 
 
-def _samples(found: SampleManifest) -> Section:
+def _samples(samples: SampleManifest) -> Section:
     """A strip of samples for each of some classes; one picture of samples if they have no classes."""
-    rows = by_class(found, classes=CLASSES, each=max(4, min(EACH, WIDE // found.resolution)))
+    rows = by_class(samples, classes=CLASSES, each=max(4, min(EACH, WIDE // samples.resolution)))
     if not rows:
-        return Section("Samples", [Figure(found.read_object(f"artifacts/{PICTURE}"), CAPTIONS[PICTURE])])
-    total = len(found.class_names)
+        return Section("Samples", [Figure(samples.read_object(f"artifacts/{PICTURE}"), CAPTIONS[PICTURE])])
+    total = len(samples.class_names)
     which = f"{len(rows)} of {total:,} classes" if len(rows) < total else "every class"
     return Section("Samples by class", [f"The first samples of {which}.", Strips(rows)])
 
 
-def _papers(found: MetricsManifest) -> Section:
+def _papers(metrics: MetricsManifest) -> Section:
     """The published rows on the same data, each with the conditions that differ from this run's."""
-    samples = found.parent("samples", SampleManifest)
-    images, classes, side = found.counts["reference"], len(samples.class_names), samples.resolution
-    rows = rows_for(distance=found.distance, images=images, classes=classes, resolution=side)
-    here = f"{found.distance} against {images:,} images in {classes:,} classes at {side} px"
+    samples = metrics.parent("samples", SampleManifest)
+    images, classes, side = metrics.counts["reference"], len(samples.class_names), samples.resolution
+    rows = rows_for(distance=metrics.distance, images=images, classes=classes, resolution=side)
+    here = f"{metrics.distance} against {images:,} images in {classes:,} classes at {side} px"
     if not rows:
         return Section("Published results", [f"No published result compares with {here}. {PUBLISHED}"])
-    steps = found.conditions["training_steps"]
-    own = (f"this run, {steps:,} steps", *(_own(name, found) for name in METRICS), "", "")
+    steps = metrics.conditions["training_steps"]
+    own = (f"this run, {steps:,} steps", *(_own(name, metrics) for name in METRICS), "", "")
     head = ("model", "FID", "sFID", "IS", "precision", "recall", "conditions", "source")
     note = (
         f"{here}, which is {rows[0].data.name} by these counts. Papers use reference statistics from files of their "
         "own; here they come from the training images. Not compared are training steps, decoder, seed, and conditions "
         "that a paper does not state. Rows under other conditions do not rank this run."
     )
-    return Section("Published results", [Table(head, [own, *(_row(row, found) for row in rows)]), note])
+    return Section("Published results", [Table(head, [own, *(_row(row, metrics) for row in rows)]), note])
 
 
-def _own(name: str, found: MetricsManifest) -> str:
-    return str(Estimate.of(name, found.metrics)) if name in found.metrics else ""
+def _own(name: str, metrics: MetricsManifest) -> str:
+    return str(Estimate.of(name, metrics.metrics)) if name in metrics.metrics else ""
 
 
-def _row(row: Row, found: MetricsManifest) -> tuple[str, ...]:
-    other = deviations(row, found.conditions)
+def _row(row: Row, metrics: MetricsManifest) -> tuple[str, ...]:
+    other = deviations(row, metrics.conditions)
     values = [f"{value:g}" for value in row.values]
     steps = row.conditions.get("training_steps")
     model = f"{row.model}, {steps:,} steps" if steps else row.model
@@ -177,18 +183,18 @@ def _guided(evaluations: Sequence[MetricsManifest], distance: str) -> Iterator[S
 
 def _pictures(manifests: Sequence[Manifest]) -> Iterator[Figure]:
     """The pictures of the stages before sampling."""
-    for found in manifests:
-        if found.stage in (SampleManifest.STAGE, "register"):
+    for manifest in manifests:
+        if manifest.stage in (SampleManifest.STAGE, "register"):
             continue
-        for path in (entry.path for entry in found.files if entry.path.startswith("artifacts/")):
+        for path in (entry.path for entry in manifest.files if entry.path.startswith("artifacts/")):
             if path.endswith(".png"):
                 name = path.rpartition("/")[2]
-                yield Figure(found.read_object(path), CAPTIONS.get(name, name), plot=name == "loss.png")
+                yield Figure(manifest.read_object(path), CAPTIONS.get(name, name), plot=name == "loss.png")
 
 
-def _nearest(found: MetricsManifest, root: str) -> Section:
-    samples = found.parent("samples", SampleManifest)
-    config = EvaluateConfig.model_validate(found.config)
+def _nearest(metrics: MetricsManifest, root: str) -> Section:
+    samples = metrics.parent("samples", SampleManifest)
+    config = EvaluateConfig.model_validate(metrics.config)
     near = neighbours(config, samples, root=root, count=SHOWN, nearest=NEAREST, tracker=NullTracker())
     caption = f"In each row a sample, then the nearest of {near.among:,} training images in feature space"
     rows = [(f"sample {row}", *(f"{value:.4g}" for value in far)) for row, far in enumerate(near.distances)]
@@ -197,37 +203,39 @@ def _nearest(found: MetricsManifest, root: str) -> Section:
     return Section("Nearest training images", [Figure(near.picture, caption), Table(head, rows), usual])
 
 
-def _metrics(found: MetricsManifest) -> Section:
+def _metrics(metrics: MetricsManifest) -> Section:
     ends = ("_low", "_high")
-    names = [name for name in found.metrics if not name.endswith(ends) or name[: name.rindex("_")] not in found.metrics]
-    values = {name: Estimate.of(name, found.metrics) for name in names}
+    names = [
+        name for name in metrics.metrics if not name.endswith(ends) or name[: name.rindex("_")] not in metrics.metrics
+    ]
+    values = {name: Estimate.of(name, metrics.metrics) for name in names}
     rows = [(name, f"{each.value:.6g}", _interval(each)) for name, each in values.items()]
-    counts = [(name, f"{value:,}") for name, value in found.counts.items()]
+    counts = [(name, f"{value:,}") for name, value in metrics.counts.items()]
     return Section("Metrics", [Table(("metric", "value", "95 % interval"), rows), Table(("images", "count"), counts)])
 
 
-def _conditions(found: MetricsManifest) -> Section:
-    rows = [(name, str(value)) for name, value in found.conditions.items()]
+def _conditions(metrics: MetricsManifest) -> Section:
+    rows = [(name, str(value)) for name, value in metrics.conditions.items()]
     return Section("Conditions", [Table(("condition", "value"), rows)])
 
 
-def _interval(found: Estimate) -> str:
-    return "" if found.low is None else f"{found.low:.6g} to {found.high:.6g}"
+def _interval(estimate: Estimate) -> str:
+    return "" if estimate.low is None else f"{estimate.low:.6g} to {estimate.high:.6g}"
 
 
 def _lineage(manifests: Sequence[Manifest]) -> Section:
     rows = [
         (
-            found.stage,
-            found.folder_name,
-            ", ".join(f"{name} {short_digest(digest)}" for name, digest in found.inputs.items()),
-            ", ".join(f"{value:,} {name}" for name, value in found.counts.items()),
-            found.provenance.mlflow_run_id or "",
-            found.code_version,
+            manifest.stage,
+            manifest.folder_name,
+            ", ".join(f"{name} {short_digest(digest)}" for name, digest in manifest.inputs.items()),
+            ", ".join(f"{value:,} {name}" for name, value in manifest.counts.items()),
+            manifest.provenance.mlflow_run_id or "",
+            manifest.code_version,
         )
-        for found in manifests
+        for manifest in manifests
     ]
     head = ("stage", "digest", "inputs", "counts", "MLflow run", "code")
-    roots = sorted({uri.redact(found.root) for found in manifests})
+    roots = sorted({uri.redact(manifest.root) for manifest in manifests})
     where = f"Each output is the folder stage/digest below {' or '.join(roots)}."
     return Section("Lineage", [Table(head, rows), where])

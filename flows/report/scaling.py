@@ -69,14 +69,14 @@ def scaling(names: Sequence[str], overrides: Sequence[str], root: str) -> Scalin
         InputError: a recipe is wrong or has no metrics, fewer than two sizes are done, or the runs do not compare.
     """
     recipes = [recipe for name in names for recipe in load_recipes(name, overrides, root)]
-    found = [(recipe.name, _metrics(recipe, root)) for recipe in recipes]
-    missing = list(dict.fromkeys(name for name, metrics in found if metrics is None))
-    done = {metrics.digest: (name, metrics) for name, metrics in found if metrics}
+    finished = [(recipe.name, _metrics(recipe, root)) for recipe in recipes]
+    missing = list(dict.fromkeys(name for name, metrics in finished if metrics is None))
+    done = {metrics.digest: (name, metrics) for name, metrics in finished if metrics}
     _check(list(done.values()))
     runs = sorted((_run(*each) for each in done.values()), key=lambda run: run.training_flops)
     if len({run.gmac for run in runs}) < 2 or len({run.training_flops for run in runs}) < 2:
         raise InputError(
-            f"scaling: a fit needs finished runs of two model sizes; {len(runs)} of {len(found)} runs are finished; "
+            f"scaling: a fit needs finished runs of two model sizes; {len(runs)} of {len(finished)} runs are finished; "
             f"run the rest first ({', '.join(missing) or 'none is missing'})"
         )
     _, first = next(iter(done.values()))
@@ -103,13 +103,13 @@ def _check(done: Sequence[tuple[str, MetricsManifest]]) -> None:
 
 def _run(name: str, metrics: MetricsManifest) -> Run:
     checkpoint = metrics.parent("samples", SampleManifest).parent("checkpoint", CheckpointManifest)
-    found, seen = cost(checkpoint.card.model), checkpoint.counts["images_seen"]
+    finished, seen = cost(checkpoint.card.model), checkpoint.counts["images_seen"]
     return Run(
         name=name,
-        parameters=found.parameters,
-        gmac=found.macs / 1e9,
+        parameters=finished.parameters,
+        gmac=finished.macs / 1e9,
         images_seen=seen,
-        training_flops=float(found.training_flops * seen),
+        training_flops=float(finished.training_flops * seen),
         distance=metrics.estimate,
         samples=metrics.counts["samples"],
         manifest=metrics.url,

@@ -274,14 +274,14 @@ def _finish(client: MlflowClient, run_id: str, manifest: Manifest) -> None:
 def _find(client: MlflowClient, experiment_id: str, tag: str, value: str, also: str = "") -> str | None:
     """The newest run with a tag."""
     selector = f"tags.`{tag}` = '{value}'" + (f" and {also}" if also else "")
-    found = client.search_runs([experiment_id], selector, order_by=["attributes.start_time DESC"], max_results=1)
-    return str(found[0].info.run_id) if found else None
+    runs = client.search_runs([experiment_id], selector, order_by=["attributes.start_time DESC"], max_results=1)
+    return str(runs[0].info.run_id) if runs else None
 
 
 def _pipeline(client: MlflowClient, experiment_id: str, pipeline_id: str) -> str:
-    found = _find(client, experiment_id, PIPELINE_TAG, pipeline_id, f"tags.`{STAGE_TAG}` = 'pipeline'")
-    if found is not None:
-        return found
+    run_id = _find(client, experiment_id, PIPELINE_TAG, pipeline_id, f"tags.`{STAGE_TAG}` = 'pipeline'")
+    if run_id is not None:
+        return run_id
     tags = {MLFLOW_RUN_NAME: pipeline_id, PIPELINE_TAG: pipeline_id, STAGE_TAG: "pipeline"}
     return str(client.create_run(experiment_id, tags=tags).info.run_id)
 
