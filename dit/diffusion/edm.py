@@ -1,6 +1,6 @@
 """Diffusion over continuous noise levels (EDM: Karras et al., arXiv 2206.00364).
 
-Noise is added and nothing is shrunk: x = x0 + sigma eps. A denoiser D(x; sigma) that minimises E |D - x0|^2 is all
+Noise is added to unscaled data: x = x0 + sigma eps. A denoiser D(x; sigma) that minimises E |D - x0|^2 is all
 that sampling needs, since it gives the score: grad log p(x; sigma) = (D(x; sigma) - x) / sigma^2 (equation 3).
 
 The scale of x and of the noise in it varies by orders of magnitude, so D wraps a network F (equation 7):

@@ -4,13 +4,13 @@ A plain block adds to the tokens x what attention and MLP make of their layer no
 
     x = x + Attention(LN(x));  x = x + MLP(LN(x))
 
-in_context       the condition joins the tokens, and is taken away after the last block
+in_context       the condition joins the tokens, and is removed after the last block
 cross_attention  x = x + CrossAttention(LN(x), c) between the two: + 4 D^2 parameters
 adaln            LN(x) becomes LN(x) (1 + scale(c)) + shift(c) in both: + 4 D^2
 adaln_zero       moreover each sum becomes x + gate(c) Attention(...): + 6 D^2
 
-Shift, scale and gate are a Linear layer of SiLU(c). In adaln_zero it starts at zero, so a block starts as the
-identity, which makes deep models train better.
+Shift, scale and gate are a Linear layer of SiLU(c), which starts at zero. So an adaln_zero block starts as the
+identity, which the paper finds to train best.
 """
 
 # B = batch, N = tokens, K = tokens of the condition, D = width

@@ -1,7 +1,7 @@
 """EDM's non-leaking augmentation (Karras et al., arXiv 2206.00364, appendix F.2).
 
 An image x is distorted to T_a x, where nine numbers a say how, and the network is given a as a further
-condition. It so learns the distributions p(T_a x | a) of distorted images, one for each a. Sampling asks for
+condition. So it learns the distributions p(T_a x | a) of distorted images, one for each a. Sampling asks for
 a = 0, where T_0 is the identity: samples are undistorted, however strong the augmentation was.
 
 T_a flips, then moves every point z of the plane (from the image's centre) to A z + b:
