@@ -61,7 +61,7 @@ class Faults:
     restarts: int = 0
     """How often all ranks are started again after one was killed."""
     event: int | None = None
-    """The access to the output's folder, counted from 1, at which the process is killed."""
+    """The access to the folder of outputs, counted from 1, at which the process is killed."""
     spoilt: Sequence[tuple[int, int]] = ()
     """Ranks and steps whose batch is not finite."""
     full: tuple[int, int] | None = None
@@ -95,7 +95,7 @@ class Ended:
     progress: list[list[int]]
     """The rank, what was done and the total of each progress."""
     events: int
-    """Accesses to the output's folder in the last attempt, if the rank came to its end."""
+    """Accesses to the folder of outputs in the last attempt, if its only rank came to its end."""
     errors: str
 
 
@@ -211,7 +211,7 @@ def rank(job: dict[str, Any]) -> None:
     train.Batches = spoiling(job["faults"]["spoilt"])  # type: ignore[misc]
     out = StageOutput.model_validate(job["out"])
     run, config, source = STAGES[out.header.stage]
-    events = count_events(out.uri, job["faults"]["event"])
+    events = count_events(out.root, job["faults"]["event"])
     tracker = Watcher(out, job["faults"])
     run(config.model_validate(job["config"]), source(job["source"]), out=out, tracker=tracker)
     os.write(1, f"{next(events) - 1}\n".encode())

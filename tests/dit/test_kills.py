@@ -81,7 +81,7 @@ def test_what_is_made_through_kills_is_what_an_undisturbed_run_makes(
 ) -> None:
     events = template.finish(jobs[stage](tmp_path / "calm")).events
     calm, rng, killed = contents(tmp_path / "calm"), random.Random(SEED), 0
-    assert events > kills
+    assert events > 10
     while killed < kills:
         root, code = tmp_path / str(killed), -1
         while code:
