@@ -116,7 +116,7 @@ class Template:
         assert self._process.stdout is not None
         self._process.stdin.write(f"{folder}\n")
         self._process.stdin.flush()
-        assert select.select([self._process.stdout], [], [], LIMIT)[0], f"no end: {(folder / 'errors').read_text()}"
+        assert select.select([self._process.stdout], [], [], LIMIT)[0], f"no end: {_errors(folder)}"
         line = self._process.stdout.readline()
         assert line, "the template ended; see above"
         return _ended(folder, json.loads(line))
@@ -157,7 +157,11 @@ def _ended(folder: Path, codes: list[list[int]]) -> Ended:
     lines = [[int(word) for word in line.split()] for line in (folder / "progress").read_text().splitlines()]
     events = [line[0] for line in lines if len(line) == 1]
     progress = [line for line in lines if len(line) == 3]
-    return Ended(codes, progress, sum(events), (folder / "errors").read_text())
+    return Ended(codes, progress, sum(events), _errors(folder))
+
+
+def _errors(folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(folder.glob("errors*")))
 
 
 # In the template and its ranks
@@ -255,8 +259,9 @@ def attempt(folder: Path, job: dict[str, Any], number: int, port: int) -> list[i
     """How the ranks end. When one is killed, all are, as torchrun does it."""
 
     def work() -> None:
-        for descriptor, name in ((1, "progress"), (2, "errors")):
-            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_APPEND), descriptor)
+        errors = f"errors-{values['RANK']}"  # a traceback is many writes, which those of others must not part
+        for descriptor, name in ((1, "progress"), (2, errors)):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
         os.environ.update({name: str(value) for name, value in values.items()})
         rank(job)
 
@@ -278,8 +283,7 @@ def attempt(folder: Path, job: dict[str, Any], number: int, port: int) -> list[i
 def attempts(folder: Path) -> Iterator[list[int]]:
     """How the ranks of each attempt end, until none fails or there are enough."""
     job = json.loads((folder / "job.json").read_text())
-    for name in ("progress", "errors"):
-        (folder / name).touch()
+    (folder / "progress").touch()
     for number in range(1 + job["faults"]["restarts"]):
         with store() as port:
             codes = attempt(folder, job, number, port)
