@@ -28,8 +28,8 @@ from dit.models.dit import DiT
 from dit.ranks import Ranks
 from dit.training.data import Batch
 from dit.training.ema import EMA
-from dit.training.layers import compile_blocks
 from dit.training.loop import StepConfig, TrainState, train
+from dit.training.per_block import compile_blocks
 from dit.training.throughput import matmul_speed
 
 LEARNING_RATE, EMA_DECAY = 1e-4, 0.9999

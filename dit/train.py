@@ -21,9 +21,9 @@ from dit.rates import at_once, training_rate
 from dit.training.data import Batches, Order, open_data
 from dit.training.divergence import DivergedError, check_compilation, skipped_in_a_row
 from dit.training.ema import EMA
-from dit.training.layers import compile_blocks, recompute_blocks
 from dit.training.loop import StepConfig, StepResult, TrainState, eager_loss, train
 from dit.training.parallelize import Parallel, gathered, shard
+from dit.training.per_block import compile_blocks, recompute_blocks
 from dit.training.preemption import preemption
 from dit.training.prefetch import prefetched
 from dit.training.sample_grid import SampleGrid

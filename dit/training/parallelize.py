@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dit.ranks import Ranks
-from dit.training.layers import blocks
+from dit.training.per_block import blocks
 
 # Imported only where parameters are sharded: it takes seconds.
 if TYPE_CHECKING:

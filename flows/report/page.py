@@ -15,7 +15,7 @@ from dit.report import plots
 from dit.report.by_class import by_class
 from dit.report.neighbours import neighbours
 from dit.sample import PICTURE, SampleManifest
-from flows.report import guidance
+from flows.report import guidance_sweep
 from flows.report.html import Figure, Section, Strips, Table, render
 from flows.tracking import runs
 from flows.tracking.sink import log_file
@@ -50,7 +50,7 @@ def page_url(manifests: Sequence[Manifest], root: str) -> str:
         InputError: a stage's output is gone.
     """
     shown = [manifest.digest for manifest in manifests]
-    shown += [other.digest for manifest in _evaluations(manifests) for other in guidance.sweep_of(manifest, root)]
+    shown += [other.digest for manifest in _evaluations(manifests) for other in guidance_sweep.sweep_of(manifest, root)]
     name = short_digest(json_digest({"version": VERSION, "shown": shown}))
     return uri.join(uri.absolute(root), FOLDER, f"{name}.html")
 
@@ -100,7 +100,7 @@ def page(name: str, manifests: Sequence[Manifest], root: str) -> str:
     for manifest in evaluations:
         sections += [
             _papers(manifest),
-            *_guided(guidance.sweep_of(manifest, root), manifest.distance),
+            *_guided(guidance_sweep.sweep_of(manifest, root), manifest.distance),
             _nearest(manifest, root),
         ]
     sections.append(Section("Pictures of the stages", list(_pictures(manifests))))
@@ -168,7 +168,7 @@ def _row(row: Row, metrics: MetricsManifest) -> tuple[str, ...]:
 
 def _guided(evaluations: Sequence[MetricsManifest], distance: str) -> Iterator[Section]:
     """The guidance sweep, if the root has one."""
-    lines = guidance.lines(evaluations)
+    lines = guidance_sweep.lines(evaluations)
     if not lines:
         return
     rows = [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dit.models.build import build
 from dit.models.config import BlockKind, DiffiTConfig, DiffiTImageConfig, DiTConfig, ModelConfig
-from dit.training.layers import blocks, compile_blocks
+from dit.training.per_block import blocks, compile_blocks
 
 SMALL = {"input_size": 16, "width": 64, "depth": 1, "heads": 2, "num_classes": 4}
 KINDS = get_args(BlockKind)

@@ -20,7 +20,7 @@ from dit.metrics.published import CIFAR10, ROWS, deviations
 from dit.models.choice import Shape
 from dit.sample import SampleManifest
 from flows.recipe import load_recipe
-from flows.report import guidance
+from flows.report import guidance_sweep
 from flows.report import page as pages
 from flows.report.page import page, page_url, write_page
 from storage.latents import LatentManifest
@@ -137,8 +137,8 @@ def test_it_shows_every_stage(read: Reader, made: Made) -> None:
 def test_guidance_scales_of_the_same_checkpoint_are_lined_up(read: Reader, made: Made) -> None:
     among = [made.metrics, *made.alike]
     for each in among:
-        assert {found.digest for found in guidance.sweep_of(each, made.root)} == {found.digest for found in among}
-    (line,) = guidance.lines(among)
+        assert {found.digest for found in guidance_sweep.sweep_of(each, made.root)} == {found.digest for found in among}
+    (line,) = guidance_sweep.lines(among)
     assert (line.name, line.scales) == ("channels all, schedule constant", [1.0, 2.0, 3.0])
     text = " ".join(read.words)
     for scale, found in zip((2, 1, 3), among, strict=True):
@@ -149,8 +149,8 @@ def test_guidance_scales_of_the_same_checkpoint_are_lined_up(read: Reader, made:
 
 
 def test_one_scale_is_no_line(made: Made) -> None:
-    assert guidance.lines([made.metrics]) == []
-    assert guidance.lines(made.alike[:1]) == []  # without guidance
+    assert guidance_sweep.lines([made.metrics]) == []
+    assert guidance_sweep.lines(made.alike[:1]) == []  # without guidance
 
 
 def test_numbers_in_another_space_stand_alone(read: Reader, made: Made) -> None:

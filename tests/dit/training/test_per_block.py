@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dit.models.build import build
 from dit.models.config import DiffiTImageConfig, DiTConfig, ModelConfig
 from dit.models.diffit_image import ResBlock
-from dit.training.layers import blocks, compile_blocks, recompute_blocks
+from dit.training.per_block import blocks, compile_blocks, recompute_blocks
 
 DIT = DiTConfig(input_size=8, width=32, depth=3, heads=2, num_classes=4)
 IMAGE = DiffiTImageConfig(
