@@ -231,6 +231,8 @@ def fork(work: Callable[[], None]) -> int:
         work()
         code = 0
     except BaseException:
+        whole = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (whole, whole))  # a disk that was made full has room for the errors
         traceback.print_exc()
     finally:
         sys.stderr.flush()
