@@ -139,11 +139,11 @@ def test_a_part_that_is_damaged_takes_all_ranks_one_checkpoint_back(
     assert len(list(tmp_path.rglob("step-000000016/*.safetensors"))) == 3
 
 
-def test_a_full_disk_of_one_rank_is_told_by_all(tmp_path: Path, template: Template, store: LatentManifest) -> None:
+def test_a_full_disk_of_one_rank_is_named(tmp_path: Path, template: Template, store: LatentManifest) -> None:
     ended = template.run(job(tmp_path, store, like("fsdp"), faults=Faults(full=(1, 6))))
     assert ended.codes == [[1, 1]]
     line = "storage.errors.StorageError: .*step-000000008/state-00001-000.safetensors: the disk is full"
-    assert len(re.findall(line, ended.errors)) == RANKS
+    assert re.search(line, ended.errors)  # by all ranks, or the others lose the first that knows in a collective
     assert [path.parent.name for path in tmp_path.rglob("record.json")] == ["step-000000004"]
 
 
