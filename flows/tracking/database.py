@@ -53,10 +53,12 @@ def check(home: Path) -> None:
     path = home / FILE
     if not path.exists():
         return
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+    try:  # writable, since a killed writer leaves a journal that must be rolled back before anything can be read
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as database:
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             half_made = "alembic_version" not in tables or any(name.startswith("_alembic_tmp_") for name in tables)
+    except sqlite3.OperationalError:
+        return  # busy, or read-only: for MLflow to say
     except sqlite3.DatabaseError as error:
         raise InputError(f"{path}: not a database ({error}); move the file away and run the command again") from error
     if half_made:

@@ -60,3 +60,35 @@ def test_one_that_is_there_is_left_alone(tmp_path: Path, tracking_template: Path
     (tmp_path / "mlflow.db").write_bytes(tracking_template.read_bytes())
     database.create(tmp_path)
     assert (tmp_path / "mlflow.db").read_bytes() == tracking_template.read_bytes()
+
+
+WRITE = """
+import os, sqlite3, sys
+database = sqlite3.connect(sys.argv[1], isolation_level=None)
+database.execute("PRAGMA cache_size = 1")  # so that pages are written before the end of the transaction
+database.execute("BEGIN")
+database.execute("CREATE TABLE filler (text)")
+database.executemany("INSERT INTO filler VALUES (?)", [("x" * 4000,)] * 100)
+print("written", flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_writer_that_was_killed_leaves_a_good_one(tmp_path: Path, tracking_template: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(tracking_template.read_bytes())
+    with start(WRITE, tmp_path / "mlflow.db") as process:
+        assert process.wait() == -signal.SIGKILL
+    assert (tmp_path / "mlflow.db-journal").exists()
+    database.check(tmp_path)
+    with sqlite3.connect(tmp_path / "mlflow.db") as left:
+        assert not left.execute("SELECT name FROM sqlite_master WHERE name = 'filler'").fetchall()
+    left.close()
+
+
+def test_one_that_is_busy_is_left_to_mlflow(tmp_path: Path, tracking_template: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(tracking_template.read_bytes())
+    with sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None) as busy:
+        busy.execute("BEGIN EXCLUSIVE")
+        database.check(tmp_path)
+        busy.execute("ROLLBACK")
+    busy.close()
