@@ -350,6 +350,7 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
     batch = min(share, config.micro_batch or share)
     work, images = cost(card.model), config.steps * config.batch_size
     held = work.memory | {"ema": (1 + len(config.ema_decays)) * work.memory["ema"]}
+    whole = held["gradients"] if batch < share else 0  # every rank accumulates all of them
     checkpoint = held["weights"] + held["adamw"] + held["ema"]
     rate = plan.rate("train", lambda: training_rate(card.model, batch, config.precision))
     uneven = f"train.batch_size: {config.batch_size} is not a multiple of the {ranks} ranks"
@@ -362,7 +363,7 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
         seconds=images * work.training_flops / rate / at_once(ranks),
         leaves={"card": card},
         unit="steps",
-        memory=sum(held.values()) // _parts(config, plan) + _activations(config, card.model, batch),
+        memory=(sum(held.values()) - whole) // _parts(config, plan) + whole + _activations(config, card.model, batch),
         copied=None if config.reading == "streamed" else bytes_to_stage(latents),
         save_memory="train.micro_batch, train.checkpoint_activations, train.parallel=fsdp or more ranks (launch)",
         problems=(uneven,) if config.batch_size % ranks else (),

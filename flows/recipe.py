@@ -107,8 +107,9 @@ class Recipe(Config):
         """The input of a stage: the given reference, or the recipe's own earlier output.
 
         Raises:
-            InputError: there is none, or it is not what the stage reads.
+            InputError: there is none, it is not what the stage reads, or the recipe does not go that far.
         """
+        self.config_of(stage)
         if STAGES[stage].reads is None:
             return self.archive
         if given is None:

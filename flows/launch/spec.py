@@ -2,7 +2,6 @@
 
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BeforeValidator, Field, field_validator
 
 from flows.tracking.spec import TrackingSpec
@@ -26,6 +25,8 @@ class LocalLaunch(Config):
     @property
     def world_size(self) -> int:
         """Number of ranks."""
+        import torch  # a rank imports it after its signals and log are set up
+
         return self.nproc or max(1, torch.cuda.device_count())
 
 

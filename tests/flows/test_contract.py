@@ -30,8 +30,13 @@ def test_ranks_wait_for_nothing_that_they_do_not_use() -> None:
     assert imported(code, "dit.evaluate", *slow) == ["dit.evaluate"]
 
 
-def test_every_stage_starts_from_what_the_one_before_leaves() -> None:
-    assert [stage.reads for stage in STAGES.values()] == [None, *list(STAGES)[:-1]]
+def test_ranks_import_torch_after_their_signals_are_set_up() -> None:
+    assert imported("import flows.launch.worker", "torch") == []
+
+
+def test_every_stage_reads_one_before_it() -> None:
+    names = list(STAGES)
+    assert [name for name in names if STAGES[name].reads not in names[: names.index(name)]] == ["shard"]
     assert {name: stage.kind.STAGE for name, stage in STAGES.items()} == {name: name for name in STAGES}
 
 

@@ -48,6 +48,10 @@ def test_a_recipe_without_an_extractor_ends_with_the_samples() -> None:
         InputError, match=r"evaluate: recipe imagenet256-dit ends with sample; set evaluate.extractor to"
     ):
         recipe.config_of("evaluate")
+    with pytest.raises(
+        InputError, match=r"^register: recipe imagenet256-dit ends with sample; set evaluate.extractor to"
+    ):
+        recipe.source_of("register", None, "runs")
 
 
 def test_overrides_are_yaml_and_reach_into_groups() -> None:

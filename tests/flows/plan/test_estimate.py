@@ -109,8 +109,11 @@ def test_parts_take_their_share_of_the_memory(images: Path, root: Path, rates: P
         return planned(recipe_of(images, root, "train.batch_size=4", *more), root, rates).memory
 
     held = sum(cost(recipe_of(images, root).train.model.config(_given())).memory.values())
+    gradients = cost(recipe_of(images, root).train.model.config(_given())).memory["gradients"]
     copies = memory("launch.nproc=4")
     assert copies - memory("launch.nproc=4", "train.parallel=fsdp") == held - held // 4
+    summed = memory("launch.nproc=2", "train.parallel=fsdp", "train.micro_batch=1")
+    assert summed - memory("launch.nproc=4", "train.parallel=fsdp") == (held + gradients) // 2 - held // 4
     nodes = "launch={kind: nodes, nodes: 2, nproc: 2, address: 'a:1'}"
     assert copies - memory(nodes, "train.parallel=hsdp") == held - held // 2
 
