@@ -87,7 +87,7 @@ def joined(timeout: timedelta | None = None) -> Iterator[Ranks]:
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     rank = int(os.environ["RANK"])
-    store = _loopback_store(rank, world_size)
+    store = _loopback_store(rank, world_size, timeout or dist.default_pg_timeout)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, store=store, rank=rank, world_size=world_size)
     ranks = Ranks(rank, world_size)
     try:
@@ -97,7 +97,7 @@ def joined(timeout: timedelta | None = None) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _loopback_store(rank: int, world_size: int) -> TCPStore | None:
+def _loopback_store(rank: int, world_size: int, timeout: timedelta) -> TCPStore | None:
     """Where the ranks of one machine find each other; None leaves that to torch.
 
     Torch's own store listens on all interfaces, this one on the loopback address that the launcher gives.
@@ -106,4 +106,4 @@ def _loopback_store(rank: int, world_size: int) -> TCPStore | None:
     if host != "127.0.0.1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     listener = socket.create_server((host, port)).detach() if rank == 0 else None
-    return TCPStore(host, port, world_size, is_master=rank == 0, master_listen_fd=listener)
+    return TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout, master_listen_fd=listener)

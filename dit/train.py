@@ -261,7 +261,7 @@ def _train(
         for result in train(state, process, next_batch, step_config, stop=config.steps, ranks=ranks):
             saver.check()
             if config.compile and result.step == steps.start + 1 and not result.terms["loss"].isfinite():
-                check_compilation(eager_loss(state.model, process, batches(steps.start), step_config, ranks))
+                check_compilation(eager_loss(state.model, process, result.batch, step_config, ranks))
             last = result.step == config.steps
             stops = stop.requested() and not last
             logs = result.step % config.log_every == 0 or last

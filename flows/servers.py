@@ -59,7 +59,7 @@ def prefect_server(home: Path, port: int = 0, *, password: str, scheduler: bool 
         "PREFECT_UI_API_URL": f"{address}/api",
         "PREFECT_SERVER_API_AUTH_STRING": password,
         "PREFECT_API_AUTH_STRING": password,  # its own services are clients too
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": address,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{address},http://localhost:{port}",
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
     }
     with _server("prefect-server", home, command, env, port, "/api/health"):

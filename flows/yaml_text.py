@@ -20,10 +20,11 @@ _NUMBER = r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?"
 _CORE = {
     "tag:yaml.org,2002:null": re.compile(r"null|Null|NULL|~|"),
     "tag:yaml.org,2002:bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
-    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9]\d*|[1-9]\d{0,2}(_\d{3})+)"),
-    "tag:yaml.org,2002:float": re.compile(rf"(?![-+]?0\d){_NUMBER}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9]\d*|[1-9]\d{0,2}(_\d{3})+)", re.ASCII),
+    "tag:yaml.org,2002:float": re.compile(rf"(?![-+]?0\d){_NUMBER}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", re.ASCII),
 }
 _YAML11 = yaml.resolver.Resolver()
+_YAML12_ALONE = re.compile(r"[-+]?0\d+|0o[0-7]+", re.ASCII)
 _YAML11_NAMES = {
     "int": "a number in another notation",
     "float": "a number in another notation",
@@ -47,7 +48,7 @@ def parse(text: str, where: str) -> Any:
     except _RefusedError as error:
         assert error.problem_mark is not None
         raise InputError(f"{where}: line {error.problem_mark.line + 1}: {error.problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: thousands of digits
         raise InputError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
 
 
@@ -68,6 +69,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """A node of the document; an alias, or one too deep, is refused."""
         mark = self.peek_event().start_mark
+        if getattr(self.peek_event(), "tag", None) not in (None, "!"):
+            raise _RefusedError("tags are not supported; write the value alone", mark)
         if self.check_event(yaml.AliasEvent):
             raise _RefusedError("aliases are not supported; write the value out", mark)
         self._depth += 1
@@ -99,6 +102,8 @@ class _Loader(yaml.SafeLoader):
 def _check_notation(node: yaml.ScalarNode) -> None:
     """Refuse text that YAML 1.1 reads as something else."""
     tag = _YAML11.resolve(yaml.ScalarNode, node.value, (True, False))
+    if tag == _STRING and _YAML12_ALONE.fullmatch(node.value):
+        tag = "tag:yaml.org,2002:int"
     if node.tag == _STRING and tag != _STRING:
         kind = _YAML11_NAMES.get(tag.rpartition(":")[2], "a date or another special value")
         advice = "write numbers in decimal, true or false for truth values, and text in quotes"

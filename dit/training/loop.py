@@ -48,6 +48,8 @@ class StepResult:
     """Steps skipped so far."""
     skipped_in_a_row: Tensor
     """Steps skipped in a row up to this one; 0 if this step was taken."""
+    batch: Batch
+    """This rank's part of the batch."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def train(
         finite = (terms["loss"] * norm).isfinite()
         _step(state, config.learning_rate(state.step), finite)
         state.skipped, skipped_in_a_row = state.skipped + ~finite, (skipped_in_a_row + 1) * ~finite
-        yield StepResult(state.step, terms, quartiles, norm, state.skipped, skipped_in_a_row)
+        yield StepResult(state.step, terms, quartiles, norm, state.skipped, skipped_in_a_row, batch)
 
 
 def eager_loss(model: nn.Module, process: Process, batch: Batch, config: StepConfig, ranks: Ranks) -> float:

@@ -6,6 +6,7 @@ rank or a node is replaced by a new one, ``max_restarts`` times at most.
 """
 
 import logging
+import os
 import shlex
 import shutil
 import subprocess
@@ -171,4 +172,6 @@ def _new_lines(path: Path, offset: int, *, last: bool) -> tuple[list[str], int]:
 
 
 def _slurm(*command: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    # Slurm keeps the environment of a job, and ranks do not need the password of Prefect's server.
+    env = {name: value for name, value in os.environ.items() if name != "PREFECT_API_AUTH_STRING"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=env)

@@ -15,7 +15,7 @@ from storage.errors import InputError
 from storage.rows.cache import locked
 
 FILE = "mlflow.db"
-_MAKING = ".mlflow-"
+_MAKING = ".mlflow-being-made-"
 
 
 def address(home: Path) -> str:

@@ -40,11 +40,17 @@ def test_what_is_written_is_what_is_read(text: str) -> None:
         assert found == yaml.safe_load(text)
 
 
+@pytest.mark.parametrize("text", ["a: !!str yes", "a: !!int abc", "!!bool maybe", "a: !!timestamp x", "!!set {a, b}"])
+def test_tags_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"^mine\.yaml: line 1: tags are not supported; write the value alone$"):
+        parse(text, "mine.yaml")
+
+
 def test_infinity_is_a_number() -> None:
     assert parse("[.inf, -.inf]", "mine.yaml") == [math.inf, -math.inf]
 
 
-@pytest.mark.parametrize("value", ["0100", "0x1F", "0b11", "40_00", "1:30", "1:30.5", "0100.5", "00"])
+@pytest.mark.parametrize("value", ["0100", "0x1F", "0b11", "40_00", "0o17", "09", "1:30", "1:30.5", "0100.5", "00"])
 def test_another_notation_of_a_number_is_refused(value: str) -> None:
     with pytest.raises(
         InputError, match=rf"^mine\.yaml: line 2: {value} can be read as a number in another notation; "
@@ -89,7 +95,9 @@ def test_depth_is_bounded() -> None:
         parse("[" * 10_000, "mine.yaml")
 
 
-@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\x00", "a: !!python/object:os.system {}", "--- 1\n--- 2"])
+@pytest.mark.parametrize(
+    "text", ["a: [1", "a: b: c", "\x00", "a: !!python/object:os.system {}", "--- 1\n--- 2", "9" * 5000]
+)
 def test_what_is_not_yaml_is_one_line(text: str) -> None:
     with pytest.raises(InputError, match=r"^mine\.yaml: .+$") as caught:
         parse(text, "mine.yaml")

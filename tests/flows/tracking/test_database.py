@@ -17,7 +17,7 @@ CREATE = "import sys; from pathlib import Path; from flows.tracking import datab
 
 def is_being_made(home: Path) -> bool:
     """Whether some of the tables are there."""
-    return any(path.stat().st_size > 0 for path in home.glob(".mlflow-*/mlflow.db"))
+    return any(path.stat().st_size > 0 for path in home.glob(".mlflow-being-made-*/mlflow.db"))
 
 
 def is_whole(home: Path) -> bool:
@@ -32,7 +32,7 @@ def test_killed_while_it_is_made_it_is_made_again(tmp_path: Path) -> None:
     assert not (tmp_path / "mlflow.db").exists()
     database.create(tmp_path)
     assert is_whole(tmp_path)
-    assert not list(tmp_path.glob(".mlflow-*/"))
+    assert not list(tmp_path.glob(".mlflow-being-made-*/"))
 
 
 @pytest.mark.full
