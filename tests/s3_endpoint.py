@@ -10,6 +10,24 @@ from contextlib import contextmanager
 
 from until import until
 
+SERVER = """
+import sys
+from threading import Lock
+
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+
+store, lock = DomainDispatcherApplication(create_backend_app), Lock()
+
+
+def one_at_a_time(environ, start_response):
+    with lock:
+        return store(environ, start_response)
+
+
+run_simple("127.0.0.1", int(sys.argv[1]), one_at_a_time, threaded=True)
+"""
+"""S3 looks and writes at once, where moto looks and then writes: without a lock two exclusive creators can both win."""
 SECRET = "not-a-real-secret-but-looked-for"
 BUCKET = "ditflow"
 
@@ -21,7 +39,7 @@ def s3_server() -> Iterator[dict[str, str]]:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-c", SERVER, str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             until(lambda: _answers(address, process))
