@@ -29,9 +29,11 @@ START_SECONDS = 120.0
 """How long a server may take to start."""
 ANSWER_SECONDS = 2.0
 """How long a server may take for one answer."""
-_FOR_ANOTHER_SERVER = ("PREFECT_SERVER_", "PREFECT_API_DATABASE_", "PREFECT_UI_", "PREFECT_PROFILE")
 SERVERS = "servers.json"
 """File in the root with the addresses of the servers of a running ``ditflow up``."""
+MLFLOW_DATABASE = "mlflow.db"
+"""File in the root with MLflow's runs and models."""
+_FOR_ANOTHER_SERVER = ("PREFECT_SERVER_", "PREFECT_API_DATABASE_", "PREFECT_UI_", "PREFECT_PROFILE")
 
 
 @contextmanager
@@ -76,7 +78,7 @@ def mlflow_server(folder: Path, port: int = 0) -> Iterator[str]:
     port, folder = port or free_port(), folder.absolute()
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--timeout-graceful-shutdown 3"]  # else open browser pages delay its end
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / MLFLOW_DATABASE}"]
     command += ["--artifacts-destination", (folder / "mlflow-artifacts").as_uri()]
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with _server("mlflow-server", folder, command, env, port, "/health") as address:

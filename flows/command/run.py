@@ -42,7 +42,7 @@ def _skip(options: Namespace, recipe: "Recipe", done: "list[Manifest]") -> None:
 
     runs.sync_unsent(done, options.root)
     page.publish_missing(recipe.name, done, options.root)
-    show(options, recipe.name, [Outcome(found.stage, "skipped", 0.0, found.url) for found in done])
+    show(options, recipe.name, [Outcome(manifest.stage, "skipped", 0.0, manifest.url) for manifest in done])
 
 
 def _run(options: Namespace, recipes: "list[Recipe]") -> None:

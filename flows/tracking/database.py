@@ -11,16 +11,16 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
+from flows.servers import MLFLOW_DATABASE
 from storage.errors import InputError
 from storage.rows.cache import locked
 
-FILE = "mlflow.db"
 _MAKING = ".mlflow-being-made-"
 
 
 def address(home: Path) -> str:
     """The tracking URI of the database in a root's local folder."""
-    return f"sqlite:///{home / FILE}"
+    return f"sqlite:///{home / MLFLOW_DATABASE}"
 
 
 def create(home: Path) -> None:
@@ -29,7 +29,7 @@ def create(home: Path) -> None:
     Raises:
         InputError: it is there and half-made.
     """
-    if (home / FILE).exists():
+    if (home / MLFLOW_DATABASE).exists():
         check(home)
         return
     from mlflow import MlflowClient  # takes seconds
@@ -38,10 +38,10 @@ def create(home: Path) -> None:
     with locked(home / _MAKING):
         for killed in home.glob(f"{_MAKING}*/"):
             shutil.rmtree(killed)
-        if not (home / FILE).exists():
+        if not (home / MLFLOW_DATABASE).exists():
             with tempfile.TemporaryDirectory(prefix=_MAKING, dir=home) as making:
                 MlflowClient(address(Path(making))).search_experiments()
-                Path(making, FILE).replace(home / FILE)
+                Path(making, MLFLOW_DATABASE).replace(home / MLFLOW_DATABASE)
 
 
 def check(home: Path) -> None:
@@ -50,7 +50,7 @@ def check(home: Path) -> None:
     Raises:
         InputError: it is half-made, or no database.
     """
-    path = home / FILE
+    path = home / MLFLOW_DATABASE
     if not path.exists():
         return
     try:  # writable, since a killed writer leaves a journal that must be rolled back before anything can be read
