@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from storage.images.jpeg import is_complete
+from storage.magic import RAW, not_an_image, unsupported
 
 CROP_ID = "box-bicubic-centre"
 """Identifies `center_crop` in conditions and caches; it changes when the pixels change."""
@@ -35,6 +37,7 @@ _EXTENSIONS = {
     "TIFF": "tif",
     "PPM": "ppm",
 }
+_SUBFILE_TYPE, _REDUCED, _DNG_VERSION = 254, 1, 50706  # tags of TIFF and a value
 
 
 class UnreadableImage(Exception):  # noqa: N818  listed as a finding, not a failure
@@ -185,7 +188,14 @@ def _opened(data: bytes) -> Image.Image:
         raise UnreadableImage(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise UnreadableImage(f"{image.width}x{image.height} pixels, one side over {MAX_ASPECT} times the other")
+    if isinstance(image, TiffImageFile) and (_has_preview(image) or not_an_image(data)):
+        raise UnreadableImage(unsupported(RAW))
     return image
+
+
+def _has_preview(image: TiffImageFile) -> bool:
+    """Whether this is a DNG, or begins with a reduced picture as other raw photographs do."""
+    return _DNG_VERSION in image.tag_v2 or image.tag_v2.get(_SUBFILE_TYPE) == _REDUCED
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -199,6 +209,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _reason(data: bytes, error: Exception) -> str:
     if not data:
         return "empty file"
+    if (known := not_an_image(data)) is not None:
+        return known
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
     first = str(error).partition("\n")[0][:100]

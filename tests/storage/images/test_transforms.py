@@ -246,8 +246,8 @@ def test_a_flipped_bit_in_a_png_is_refused(encode_image: Encode) -> None:
     [
         (b"", "empty file"),
         (b"not a picture at all", "not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript is not supported"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG is not supported"),
         (bomb(), "pixels"),
     ],
 )
