@@ -180,7 +180,7 @@ class Manifest(Header):
             StorageError: the store does not answer.
         """
         with threads(16) as pool:
-            damages = pool.map(lambda entry: self._damage(entry, full=full(entry)), self.files)
+            damages = pool.map(lambda entry: self.damage(entry, full=full(entry)), self.files)
             yield from ((entry, damage) for entry, damage in zip(self.files, damages, strict=True) if damage)
 
     def check_sizes(self) -> None:
@@ -206,8 +206,16 @@ class Manifest(Header):
             raise self.fault(path, OTHER_BYTES)
         return data
 
-    def _damage(self, entry: FileEntry, *, full: bool) -> str | None:
-        """What is wrong with an object, or None."""
+    def damage(self, entry: FileEntry, *, full: bool) -> str | None:
+        """What is wrong with an object, or None.
+
+        Args:
+            entry: the object.
+            full: compare it with its hash, not only with its size.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
         url = uri.join(self.uri, entry.path)
         size = uri.size(url)
         if size is None:

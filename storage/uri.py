@@ -73,6 +73,11 @@ def parent(url: str) -> str:
     return url.rpartition("/")[0] or ("/" if url.startswith("/") else ".")
 
 
+def name(url: str) -> str:
+    """The last part of a URL."""
+    return url.rstrip("/").rpartition("/")[2]
+
+
 def absolute(url: str) -> str:
     """The absolute form of a local path; any other URL is returned unchanged."""
     path = local_path(url)
@@ -241,16 +246,53 @@ def names(url: str) -> list[str]:
         return []
 
 
-def remove_tree(url: str) -> None:
-    """Remove an object, or a folder with all below it, if it exists.
+def tree(url: str) -> list[str]:
+    """The sorted paths of all files below a folder, without following symbolic links; empty if it is absent.
 
     Raises:
-        StorageError: the store refuses.
+        StorageError: the store does not answer.
     """
     fs, path = filesystem(url)
+    with _explained(url, "listed"):
+        below = path.rstrip("/") + "/"
+        return sorted(str(file)[len(below) :] for file in fs.find(path) if str(file).startswith(below))
+
+
+def remove_tree(url: str, within: str) -> None:
+    """Remove an object, or a folder with all below it, if it exists. Symbolic links are never followed.
+
+    Args:
+        url: the object or folder.
+        within: a folder above it.
+
+    Raises:
+        StorageError: the store refuses, or a symbolic link lies between the two.
+    """
+    check_no_link(url, within)
+    fs, path = filesystem(url)
     with _explained(url, "removed"):
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+        if isinstance(fs, LocalFileSystem):
+            if os.path.lexists(path):
+                fs.rm(path, recursive=True)
+            return
+        for file in fs.find(path):  # not by a recursive rm, to which * and [ in a name are a pattern
+            fs.rm_file(file)
+
+
+def check_no_link(url: str, within: str) -> None:
+    """Refuse an object that is reached through a symbolic link below a folder.
+
+    Raises:
+        StorageError: there is such a link: what it leads to may belong to someone else.
+    """
+    path, top = local_path(url), local_path(within)
+    if path is None or top is None:
+        return
+    parts = path.relative_to(top).parts
+    folders = (top.joinpath(*parts[:depth]) for depth in range(1, len(parts)))
+    link = next(filter(Path.is_symlink, folders), None)
+    if link is not None:
+        raise StorageError(f"{link}: a symbolic link to {link.resolve()}, and nothing is removed through links")
 
 
 @contextmanager

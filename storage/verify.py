@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
 from storage import records, uri
-from storage.errors import InputError, StorageError
-from storage.manifest import FileEntry, Manifest, finished_outputs, is_finished, output_folder
+from storage.errors import DitflowError, InputError, StorageError
+from storage.manifest import MANIFEST, FileEntry, Manifest, finished_outputs, is_finished, output_folder
 from storage.parallel import threads
 
 WITHDRAWN = "manifest.withdrawn.json"
 """Name that the manifest of a damaged output is kept under."""
+BESIDE = (MANIFEST, WITHDRAWN, "records/batch_size", "tracking-unsent.jsonl")
+"""Files that stages and their tracking keep in an output's folder beside what is committed."""
 
 
 @dataclass(frozen=True)
@@ -20,43 +22,78 @@ class Fault:
     entry: FileEntry
     damage: str
     """What is wrong with it, such as ``is missing``."""
+    compared: bool = True
+    """False if it could not be read, so nobody knows whether it is damaged."""
 
 
 class _AnyRecord(records.Record):
     model_config = ConfigDict(extra="ignore")
 
 
-def outputs(url: str) -> list[Manifest]:
-    """The finished outputs at a URL.
+def outputs(url: str) -> list[Manifest | DitflowError]:
+    """The finished outputs at a URL; in the place of a manifest or stage that cannot be read, the error.
 
     Args:
         url: a manifest or its folder, for one output; or a root, for all outputs below it.
 
     Raises:
-        InputError: there is no output, or a manifest cannot be read.
+        InputError: there is no output.
         StorageError: the store does not answer.
     """
     folder = output_folder(url)
     if is_finished(folder):
-        return [Manifest.read(folder)]
-    manifests = [Manifest.read(output) for stage in uri.names(folder) for output in finished_outputs(folder, stage)]
-    if not manifests:
+        return [_read(folder)]
+    found = [output for stage in uri.names(folder) for output in _outputs_of(folder, stage)]
+    if not found:
         raise InputError(f"{uri.redact(url)}: no finished output found; give a manifest, its folder, or a root")
-    return manifests
+    return found
 
 
 def faults(manifest: Manifest, *, full: bool) -> list[Fault]:
-    """The damaged objects of an output.
+    """The damaged objects of an output, and those that cannot be read.
 
     Args:
         manifest: the output's manifest.
         full: compare every object with its hash. Otherwise only the commit records are compared, and of
             all other objects only the size is checked.
+    """
+    with threads(16) as pool:
+        found = pool.map(lambda entry: _fault(manifest, entry, full=full or _is_record(entry)), manifest.files)
+        return [fault for fault in found if fault]
+
+
+def uncommitted(manifest: Manifest) -> list[str]:
+    """The paths of the files in an output's folder that neither its manifest nor a commit record names.
 
     Raises:
         StorageError: the store does not answer.
     """
-    return [Fault(entry, damage) for entry, damage in manifest.damaged(lambda entry: full or _is_record(entry))]
+    known = {entry.path for entry in manifest.files}
+    others = [path for path in uri.tree(manifest.uri) if path not in known and path not in BESIDE]
+    committing = {path: _record(uri.read(uri.join(manifest.uri, path))) for path in others if path.endswith(".json")}
+    for path, record in committing.items():
+        known |= {path, *(entry.path for entry in record.files)} if record else set()
+    return [path for path in others if path not in known]
+
+
+def stray(root: str, known: frozenset[str]) -> list[str]:
+    """What lies in a root and belongs to no finished output, as paths below it: files, and folders as a whole.
+
+    Args:
+        root: folder of all outputs.
+        known: names in the root that others of this product use.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    found = []
+    for stage in uri.names(root):
+        finished = set() if stage in known else {uri.name(folder) for folder in finished_outputs(root, stage)}
+        if finished:
+            found += [f"{stage}/{name}" for name in uri.names(uri.join(root, stage)) if name not in finished]
+        elif stage not in known:
+            found.append(stage)
+    return found
 
 
 def withdraw(manifest: Manifest, damaged: list[Fault]) -> None:
@@ -66,14 +103,40 @@ def withdraw(manifest: Manifest, damaged: list[Fault]) -> None:
     The manifest is kept as `WITHDRAWN`.
 
     Raises:
-        StorageError: the store refuses.
+        StorageError: the store refuses, or a symbolic link leads out of the output; nothing is removed then.
     """
     paths = {fault.entry.path for fault in damaged}
     to_repeat = [entry.path for entry in manifest.files if _is_record(entry) and _covers(manifest, entry, paths)]
+    removed = [uri.join(manifest.uri, path) for path in to_repeat]
+    for url in (*removed, manifest.url):
+        uri.check_no_link(url, manifest.root)
     uri.write(uri.join(manifest.uri, WITHDRAWN), uri.read(manifest.url))
     with threads(16) as pool:
-        list(pool.map(lambda path: uri.remove_tree(uri.join(manifest.uri, path)), to_repeat))
-    uri.remove_tree(manifest.url)  # last: after a kill before this line, the output still counts as damaged
+        list(pool.map(lambda url: uri.remove_tree(url, manifest.root), removed))
+    # Last: after a kill before this line, the output still counts as damaged.
+    uri.remove_tree(manifest.url, manifest.root)
+
+
+def _outputs_of(root: str, stage: str) -> list[Manifest | DitflowError]:
+    try:
+        return [_read(folder) for folder in finished_outputs(root, stage)]
+    except DitflowError as error:
+        return [error]
+
+
+def _read(folder: str) -> Manifest | DitflowError:
+    try:
+        return Manifest.read(folder)
+    except DitflowError as error:
+        return error
+
+
+def _fault(manifest: Manifest, entry: FileEntry, *, full: bool) -> Fault | None:
+    try:
+        damage = manifest.damage(entry, full=full)
+    except StorageError as error:
+        return Fault(entry, f"cannot be checked: {error}", compared=False)
+    return Fault(entry, damage) if damage else None
 
 
 def _is_record(entry: FileEntry) -> bool:
@@ -85,7 +148,15 @@ def _covers(manifest: Manifest, entry: FileEntry, damaged: set[str]) -> bool:
     if entry.path in damaged:
         return True
     try:
-        record = _AnyRecord.model_validate_json(manifest.read_object(entry.path))
+        record = _record(manifest.read_object(entry.path))
     except StorageError:  # damaged since the check
         return True
-    return any(file.path in damaged for file in record.files)
+    return record is None or any(file.path in damaged for file in record.files)
+
+
+def _record(data: bytes) -> _AnyRecord | None:
+    """The commit record in a file; None if it is none."""
+    try:
+        return _AnyRecord.model_validate_json(data)
+    except ValidationError:
+        return None

@@ -91,5 +91,5 @@ def _kept(out: StageOutput) -> Summary | None:
         return Summary.from_tensors(safetensors.torch.load(manifest.read_object(entry.path)))
     except (DitflowError, SafetensorError, ValueError, KeyError) as error:
         LOGGER.warning("reference statistics: damaged, measuring again: %s", error)
-        uri.remove_tree(out.uri)
+        uri.remove_tree(out.uri, out.root)
         return None

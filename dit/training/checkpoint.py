@@ -134,7 +134,7 @@ class Saver:
         older = [other for other in _names(self._out) if _step(other) <= step]  # a later one is left from a killed run
         for other in older[: -self._keep]:
             if self._keep_every is None or _step(other) % self._keep_every:
-                uri.remove_tree(self._out.url(FOLDER, other))
+                uri.remove_tree(self._out.url(FOLDER, other), self._out.uri)
 
 
 class DamagedError(DitflowError):
@@ -230,7 +230,7 @@ def clean(out: StageOutput, step: int) -> None:
     """Remove incomplete checkpoints of killed runs, and any after ``step``, the newest complete one."""
     for name in _names(out):
         if _step(name) > step or records.load(out, _record(name), CheckpointRecord) is None:
-            uri.remove_tree(out.url(FOLDER, name))
+            uri.remove_tree(out.url(FOLDER, name), out.uri)
 
 
 def _names(out: StageOutput) -> list[str]:

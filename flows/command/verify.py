@@ -1,15 +1,23 @@
 """``ditflow verify``: check outputs against what was committed, and withdraw damaged ones."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from storage import uri
-from storage.errors import StorageError
+from storage.errors import DitflowError, StorageError
+from storage.manifest import is_finished, output_folder
 
 if TYPE_CHECKING:
     from storage.manifest import Manifest
+    from storage.verify import Fault
 
 HELP = "check that outputs are what was committed, and withdraw damaged ones"
+SHOWN = 10
+"""Most uncommitted files of an output that are named."""
+_SERVERS = ("mlflow.db", "mlflow.db-shm", "mlflow.db-wal", "mlflow-artifacts", "mlflow-server.log", "prefect")
+OURS = frozenset([*_SERVERS, "prefect-server.log", "servers.json", "reports", "slurm"])
+"""What servers, reports and launchers keep in a root."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -20,25 +28,63 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Check all outputs at the URL."""
-    from storage.verify import outputs
+    """Check all outputs at the URL; damage of one does not keep the others from being checked."""
+    from storage.verify import outputs, stray
 
-    damaged = [manifest for manifest in outputs(options.url) if _damaged(manifest, full=options.full)]
-    if damaged:
-        raise StorageError("outputs are damaged; run the commands that made them again: they redo what is damaged")
+    found, folder = outputs(options.url), output_folder(options.url)
+    others = [] if is_finished(folder) else stray(folder, OURS)
+    sound = [_is_sound(output, full=options.full) for output in found]
+    _name(folder, others, "is part of no finished output")
+    if not all(sound):
+        bad = f"{sound.count(False):,} of {len(sound):,} outputs are damaged or cannot be checked"
+        raise StorageError(f"{bad}; run the commands that made the withdrawn ones again: they redo what is damaged")
 
 
-def _damaged(manifest: "Manifest", *, full: bool) -> bool:
-    """Print the state of an output, and withdraw it if it is damaged."""
-    from storage.verify import faults, withdraw
+def _is_sound(output: "Manifest | DitflowError", *, full: bool) -> bool:
+    """Print the state of an output, and withdraw it if it is damaged; return whether it is as committed."""
+    if isinstance(output, DitflowError):
+        print(output, flush=True)
+        return False
+    try:
+        return _check(output, uri.redact(output.uri), full=full)
+    except StorageError as error:
+        print(f"{uri.redact(output.uri)}: not checked to the end: {error}", flush=True)
+        return False
 
-    damaged, where = faults(manifest, full=full), uri.redact(manifest.uri)
-    for fault in damaged:
+
+def _check(output: "Manifest", where: str, *, full: bool) -> bool:
+    from storage.verify import faults, uncommitted
+
+    found = faults(output, full=full)
+    for fault in found:
         print(f"{uri.join(where, fault.entry.path)}: {fault.damage}")
-    if damaged:
-        withdraw(manifest, damaged)
+    _name(where, uncommitted(output), "was not committed")
+    size = sum(entry.size for entry in output.files)
     seen = "all bytes" if full else "sizes and records"
-    state = f"{len(damaged):,} damaged, withdrawn" if damaged else f"{seen} as committed"
-    size = sum(entry.size for entry in manifest.files)
-    print(f"{where}: {len(manifest.files):,} objects, {size:,} bytes: {state}", flush=True)
-    return bool(damaged)
+    state = _withdrawn(output, found) if found else f"{seen} as committed"
+    print(f"{where}: {len(output.files):,} objects, {size:,} bytes: {state}", flush=True)
+    return not found
+
+
+def _withdrawn(output: "Manifest", found: "list[Fault]") -> str:
+    """Withdraw an output if any object is known to be damaged; say what was found and done."""
+    from storage.verify import withdraw
+
+    damaged = [fault for fault in found if fault.compared]
+    unknown = [f"{len(found) - len(damaged):,} cannot be checked"] if len(damaged) < len(found) else []
+    if not damaged:
+        return unknown[0]
+    try:
+        withdraw(output, damaged)
+        done = "withdrawn"
+    except StorageError as error:
+        done = f"not withdrawn ({error})"
+    return ", ".join([*unknown, f"{len(damaged):,} damaged, {done}"])
+
+
+def _name(where: str, paths: Sequence[str], what: str) -> None:
+    """Name the first files of a list, and count the others."""
+    for path in paths[:SHOWN]:
+        print(f"{uri.join(uri.redact(where), path)}: {what}")
+    if len(paths) > SHOWN:
+        print(f"{uri.redact(where)}: {len(paths) - SHOWN:,} more like the last one")

@@ -243,7 +243,7 @@ def _send_unsent(client: MlflowClient, run_id: str, folder: str) -> None:
     log_records(client, run_id, [metric for metric in metrics if metric.step > last.get(metric.key, -1)])
     for name in names:
         log_file(client, run_id, name, uri.read(uri.join(folder, "artifacts", name)))
-    uri.remove_tree(unsent)
+    uri.remove_tree(unsent, folder)
 
 
 def _last_unsent(output: StageOutput) -> int:

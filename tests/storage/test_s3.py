@@ -55,7 +55,7 @@ def test_objects(root: str) -> None:
     assert (uri.read(url), uri.size(url), uri.names(root)) == (b"second", 6, ["a"])
     assert uri.create(url, b"third") is False
     assert uri.read(url) == b"second"
-    uri.remove_tree(root)
+    uri.remove_tree(root, uri.parent(root))
     assert not uri.exists(url)
 
 
@@ -120,7 +120,7 @@ def test_damage_on_s3_is_found_and_repaired(root: str, tmp_path: Path, write_arc
     archive = ArchiveRef(train=str(write_archive(tmp_path / "train", {"cat": 11, "dog": 12})))
     manifest = sharded(root, archive)
     first, second = (uri.join(manifest.uri, "train", f"{number:05d}.tar") for number in (0, 1))
-    uri.remove_tree(first)
+    uri.remove_tree(first, root)
     uri.write(second, uri.read(uri.join(manifest.uri, "train", "00002.tar")))
     found = verify.faults(manifest, full=True)
     assert [fault.entry.path for fault in found] == ["train/00000.tar", "train/00001.tar"]

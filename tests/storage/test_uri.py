@@ -122,3 +122,29 @@ def test_unknown_scheme_is_the_users_error() -> None:
 )
 def test_redact(url: str, shown: str) -> None:
     assert uri.redact(url) == shown
+
+
+def test_a_tree_is_removed_and_its_links_are_not_followed(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("mine")
+    root = tmp_path / "root"
+    (root / "folder" / "deep").mkdir(parents=True)
+    (root / "folder" / "deep" / "link").symlink_to(mine)
+    assert uri.tree(str(root)) == ["folder/deep/link"]
+    uri.remove_tree(str(root / "folder"), str(root))
+    assert list(root.iterdir()) == []
+    (root / "link").symlink_to(mine)
+    with pytest.raises(StorageError, match=r"root/link: a symbolic link to .*mine, and nothing is removed through"):
+        uri.remove_tree(str(root / "link" / "file"), str(root))
+    uri.remove_tree(str(root / "link"), str(root))
+    assert list(root.iterdir()) == []
+    assert (mine / "file").read_text() == "mine"
+
+
+def test_a_pattern_in_a_name_removes_that_name_alone(memory: str) -> None:
+    for name in ("a*", "ab", "a[b]"):
+        uri.write(uri.join(memory, name, "file"), b"")
+    for name in ("a*", "a[b]"):
+        uri.remove_tree(uri.join(memory, name), memory)
+    assert uri.tree(memory) == ["ab/file"]

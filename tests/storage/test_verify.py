@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from storage import uri, verify
+from storage import records, uri, verify
 from storage.archives.open import ArchiveRef
-from storage.errors import InputError
-from storage.manifest import Manifest, stage_output
+from storage.errors import InputError, StorageError
+from storage.manifest import FileEntry, Manifest, stage_output
 from storage.shards import shard
 from storage.shards.runners import Threads
 from storage.shards.shard import ShardConfig, ShardManifest
@@ -69,7 +69,7 @@ def test_a_fault_is_named_and_the_same_command_repairs_only_it(
     manifest = sharded(root, archive)
     whole, url = objects(manifest), uri.join(manifest.uri, path)
     if damage is None:
-        uri.remove_tree(url)
+        uri.remove_tree(url, root)
     else:
         uri.write(url, damage(whole[path]))
     quick, found = verify.faults(manifest, full=False), verify.faults(manifest, full=True)
@@ -104,10 +104,10 @@ def test_after_an_interrupted_withdrawal_the_output_is_still_damaged(
     uri.write(uri.join(manifest.uri, TAR), flipped(uri.read(uri.join(manifest.uri, TAR))))
     remove = uri.remove_tree
 
-    def cut(url: str) -> None:
+    def cut(url: str, within: str) -> None:
         if url.endswith("manifest.json"):
             raise KeyboardInterrupt
-        remove(url)
+        remove(url, within)
 
     monkeypatch.setattr(uri, "remove_tree", cut)
     with pytest.raises(KeyboardInterrupt):
@@ -119,6 +119,86 @@ def test_outputs_of_a_url(root: str, archive: ArchiveRef) -> None:
     manifest = sharded(root, archive)
     uri.write(uri.join(root, "encode", "0123456789abcdef", "records", "rows-00000.json"), b"{}")  # work in progress
     for url in (manifest.url, manifest.uri, f"{manifest.uri}/", root):
-        assert [found.digest for found in verify.outputs(url)] == [manifest.digest]
+        assert verify.outputs(url) == [Manifest.read(manifest.uri)]
     with pytest.raises(InputError, match="no finished output found"):
         verify.outputs(uri.join(root, "elsewhere"))
+
+
+def test_an_unreadable_manifest_stands_for_itself_and_the_others_are_found(root: str, archive: ArchiveRef) -> None:
+    manifest = sharded(root, archive)
+    broken = uri.join(root, "shard", "0" * 16, "manifest.json")
+    for data in (b"", b"{", b"[]", b"\xff\xfe", b"{}", uri.read(manifest.url)[:-40]):
+        uri.write(broken, data)
+        error, found = verify.outputs(root)
+        assert isinstance(error, InputError)
+        assert str(error).startswith(uri.parent(broken))
+        assert "\n" not in str(error)
+        assert found == Manifest.read(manifest.uri)
+        (alone,) = verify.outputs(broken)
+        assert str(alone) == str(error)
+
+
+def test_an_object_that_cannot_be_read_is_named_beside_the_damaged_ones(tmp_path: Path, archive: ArchiveRef) -> None:
+    manifest = sharded(str(tmp_path / "root"), archive)
+    folder = Path(manifest.uri)
+    (folder / RECORD).unlink()
+    (folder / RECORD).symlink_to(folder / RECORD)
+    (folder / TAR).write_bytes(b"")
+    link, tar = verify.faults(manifest, full=False)
+    assert (link.entry.path, link.compared, tar.entry.path, tar.compared) == (RECORD, False, TAR, True)
+    assert link.damage.startswith("cannot be checked: ")
+
+
+def test_what_nobody_committed_is_named(root: str, archive: ArchiveRef) -> None:
+    manifest = sharded(root, archive)
+    assert verify.uncommitted(manifest) == []
+    checkpoint = "checkpoints/step-000000004/"
+    entry = FileEntry(path=f"{checkpoint}state.safetensors", size=1, sha256="0" * 64)
+    record = records.Record(files=(entry,)).model_dump_json().encode()
+    ours = {"manifest.withdrawn.json": b"{}", "records/batch_size": b"8", entry.path: b"x"}
+    others = {"a.txt": b"", "records/evil.json": b"[]", "train/00009.tar": b"tar", f"{checkpoint}more": b"y"}
+    for path, data in (ours | others | {f"{checkpoint}record.json": record}).items():
+        uri.write(uri.join(manifest.uri, path), data)
+    assert verify.uncommitted(manifest) == sorted(others)
+    assert verify.faults(manifest, full=True) == []
+
+    uri.write(uri.join(root, "mlflow.db"), b"")
+    assert verify.stray(root, frozenset(["mlflow.db"])) == []
+    for path in ("notes.txt", "shard/loose", "shard/0123456789abcdef/train/00000.tar", "other/folder/file"):
+        uri.write(uri.join(root, path), b"")
+    strays = ["notes.txt", "other", "shard/0123456789abcdef", "shard/loose"]
+    assert verify.stray(root, frozenset(["mlflow.db"])) == strays
+
+
+@pytest.mark.parametrize("linked", ["records", "", ".."])
+def test_withdrawing_never_follows_a_symbolic_link(tmp_path: Path, archive: ArchiveRef, linked: str) -> None:
+    manifest = sharded(str(tmp_path / "root"), archive)
+    folder = Path(manifest.uri) / linked
+    if linked == "..":
+        folder = Path(manifest.uri).parent
+    (Path(manifest.uri) / TAR).write_bytes(b"")
+    elsewhere = tmp_path / "elsewhere"
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+    with pytest.raises(StorageError, match="a symbolic link to .*elsewhere, and nothing is removed through links"):
+        verify.withdraw(manifest, verify.faults(manifest, full=True))
+    assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
+    assert Path(manifest.url).exists()
+    assert not Path(manifest.uri, verify.WITHDRAWN).exists()
+
+
+def test_withdrawing_removes_links_themselves_and_nothing_behind_them(tmp_path: Path, archive: ArchiveRef) -> None:
+    manifest = sharded(str(tmp_path / "root"), archive)
+    (Path(manifest.uri) / TAR).write_bytes(b"")
+    for path in (RECORD, "manifest.json"):
+        (Path(manifest.uri) / path).rename(tmp_path / Path(path).name)
+        (Path(manifest.uri) / path).symlink_to(tmp_path / Path(path).name)
+    (Path(manifest.uri) / verify.WITHDRAWN).symlink_to(tmp_path / "mine")
+    (tmp_path / "mine").write_text("mine")
+    verify.withdraw(manifest, verify.faults(manifest, full=True))
+    assert (tmp_path / Path(RECORD).name).exists()
+    assert (tmp_path / "manifest.json").exists()
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not Path(manifest.uri, RECORD).is_symlink()
+    assert not Path(manifest.url).is_symlink()

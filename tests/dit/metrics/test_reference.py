@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 
 from dit import evaluate
 from dit.evaluate import EvaluateConfig
+from dit.metrics import reference
 from dit.metrics.extractors.base import Outputs
 from dit.metrics.extractors.demo_digits import DemoDigits, load_digits_classifier
 from dit.sample import SampleManifest
-from storage.manifest import Manifest
+from storage.errors import StorageError
+from storage.manifest import Manifest, stage_output
 from storage.shards.shard import ShardManifest
 
 
@@ -115,3 +117,16 @@ def test_what_is_damaged_is_noticed_and_taken_anew(
     again = counting.seen
     metrics_of(tmp_path, judge, samples)
     assert counting.seen - again == 22  # the new ones are whole
+
+
+def test_what_is_damaged_behind_a_symbolic_link_is_not_removed(tmp_path: Path) -> None:
+    config = reference.ReferenceConfig(crop="none", resolution=8, count=1, kept=0, extractor="x")
+    out = stage_output(str(tmp_path / "root"), "references", 1, config, parents={}, inputs={})
+    theirs = tmp_path / "theirs" / out.header.folder_name
+    theirs.mkdir(parents=True)
+    (theirs / "manifest.json").write_text("{}")
+    Path(out.root).mkdir()
+    Path(out.root, "references").symlink_to(theirs.parent)
+    with pytest.raises(StorageError, match="references: a symbolic link to .*theirs, and nothing is removed"):
+        reference._kept(out)
+    assert (theirs / "manifest.json").exists()

@@ -282,3 +282,14 @@ def test_a_later_leftover_does_not_push_out_the_only_good_one(out: StageOutput) 
     checkpoint.load_newest(out, found, Ranks())
     assert found.step == 4
     assert_same(found, tensors(state))
+
+
+def test_checkpoints_behind_a_symbolic_link_are_not_removed(out: StageOutput, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs" / "step-000000009"
+    theirs.mkdir(parents=True)
+    (theirs / "state").touch()
+    Path(out.uri).mkdir(parents=True)
+    Path(out.uri, "checkpoints").symlink_to(theirs.parent)
+    with pytest.raises(StorageError, match="checkpoints: a symbolic link to .*theirs, and nothing is removed"):
+        checkpoint.clean(out, 0)
+    assert (theirs / "state").exists()

@@ -1,9 +1,27 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from command_line import refused, tiny
 
 from flows.command.main import main
+from storage.config import Config
+from storage.manifest import Manifest, stage_output
+
+
+class Plain(Config):
+    """A config for stages that exist only here."""
+
+
+@pytest.fixture
+def committed() -> Callable[..., Manifest]:
+    """Commits a small output of two objects."""
+
+    def make(root: Path, stage: str = "plain") -> Manifest:
+        out = stage_output(str(root), stage, 1, Plain(), parents={}, inputs={})
+        return out.commit(Manifest, [out.put("b/two", b"22"), out.put("one", b"1")])
+
+    return make
 
 
 def test_damage_is_named_withdrawn_and_mended_by_the_same_command(
@@ -37,3 +55,43 @@ def test_damage_is_named_withdrawn_and_mended_by_the_same_command(
 
 def test_nothing_to_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "no finished output found" in refused(capsys, ["verify", str(tmp_path / "nowhere")])
+
+
+def test_one_damaged_output_does_not_hide_another(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, committed: Callable[..., Manifest]
+) -> None:
+    sound, damaged, linked = (committed(tmp_path, stage) for stage in ("a", "b", "c"))
+    (tmp_path / "a" / "unreadable").mkdir()
+    (tmp_path / "a" / "unreadable" / "manifest.json").write_text("{")
+    Path(sound.uri, "notes.txt").write_text("")
+    Path(damaged.uri, "one").write_bytes(b"2")
+    Path(linked.uri, "one").unlink()
+    elsewhere = tmp_path / "elsewhere"
+    Path(linked.uri).rename(elsewhere)
+    Path(linked.uri).symlink_to(elsewhere)
+    assert main(["verify", "--full", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        f"{sound.uri}/notes.txt: was not committed",
+        f"{sound.uri}: 2 objects, 3 bytes: all bytes as committed",
+        f"{tmp_path}/a/unreadable: not a stage manifest: Invalid JSON: EOF while parsing an object at line 1 column 1; "
+        "delete manifest.json there and run the stage again",
+        f"{damaged.uri}/one: does not hold the bytes that were committed",
+        f"{damaged.uri}: 2 objects, 3 bytes: 1 damaged, withdrawn",
+        f"{linked.uri}/one: is missing",
+        f"{linked.uri}: 2 objects, 3 bytes: 1 damaged, not withdrawn "
+        f"({linked.uri}: a symbolic link to {elsewhere}, and nothing is removed through links)",
+        f"{tmp_path}/elsewhere: is part of no finished output",
+    ]
+    assert err.startswith("fault: 3 of 4 outputs are damaged or cannot be checked; run the commands that made")
+    assert Path(elsewhere, "manifest.json").exists()
+
+
+def test_what_servers_keep_in_a_root_is_not_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, committed: Callable[..., Manifest]
+) -> None:
+    committed(tmp_path)
+    for name in ("mlflow.db", "servers.json", "prefect", "reports"):
+        (tmp_path / name).touch()
+    assert main(["verify", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1

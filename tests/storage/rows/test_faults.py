@@ -88,7 +88,7 @@ def damage(store: Manifest, path: str, change: Change) -> None:
     changed = change(store, data)
     assert changed != data
     if changed is None:
-        uri.remove_tree(url)
+        uri.remove_tree(url, store.uri)
     elif local := uri.local_path(url):
         local.write_bytes(changed)  # in place: the inode stays
     else:
@@ -103,7 +103,7 @@ def reading(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def store(reading: str, tmp_path: Path, memory: str) -> Iterator[Manifest]:
     yield row_store(str(tmp_path) if reading == "in place" else memory, contents())
-    uri.remove_tree("memory://second")
+    uri.remove_tree("memory://second", "memory://")
 
 
 def opened(store: Manifest, reading: str, tmp_path: Path) -> RowReader:

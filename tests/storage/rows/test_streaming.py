@@ -140,7 +140,7 @@ def test_damage_after_the_start_is_named(
     path = "data/mean/c/0/1/0/0/0"
     url = uri.join(store.uri, path)
     data = change(uri.read(url))
-    uri.remove_tree(url) if data is None else uri.write(url, data)
+    uri.remove_tree(url, store.uri) if data is None else uri.write(url, data)
     reader.take("mean", index, index * 0)
     with pytest.raises(StorageError, match=f"{path}: .*{state}") as caught:
         reader.take("mean", index, index * 0 + 1)
@@ -149,7 +149,7 @@ def test_damage_after_the_start_is_named(
 
 def test_an_error_in_the_background_surfaces(store: Manifest, tmp_path: Path) -> None:
     reader, index = RowReader(store, tmp_path, streamed=True), np.arange(8)
-    uri.remove_tree(uri.join(store.uri, "data/mean/c/0/1/0/0/0"))
+    uri.remove_tree(uri.join(store.uri, "data/mean/c/0/1/0/0/0"), store.uri)
     reader.expect("mean", index, index * 0 + 1)
     with pytest.raises(StorageError, match="data/mean/c/0/1/0/0/0: bytes .* cannot be read"):
         reader.take("mean", index, index * 0 + 1)
