@@ -35,6 +35,7 @@ def read_weights(url: str, expected: str | None, hint: str = HINT) -> tuple[byte
         version, data = uri.version(url), uri.read(url)
     except StorageError as error:
         raise InputError(f"{error}; {hint}") from error
+    _refuse_stand_in(url)
     return data, _checked(url, _hashed(url, version, lambda: uri.sha256(data)), expected)
 
 
@@ -44,6 +45,7 @@ def weights_hash(url: str, expected: str | None, hint: str = HINT) -> str:
         sha256 = _hashed(url, uri.version(url), lambda: uri.file_sha256(url))
     except StorageError as error:
         raise InputError(f"{error}; {hint}") from error
+    _refuse_stand_in(url)
     return _checked(url, sha256, expected)
 
 
@@ -112,6 +114,11 @@ class WeightsFile:
             reason = one_line(error).rstrip(":")
             raise InputError(f"{uri.redact(url)}: not the weights of {self.title} ({reason})") from error
         return network.requires_grad_(False).eval(), sha256
+
+
+def _refuse_stand_in(url: str) -> None:
+    if (instead := uri.stand_in(url)) is not None:
+        raise InputError(f"{uri.redact(url)}: {instead}")
 
 
 def _checked(url: str, sha256: str, expected: str | None) -> str:

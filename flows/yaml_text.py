@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from storage.errors import InputError
+from storage.magic import HEAD, stand_in
 
 MAX_DEPTH = 50
 _STRING = "tag:yaml.org,2002:str"
@@ -43,6 +44,8 @@ def parse(text: str, where: str) -> Any:
         InputError: it is not YAML, says something twice, or holds what two versions of YAML read differently; the
             line says where.
     """
+    if (instead := stand_in(text[:HEAD].encode())) is not None:
+        raise InputError(f"{where}: {instead}")
     try:
         return _Loader(text).get_single_data()
     except _RefusedError as error:

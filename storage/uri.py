@@ -19,6 +19,7 @@ from typing import IO, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from storage import magic
 from storage.errors import DitflowError, InputError, StorageError
 
 _VERSION_KEYS = ("mtime", "created", "ino", "ETag", "etag", "LastModified", "last_modified", "md5Hash", "generation")
@@ -193,6 +194,15 @@ def read(url: str) -> bytes:
     fs, path = filesystem(url)
     with _reading(url):
         return bytes(fs.cat_file(path))
+
+
+def stand_in(url: str) -> str | None:
+    """What lies in the place of a file that was not fetched, as `magic.stand_in`; None also if it cannot be read."""
+    fs, path = filesystem(url)
+    try:
+        return magic.stand_in(fs.cat_file(path, start=0, end=magic.HEAD))
+    except Exception:  # each store raises its own types; who reads the file itself reports them
+        return None
 
 
 def write(url: str, data: bytes) -> None:

@@ -31,6 +31,8 @@ def read_tensors(url: str) -> dict[str, Tensor]:
         InputError: there is no such file, it is damaged, or it contains other objects than tensors.
     """
     local, where = uri.local_path(url), uri.redact(url)
+    if (instead := uri.stand_in(url)) is not None:
+        raise InputError(f"{where}: {instead}")
     try:
         if suffix(url) == SAFETENSORS:
             return dict(load_bytes(uri.read(url)) if local is None else load_file(local))

@@ -127,7 +127,8 @@ class Npz:
         except FileNotFoundError as error:
             raise InputError(f"{self.where}: no such file") from error
         except (OSError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError) as error:
-            raise InputError(f"{self.where}: not a complete npz file ({error}); fetch it again") from error
+            damage = uri.stand_in(self._url) or f"not a complete npz file ({error}); fetch it again"
+            raise InputError(f"{self.where}: {damage}") from error
 
 
 def write(url: str, images: Batches, labels: NDArray[np.int64], side: int) -> None:

@@ -3,6 +3,7 @@
 A devkit is unpacked in memory, never to a disk, and up to `MAX_DEVKIT_BYTES`.
 """
 
+import codecs
 import gzip
 import io
 import struct
@@ -12,6 +13,7 @@ from storage import uri
 from storage.archives.listing import Archive, ListedFile, first_line
 from storage.archives.tars import Span, index, list_tars, span_reader
 from storage.errors import InputError
+from storage.magic import stand_in
 
 MAX_DEVKIT_BYTES = 1 << 26
 """Largest devkit in bytes, packed and unpacked; the published one has a few million."""
@@ -43,7 +45,8 @@ def open_labelled_tar(url: str, labels: str, class_names: tuple[str, ...] | None
     where = uri.redact(url)
     (tar,), _ = list_tars(fs, [url])
     entries = sorted(tar.entries)
-    lines = _devkit(labels) if uri.redact(labels).lower().endswith(_DEVKITS) else _lines(uri.read(labels))
+    is_devkit = uri.redact(labels).lower().endswith(_DEVKITS)
+    lines = _devkit(labels) if is_devkit else _lines(uri.redact(labels), uri.read(labels))
     if len(lines) != len(entries):
         counts = f"{len(lines):,} class names for the {len(entries):,} files of {where}"
         raise InputError(f"{uri.redact(labels)}: {counts}; write one a line, in the order of the sorted file names")
@@ -52,8 +55,19 @@ def open_labelled_tar(url: str, labels: str, class_names: tuple[str, ...] | None
     return Archive(where, files, span_reader(fs), class_names)
 
 
-def _lines(text: bytes) -> list[str]:
-    return [line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()]
+def _lines(where: str, text: bytes) -> list[str]:
+    """The lines that are not empty.
+
+    Raises:
+        InputError: the text is something else, or neither UTF-8 nor UTF-16 that says so.
+    """
+    if (instead := stand_in(text)) is not None:
+        raise InputError(f"{where}: {instead}")
+    encoding = "utf-16" if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return [line.strip() for line in text.decode(encoding).splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text from byte {error.start:,} on; save it as UTF-8") from error
 
 
 def _devkit(url: str) -> list[str]:
@@ -64,7 +78,7 @@ def _devkit(url: str) -> list[str]:
     """
     where = uri.redact(url)
     files = _files(where, _unpacked(where, url))
-    synsets, numbers = _synsets(where, files[_META]), _lines(files[_TRUTH])
+    synsets, numbers = _synsets(where, files[_META]), _lines(f"{where}/{_TRUTH}", files[_TRUTH])
     for line, number in enumerate(numbers, 1):
         if number not in synsets:
             raise InputError(f"{where}: line {line:,} of {_TRUTH}: {number[:20]!a} is not a class in {_META}; {_FIX}")
@@ -77,7 +91,8 @@ def _unpacked(where: str, url: str) -> bytes:
             with gzip.open(io.BytesIO(uri.read(url))) as packed:
                 data = packed.read(MAX_DEVKIT_BYTES + 1)
         except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{where}: damaged or not a gzip file ({first_line(error)}); {_FIX}") from error
+            damage = f"damaged or not a gzip file ({first_line(error)}); {_FIX}"
+            raise InputError(f"{where}: {uri.stand_in(url) or damage}") from error
         if len(data) <= MAX_DEVKIT_BYTES:
             return data
     raise InputError(f"{where}: more than {MAX_DEVKIT_BYTES:,} bytes, too large for ImageNet's devkit; {_FIX}")

@@ -55,7 +55,7 @@ def open_parquet(urls: list[str], where: str, class_names: tuple[str, ...] | Non
             `Archive`.
     """
     fs, _ = uri.filesystem(urls[0])
-    groups = [group for url in urls for group in _groups(fs, uri.redact(url), uri.filesystem(url)[1])]
+    groups = [group for url in urls for group in _groups(url)]
     files = _listed(groups, class_names)
     content = [[group.rows, group.compressed] for group in groups]
     return Archive(where, files, _Groups(fs, groups).fetch, class_names, content)
@@ -73,7 +73,8 @@ def _listed(groups: list[_Group], class_names: tuple[str, ...] | None) -> list[L
     return [ListedFile(classes[label], name, None, location) for label, name, location in rows]
 
 
-def _groups(fs: fsspec.AbstractFileSystem, where: str, path: str) -> Iterator[_Group]:
+def _groups(url: str) -> Iterator[_Group]:
+    (fs, path), where = uri.filesystem(url), uri.redact(url)
     try:
         with fs.open(path, "rb") as file:
             parquet = pq.ParquetFile(file)
@@ -83,7 +84,8 @@ def _groups(fs: fsspec.AbstractFileSystem, where: str, path: str) -> Iterator[_G
     except FileNotFoundError as error:
         raise InputError(f"{where}: no such file") from error
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{where}: damaged or not a Parquet file ({first_line(error)}); fetch it again") from error
+        damage = f"damaged or not a Parquet file ({first_line(error)}); fetch it again"
+        raise InputError(f"{where}: {uri.stand_in(url) or damage}") from error
 
 
 def _class_names(where: str, parquet: pq.ParquetFile) -> list[str] | None:

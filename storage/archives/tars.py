@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from storage import uri
 from storage.archives.listing import Archive, ListedFile, class_names_of, first_line, path_parts
 from storage.errors import InputError
+from storage.magic import stand_in
 from storage.parallel import threads
 
 _BLOCK = 512
@@ -140,7 +141,7 @@ def _pairs(tar: Tar) -> Iterator[tuple[str, Entry]]:
             continue
         labels, images = samples.setdefault(match[1], ([], []))
         if match[2] == "cls":
-            labels.append(entry.text.decode(errors="replace").strip())
+            labels.append(entry.text.decode("utf-8-sig", errors="replace").strip())
         elif match[2].lower() in _IMAGE_EXTENSIONS:
             images.append(entry)
     for key, (labels, images) in samples.items():
@@ -209,10 +210,13 @@ def index(read: Read, where: str, span: Span) -> Tar:
         span: the tar's bytes in the object.
 
     Raises:
-        InputError: the tar is damaged or holds links; the line names the byte.
+        InputError: the tar is damaged, is something else or holds links; the line names the byte.
     """
     headers, end, entries = _Headers(read, span), 0, list[Entry]()
     try:
+        if (instead := stand_in(headers.read(_BLOCK))) is not None:
+            raise InputError(f"{where}: {instead}")
+        headers.seek(0)
         with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:") as tar:  # calls read, seek and tell
             while (info := tar.next()) is not None:
                 if tar.offset <= end:

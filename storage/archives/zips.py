@@ -49,7 +49,8 @@ def open_zip(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
     except FileNotFoundError as error:
         raise InputError(f"{where}: no such file") from error
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        raise InputError(f"{where}: damaged or not a zip ({first_line(error)}); fetch or pack it again") from error
+        damage = f"damaged or not a zip ({first_line(error)}); fetch or pack it again"
+        raise InputError(f"{where}: {uri.stand_in(outer) or damage}") from error
     files = _listed(where, infos, directory, top)
     return Archive(where, files, lambda location: _fetch(fs, path, location), class_names)
 

@@ -1,12 +1,16 @@
 """Hashes of weights files."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from dit.convert.files import read_tensors
+from dit.metrics.npz import Npz
 from dit.weights import read_weights, weights_hash
 from storage import uri
+from storage.errors import InputError
 
 
 @pytest.fixture
@@ -60,3 +64,19 @@ def test_what_changes_while_it_is_read_is_hashed_again(tmp_path: Path, monkeypat
     assert (data, sha256) == (b"22", uri.sha256(b"22"))
     assert sha256 != first
     assert weights_hash(str(file), None) == sha256
+
+
+READERS: dict[str, Callable[[str], object]] = {
+    "x.safetensors": read_tensors,
+    "x.pt": read_tensors,
+    "x.npz": Npz,
+    "x.pth": lambda url: read_weights(url, "00"),
+    "x.bin": lambda url: weights_hash(url, None),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_was_saved_in_the_place_of_a_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    with pytest.raises(InputError, match=rf"{name}: a Git LFS pointer, not the file itself"):
+        READERS[name](f"{tmp_path}/{name}")

@@ -104,6 +104,11 @@ def test_what_is_not_yaml_is_one_line(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_was_not_fetched_is_named() -> None:
+    with pytest.raises(InputError, match=r"^x\.yaml: a Git LFS pointer, not the file itself"):
+        parse("version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "x.yaml")
+
+
 def test_an_override_of_text_is_read_as_typed() -> None:
     sets = ["name=1.10", "archive.train=/data/no: # 1", "registry.model_name=yes", "archive.held_out=null"]
     recipe = load_recipe("demo", sets)

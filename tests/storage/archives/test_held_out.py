@@ -75,9 +75,19 @@ def test_another_list_is_another_input(split: ArchiveRef) -> None:
     assert second["held_out"] != first["held_out"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # UTF-16 begins with a mark too
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_list_may_come_from_any_system(split: ArchiveRef, encoding: str, end: str) -> None:
+    expected = input_digests(split)
+    Path(str(split.held_out_labels)).write_bytes(end.join(["dog", "cat", "dog", ""]).encode(encoding))
+    assert input_digests(split) == expected
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("dög\ncat\ndog\n".encode("latin-1"), r"val\.txt: not UTF-8 text from byte 1 on; save it as UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\n", r"val\.txt: a Git LFS pointer, not the file itself"),
         (b"dog\ncat\n", r"val\.txt: 2 class names for the 3 files of .*val\.tar"),
         (b"dog\ncat\ndog\ncat\n", "4 class names for the 3 files"),
         (b"dog\nant\ndog\n", "class 'ant' is not one of the 2 classes to train on"),
@@ -112,6 +122,11 @@ def test_the_devkit_equals_a_list_of_its_synsets(split: ArchiveRef, published: A
     assert input_digests(published) == input_digests(split)
 
 
+def test_a_ground_truth_saved_by_windows_is_read(split: ArchiveRef, published: ArchiveRef) -> None:
+    Path(str(published.held_out_labels)).write_bytes(devkit(truth=b"\xef\xbb\xbf2\r\n1\r\n2\r\n"))
+    assert input_digests(published) == input_digests(split)
+
+
 def mat(kind: int, body: bytes) -> bytes:
     return b"MATLAB 5.0".ljust(124) + b"\x00\x01IM" + struct.pack("<II", kind, len(body)) + body
 
@@ -119,6 +134,8 @@ def mat(kind: int, body: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (b"<html>404</html>", "an HTML page, not the file itself"),
+        (devkit(truth=b"version https://git-lfs.github.com/spec/v1\n"), "a Git LFS pointer, not the file itself"),
         (devkit(meta=None), r"0 files meta\.mat instead of one"),
         (devkit(truth=None), r"0 files ILSVRC2012_validation_ground_truth\.txt instead of one"),
         (devkit(**{"old/meta.mat": b""}), r"2 files meta\.mat instead of one"),

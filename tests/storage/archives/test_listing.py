@@ -140,6 +140,31 @@ def test_files_that_are_not_archives_are_refused(tmp_path: Path) -> None:
         ArchiveRef(train="/a", held_out_labels="/b")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.zip", "x.parquet", "x/a.tar", "x/a.parquet", "x-{0..0}.tar"])
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (POINTER, "a Git LFS pointer, not the file itself"),
+        (b"<!DOCTYPE html><p>404", "an HTML page, not the file itself"),
+    ],
+)
+def test_what_was_saved_in_the_place_of_an_archive_is_named(tmp_path: Path, name: str, data: bytes, what: str) -> None:
+    put(f"{tmp_path}/{name.replace('{0..0}', '0')}", data)
+    url = str(tmp_path / (name if "." in name.partition("/")[0] else "x"))
+    with pytest.raises(InputError, match=what) as caught:
+        open_archive(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_tar_that_was_not_fetched_is_named(tmp_path: Path) -> None:
+    url = put(f"{tmp_path}/x.tar", packing.tar({"a.tar": packing.tar({"1.png": b"1"}), "b.tar": POINTER}))
+    with pytest.raises(InputError, match=r"x\.tar/b\.tar: a Git LFS pointer"):
+        open_archive(url)
+
+
 @pytest.mark.parametrize("name", ["/etc/x.png", "a/../../x.png", "a\\..\\x.png"])
 @pytest.mark.parametrize("pack", [packing.tar, packing.zipped])
 def test_unsafe_file_names_are_refused(tmp_path: Path, pack: Callable[[packing.Files], bytes], name: str) -> None:

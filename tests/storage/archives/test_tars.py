@@ -166,6 +166,11 @@ def test_numbered_samples_keep_the_order_of_their_numbers(tmp_path: Path) -> Non
         open_archive(held_out, ("cat", "dog"))
 
 
+def test_a_label_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    files = {"1.png": b"1", "1.cls": b"\xef\xbb\xbf7\r\n"}
+    assert open_archive(put(tmp_path, packing.tar(files))).class_names == ("7",)
+
+
 def test_numbered_tars() -> None:
     assert expand_braces("s3://b/x-{008..011}.tar") == [f"s3://b/x-{number:03d}.tar" for number in range(8, 12)]
     assert expand_braces("x.tar") == ["x.tar"]
