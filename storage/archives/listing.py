@@ -4,6 +4,7 @@ File names in an archive are untrusted. They appear in lists and errors, but nev
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -67,7 +68,8 @@ class Archive:
 
     Raises:
         InputError: there are no files, two have the same name, one is too large, a name is not
-            printable text, or a class is not among class_names.
+            printable text, two class names differ in their Unicode form alone, or a class is not
+            among class_names.
     """
 
     def __init__(
@@ -110,10 +112,13 @@ def path_parts(where: str, name: str) -> list[str]:
     """The folders and the file name of a path inside a tar or zip; empty if one is hidden.
 
     Raises:
-        InputError: the path is absolute or has a part ``..``.
+        InputError: the path is absolute, or has a backslash or a part ``..``.
     """
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    if name.startswith("/") or "\\" in name or ".." in parts:
+    if "\\" in name:
+        advice = "pack it again with / between folders, or rename the file"
+        raise InputError(f"{where}: the file name {name!a} has a backslash; {advice}")
+    if name.startswith("/") or ".." in parts:
         raise InputError(f"{where}: the file name {name!a} is absolute or leads upwards; pack it again without")
     return [] if any(part.startswith(".") for part in parts) else parts
 
@@ -142,6 +147,7 @@ def first_line(error: Exception) -> str:
 def _check(where: str, files: list[ListedFile], names: list[str], labels: dict[str, int]) -> None:
     if not files:
         raise InputError(f"{where}: no images; put the images of each class in a folder of its own")
+    _check_forms(where, [*labels, *names])
     unknown = [name for name in names if name not in labels]
     if unknown:
         known = f"the {len(labels)} classes to train on"
@@ -156,6 +162,16 @@ def _check(where: str, files: list[ListedFile], names: list[str], labels: dict[s
     duplicate = next((one.name for one, other in pairwise(files) if one.name == other.name), None)
     if duplicate is not None:
         raise InputError(f"{where}/{duplicate}: two files have this name; rename or remove one")
+
+
+def _check_forms(where: str, names: list[str]) -> None:
+    """Check that no two class names are the same text in two Unicode forms, as macOS and Linux may write them."""
+    forms = dict[str, str]()
+    for name in names:
+        other = forms.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            same = f"the class names {other!a} and {name!a} are the same text in two Unicode forms"
+            raise InputError(f"{where}: {same}; rename one of them to the other")
 
 
 def _is_text(name: str) -> bool:
