@@ -40,7 +40,7 @@ def _skip(options: Namespace, recipe: "Recipe", done: "list[Manifest]") -> None:
     from flows.report import page
     from flows.tracking import runs
 
-    runs.sync_unsent(done, options.root)
+    runs.settle(recipe.pipeline_id, done, options.root)
     page.publish_missing(recipe.name, done, options.root)
     show(options, recipe.name, [Outcome(manifest.stage, "skipped", 0.0, manifest.url) for manifest in done])
 

@@ -3,7 +3,9 @@
 Runs are found by their tags. That of an output has ``ditflow.digest``, so a stage that was killed, failed or restarted
 continues its own run; that of a pipeline has ``ditflow.pipeline_id``, so a stage that is run alone joins it. The tag
 ``ditflow.manifest`` leads from a run to the output. A stage works on without MLflow: `sync_run` sends later what
-MLflow has missed, and creates the run if there is none.
+MLflow has missed, and creates the run if there is none. `settle` ends what a kill left open behind finished work.
+
+Which of several runs is meant never depends on their times, since clocks can be set back.
 """
 
 import json
@@ -16,18 +18,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 
 from flows.servers import local_home
 from flows.tracking import database
-from flows.tracking.sink import UNSENT, log_file, log_records, read_unsent
+from flows.tracking.sink import UNSENT, complaint, log_file, log_records, read_unsent
 from flows.tracking.spec import TrackingSpec
 from storage import uri
 from storage.errors import DitflowError, InputError, one_line
-from storage.manifest import Header, Manifest, StageOutput
+from storage.manifest import MANIFEST, Header, Manifest, StageOutput
 
 LOGGER = logging.getLogger(__name__)
 EXPERIMENT = "ditflow"
@@ -44,7 +46,12 @@ def tracking_uri(root: str) -> str:
 
 
 def open_client(root: str) -> tuple[MlflowClient, str]:
-    """A client of a root's tracking store, and the id of the experiment ``ditflow``. Raises what MLflow raises."""
+    """A client of a root's tracking store, and the id of the experiment ``ditflow``.
+
+    Raises:
+        InputError: the database is half-made, or the experiment was deleted.
+        MlflowException: MLflow does not answer.
+    """
     home, where, location = local_home(root), tracking_uri(root), None
     if where == database.address(home):
         database.create(home)
@@ -52,6 +59,10 @@ def open_client(root: str) -> tuple[MlflowClient, str]:
         location = (home / "mlflow-artifacts").as_uri()
     client = MlflowClient(where)
     experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is not None and experiment.lifecycle_stage == LifecycleStage.DELETED:
+        where, number = uri.redact(where), experiment.experiment_id
+        restore = f"MLFLOW_TRACKING_URI={where} mlflow experiments restore --experiment-id {number}"
+        raise InputError(f"{where}: the experiment {EXPERIMENT!r} was deleted; restore it with `{restore}`")
     if experiment is not None:
         return client, str(experiment.experiment_id)
     try:
@@ -74,7 +85,7 @@ def mlflow_errors(root: str) -> Iterator[None]:
 
     Raises:
         InputError: there is no such run, model or version.
-        DitflowError: MLflow does not answer.
+        DitflowError: MLflow does not answer, or refuses.
     """
     where = uri.redact(tracking_uri(root))
     try:
@@ -82,7 +93,7 @@ def mlflow_errors(root: str) -> Iterator[None]:
     except MlflowException as error:
         if _is(error, RESOURCE_DOES_NOT_EXIST):
             raise InputError(f"{where}: {one_line(error)}") from error
-        raise DitflowError(f"{where}: MLflow does not answer ({one_line(error)})") from error
+        raise DitflowError(f"{where}: {complaint(error)} ({one_line(error)})") from error
 
 
 def resolve(reference: str, root: str) -> str:
@@ -106,7 +117,7 @@ def pipeline_run_id(pipeline_id: str, root: str) -> str | None:
     """The id of a pipeline's run; None if there is none or MLflow does not answer."""
     with _BestEffort():
         client, experiment_id = open_client(root)
-        return _find(client, experiment_id, PIPELINE_TAG, pipeline_id, f"tags.`{STAGE_TAG}` = 'pipeline'")
+        return _find_pipeline(client, experiment_id, pipeline_id)
     return None
 
 
@@ -129,6 +140,9 @@ def stage_run(output: StageOutput, root: str) -> Iterator[tuple[StageOutput, Tra
 
     Yields:
         The output with the run's id in its provenance, and the run for rank 0 to write.
+
+    Raises:
+        InputError: the experiment was deleted.
     """
     run_id, spec = _open_run(output, root)
     if run_id is None:
@@ -152,9 +166,13 @@ def skip_recorded(spec: TrackingSpec, output: StageOutput) -> TrackingSpec:
 
 @contextmanager
 def pipeline_run(pipeline_id: str, root: str) -> Iterator[str | None]:
-    """Open the run of a pipeline for the length of the block; yields its id, None if MLflow does not answer."""
+    """Open the run of a pipeline for the length of the block; yields its id, None if MLflow does not answer.
+
+    Raises:
+        InputError: the experiment was deleted.
+    """
     run_id = None
-    with _BestEffort():
+    with _BestEffort(InputError):
         client, experiment_id = open_client(root)
         run_id = _pipeline(client, experiment_id, pipeline_id)
         client.update_run(run_id, status="RUNNING")
@@ -164,40 +182,43 @@ def pipeline_run(pipeline_id: str, root: str) -> Iterator[str | None]:
     with _end_on_error(client, run_id):
         yield run_id
     with _BestEffort():
-        client.set_terminated(run_id, "FINISHED")
+        _end(client, run_id, "FINISHED")
 
 
 def sync_run(manifest: Manifest, root: str) -> None:
-    """Send what MLflow has missed of a finished stage; do nothing if it has missed nothing.
+    """Send what MLflow has missed of a finished stage, and end its run; do nothing if nothing is missing.
 
-    A stage that had no run at all gets one now. Its manifest, which is never changed, does not name it.
+    A stage that had no run at all gets one now. Its manifest, which is never changed, does not name it. A run that a
+    person deleted stays so.
     """
     with _BestEffort():
+        _sync(*open_client(root), manifest)
+
+
+def settle(pipeline_id: str, manifests: Iterable[Manifest], root: str) -> None:
+    """`sync_run` for every stage of a finished pipeline, whose own run is ended too if a kill left it open."""
+    with _BestEffort():
         client, experiment_id = open_client(root)
-        run_id = manifest.provenance.mlflow_run_id or _find(client, experiment_id, DIGEST_TAG, manifest.digest)
-        run_id = run_id or _create(client, experiment_id, manifest)
-        _send_unsent(client, run_id, manifest.uri)
-        if client.get_run(run_id).info.status != "FINISHED":
-            _finish(client, run_id, manifest)
-
-
-def sync_unsent(manifests: Iterable[Manifest], root: str) -> None:
-    """`sync_run` for the stages that have unsent records."""
-    for manifest in manifests:
-        if uri.exists(uri.join(manifest.uri, UNSENT)):
-            sync_run(manifest, root)
+        for manifest in manifests:
+            _sync(client, experiment_id, manifest)
+        run_id = _find_pipeline(client, experiment_id, pipeline_id)
+        if run_id is not None and not _is_finished(client.get_run(run_id)):
+            _end(client, run_id, "FINISHED")
 
 
 class _BestEffort:
-    """Logs what MLflow raises in the block and goes on behind it."""
+    """Logs what MLflow raises in the block and goes on behind it, except for errors of the types ``passing``."""
+
+    def __init__(self, *passing: type[Exception]) -> None:
+        self._passing = passing
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
-        if not isinstance(error, Exception):  # MLflow documents no exception types
+        if not isinstance(error, Exception) or isinstance(error, self._passing):  # MLflow documents no exception types
             return False
-        LOGGER.warning("MLflow does not answer; the stage goes on without it: %s", one_line(error))
+        LOGGER.warning("%s; the stage goes on without it: %s", complaint(error), one_line(error))
         return True
 
 
@@ -208,14 +229,20 @@ def _end_on_error(client: MlflowClient, run_id: str) -> Iterator[None]:
         yield
     except BaseException as error:
         with _BestEffort():
-            client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+            _end(client, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
+
+
+def _end(client: MlflowClient, run_id: str, status: str) -> None:
+    """End a run, not before it began: the clock may have been set back meanwhile."""
+    began = client.get_run(run_id).info.start_time
+    client.set_terminated(run_id, status, max(began, int(time.time() * 1000)))
 
 
 def _open_run(output: StageOutput, root: str) -> tuple[str | None, TrackingSpec]:
     """Find or create the run of an output, and send what earlier attempts could not send."""
     address = tracking_uri(root)
-    with _BestEffort():
+    with _BestEffort(InputError):
         client, experiment_id = open_client(root)
         run_id = _reopen(client, experiment_id, output.header) or _create(client, experiment_id, output.header)
         _send_unsent(client, run_id, output.uri)
@@ -231,6 +258,26 @@ def _reopen(client: MlflowClient, experiment_id: str, header: Header) -> str | N
         tags = _tags(client, experiment_id, header)
         client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     return run_id
+
+
+def _sync(client: MlflowClient, experiment_id: str, manifest: Manifest) -> None:
+    run_id = manifest.provenance.mlflow_run_id or _find(client, experiment_id, DIGEST_TAG, manifest.digest)
+    run_id = run_id or _create(client, experiment_id, manifest)
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if _is(error, RESOURCE_DOES_NOT_EXIST):  # it is in another store, or was removed for good
+            return
+        raise
+    if run.info.lifecycle_stage == LifecycleStage.DELETED:
+        return
+    _send_unsent(client, run_id, manifest.uri)
+    if not _is_finished(run):
+        _finish(client, run_id, manifest)
+
+
+def _is_finished(run: Run) -> bool:
+    return bool(run.info.status == "FINISHED")
 
 
 def _send_unsent(client: MlflowClient, run_id: str, folder: str) -> None:
@@ -259,8 +306,9 @@ def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
 
 
 def _finish(client: MlflowClient, run_id: str, manifest: Manifest) -> None:
-    """Log the manifest, metrics and counts of a finished stage to its run, tag it with the manifest's URL, end it."""
-    log_file(client, run_id, "manifest.json", uri.read(manifest.url))
+    """Log the manifest of a finished stage to its run, with what the run lacks of it; tag the run and end it."""
+    log_file(client, run_id, MANIFEST, uri.read(manifest.url))
+    _log_pictures(client, run_id, manifest)
     now, known = int(time.time() * 1000), client.get_run(run_id).data.metrics
     numbers = {**manifest.metrics, **{f"count.{key}": float(value) for key, value in manifest.counts.items()}}
     metrics = [Metric(key, value, now, 0) for key, value in numbers.items() if key not in known]
@@ -268,18 +316,31 @@ def _finish(client: MlflowClient, run_id: str, manifest: Manifest) -> None:
     client.log_batch(run_id, metrics=metrics, tags=tags)
     made = _dataset(manifest.stage, manifest.digest, uri.redact(manifest.uri), "output")
     client.log_inputs(run_id, datasets=[made])
-    client.set_terminated(run_id, "FINISHED")
+    _end(client, run_id, "FINISHED")
+
+
+def _log_pictures(client: MlflowClient, run_id: str, manifest: Manifest) -> None:
+    """Log the files for people that a killed attempt has written, and had no time to send."""
+    sent = {entry.path for entry in client.list_artifacts(run_id)}
+    for entry in manifest.files:
+        folder, _, name = entry.path.rpartition("/")
+        if folder == "artifacts" and name not in sent:
+            log_file(client, run_id, name, manifest.read_object(entry.path))
 
 
 def _find(client: MlflowClient, experiment_id: str, tag: str, value: str, also: str = "") -> str | None:
-    """The newest run with a tag."""
+    """The run with a tag; of several one that is not finished, and always the same."""
     selector = f"tags.`{tag}` = '{value}'" + (f" and {also}" if also else "")
-    runs = client.search_runs([experiment_id], selector, order_by=["attributes.start_time DESC"], max_results=1)
-    return str(runs[0].info.run_id) if runs else None
+    runs = client.search_runs([experiment_id], selector)
+    return min(((_is_finished(run), str(run.info.run_id)) for run in runs), default=(True, None))[1]
+
+
+def _find_pipeline(client: MlflowClient, experiment_id: str, pipeline_id: str) -> str | None:
+    return _find(client, experiment_id, PIPELINE_TAG, pipeline_id, f"tags.`{STAGE_TAG}` = 'pipeline'")
 
 
 def _pipeline(client: MlflowClient, experiment_id: str, pipeline_id: str) -> str:
-    run_id = _find(client, experiment_id, PIPELINE_TAG, pipeline_id, f"tags.`{STAGE_TAG}` = 'pipeline'")
+    run_id = _find_pipeline(client, experiment_id, pipeline_id)
     if run_id is not None:
         return run_id
     tags = {MLFLOW_RUN_NAME: pipeline_id, PIPELINE_TAG: pipeline_id, STAGE_TAG: "pipeline"}

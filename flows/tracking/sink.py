@@ -10,14 +10,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 
 from storage import uri
-from storage.errors import one_line
+from storage.errors import InputError, one_line
 from storage.manifest import StageOutput
 
 LOGGER = logging.getLogger(__name__)
@@ -97,11 +99,11 @@ class MlflowSink:
                     del self._records[: len(batch)]
         except Exception as error:  # MLflow documents no exception types
             if not self._failing:
-                LOGGER.warning("MLflow does not answer; records are kept, to be sent later: %s", one_line(error))
+                LOGGER.warning("%s; records are kept, to be sent later: %s", complaint(error), one_line(error))
             self._failing = True
             return False
         if self._failing:
-            LOGGER.warning("MLflow answers again and has all records")
+            LOGGER.warning("MLflow takes records again and has all")
         self._failing = False
         return True
 
@@ -159,6 +161,12 @@ def log_records(client: MlflowClient, run_id: str, records: Sequence[Record]) ->
     for record in records:
         if not isinstance(record, Metric):
             log_file(client, run_id, *record)
+
+
+def complaint(error: Exception) -> str:
+    """Whether MLflow does not answer, or answers and refuses, as when a person has deleted the run."""
+    refused = isinstance(error, MlflowException) and error.get_http_status_code() < HTTPStatus.INTERNAL_SERVER_ERROR
+    return "MLflow refuses" if refused or isinstance(error, InputError) else "MLflow does not answer"
 
 
 def log_file(client: MlflowClient, run_id: str, name: str, data: bytes) -> None:

@@ -1,8 +1,12 @@
 """One run in MLflow for each output, with its lineage, whatever became of the attempts at it."""
 
 import json
+import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -263,6 +267,120 @@ def test_a_stage_whose_end_was_cut_short_is_finished_by_sync_run(client: MlflowC
     runs.sync_run(manifest, root)
     assert client.get_run(run_id).info.status == "FINISHED"
     assert runs.resolve(str(run_id), root) == manifest.url
+
+
+LEFT_OPEN = """
+import os, signal, sys
+from flows.tracking import runs
+from flows.tracking.sink import MlflowSink, StageTracker
+from storage.manifest import Manifest, StageOutput
+from storage.tracker import publish
+output, root = StageOutput.model_validate_json(sys.argv[1]), sys.argv[2]
+with runs.pipeline_run(output.header.provenance.pipeline_id, root), runs.stage_run(output, root) as (tracked, spec):
+    picture = publish(tracked, StageTracker(None, None), "grid.png", b"pixels")
+    tracked.commit(Manifest, [picture], counts={"images": 7}, metrics={"psnr": 30.5})
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_skip_finishes_what_a_kill_just_behind_the_manifest_left_open(client: MlflowClient, root: str) -> None:
+    output = named(root, pipeline_id=f"p-{root}")
+    assert start(LEFT_OPEN, output.model_dump_json(), root).wait() == -signal.SIGKILL
+    manifest = Manifest.read(output.uri)
+    pipeline = runs.pipeline_run_id(f"p-{root}", root)
+    ids = (manifest.provenance.mlflow_run_id, pipeline)
+    assert [client.get_run(run_id).info.status for run_id in ids] == ["RUNNING", "RUNNING"]
+    for _ in range(2):
+        runs.settle(f"p-{root}", [manifest], root)
+        assert [client.get_run(run_id).info.status for run_id in ids] == ["FINISHED", "FINISHED"]
+    assert {entry.path for entry in client.list_artifacts(ids[0])} == {"grid.png", "manifest.json"}
+    for key, value in {"psnr": 30.5, "count.images": 7.0}.items():
+        assert [metric.value for metric in client.get_metric_history(ids[0], key)] == [value]
+    assert len(of_digest(client, output.header.digest)) == 1
+
+
+def test_runs_are_the_same_whatever_the_clock_says(
+    client: MlflowClient, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is set back by a year between two attempts, and once more behind the stage."""
+    output, name, real, year = named(root), f"p-{root}", time.time, 365 * 24 * 3600
+    with (
+        pytest.raises(ValueError),
+        runs.pipeline_run(name, root) as pipeline,
+        runs.stage_run(output, root) as (_, spec),
+    ):
+        sink = MlflowSink(spec.uri, spec.run_id, spec.skip_to)
+        sink.metrics({"loss": 1.0}, 1)
+        assert sink.close() == []
+        raise ValueError
+    monkeypatch.setattr(time, "time", lambda: real() - year)
+    with runs.pipeline_run(name, root) as again:
+        manifest = finished(output, root, losses(1, 2))
+    assert (again, manifest.provenance.mlflow_run_id) == (pipeline, spec.run_id)
+    assert steps(client, spec.run_id) == [1, 2]
+    infos = [client.get_run(run_id).info for run_id in (pipeline, spec.run_id)]
+    assert all(info.end_time >= info.start_time for info in infos)
+    monkeypatch.setattr(time, "time", lambda: real() - 2 * year)
+    for _ in range(2):  # what a new attempt without MLflow would send later goes to a run that there is
+        runs.sync_run(manifest.model_copy(update={"provenance": Provenance()}), root)
+    assert [run.info.run_id for run in of_digest(client, output.header.digest)] == [spec.run_id]
+
+
+def test_a_deleted_experiment_is_named_with_the_remedy(
+    client: MlflowClient, root: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runs, "EXPERIMENT", "deleted")
+    manifest = finished(named(root), root)
+    client.delete_experiment(runs.open_client(root)[1])
+    said = r"^http.*: the experiment 'deleted' was deleted; restore it with `(.*)`$"
+    for opening in (runs.stage_run(named(root, "other"), root), runs.pipeline_run("p", root)):
+        with pytest.raises(InputError, match=said) as refused, opening:
+            pass
+    runs.settle("p", [manifest], root)  # a skip needs no tracking
+    assert "MLflow refuses; the stage goes on without it" in caplog.text
+    command = re.match(said, str(refused.value))
+    assert command is not None
+    subprocess.run(f"PATH={Path(sys.executable).parent}:$PATH {command[1]}", shell=True, check=True)
+    assert finished(named(root, "other"), root).provenance.mlflow_run_id
+
+
+def test_a_deleted_run_stays_deleted(client: MlflowClient, root: str, caplog: pytest.LogCaptureFixture) -> None:
+    output = named(root)
+
+    def delete(tracker: StageTracker) -> None:
+        client.delete_run(of_digest(client, output.header.digest)[0].info.run_id)
+        losses(1, 2)(tracker)
+
+    manifest = finished(output, root, delete)
+    assert "MLflow refuses; records are kept" in caplog.text
+    caplog.clear()
+    runs.settle("p", [manifest], root)
+    assert caplog.text == ""
+    assert of_digest(client, manifest.digest) == []
+    client.restore_run(manifest.provenance.mlflow_run_id)
+    runs.settle("p", [manifest], root)
+    assert steps(client, manifest.provenance.mlflow_run_id) == [1, 2]
+    assert client.get_run(manifest.provenance.mlflow_run_id).info.status == "FINISHED"
+
+
+def test_a_run_of_another_store_is_left_there(
+    client: MlflowClient, root: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = finished(named(root), root)
+    runs.settle("p", [manifest.model_copy(update={"provenance": Provenance(mlflow_run_id="0" * 32)})], root)
+    assert caplog.text == ""
+
+
+def test_a_renamed_experiment_keeps_its_runs(client: MlflowClient, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "EXPERIMENT", "renamed")
+    output = named(root)
+    with pytest.raises(KeyboardInterrupt), runs.stage_run(output, root) as (tracked, _):
+        manifest = tracked.commit(Manifest, [])
+        raise KeyboardInterrupt
+    client.rename_experiment(runs.open_client(root)[1], f"renamed {root}")
+    runs.settle("p", [manifest], root)
+    assert client.get_run(manifest.provenance.mlflow_run_id).info.status == "FINISHED"
+    assert runs.resolve(str(manifest.provenance.mlflow_run_id), root) == manifest.url
 
 
 def test_nothing_is_printed(client: MlflowClient, root: str, capsys: pytest.CaptureFixture[str]) -> None:
