@@ -4,6 +4,7 @@ import logging
 import math
 from contextlib import closing
 from typing import Annotated, Literal, Self
+from uuid import uuid4
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -98,6 +99,10 @@ class TrainConfig(Config):
     reading: Literal["auto", "streamed"] = operational("auto")
     """``auto`` reads a local store in place, and first copies a remote one to this machine. ``streamed`` fetches each
     chunk when it is needed, on every rank; it needs ``order: pooled`` and no local disk."""
+    verify: Literal["once", "every_start"] = operational("once")
+    """When the data are compared with their hashes. ``once``: before their first use on this machine. Later starts
+    trust files of the same size and times, so bits that flip on the disk go unnoticed. ``every_start``: whenever
+    training starts, which reads all data."""
     log_every: int = operational(100, ge=1)
     """Optimizer steps between two log records."""
     sample_every: int | None = operational(None, ge=1)
@@ -181,8 +186,9 @@ def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentMani
         raise InputError("train.flips: the latents have no mirror images; set encode.flips=true or train.flips=false")
     if config.augmentation and latents.vae:
         raise InputError("train.augmentation: works on pixels, and the data are latents; set it to 0")
+    start = ranks.agreed(uuid4().hex) if config.verify == "every_start" else None
     return Batches(
-        data=open_data(latents, streamed=config.reading == "streamed"),
+        data=open_data(latents, streamed=config.reading == "streamed", start=start),
         shape=latents.latent_shape,
         batch_size=config.batch_size,
         seed=config.seed,

@@ -122,18 +122,19 @@ class Pixels:
         self._rows.expect("image", items)
 
 
-def open_data(manifest: LatentManifest, *, streamed: bool = False) -> Data:
+def open_data(manifest: LatentManifest, *, streamed: bool = False, start: str | None = None) -> Data:
     """Open the images of a store. Every object is first compared with its hash, once on each machine.
 
     Args:
         manifest: manifest of the store.
         streamed: fetch chunks as steps need them, instead of copying the store to this machine; needs the
             pooled order.
+        start: an id of this start, the same on all ranks, to compare the whole store again.
 
     Raises:
         StorageError: an object is missing or damaged, or the disk is full; the line names it.
     """
-    rows = RowReader(manifest, streamed=streamed)
+    rows = RowReader(manifest, streamed=streamed, start=start)
     return Latents(rows, manifest.vae) if manifest.vae else Pixels(rows)
 
 

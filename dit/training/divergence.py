@@ -25,7 +25,8 @@ def skipped_in_a_row(result: StepResult, batches: Batches, limit: int) -> int:
     named = ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
     steps = f"training diverged: {count:,} steps from step {first + 1:,} on had no finite loss or gradient"
     which = f"the first of them used images {named} of the store"
-    raise DivergedError(f"{steps}; {which}; lower train.learning_rate or check these images")
+    remedy = "lower train.learning_rate, check these images, or set train.verify=every_start to see if bits flipped"
+    raise DivergedError(f"{steps}; {which}; {remedy}")
 
 
 def check_compilation(eager_loss: float) -> None:

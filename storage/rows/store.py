@@ -206,22 +206,25 @@ class RowReader:
             ``$XDG_CACHE_HOME/ditflow`` or ``~/.cache/ditflow`` by default.
         streamed: make no copy, and fetch only the chunks that are asked for. On the first start the
             whole store is read once to check it.
+        start: an id of this start, as for `trust`, to compare the whole store or its copy with its hashes again.
 
     Raises:
         StorageError: an object is missing or damaged, or the disk has no room for a copy; the line
             names it.
     """
 
-    def __init__(self, manifest: Manifest, cache: Path | None = None, *, streamed: bool = False) -> None:
+    def __init__(
+        self, manifest: Manifest, cache: Path | None = None, *, streamed: bool = False, start: str | None = None
+    ) -> None:
         local = uri.local_path(manifest.uri)
         if streamed or local is not None:
-            trust(manifest, data_files(manifest), cache)
+            trust(manifest, data_files(manifest), cache, start=start)
         self.attributes, self._stored = stored_arrays(manifest)
         self._rows: Mapping[str, FlatRows | ShardRows | StreamedRows]
         if streamed:
             self._rows = _streamed(manifest, self._stored)
         elif local is None:
-            self._rows = staged(manifest, self._stored, cache)
+            self._rows = staged(manifest, self._stored, cache, start=start)
         else:
             allow_open_files(self._stored.values())
             self._rows = {name: ShardRows(stored, local) for name, stored in self._stored.items()}

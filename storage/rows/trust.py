@@ -1,12 +1,14 @@
-"""Checks every object of a store against its hash before first use, once on each machine.
+"""Checks every object of a store against its hash before first use, once on each machine or at every start.
 
 The versions of the checked objects (size, times and inode of a file, ETag of an object) are kept in
-the cache. Later starts read the versions alone and check only the objects whose version has changed.
+the cache. Unless every start checks all, later ones read the versions alone and check only the objects
+whose version has changed. They do not notice bits that flip on the disk, which change no version.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from storage import uri
 from storage.manifest import OTHER_BYTES, FileEntry, Manifest
@@ -17,25 +19,37 @@ Versions = Mapping[str, Mapping[str, str]]
 """Version of each object, by path."""
 
 
-def trust(manifest: Manifest, files: Sequence[FileEntry], folder: Path | None = None) -> None:
+class _Stamp(NamedTuple):
+    """What is known of the last check."""
+
+    start: str | None
+    """Id of the start that checked all objects, if it had one."""
+    versions: Versions
+
+
+def trust(
+    manifest: Manifest, files: Sequence[FileEntry], folder: Path | None = None, *, start: str | None = None
+) -> None:
     """Check that committed objects hold the bytes that were committed.
 
     Args:
         manifest: the output's manifest.
         files: the objects to check.
         folder: the cache folder, as `cache.entry_path`.
+        start: an id of this start, the same on all its ranks: all objects are checked, unless one of its ranks has
+            done it. By default only those are that have changed since an earlier check.
 
     Raises:
         StorageError: an object is missing or holds other bytes; the line names it.
     """
     current = _versions(manifest, files)
     stamp = cache.entry_path(folder, "trusted", [manifest.uri, cache.content_key(files)])
-    if not _changed(files, current, _read(stamp)):
+    if not _unchecked(files, current, _read(stamp), start):
         return
     with cache.locked(stamp):
-        changed = _changed(files, current, _read(stamp))  # read again: another process may have checked meanwhile
-        _check(manifest, changed)
-        uri.write(str(stamp), json.dumps(current).encode())
+        # Read again: another process may have checked meanwhile.
+        _check(manifest, _unchecked(files, current, _read(stamp), start))
+        uri.write(str(stamp), json.dumps(_Stamp(start, current)).encode())
 
 
 def _versions(manifest: Manifest, files: Sequence[FileEntry]) -> Versions:
@@ -44,17 +58,18 @@ def _versions(manifest: Manifest, files: Sequence[FileEntry]) -> Versions:
     return {entry.path: version or {} for entry, version in zip(files, versions, strict=True)}
 
 
-def _changed(files: Sequence[FileEntry], current: Versions, checked: Versions) -> list[FileEntry]:
-    """The objects that may have changed since they were checked; those without a version always may."""
+def _unchecked(files: Sequence[FileEntry], current: Versions, last: _Stamp, start: str | None) -> list[FileEntry]:
+    """The objects to check: all at a new start, else those that may have changed, as those without a version may."""
+    checked = last.versions if start in (None, last.start) else {}
     return [entry for entry in files if not current[entry.path] or current[entry.path] != checked.get(entry.path)]
 
 
-def _read(stamp: Path) -> Versions:
+def _read(stamp: Path) -> _Stamp:
     try:
-        versions = json.loads(stamp.read_bytes())
+        start, versions = json.loads(stamp.read_bytes())
     except (OSError, ValueError):  # missing or damaged: every object is checked again
-        return {}
-    return versions if isinstance(versions, dict) else {}
+        return _Stamp(None, {})
+    return _Stamp(start, versions if isinstance(versions, dict) else {})
 
 
 def _check(manifest: Manifest, files: Sequence[FileEntry]) -> None:

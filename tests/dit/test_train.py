@@ -30,6 +30,7 @@ from dit.sample import SampleConfig
 from dit.train import TrainConfig, learning_rate, model_for
 from dit.training.data import Batch, Batches, open_data
 from dit.vae import VaeRef
+from storage import uri
 from storage.errors import DitflowError, InputError, PreemptedError, StorageError
 from storage.latents import LatentManifest
 from storage.order import permutation
@@ -377,7 +378,8 @@ def test_without_classes(tmp_path: Path, latents: LatentManifest) -> None:
 
 DIVERGED = (
     "training diverged: 3 steps from step 2 on had no finite loss or gradient; the first of them used images "
-    "{}, ... of the store; lower train.learning_rate or check these images"
+    "{}, ... of the store; lower train.learning_rate, check these images, or set train.verify=every_start "
+    "to see if bits flipped"
 )
 
 
@@ -515,6 +517,24 @@ def test_damage_is_named_before_the_first_step(tmp_path: Path, shards: ShardMani
     with pytest.raises(StorageError, match="data/std/c/0/1/0/0/0: does not hold the bytes that were committed"):
         tiny.run_train(tmp_path, tiny.TRAINING, latents, recorder)
     assert not recorder.steps
+
+
+def test_bits_that_flip_after_the_first_start_are_noticed_if_every_start_is_to_look(
+    tmp_path: Path, shards: ShardManifest, vae: VaeRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = tiny.run_encode(tmp_path, tiny.encode_config(vae), shards)
+    monkeypatch.setattr(uri, "version", lambda url: {"size": "the same"})  # as on a disk whose bits flip
+    with pytest.raises(tiny.Killed):
+        tiny.run_train(tmp_path, tiny.TRAINING, latents, tiny.Killer(2))
+    path = Path(latents.uri, "data/mean/c/0/0/0/0/0")
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])  # the last bit of a mantissa
+    with pytest.raises(tiny.Killed):
+        tiny.run_train(tmp_path, tiny.TRAINING, latents, tiny.Killer(4))
+    every = tiny.TRAINING.model_copy(update={"verify": "every_start"})
+    with pytest.raises(StorageError, match="data/mean/c/0/0/0/0/0: does not hold the bytes that were .*") as caught:
+        tiny.run_train(tmp_path, every, latents)
+    assert "\n" not in str(caught.value)
+    assert TrainConfig(verify="every_start").identity() == TrainConfig().identity()
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

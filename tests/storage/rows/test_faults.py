@@ -14,7 +14,7 @@ from storage.archives.open import ArchiveRef
 from storage.config import Config
 from storage.errors import StorageError
 from storage.manifest import Manifest, stage_output
-from storage.rows import cache
+from storage.rows import cache, trust
 from storage.rows.store import RowReader
 from storage.shards import shard
 from storage.shards.runners import Threads
@@ -149,6 +149,24 @@ def test_checked_objects_are_not_read_again(
     uri.write(uri.join(store.uri, SHARD), uri.read(uri.join(store.uri, SHARD)))
     opened(store, reading, tmp_path)
     assert compared == [SHARD[5:]]
+
+
+@pytest.mark.parametrize("reading", ["in place", "streamed"], indirect=True)
+def test_bits_that_flip_later_are_noticed_by_a_start_that_compares_all_again(
+    store: Manifest, reading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uri, "version", lambda url: {"size": "the same"})  # as on a disk whose bits flip
+    compared: list[str] = []
+    sha256 = trust._sha256
+    monkeypatch.setattr(trust, "_sha256", lambda url: compared.append(url) or sha256(url))
+    objects = sum(entry.path.startswith("data/") for entry in store.files)
+    for start, times in ((None, 1), (None, 1), ("a", 2), ("a", 2), (None, 2), ("b", 3)):
+        RowReader(store, tmp_path / "cache", streamed=reading == "streamed", start=start)
+        assert len(compared) == times * objects
+    damage(store, *ROW_FAULTS["byte flipped"][:2])
+    assert opened(store, reading, tmp_path)
+    with pytest.raises(StorageError, match=f"{SHARD}: {OTHER_BYTES}"):
+        RowReader(store, tmp_path / "cache", streamed=reading == "streamed", start="c")
 
 
 @pytest.mark.parametrize("reading", ["streamed"], indirect=True)

@@ -124,6 +124,25 @@ def test_a_copy_that_was_changed_is_made_again(
     assert same(RowReader(store, tmp_path))
 
 
+def test_a_copy_whose_bits_flip_is_mended_at_a_start_that_compares_it(
+    store: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    RowReader(store, tmp_path)
+    monkeypatch.setattr(uri, "version", lambda url: {"size": "the same"})  # as on a disk whose bits flip
+    copy = folder(tmp_path)
+    uri.write(str(copy / staging.DONE), json.dumps(staging._versions(copy, stored_arrays(store)[1])).encode())
+    paths = fetched(monkeypatch)
+    assert same(RowReader(store, tmp_path, start="a"))
+    assert not paths
+    flat = (copy / "mean.rows").read_bytes()
+    (copy / "mean.rows").write_bytes(flat[:-1] + bytes([flat[-1] ^ 1]))
+    for start in (None, "a"):
+        assert not same(RowReader(store, tmp_path, start=start))
+    assert same(RowReader(store, tmp_path, start="b"))
+    assert paths == ["data/mean/c/2/1/0/0/0"]
+    assert caplog.messages == [f"{copy}: bits of the copy of {paths[0]} have changed; copying it again"]
+
+
 def test_a_full_disk_is_an_error_before_anything_is_copied(
     store: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
