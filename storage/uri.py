@@ -145,6 +145,20 @@ def size(url: str) -> int | None:
         return None
 
 
+def is_folder(url: str) -> bool:
+    """Whether this is a folder, not an object and not absent.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    fs, path = filesystem(url)
+    try:
+        with _explained(url, "read"):
+            return bool(fs.info(path)["type"] == "directory")
+    except FileNotFoundError:
+        return False
+
+
 def version(url: str) -> dict[str, str] | None:
     """Properties that change when an object is written again: its size, and times, inode or ETag; None if absent.
 

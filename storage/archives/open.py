@@ -10,7 +10,8 @@ from storage.archives.held_out import open_labelled_tar
 from storage.archives.listing import Archive, Member
 from storage.archives.once import listed
 from storage.archives.parquets import open_parquet
-from storage.archives.tars import expand_braces, open_tar, open_tars
+from storage.archives.patterns import expand
+from storage.archives.tars import open_tar, open_tars
 from storage.archives.zips import open_zip
 from storage.config import Config, Location, operational
 from storage.errors import InputError
@@ -27,7 +28,8 @@ class ArchiveRef(Config):
     """
 
     train: Location = operational()
-    """URL of the training images with their classes: a folder of class folders, tars, a zip or Parquet files."""
+    """URL of the training images with their classes: a folder of class folders, tars, a zip or Parquet files. Several
+    tars or Parquet files may be named by a pattern: ``train-{000..146}.tar``, ``data/train-*.parquet``."""
     held_out: Location | None = operational(None)
     """URL of held-out images of the same classes, which are not trained on; null for none."""
     held_out_labels: Location | None = operational(None)
@@ -67,8 +69,8 @@ def open_archive(url: str, class_names: tuple[str, ...] | None = None, labels: s
     """Open an archive and list its files. Its type is detected from its name and its contents.
 
     Args:
-        url: a folder of class folders, of tars or of Parquet files; a tar, or several as
-            ``name-{000..123}.tar``; a zip; a Parquet file.
+        url: a folder of class folders, of tars or of Parquet files; a tar, a zip or a Parquet file; several tars or
+            Parquet files by a pattern such as ``name-{000..123}.tar`` or ``data/train-*.parquet``, see `expand`.
         class_names: the classes to label by, for held-out images; some may have no images. By
             default the archive's own classes, sorted.
         labels: for a tar of images without class folders: URL of a text file with one class name a
@@ -86,14 +88,29 @@ def open_archive(url: str, class_names: tuple[str, ...] | None = None, labels: s
         if not name.endswith(".tar"):
             raise InputError(f"{where}: held_out_labels needs a .tar of images without class folders")
         return open_labelled_tar(url, labels, class_names)
+    urls = expand(url)
+    if urls is not None:
+        return _open_several(urls, where, class_names)
+    if "::" not in url and uri.is_folder(url):
+        return _open_folder(url, class_names)
     if name.endswith(".tar"):
-        urls = expand_braces(url)
-        return open_tar(url, class_names) if urls == [url] else open_tars(urls, where, class_names)
+        return open_tar(url, class_names)
     if name.endswith(".zip"):
         return open_zip(url, class_names)
     if name.endswith(".parquet"):
         return open_parquet([url], where, class_names)
     return _open_folder(url, class_names)
+
+
+def _open_several(urls: list[str], where: str, class_names: tuple[str, ...] | None) -> Archive:
+    """The files of a pattern as one archive."""
+    if all(uri.redact(url).lower().endswith(".tar") for url in urls):
+        return open_tars(urls, where, class_names)
+    if all(uri.redact(url).lower().endswith(".parquet") for url in urls):
+        return open_parquet(urls, where, class_names)
+    first, last = uri.redact(urls[0]), uri.redact(urls[-1])
+    files = f"stands for {len(urls):,} files from {first} to {last}"
+    raise InputError(f"{where}: {files}; a pattern is for .tar files alone or .parquet files alone")
 
 
 def _open_folder(url: str, class_names: tuple[str, ...] | None) -> Archive:

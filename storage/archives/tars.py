@@ -28,8 +28,6 @@ _READERS = 16  # threads
 _OPEN_FILES = 64  # local files that are kept open
 _IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"})
 _SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
-_BRACES = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}", re.ASCII)
-_MAX_TARS = 1_000_000
 
 Read: TypeAlias = Callable[[str, int, int], bytes]
 """Returns bytes of an object, given its path, the first byte and their number."""
@@ -91,22 +89,6 @@ def open_tars(urls: list[str], where: str, class_names: tuple[str, ...] | None =
     tars, _ = list_tars(fs, urls)
     files = _samples(tars, class_names) if any(map(_has_labels, tars)) else _class_tars(tars)
     return Archive(where, files, span_reader(fs), class_names)
-
-
-def expand_braces(url: str) -> list[str]:
-    """The URLs for a range such as ``{000..123}`` in a URL; the URL itself if it has no range.
-
-    Raises:
-        InputError: the range is descending or too long.
-    """
-    match = _BRACES.search(url)
-    if match is None:
-        return [url]
-    first, last = (int(number) for number in match.groups())
-    if not 0 <= last - first < _MAX_TARS:
-        raise InputError(f"{uri.redact(url)}: {match[0]} is a descending range, or more than {_MAX_TARS:,} tars")
-    head, tail, width = url[: match.start()], url[match.end() :], len(match[1])
-    return [f"{head}{number:0{width}d}{tail}" for number in range(first, last + 1)]
 
 
 def _class_tars(tars: Iterable[Tar]) -> Iterator[ListedFile]:

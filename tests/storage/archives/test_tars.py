@@ -9,7 +9,6 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from storage.archives.open import open_archive
-from storage.archives.tars import expand_braces
 from storage.errors import InputError
 
 Ranges = list[tuple[int, int]]
@@ -169,11 +168,3 @@ def test_numbered_samples_keep_the_order_of_their_numbers(tmp_path: Path) -> Non
 def test_a_label_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     files = {"1.png": b"1", "1.cls": b"\xef\xbb\xbf7\r\n"}
     assert open_archive(put(tmp_path, packing.tar(files))).class_names == ("7",)
-
-
-def test_numbered_tars() -> None:
-    assert expand_braces("s3://b/x-{008..011}.tar") == [f"s3://b/x-{number:03d}.tar" for number in range(8, 12)]
-    assert expand_braces("x.tar") == ["x.tar"]
-    for wrong in ("x-{3..1}.tar", "x-{0..999999999}.tar"):
-        with pytest.raises(InputError, match="is a descending range, or more than"):
-            expand_braces(wrong)

@@ -1,0 +1,79 @@
+"""Locations of several files: ``{000..123}`` and ``{a,b}`` as in a shell, and the wildcards ``*`` and ``[...]``.
+
+A wildcard needs a store that can be listed; braces need none.
+"""
+
+import re
+from collections.abc import Iterator
+from itertools import islice, pairwise
+
+from storage import uri
+from storage.archives.listing import first_line
+from storage.errors import InputError
+
+MAX_FILES = 1_000_000
+
+_BRACES = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}|\{([^{}]*,[^{}]*)\}", re.ASCII)
+_WILDCARD = re.compile(r"[*[]")
+
+
+def expand(url: str) -> list[str] | None:
+    """The URLs of the files that a pattern stands for; None if the URL is no pattern.
+
+    Files that match a wildcard are sorted, without hidden ones. If something lies at the URL as it is written, it is
+    no pattern.
+
+    Raises:
+        InputError: a range is descending, no file matches, there are too many files, or one stands twice.
+        StorageError: the store does not answer.
+    """
+    is_pattern = _BRACES.search(url) or _WILDCARD.search(uri.redact(url))
+    if not is_pattern or "::" in url or uri.exists(url):
+        return None
+    urls = list(islice(_files(url), MAX_FILES + 1))
+    if len(urls) > MAX_FILES:
+        raise InputError(f"{uri.redact(url)}: more than {MAX_FILES:,} files; name fewer")
+    twice = next((one for one, other in pairwise(sorted(urls)) if one == other), None)
+    if twice is not None:
+        raise InputError(f"{uri.redact(url)}: names {uri.redact(twice)} twice; name each file once")
+    return urls
+
+
+def _files(url: str) -> Iterator[str]:
+    for name in _without_braces(url):
+        yield from _matches(name) if _WILDCARD.search(uri.redact(name)) else [name]
+
+
+def _without_braces(url: str) -> Iterator[str]:
+    match = _BRACES.search(url)
+    if match is None:
+        yield url
+        return
+    for choice in _choices(match, uri.redact(url)):
+        yield from _without_braces(url[: match.start()] + choice + url[match.end() :])
+
+
+def _choices(match: re.Match[str], where: str) -> Iterator[str]:
+    first, last, words = match.groups()
+    if words is not None:
+        yield from words.split(",")
+    elif int(last) < int(first):
+        raise InputError(f"{where}: {match[0]} is a descending range; write the smaller number first")
+    else:
+        yield from (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
+
+
+def _matches(url: str) -> list[str]:
+    """The URLs that match wildcards, of which ``*`` does not match a slash."""
+    fs, path = uri.filesystem(url)
+    parts = url.split("/")
+    fixed = next(number for number, part in enumerate(parts) if _WILDCARD.search(part))
+    try:
+        paths = [str(found) for found in fs.glob(path.replace("**", "*"))]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{uri.redact(url)}: cannot be listed ({first_line(error)})") from error
+    names = ["/".join(parts[:fixed] + found.split("/")[fixed - len(parts) :]) for found in paths]
+    visible = sorted(name for name in names if not name.rpartition("/")[2].startswith("."))
+    if not visible:
+        raise InputError(f"{uri.redact(url)}: no such file, and none that matches; correct it, or name a folder")
+    return visible
