@@ -21,7 +21,7 @@ from dit.diffusion.process import Denoiser
 from dit.export import CheckpointManifest, ModelCard, Trained, load, weights_file
 from dit.models.config import ModelConfig
 from dit.models.cost import cost
-from dit.pixels import to_bytes
+from dit.pixels import Rounding, to_bytes
 from dit.ranks import Ranks, Share, joined
 from dit.rates import at_once, decoder_rate, forward_rate
 from dit.samplers.ddim import ddim
@@ -41,7 +41,7 @@ from storage.rows.store import ArraySpec, RowLayout, RowWriter, gathered
 from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
 
-VERSION = 2
+VERSION = 3
 PICTURE = "samples.png"
 TIMEOUT = timedelta(days=7)
 """How long ranks wait for one another: a block can take hours."""
@@ -77,6 +77,9 @@ class SampleConfig(Config):
     guidance_interval: tuple[float, float] | None = None
     """Lowest and highest timestep of the full process (for EDM: noise level) at which to guide; outside of it the
     second pass is saved. Null: at all timesteps."""
+    rounding: Rounding = "nearest"
+    """How the image's numbers become levels: ``nearest``, as in DiT, or ``down``, as in the published code of latent
+    DiffiT, whose images are half a level darker."""
     weights: str = Field("ema", pattern=r"^(raw|ema(-[0-9.e-]+)?)$")
     """Which weights to sample from: ``ema`` for the moving average, ``raw`` for those of the last step, or a further
     average of ``train.ema_decays``, such as ``ema-0.999``."""
@@ -228,9 +231,9 @@ def draw(
 def _decoded(config: SampleConfig, card: ModelCard, vae: Vae | None, x0: torch.Tensor) -> torch.Tensor:
     """The images uint8 (B, H, H, 3) of latents or pixels (B, C, h, h), on the CPU."""
     if vae is None or card.vae is None:
-        return to_bytes(x0).cpu()
+        return to_bytes(x0, config.rounding).cpu()
     decoder = replace(vae, scaling_factor=card.vae.scaling_factor, shift_factor=card.vae.shift_factor)
-    return torch.cat([decoder.decode(part).cpu() for part in x0.split(config.decode_batch_size)])
+    return torch.cat([decoder.decode(part, config.rounding).cpu() for part in x0.split(config.decode_batch_size)])
 
 
 def _states(

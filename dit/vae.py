@@ -20,7 +20,7 @@ from huggingface_hub import hf_hub_download
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
-from dit.pixels import to_bytes, to_unit
+from dit.pixels import Rounding, to_bytes, to_unit
 from dit.weights import read_weights, weights_hash
 from storage import uri
 from storage.config import Config, Location, operational, problem
@@ -72,17 +72,18 @@ class Vae:
         return _KINDS[type(self.model).__name__].posterior(encoded)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, rounding: Rounding = "nearest") -> Tensor:
         """The images of scaled latents.
 
         Args:
             latents: (B, C, h, w), scaled as ``(z - shift_factor) * scaling_factor``.
+            rounding: see `to_bytes`.
 
         Returns:
-            uint8 (B, H, W, 3), as `to_bytes`.
+            uint8 (B, H, W, 3).
         """
         z = latents.to(self.model.device).float() / self.scaling_factor + self.shift_factor
-        return to_bytes(self.model.decode(z.to(self.model.dtype)).sample)
+        return to_bytes(self.model.decode(z.to(self.model.dtype)).sample, rounding)
 
 
 def load_vae(ref: VaeRef, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:

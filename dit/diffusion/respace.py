@@ -9,6 +9,8 @@ noise variances follow from abar_{S_i} = (1 - beta_i) abar_{S_{i-1}}:
 Everything else is derived from these betas as before. The network is still given the original timestep S_i.
 """
 
+from itertools import accumulate, repeat
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,8 @@ def respaced_betas(alphas_cumprod: Tensor, kept: Tensor) -> Tensor:
 
 
 def _evenly_spaced(total: int, count: int) -> list[int]:
-    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+    stride = (total - 1) / (count - 1)  # added up in floating point, as DiT does: it decides where halves are rounded
+    return [round(position) for position in accumulate(repeat(stride, count - 1), initial=0.0)]
 
 
 def _integer_stride(total: int, count: int) -> list[int]:

@@ -41,18 +41,18 @@ class Row:
     values: tuple[float, ...]
     """In the order of `METRICS`; fewer values are the first ones."""
     conditions: dict[str, Value] = field(default_factory=dict)
-    """Conditions that the paper states, under our names."""
+    """Conditions that the paper states or its published code sets, under our names."""
 
 
 def _dit(resolution: int, steps: int, scale: float, *values: float) -> Row:
     guidance = {"guidance_scale": scale} | (GUIDED if scale > 1 else {})
-    conditions = ANCESTRAL | guidance | {"training_steps": steps}
+    conditions = ANCESTRAL | guidance | {"training_steps": steps, "rounding": "nearest"}
     return Row("DiT-XL/2", DIT, IMAGENET, resolution, values, conditions)
 
 
 def _diffit(resolution: int, scale: float, schedule: str, *values: float) -> Row:
     guidance: dict[str, Value] = GUIDED | {"guidance_scale": scale, "guidance_schedule": schedule}
-    return Row("DiffiT", DIFFIT, IMAGENET, resolution, values, ANCESTRAL | guidance)
+    return Row("DiffiT", DIFFIT, IMAGENET, resolution, values, ANCESTRAL | guidance | {"rounding": "down"})
 
 
 def _edm(model: str, source: str, data: DataSet, resolution: int, steps: int, fid: float) -> Row:

@@ -42,8 +42,8 @@ class RelativeBias(SelfInitialised):
         return bias
 
     def init_weights(self) -> None:
-        """Normal, truncated at two standard deviations."""
-        nn.init.trunc_normal_(self.table, std=BIAS_STD, a=-2 * BIAS_STD, b=2 * BIAS_STD)
+        """Normal. The published code cuts it off at +-2, 100 standard deviations, which cuts nothing."""
+        nn.init.normal_(self.table, std=BIAS_STD)
 
 
 class TMSA(nn.Module):

@@ -9,8 +9,9 @@ T_a flips, then moves every point z of the plane (from the image's centre) to A 
     A = S(k, phi) R(theta) s         s = 2^(0.2 n1), theta uniform, k = 2^(0.2 n2), b = size / 8 * (n3, n4)
     S(k, phi) = R(phi) diag(k, 1/k) R(-phi)    a stretch by k along the direction phi
 
-with standard normal n1 .. n4. Each is applied with probability p, independently of the others. Pixels are read
-at the inverse, A^-1 (z - b); its closed form is in `_inverse`.
+with standard normal n1 .. n4. The direction phi is uniform in half of the stretches, and the x-axis in the others.
+Each is applied with probability p, independently of the others. Pixels are read at the inverse, A^-1 (z - b); its
+closed form is in `_inverse`.
 """
 
 # B = batch, C = channels, H, W = height and width; x points right and y down, from the centre, in pixels
@@ -22,8 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DRAWS = 13
-"""Uniform numbers per image: two for the flips, two angles, four made normal, and five that switch transformations."""
+DRAWS = 14
+"""Uniform numbers per image: two for the flips, two angles, four made normal, five that switch transformations, and one
+that turns the stretch."""
+TURNED = 0.5
+"""Share of the stretches that are along a random direction instead of the x-axis."""
 DEVIATION = 0.2
 """Standard deviation of the binary logarithm of both scalings."""
 SHIFT_DEVIATION = 0.125
@@ -50,9 +54,10 @@ def augmented(x0: Tensor, u: Tensor, p: float) -> tuple[Tensor, Tensor]:
         Logarithms and shifts are in units of their standard deviation. A transformation that is not
         applied has label 0.
     """
-    on = u[:, 8:] < p  # (B, 5): y-flip, scale, rotation, stretch, shift
+    on = u[:, 8:13] < p  # (B, 5): y-flip, scale, rotation, stretch, shift
     x_flip, y_flip = (u[:, 0] < 0.5) & (p > 0), (u[:, 1] < 0.5) & on[:, 0]
     rotation, direction = (math.pi * (2 * u[:, 2:4] - 1)).unbind(1)
+    direction = direction * (u[:, 13] < TURNED)
     scale, stretch, right, down = torch.special.ndtri(u[:, 4:8].clamp(min=2.0**-54)).unbind(1)
     scale, rotation, stretch = scale * on[:, 1], rotation * on[:, 2], stretch * on[:, 3]
     shift = torch.stack([right, down], 1) * on[:, 4:]

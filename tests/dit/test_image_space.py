@@ -13,7 +13,8 @@ import dit
 from dit.diffusion.config import DiffusionConfig, EDMConfig
 from dit.diffusion.edm import EDM
 from dit.export import CheckpointManifest
-from dit.models.choice import DiffiTImageChoice, ImageShape
+from dit.models.build import build
+from dit.models.choice import DataSpec, DiffiTImageChoice, ImageShape
 from dit.ranks import Ranks
 from dit.sample import SampleConfig, SampleManifest
 from dit.samplers.heun import heun
@@ -147,6 +148,33 @@ def test_micro_batches_drop_and_distort_the_same(
     assert again.metrics == pytest.approx(trained.metrics, rel=1e-5)
 
 
+def test_weights_are_those_of_adam_on_the_published_sum_of_the_loss(tmp_path: Path, pixels: LatentManifest) -> None:
+    """EDM sums the loss over an image's numbers, so Adam's eps weighs less than against their mean."""
+    choice = MODEL.model_copy(update={"dropout": 0.0, "label_dropout": 0.0})
+    config = TrainConfig(model=choice, diffusion=EDMConfig(), steps=4, batch_size=4, learning_rate=1e-3, flips=False)
+    trained = dit.load(tiny.run_train(tmp_path, config, pixels).uri, weights="model-raw.safetensors").model
+    torch.manual_seed(config.seed)
+    model, process = build(choice.config(DataSpec(3, tiny.SIDE, 3, learn_variance=False))), EDM.from_config(EDMConfig())
+    optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, eps=1e-8)
+    batches = Batches(
+        open_data(pixels), pixels.latent_shape, 4, config.seed, False, 3, 0.0, Ranks(), torch.device("cpu")
+    )
+    for step in range(config.steps):
+        batch = batches(step)
+        sigma = process.sample_t(batch.u)
+        scale = sigma.float()[:, None, None, None]
+        error = process.denoise(model, batch.x0 + scale * batch.noise, sigma, batch.y) - batch.x0
+        optimizer.zero_grad()
+        ((scale**2 + 0.25) / (0.5 * scale) ** 2 * error**2).sum().div(4).backward()
+        optimizer.step()
+    expected = dict(model.named_parameters())
+    for name, weight in trained.named_parameters():
+        if (
+            "qkv" not in name
+        ):  # the softmax does not see the keys' biases: their gradient is rounding, which Adam blows up
+            torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
+
+
 def test_dropout_matters(tmp_path: Path, pixels: LatentManifest, trained: CheckpointManifest) -> None:
     without = TRAINING.model_copy(update={"model": MODEL.model_copy(update={"dropout": 0.0})})
     assert tiny.run_train(tmp_path, without, pixels).metrics != trained.metrics
@@ -162,6 +190,17 @@ def test_samples_are_heuns_last_state_as_bytes(drawn: SampleManifest, trained: C
     assert drawn.resolution == tiny.SIDE
 
 
+def test_rounding_down_makes_about_half_of_the_numbers_one_level_darker(
+    tmp_path: Path, drawn: SampleManifest, trained: CheckpointManifest
+) -> None:
+    down = tiny.run_sample(tmp_path, sampling(rounding="down"), trained)
+    darker = RowReader(drawn).array("image").astype(int) - RowReader(down).array("image")
+    assert set(np.unique(darker)) == {0, 1}
+    inside = RowReader(down).array("image") % 255 != 0  # of what is clamped, nothing becomes darker
+    assert 0.4 < darker[inside].mean() < 0.6
+    assert down.conditions["rounding"] == "down"
+
+
 def test_conditions_are_those_that_bear_on_the_images(drawn: SampleManifest) -> None:
     assert drawn.conditions == {
         "count": 5,
@@ -172,6 +211,7 @@ def test_conditions_are_those_that_bear_on_the_images(drawn: SampleManifest) -> 
         "sigma_max": 80.0,
         "rho": 7.0,
         "guidance_scale": 1.0,
+        "rounding": "nearest",
         "weights": "ema",
         "precision": "float32",
         "seed": 0,

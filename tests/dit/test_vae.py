@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
 
+from dit.pixels import Rounding
 from dit.vae import CONFIG, WEIGHTS, Vae, VaeRef, fetch, info, load_vae
 from storage import uri
 from storage.errors import InputError
@@ -87,12 +88,13 @@ def test_encode_is_the_posterior_of_diffusers(vae: Vae, reference: AutoencoderKL
     torch.testing.assert_close(std, expected.std, rtol=1e-4, atol=1e-5)
 
 
-def test_decode_unscales_then_quantises(vae: Vae, reference: AutoencoderKL) -> None:
+@pytest.mark.parametrize(("rounding", "offset"), [("nearest", 128.0), ("down", 127.5)])
+def test_decode_unscales_then_quantises(vae: Vae, reference: AutoencoderKL, rounding: Rounding, offset: float) -> None:
     latents = 3 * torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         raw = reference.decode(latents / SCALE + SHIFT).sample.permute(0, 2, 3, 1).numpy()
-    exact = np.clip(127.5 * raw.astype(np.float64) + 128, 0, 255)
-    found = vae.decode(latents).numpy()
+    exact = np.clip(127.5 * raw.astype(np.float64) + offset, 0, 255)
+    found = vae.decode(latents, rounding).numpy()
     assert found.shape == (2, 16, 24, 3)
     assert found.dtype == np.uint8
     away_from_step = np.abs(exact - np.rint(exact)) > 1e-3  # rounding of the network itself may cross a step

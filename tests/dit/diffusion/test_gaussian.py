@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -207,12 +208,24 @@ def test_kept_timesteps(spacing: int | str, start: list[int], end: list[int]) ->
     assert len(kept) == int(str(spacing).removeprefix("ddim"))
 
 
-def test_250_of_1000_timesteps_by_accumulated_strides() -> None:
-    place, expected = 0.0, []
-    for _ in range(250):
-        expected.append(round(place))
-        place += 999 / 249
-    assert kept_timesteps(1000, 250) == expected
+def test_strides_are_added_up_in_floating_point_as_published() -> None:
+    """Every number of steps, against a plain loop; and how often it matters, as docs/numerics.md says."""
+    unlike = {}
+    for count in range(2, 1001):
+        place, expected = 0.0, []
+        for _ in range(count):
+            expected.append(round(place))
+            place += 999 / (count - 1)
+        assert kept_timesteps(1000, count) == expected
+        exact = [round(Fraction(999 * i, count - 1)) for i in range(count)]
+        gaps = [abs(a - b) for a, b in zip(expected, exact, strict=True) if a != b]
+        if gaps:
+            unlike[count] = gaps
+    assert kept_timesteps(1000, 21)[10] == 499
+    assert len(unlike) == 283
+    assert all(count % 2 for count in unlike)
+    assert max(map(len, unlike.values())) == 19
+    assert max(map(max, unlike.values())) == 1
 
 
 @pytest.mark.parametrize("spacing", [0, 1, 1001, -5, "x", "ddim", "ddim300", "1.5"])

@@ -20,7 +20,7 @@ DONE = ["y_flip", "scale", "rotation", "stretch", "shift"]
 def draws(**done: float) -> Tensor:
     """Uniform numbers (1, DRAWS) with which, at probability P, just what is named is done, by so much.
 
-    Angles in radians, the others in standard deviations.
+    Angles in radians, the others in standard deviations. A stretch is turned only if a direction is named.
     """
     numbers = [
         0.7,
@@ -30,6 +30,7 @@ def draws(**done: float) -> Tensor:
     numbers += [stats.norm.cdf(done.get(n, 1.0)) for n in ("scale", "stretch", "right", "down")]
     named = done.keys() | ({"shift"} if done.keys() & {"right", "down"} else set())
     numbers += [P - 0.01 if n in named else P + 0.01 for n in DONE]
+    numbers.append(0.49 if "direction" in done else 0.51)
     for place, name in enumerate(("x_flip", "y_flip")):
         numbers[place] = 0.3 if name in done else 0.7
     return torch.tensor([numbers], dtype=torch.float64)
@@ -93,6 +94,7 @@ def test_flips_are_mirrors_to_the_bit(flips: list[str], axes: list[int]) -> None
         ({"scale": -1.3}, {2: -1.3}),
         ({"rotation": 2.0}, {3: math.cos(2) - 1, 4: math.sin(2)}),
         ({"stretch": 0.7, "direction": -2.5}, {5: 0.7 * math.cos(2.5), 6: -0.7 * math.sin(2.5)}),
+        ({"stretch": 0.7}, {5: 0.7}),
         ({"right": 0.4, "down": -1.9}, {7: 0.4, 8: -1.9}),
         ({"x_flip": 1, "scale": 2, "right": 1, "down": 0}, {0: 1, 2: 2, 7: 1}),
     ],
@@ -107,6 +109,7 @@ def test_labels_in_closed_form(done: dict[str, float], expected: dict[int, float
     [
         ({"scale": 2.0}, 2**0.4 * np.eye(2)),
         ({"rotation": 2.0}, turning(2.0)),
+        ({"stretch": 1.5}, np.diag([2**0.3, 2**-0.3])),
         ({"stretch": 1.5, "direction": 0.6}, turning(0.6) @ np.diag([2**0.3, 2**-0.3]) @ turning(-0.6)),
         (
             {"x_flip": 1, "y_flip": 1, "scale": -1, "rotation": 0.5, "stretch": 1.5, "direction": 2.0},
@@ -145,6 +148,37 @@ def test_what_an_image_made_smaller_cannot_show_does_not_come_back_as_something_
     assert found[..., 20:44].abs().max() < 0.01
 
 
+@pytest.mark.parametrize(
+    ("cycles", "lowest", "highest"),
+    [(0.05, 1.00, 1.00), (0.125, 1.02, 1.02), (0.25, 1.00, 1.05), (0.35, 0.78, 1.00)],
+)
+def test_gain_of_a_wave_over_directions_angles_and_shifts(cycles: float, lowest: float, highest: float) -> None:
+    """The figures of docs/numerics.md."""
+    gains = [gain(cycles, *numbers) for numbers in np.random.default_rng(0).uniform(-math.pi, math.pi, (40, 4))]
+    gains += [gain(cycles, direction, 0.0, 0.5, 0.25) for direction in (0.0, math.pi / 4)]
+    assert min(gains) == pytest.approx(lowest, abs=0.01)
+    assert max(gains) == pytest.approx(highest, abs=0.01)
+
+
+def gain(cycles: float, direction: float, angle: float, right: float, down: float) -> float:
+    """By how much a plane wave with so many cycles per pixel is larger after it was turned and shifted."""
+    place = torch.arange(64, dtype=torch.float64) + 0.5 - 32
+    inverse = torch.from_numpy(turning(-angle))
+    x, y = place - right, place[:, None] - down
+    before = wave(cycles, direction, place, place[:, None])
+    after = wave(cycles, direction, *(row[0] * x + row[1] * y for row in inverse))
+    image = torch.view_as_real(before).permute(2, 0, 1)[None].float()
+    moved = resampled(image, inverse[None], torch.tensor([[right, down]]))
+    inner = slice(20, 44)
+    return float((torch.complex(*moved[0].double()) * after.conj())[inner, inner].mean().abs())
+
+
+def wave(cycles: float, direction: float, x: Tensor, y: Tensor) -> Tensor:
+    """exp(2 pi i f (x cos a + y sin a)), whose magnitude is 1."""
+    phase = 2 * math.pi * cycles * (math.cos(direction) * x + math.sin(direction) * y)
+    return torch.polar(torch.ones_like(phase), phase)
+
+
 def test_one_colour_stays_one_colour() -> None:
     u = keyed(0, list(range(32)))
     colour = torch.tensor([-1.0, 0.3, 1.0]).reshape(1, 3, 1, 1)
@@ -170,6 +204,11 @@ def test_each_is_done_as_often_as_it_should_and_independently() -> None:
         assert abs(float(column.float().mean()) - chance) < 4 * (chance * (1 - chance) / count) ** 0.5
     pairs = torch.corrcoef(done[:, :-1].T.double()) - torch.eye(6)
     assert pairs.abs().max() < 4 / count**0.5
+    stretched = labels[labels[:, 5] != 0]
+    oblique = stretched[stretched[:, 6] != 0]
+    assert abs(len(oblique) / len(stretched) - 0.5) < 2 / len(stretched) ** 0.5
+    directions = torch.atan2(oblique[:, 6], oblique[:, 5])
+    assert stats.kstest(directions, stats.uniform(-math.pi, 2 * math.pi).cdf).pvalue > 0.001
     for place in (2, 7, 8):
         assert stats.kstest(labels[labels[:, place] != 0, place], "norm").pvalue > 0.001
     turned = labels[labels[:, 4] != 0]
