@@ -26,10 +26,11 @@ from storage import uri
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
 from storage.estimate import PlanContext, StageCost, store_objects
+from storage.header import FileEntry
 from storage.images import transforms
 from storage.images.grid import image_grid
 from storage.latents import LatentManifest, VaeInfo, latent_layout, pixel_layout
-from storage.manifest import FileEntry, StageOutput
+from storage.manifest import StageOutput
 from storage.parallel import ahead, threads
 from storage.rows.store import RowLayout, RowWriter, gathered
 from storage.shards.shard import Sample, ShardManifest, read_images

@@ -17,8 +17,9 @@ from dit.weights import read_weights
 from storage import uri
 from storage.config import Config, problem
 from storage.errors import InputError, StorageError, one_line
+from storage.header import FileEntry
 from storage.latents import VaeInfo
-from storage.manifest import FileEntry, Manifest, StageOutput
+from storage.manifest import Manifest, StageOutput
 
 MODEL = "model.json"
 EMA_WEIGHTS = "model.safetensors"

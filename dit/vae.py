@@ -26,7 +26,7 @@ from storage import uri
 from storage.config import Config, Location, operational, problem
 from storage.errors import InputError, StorageError, one_line
 from storage.latents import VaeInfo
-from storage.manifest import json_digest
+from storage.seal import json_digest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, VQModel

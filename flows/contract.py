@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from storage.config import Config
-from storage.manifest import Manifest, Provenance, StageOutput, stage_output
+from storage.header import Provenance
+from storage.manifest import Manifest, StageOutput, stage_output
 from storage.stage import Run, StageDefinition
 
 if TYPE_CHECKING:

@@ -30,7 +30,8 @@ from storage import uri
 from storage.archives.once import listed_once
 from storage.archives.open import ArchiveRef
 from storage.config import Config, Location
-from storage.manifest import Manifest, Provenance, StageOutput
+from storage.header import Provenance
+from storage.manifest import Manifest, StageOutput
 from storage.stage import Run
 
 LOGGER = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from storage import uri
 from storage.archives.open import ArchiveRef
 from storage.config import Config, is_text, operational, problem
 from storage.errors import InputError
-from storage.manifest import Manifest, json_digest
+from storage.manifest import Manifest
+from storage.seal import json_digest
 from storage.shards.shard import ShardConfig
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)

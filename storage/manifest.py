@@ -4,81 +4,32 @@ A stage writes its output to ``root/<stage>/<first 16 digits of the digest>``. T
 last: a folder with a manifest is finished, and a folder without one is resumed by the same command.
 The digest covers the stage's version, the config and the digests of the inputs, so an output has its
 name before it exists. Locations are not part of the digest.
+
+A manifest ends in the hash of its own bytes, and has the hash of each parent's content. So no byte of a chain of
+outputs changes unnoticed.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Final, Literal, Self, TypeVar
 
-from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from storage import uri
 from storage.code_version import code_version
 from storage.config import Config, problem
 from storage.errors import InputError, StorageError
+from storage.header import FileEntry, Header, Parent, Provenance, short_digest
 from storage.parallel import threads
+from storage.seal import BrokenSealError, content, json_digest, opened, sealed
 
 MANIFEST = "manifest.json"
+FORMAT: Final = 2
+MAX_BYTES = 2**28
+"""Bytes that a manifest may have: those of a billion images have less."""
 OTHER_BYTES = "does not hold the bytes that were committed"
-
-
-class FileEntry(Config):
-    """A committed object of a stage."""
-
-    path: str
-    """Path below the stage's folder."""
-    size: int = Field(ge=0)
-    """Size in bytes."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """SHA-256 of the bytes, 64 hex digits."""
-
-    @field_validator("path")
-    @classmethod
-    def _stays_below(cls, path: str) -> str:
-        if not path or path.startswith("/") or ".." in path.split("/"):
-            raise ValueError(f"{path!r} is outside the stage's folder")
-        return path
-
-
-class Parent(Config):
-    """Another stage's output that an output was made from."""
-
-    digest: str
-    uri: str
-    """Its folder at that time."""
-
-
-class Provenance(Config):
-    """The runs that made an output. Not part of the digest."""
-
-    mlflow_run_id: str | None = None
-    prefect_flow_run_id: str | None = None
-    prefect_flow_run_url: str | None = None
-    pipeline_id: str | None = None
-
-
-class Header(Config):
-    """The part of a manifest that is known before the work begins."""
-
-    model_config = ConfigDict(extra="ignore")  # so that the manifest of any stage can be read as a header
-
-    stage: str
-    version: int
-    digest: str
-    config: dict[str, Any]
-    inputs: dict[str, str]
-    """Digest of each input by name: parents' manifests, archives, weights."""
-    parents: dict[str, Parent]
-    rerun: int = 0
-    """Number of this forced repetition of the same work; 0 for the first output."""
-    provenance: Provenance = Provenance()
-
-    @property
-    def folder_name(self) -> str:
-        """Name of the output's folder below that of its stage."""
-        return short_digest(self.digest)
+REMEDY = f"delete {MANIFEST} there and run the stage again, which keeps what is done"
 
 
 class Manifest(Header):
@@ -89,7 +40,7 @@ class Manifest(Header):
 
     STAGE: ClassVar[str] = ""
 
-    format: Literal[1] = 1
+    format: Literal[2] = FORMAT
     files: tuple[FileEntry, ...]
     counts: dict[str, int] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
@@ -97,6 +48,7 @@ class Manifest(Header):
     created: datetime
 
     _uri: str = PrivateAttr("")
+    _content: str = PrivateAttr("")
 
     @property
     def uri(self) -> str:
@@ -113,6 +65,19 @@ class Manifest(Header):
         """The folder of all outputs that this one belongs to."""
         return uri.parent(uri.parent(self._uri))
 
+    @property
+    def content(self) -> str:
+        """SHA-256 of what was made and what from, 64 hex digits; empty for a manifest that is not written.
+
+        It covers identity, inputs, parents' contents, files with their hashes, counts, metrics and the stage's own
+        fields: all that can tell a child that it was made from something else. It does not cover who made the output,
+        when, how and where: the runs, the time, the version of the code, the config and all locations. So an output
+        that was damaged, withdrawn and repaired by its stage has the same content, and its children stay valid, also
+        if other workers, another machine or a moved archive took part. The config's part that decides the content is
+        covered by the digest.
+        """
+        return self._content
+
     @classmethod
     def folder(cls, root: str, digest: str) -> str:
         """Where this stage's output with a digest lies below a root."""
@@ -120,7 +85,7 @@ class Manifest(Header):
 
     def as_parent(self) -> Parent:
         """This output as an input of the next stage."""
-        return Parent(digest=self.digest, uri=uri.redact(self.uri))
+        return Parent(digest=self.digest, uri=uri.redact(self.uri), content=self.content)
 
     @classmethod
     def read(cls, url: str) -> Self:
@@ -130,21 +95,30 @@ class Manifest(Header):
             url: URL of the manifest or of its folder.
 
         Raises:
-            InputError: there is no manifest, the file is not one, or it belongs to another stage.
+            InputError: there is no manifest, the file is not one or was changed, or it belongs to another stage.
         """
         folder = output_folder(url)
         try:
-            data = uri.read(uri.join(folder, MANIFEST))
-            stage = Header.model_validate_json(data).stage
-            if cls.STAGE and stage != cls.STAGE:
-                raise InputError(f"{uri.redact(folder)}: an output of {stage!r}; one of {cls.STAGE!r} is needed")
-            manifest = cls.model_validate_json(data)
+            data = uri.read(uri.join(folder, MANIFEST), MAX_BYTES)
         except StorageError as error:
             raise InputError(f"{uri.redact(folder)}: no finished output ({error})") from error
-        except ValidationError as error:
-            text = f"{uri.redact(folder)}: not a stage manifest: {problem(error)}"
-            raise InputError(f"{text}; delete {MANIFEST} there and run the stage again") from error
+        manifest = cls._parsed(data, uri.redact(folder))
         manifest._uri = uri.absolute(folder)
+        return manifest
+
+    @classmethod
+    def _parsed(cls, data: bytes, where: str) -> Self:
+        try:
+            text = opened(data)
+            stage = Header.model_validate_json(text).stage
+            if cls.STAGE and stage != cls.STAGE:
+                raise InputError(f"{where}: an output of {stage!r}; one of {cls.STAGE!r} is needed")
+            manifest = cls.model_validate_json(text)
+        except BrokenSealError as error:
+            raise InputError(f"{where}/{MANIFEST}: {_why_refused(data)}; {REMEDY}") from error
+        except ValidationError as error:
+            raise InputError(f"{where}: not a stage manifest: {problem(error)}; {REMEDY}") from error
+        manifest._content = content(text)
         return manifest
 
     def parent(self, name: str, kind: "type[AnyManifest]") -> "AnyManifest":
@@ -168,7 +142,19 @@ class Manifest(Header):
         manifest = kind.read(folder)
         if manifest.digest != recorded.digest:
             raise InputError(f"{uri.redact(folder)}: not the {name} that {uri.redact(self.uri)} was made from")
+        if manifest.content != recorded.content:
+            raise self.other_parent(name, folder)
         return manifest
+
+    def other_parent(self, name: str, folder: str) -> InputError:
+        """The error for a parent that was made again and differs from what this output was made from.
+
+        Args:
+            name: the parent's name among the inputs.
+            folder: where it is now.
+        """
+        text = f"{uri.redact(self.uri)}: was made from other bytes than its {name} has now, {uri.redact(folder)}"
+        return InputError(f"{text}; delete {MANIFEST} there and run {self.stage} again")
 
     def damaged(self, full: Callable[[FileEntry], bool]) -> Iterator[tuple[FileEntry, str]]:
         """The damaged objects, each with what is wrong with it.
@@ -238,6 +224,18 @@ class Manifest(Header):
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 
 
+class _Format(BaseModel):
+    format: int
+
+
+def _why_refused(data: bytes) -> str:
+    try:
+        found = _Format.model_validate_json(data).format
+    except ValidationError:
+        found = FORMAT
+    return OTHER_BYTES if found == FORMAT else f"has format {found}, and this version of ditflow reads format {FORMAT}"
+
+
 class StageOutput(Config):
     """The folder that a stage writes to, with the header of its future manifest."""
 
@@ -302,12 +300,24 @@ class StageOutput(Config):
             StorageError: the disk is full or the store refuses.
         """
         manifest = self.manifest(kind, files, **fields)
-        uri.create(self.url(MANIFEST), manifest.model_dump_json(indent=1).encode())
+        uri.create(self.url(MANIFEST), sealed(manifest.model_dump_json(indent=1).encode()))
         return kind.read(self.uri)
 
     def committed(self, kind: type[AnyManifest]) -> AnyManifest | None:
-        """The manifest; None if this output is not finished."""
-        return kind.read(self.uri) if is_finished(self.uri) else None
+        """The manifest; None if this output is not finished.
+
+        Raises:
+            InputError: the manifest is refused, belongs to another output, or was made from other bytes of a parent.
+        """
+        if not is_finished(self.uri):
+            return None
+        manifest = kind.read(self.uri)
+        if manifest.digest != self.header.digest:
+            raise InputError(f"{uri.redact(self.uri)}: holds the manifest of another output; {REMEDY}")
+        for name, parent in self.header.parents.items():
+            if parent.content and parent.content != manifest.parents[name].content:
+                raise manifest.other_parent(name, parent.uri)
+        return manifest
 
 
 def stage_output(
@@ -381,15 +391,5 @@ def finished_outputs(root: str, stage: str) -> list[str]:
         return [folder for folder, finished in zip(folders, pool.map(is_finished, folders), strict=True) if finished]
 
 
-def short_digest(digest: str) -> str:
-    """The first 16 digits of a digest, which name an output in folders, jobs and tables."""
-    return digest[:16]
-
-
 def _folder(root: str, stage: str, digest: str) -> str:
     return uri.join(uri.absolute(root), stage, short_digest(digest))
-
-
-def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value in canonical form (sorted keys, no spaces), 64 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

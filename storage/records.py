@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from storage import uri
 from storage.config import Config
 from storage.errors import StorageError
-from storage.manifest import FileEntry, StageOutput
+from storage.header import FileEntry
+from storage.manifest import StageOutput
 
 FOLDER = "records"
 """Folder of the records, below the stage's folder."""

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from storage.manifest import FileEntry, StageOutput
+from storage.header import FileEntry
+from storage.manifest import StageOutput
 
 
 class Tracker(Protocol):

@@ -199,12 +199,18 @@ def read_ranges(urls: Sequence[str], starts: Sequence[int], stops: Sequence[int]
     return [bytes(data) for data in results]
 
 
-def read(url: str) -> bytes:
+def read(url: str, most: int | None = None) -> bytes:
     """The bytes of an object.
 
+    Args:
+        url: the object.
+        most: bytes that it may have; a larger one is not read. None: any number.
+
     Raises:
-        StorageError: the object is absent or cannot be read.
+        StorageError: the object is absent, too large or cannot be read.
     """
+    if most is not None and (count := size(url) or 0) > most:
+        raise StorageError(f"{redact(url)}: has {count:,} bytes, more than the {most:,} that such a file may have")
     fs, path = filesystem(url)
     with _reading(url):
         return bytes(fs.cat_file(path))

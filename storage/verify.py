@@ -6,7 +6,8 @@ from pydantic import ConfigDict, ValidationError
 
 from storage import records, uri
 from storage.errors import DitflowError, InputError, StorageError
-from storage.manifest import MANIFEST, FileEntry, Manifest, finished_outputs, is_finished, output_folder
+from storage.header import FileEntry
+from storage.manifest import MANIFEST, Manifest, finished_outputs, is_finished, output_folder
 from storage.parallel import threads
 
 WITHDRAWN = "manifest.withdrawn.json"

@@ -16,7 +16,8 @@ from dit.metrics.summary import Summary
 from storage import uri
 from storage.config import Config
 from storage.errors import DitflowError
-from storage.manifest import Manifest, StageOutput, short_digest, stage_output
+from storage.header import short_digest
+from storage.manifest import Manifest, StageOutput, stage_output
 
 LOGGER = logging.getLogger(__name__)
 VERSION = 1

@@ -17,9 +17,9 @@ from storage import uri
 from storage.archives.listing import MAX_BYTES
 from storage.errors import InputError
 from storage.images import transforms
-from storage.manifest import json_digest
 from storage.parallel import threads
 from storage.rows.store import RowReader
+from storage.seal import json_digest
 from storage.shards.shard import ShardManifest, read_images
 
 Batches = Iterator[NDArray[np.uint8]]

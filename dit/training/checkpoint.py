@@ -28,7 +28,8 @@ from dit.training.parallelize import saving_ranks
 from dit.training.throughput import LoggedStep
 from storage import records, uri
 from storage.errors import DitflowError, StorageError
-from storage.manifest import FileEntry, StageOutput
+from storage.header import FileEntry
+from storage.manifest import StageOutput
 
 FOLDER = "checkpoints"
 RECORD = "record.json"

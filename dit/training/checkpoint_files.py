@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from storage.config import Config
-from storage.manifest import FileEntry
+from storage.header import FileEntry
 
 FILE_BYTES = 2**30
 """Largest file in bytes, unless a single tensor is larger. A file is held in memory while it is written or read."""

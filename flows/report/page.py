@@ -21,7 +21,9 @@ from flows.tracking import runs
 from flows.tracking.sink import log_file
 from storage import uri
 from storage.errors import one_line
-from storage.manifest import Manifest, json_digest, short_digest
+from storage.header import short_digest
+from storage.manifest import Manifest
+from storage.seal import json_digest
 from storage.tracker import NullTracker
 
 LOGGER = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from flows.report.page import FOLDER
 from flows.sweep import load_recipes
 from storage import uri
 from storage.errors import InputError
-from storage.manifest import json_digest, short_digest
+from storage.header import short_digest
+from storage.seal import json_digest
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from flows.tracking.sink import UNSENT, complaint, log_file, log_records, read_u
 from flows.tracking.spec import TrackingSpec
 from storage import uri
 from storage.errors import DitflowError, InputError, one_line
-from storage.manifest import MANIFEST, Header, Manifest, StageOutput
+from storage.header import Header
+from storage.manifest import MANIFEST, Manifest, StageOutput
 
 LOGGER = logging.getLogger(__name__)
 EXPERIMENT = "ditflow"

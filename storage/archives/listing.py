@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from storage.errors import InputError, StorageError
-from storage.manifest import json_digest
+from storage.seal import json_digest
 
 MAX_BYTES = 1 << 28
 """Largest image file, bytes."""

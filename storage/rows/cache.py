@@ -11,7 +11,9 @@ from threading import Lock
 
 from storage import uri
 from storage.errors import StorageError
-from storage.manifest import FileEntry, Manifest, json_digest, short_digest
+from storage.header import FileEntry, short_digest
+from storage.manifest import Manifest
+from storage.seal import json_digest
 
 LOGGER = logging.getLogger(__name__)
 

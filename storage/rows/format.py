@@ -21,7 +21,8 @@ from zarr.storage import MemoryStore
 
 from storage import uri
 from storage.errors import StorageError
-from storage.manifest import FileEntry, Manifest
+from storage.header import FileEntry
+from storage.manifest import Manifest
 
 DATA = "data"
 CRC_BYTES = 4

@@ -21,7 +21,8 @@ from zarr.storage import MemoryStore
 
 from storage import records, uri
 from storage.errors import InputError
-from storage.manifest import FileEntry, Manifest, StageOutput
+from storage.header import FileEntry
+from storage.manifest import Manifest, StageOutput
 from storage.parallel import threads
 from storage.rows.format import CRC_BYTES, DATA, INDEX_ENTRY_BYTES, StoredArray, data_files, stored_arrays
 from storage.rows.mapped import FlatRows, ShardRows, allow_open_files

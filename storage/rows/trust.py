@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from storage import uri
-from storage.manifest import OTHER_BYTES, FileEntry, Manifest
+from storage.header import FileEntry
+from storage.manifest import OTHER_BYTES, Manifest
 from storage.parallel import threads
 from storage.rows import cache
 

@@ -8,6 +8,7 @@ import numpy as np
 from storage import uri
 from storage.manifest import Manifest, StageOutput
 from storage.rows.store import ArraySpec, RowLayout, RowWriter
+from storage.seal import sealed
 
 ROWS = 21
 LAYOUT = RowLayout(
@@ -45,5 +46,5 @@ def resized(store: Manifest, path: str, data: bytes) -> Manifest:
         entry.model_copy(update={"size": len(data), "sha256": uri.sha256(data)}) if entry.path == path else entry
         for entry in store.files
     )
-    Path(store.url).write_text(store.model_copy(update={"files": files}).model_dump_json())
+    Path(store.url).write_bytes(sealed(store.model_copy(update={"files": files}).model_dump_json().encode()))
     return Manifest.read(store.uri)

@@ -1,6 +1,8 @@
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -8,7 +10,10 @@ from pydantic import ValidationError
 from storage import uri
 from storage.config import Config, operational
 from storage.errors import InputError, StorageError
-from storage.manifest import FileEntry, Manifest, StageOutput, json_digest, stage_output
+from storage.header import FileEntry, Provenance
+from storage.latents import VaeInfo
+from storage.manifest import Manifest, StageOutput, stage_output
+from storage.seal import json_digest, sealed
 
 
 class Inner(Config):
@@ -134,12 +139,118 @@ def test_read_errors_say_what_is_wrong(tmp_path: Path, committed: Callable[..., 
     with pytest.raises(InputError, match="an output of 'plain'; one of 'other' is needed"):
         OtherManifest.read(manifest.uri)
     path = Path(manifest.url)
-    path.write_text("{")
-    with pytest.raises(InputError, match="not a stage manifest"):
+    path.write_bytes(sealed(b'{"stage": 3}'))
+    with pytest.raises(InputError, match="not a stage manifest: stage: "):
         Manifest.read(manifest.uri)
-    path.write_text(json.dumps({**json.loads(manifest.model_dump_json()), "files": 3}))
+    path.write_bytes(sealed(json.dumps({**json.loads(manifest.model_dump_json()), "files": 3}).encode()))
     with pytest.raises(InputError, match="not a stage manifest: files: "):
         Manifest.read(manifest.uri)
+    path.write_text(json.dumps({**json.loads(manifest.model_dump_json()), "format": 1}))
+    with pytest.raises(InputError, match="has format 1, .* reads format 2; delete manifest.json there and run the"):
+        Manifest.read(manifest.uri)
+
+
+def test_no_byte_of_a_manifest_changes_unnoticed(tmp_path: Path, committed: Callable[..., Manifest]) -> None:
+    manifest = committed(tmp_path)
+    path = Path(manifest.url)
+    data = path.read_bytes()
+    for place, bit in product(range(len(data)), range(8)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+        with pytest.raises(InputError, match=r"manifest\.json: .*; delete manifest\.json there and run the stage"):
+            Manifest.read(manifest.uri)
+    for other in (data[:-1], data + b"\n", data.replace(b"\n", b"\r\n"), b"", b"{" * 10**6, data.upper()):
+        path.write_bytes(other)
+        with pytest.raises(InputError, match="does not hold the bytes that were committed"):
+            Manifest.read(manifest.uri)
+
+
+def test_a_manifest_ends_in_the_hash_of_all_before(tmp_path: Path, committed: Callable[..., Manifest]) -> None:
+    body, last = Path(committed(tmp_path).url).read_bytes().rsplit(b",", 1)
+    assert last == b'\n "sha256": "%s"\n}' % uri.sha256(body).encode()
+
+
+def test_a_manifest_of_gigabytes_is_not_read(tmp_path: Path, committed: Callable[..., Manifest]) -> None:
+    manifest = committed(tmp_path)
+    with Path(manifest.url).open("wb") as file:
+        file.truncate(10**9)
+    with pytest.raises(InputError, match="has 1,000,000,000 bytes, more than the 268,435,456 that such a file may"):
+        Manifest.read(manifest.uri)
+
+
+class MadeManifest(Manifest):
+    """A manifest with a field of its own that holds a place."""
+
+    STAGE = "plain"
+
+    vae: VaeInfo | None = None
+
+
+VAE = VaeInfo(source="hub/one", sha256="0" * 64, downsample=8, channels=4, scaling_factor=0.5)
+
+
+def child_of(parent: Manifest) -> StageOutput:
+    return name(Inner(), root=parent.root, stage="other", parents={"plain": parent})
+
+
+def made(root: Path, workers: int = 1, data: bytes = b"1", **fields: Any) -> MadeManifest:
+    """One output, made anew with this many workers, bytes and fields."""
+    out = name(Outer(workers=workers), root=str(root), provenance=Provenance(pipeline_id=f"{workers}"))
+    Path(out.url("manifest.json")).unlink(missing_ok=True)
+    return out.commit(MadeManifest, [out.put("one", data)], **fields)
+
+
+def test_a_repaired_parent_keeps_its_children(tmp_path: Path) -> None:
+    parent = made(tmp_path, vae=VAE)
+    child = child_of(parent).commit(OtherManifest, [])
+    assert child.parents["plain"].content == parent.content
+    again = made(tmp_path, workers=7, vae=VAE.model_copy(update={"source": "/elsewhere"}))
+    assert Path(again.url).read_bytes() != b"" and again.created > parent.created and again.config != parent.config
+    assert child.parent("plain", MadeManifest) == again
+    assert child_of(again).committed(OtherManifest) == child
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": b"2"},
+        {"counts": {"images": 8}},
+        {"metrics": {"fd": 211.8}},
+        {"vae": VAE.model_copy(update={"scaling_factor": 0.51})},
+    ],
+)
+def test_a_parent_that_was_made_otherwise_is_noticed(tmp_path: Path, change: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {"counts": {"images": 7}, "metrics": {"fd": 111.8}, "vae": VAE}
+    child = child_of(made(tmp_path, **fields)).commit(OtherManifest, [])
+    again = made(tmp_path, **fields | change)
+    reason = r"was made from other bytes than its plain has now, .*; delete manifest\.json there and run other again"
+    with pytest.raises(InputError, match=reason):
+        child.parent("plain", MadeManifest)
+    with pytest.raises(InputError, match=reason):
+        child_of(again).committed(OtherManifest)
+
+
+def test_a_grandparent_that_was_made_otherwise_is_noticed(tmp_path: Path) -> None:
+    first = made(tmp_path, data=b"1")
+    child = child_of(first).commit(OtherManifest, [])
+    Path(child.url).unlink()
+    again = child_of(made(tmp_path, data=b"2")).commit(OtherManifest, [])
+    assert again.digest == child.digest
+    assert again.content != child.content
+
+
+def test_a_manifest_in_the_folder_of_another_output_is_refused(tmp_path: Path) -> None:
+    first, other = name(Inner(), root=str(tmp_path)), name(Inner(rate=2), root=str(tmp_path))
+    uri.write(other.url("manifest.json"), uri.read(first.commit(Manifest, []).url))
+    with pytest.raises(InputError, match="holds the manifest of another output; delete manifest.json there"):
+        other.committed(Manifest)
+
+
+def test_content_is_that_of_the_file_whatever_fields_came_later(tmp_path: Path) -> None:
+    class Later(MadeManifest):
+        added: int = 7
+
+    written = made(tmp_path)
+    assert Later.read(written.uri).content == Manifest.read(written.uri).content == written.content
 
 
 @pytest.mark.parametrize("path", ["../up", "/etc/passwd", "a/../../b", "a/..", ""])

@@ -6,7 +6,8 @@ import pytest
 from storage import records, uri, verify
 from storage.archives.open import ArchiveRef
 from storage.errors import InputError, StorageError
-from storage.manifest import FileEntry, Manifest, stage_output
+from storage.header import FileEntry
+from storage.manifest import Manifest, stage_output
 from storage.shards import shard
 from storage.shards.runners import Threads
 from storage.shards.shard import ShardConfig, ShardManifest

@@ -18,6 +18,7 @@ from dit.metrics.extractors.demo_digits import DemoDigits, load_digits_classifie
 from dit.sample import SampleManifest
 from storage.errors import StorageError
 from storage.manifest import Manifest, stage_output
+from storage.seal import opened, sealed
 from storage.shards.shard import ShardManifest
 
 
@@ -106,7 +107,8 @@ def test_what_is_damaged_is_noticed_and_taken_anew(
             path.unlink()
         elif damage == "hollow":
             manifest = path.with_name("manifest.json")
-            manifest.write_text(manifest.read_text().replace('"files":', '"files": [], "files_":'))
+            text = opened(manifest.read_bytes()).replace(b'"files":', b'"files": [], "files_":')
+            manifest.write_bytes(sealed(text))
         else:
             path.write_bytes(data if damage == "flipped" else data[:-1])
     before = counting.seen

@@ -20,7 +20,8 @@ from dit.training.ema import EMA
 from dit.training.loop import TrainState
 from dit.training.throughput import LoggedStep
 from storage.errors import StorageError
-from storage.manifest import FileEntry, StageOutput
+from storage.header import FileEntry
+from storage.manifest import StageOutput
 
 STATE = "state-00000-000.safetensors"
 

@@ -74,8 +74,8 @@ def test_one_damaged_output_does_not_hide_another(
     assert out.splitlines() == [
         f"{sound.uri}/notes.txt: was not committed",
         f"{sound.uri}: 2 objects, 3 bytes: all bytes as committed",
-        f"{tmp_path}/a/unreadable: not a stage manifest: Invalid JSON: EOF while parsing an object at line 1 column 1; "
-        "delete manifest.json there and run the stage again",
+        f"{tmp_path}/a/unreadable/manifest.json: does not hold the bytes that were committed; "
+        "delete manifest.json there and run the stage again, which keeps what is done",
         f"{damaged.uri}/one: does not hold the bytes that were committed",
         f"{damaged.uri}: 2 objects, 3 bytes: 1 damaged, withdrawn",
         f"{linked.uri}/one: is missing",

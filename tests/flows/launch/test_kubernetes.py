@@ -14,7 +14,8 @@ from flows.launch.rank_log import MARK, WorkerError
 from flows.launch.spec import KubernetesLaunch, WorkerSpec
 from flows.tracking.spec import TrackingSpec
 from storage.errors import InputError
-from storage.manifest import Header, StageOutput
+from storage.header import Header
+from storage.manifest import StageOutput
 
 VERSION = "1.33"
 HEADER = Header(stage="train", version=1, digest="ab" * 32, config={}, inputs={}, parents={})

@@ -23,7 +23,8 @@ from flows.tracking.sink import UNSENT, MlflowSink, StageTracker, read_unsent
 from flows.tracking.spec import TrackingSpec
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError
-from storage.manifest import Manifest, Provenance, StageOutput, stage_output
+from storage.header import Provenance
+from storage.manifest import Manifest, StageOutput, stage_output
 
 LOST = "https://me:pa55@host/vae?token=h1dden"
 

@@ -1,0 +1,55 @@
+"""Hashes of JSON: objects that end in their own hash, so that no byte changes unnoticed, and digests of values."""
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic_core import from_json
+
+_LAST = b',\n "sha256": "'
+_NOT_CONTENT = ("format", "config", "provenance", "code_version", "created")
+_PLACES = ("uri", "source")  # fields of a parent and of an autoencoder
+
+
+class BrokenSealError(ValueError):
+    """The bytes are not those that were sealed."""
+
+
+def sealed(text: bytes) -> bytes:
+    """A JSON object with a last field more: ``sha256``, the SHA-256 of all bytes before this field, 64 hex digits."""
+    body = text.removesuffix(b"}").rstrip()
+    return b'%s%s%s"\n}' % (body, _LAST, hashlib.sha256(body).hexdigest().encode())
+
+
+def opened(data: bytes) -> bytes:
+    """The JSON object that was sealed.
+
+    Raises:
+        BrokenSealError: a byte was changed, lost or added, or the object was never sealed.
+    """
+    body, _, _ = data.rpartition(_LAST)
+    text = body + b"}"
+    if not body or sealed(text) != data:
+        raise BrokenSealError("does not end in the hash of its bytes")
+    return text
+
+
+def content(text: bytes) -> str:
+    """SHA-256 of a manifest's content, 64 hex digits; see `storage.manifest.Manifest.content`.
+
+    Args:
+        text: the manifest as it was written, without its seal: a field that a later version adds changes nothing.
+    """
+    values = from_json(text)
+    return json_digest(_without_places({name: value for name, value in values.items() if name not in _NOT_CONTENT}))
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items() if key not in _PLACES}
+    return [_without_places(item) for item in value] if isinstance(value, list) else value
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form (sorted keys, no spaces), 64 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
