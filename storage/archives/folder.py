@@ -1,71 +1,97 @@
-"""A folder of class folders."""
+"""A folder of class folders, and the walk through any folder of images."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from storage import uri
-from storage.archives.listing import Archive, ListedFile
+from storage.archives.account import SPECIAL, Account
+from storage.archives.classes import Found, class_folders
+from storage.archives.listing import Archive
 from storage.errors import InputError
+
+_Entry = dict[str, Any]
 
 
 def open_folder(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
-    """A folder of class folders. Every file below a class folder counts as an image of that class.
-
-    Names that begin with a dot are skipped. Links to files and to class folders are followed; links to
-    folders further down are not, since they could form a cycle.
+    """A folder of class folders, by the rules of `class_folders`.
 
     Raises:
-        InputError: there are no class folders, one is empty or cannot be listed, or as `Archive`.
+        InputError: there are no class folders, or as `walk`, `class_folders` or `Archive`.
     """
     fs, path = uri.filesystem(url)
-    folder = _Folder(fs, uri.redact(url), path.rstrip("/"))
-    return Archive(folder.where, folder.files(), lambda path: bytes(fs.cat_file(path)), class_names)
+    account = Account(uri.redact(url))
+    files, folders = list[Found](), list[str]()
+    for inside, entry in walk(fs, account, path):
+        if entry["type"] == "directory":
+            folders.append(inside)
+        else:
+            files.append(Found(inside, int(entry["size"]), entry["name"]))
+    if not folders:
+        raise InputError(f"{account.where}: no class folders; put the images of each class in a folder of its own")
+    images = class_folders(account, files, folders, class_names)
+    return Archive(account, images, lambda path: bytes(fs.cat_file(path)), class_names)
 
 
-class _Folder:
-    def __init__(self, fs: fsspec.AbstractFileSystem, where: str, root: str) -> None:
-        self.where, self._fs, self._root = where, fs, root
+def walk(fs: fsspec.AbstractFileSystem, account: Account, root: str) -> Iterator[tuple[str, _Entry]]:
+    """The visible files and folders below a folder, at any depth, each with its path below it. Links are followed.
 
-    def files(self) -> Iterator[ListedFile]:
-        folders = [entry for entry in entries(self._fs, self.where, self._root) if entry["type"] == "directory"]
-        if not folders:
-            raise InputError(f"{self.where}: no class folders; put the images of each class in a folder of its own")
-        for folder in folders:
-            files = list(self._below(folder["name"]))
-            class_name = entry_name(folder)
-            if not files:
-                raise InputError(f"{self.where}/{class_name}: class folder without files; fill it or remove it")
-            for path, entry in files:
-                yield ListedFile(class_name, path, int(entry["size"]), f"{folder['name'].rstrip('/')}/{path}")
-
-    def _below(self, folder: str, prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-        """The files below a folder, at any depth, each with its path relative to that folder."""
-        for entry in entries(self._fs, self.where, folder):
-            if entry["type"] == "file":
-                yield prefix + entry_name(entry), entry
-            elif entry["type"] == "directory" and not entry.get("islink"):
-                yield from self._below(entry["name"], f"{prefix}{entry_name(entry)}/")
+    Raises:
+        InputError: a folder cannot be listed, or a link is broken or leads to a folder that holds it.
+    """
+    root = root.rstrip("/")
+    yield from _walk(fs, account, root, "", (_real(fs, root),))
 
 
-def entries(fs: fsspec.AbstractFileSystem, where: str, path: str) -> list[dict[str, Any]]:
-    """The visible entries of a folder, as fsspec describes them, with links followed.
+def _walk(
+    fs: fsspec.AbstractFileSystem, account: Account, folder: str, inside: str, around: tuple[str, ...]
+) -> Iterator[tuple[str, _Entry]]:
+    """As `walk`; ``around`` has the real paths of the folder and of all that hold it."""
+    for entry in entries(fs, account, folder, inside):
+        path = inside + entry_name(entry)
+        yield path, entry
+        if entry["type"] == "directory":
+            real = _real(fs, entry["name"]) if entry.get("islink") else f"{around[-1]}/{entry_name(entry)}"
+            if real in around:
+                raise account.refused(path, "a circle: links lead to a folder that holds them; remove the link")
+            yield from _walk(fs, account, entry["name"], f"{path}/", (*around, real))
+
+
+def _real(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    return os.path.realpath(path) if isinstance(fs, LocalFileSystem) else path
+
+
+def entries(fs: fsspec.AbstractFileSystem, account: Account, folder: str, inside: str = "") -> list[_Entry]:
+    """The visible files and folders directly in a folder, as fsspec describes them, with links followed.
+
+    Args:
+        fs: the file system.
+        account: counts what is passed over.
+        folder: path of the folder.
+        inside: path of the folder in the archive, empty or with a slash at its end.
 
     Raises:
         InputError: the folder cannot be listed, or a link is broken.
     """
     try:
-        listed = fs.ls(path, detail=True)
-        visible = [entry for entry in listed if not entry_name(entry).startswith(".")]
         # some object stores list a placeholder object of the folder itself
-        inside = [entry for entry in visible if entry["name"].strip("/") != path.strip("/")]
+        listed = [entry for entry in fs.ls(folder, detail=True) if entry["name"].strip("/") != folder.strip("/")]
+        visible = [entry for entry in listed if account.sees(inside + entry_name(entry))]
         # for a link, a listing does not give the type and size of its target
-        return [dict(fs.info(entry["name"])) if entry.get("islink") else entry for entry in inside]
+        followed = [dict(fs.info(entry["name"])) if entry.get("islink") else entry for entry in visible]
     except OSError as error:
-        raise InputError(f"{where}: cannot be listed ({error})") from error
+        raise InputError(f"{account.where}: cannot be listed ({error})") from error
+    for entry in followed:
+        if entry["type"] == "link":
+            raise account.refused(inside + entry_name(entry), "a link, which this store does not follow; replace it")
+        if entry["type"] not in ("file", "directory"):
+            account.pass_over(SPECIAL, inside + entry_name(entry))
+    return [entry for entry in followed if entry["type"] in ("file", "directory")]
 
 
-def entry_name(entry: dict[str, Any]) -> str:
+def entry_name(entry: _Entry) -> str:
     """The last part of an entry's path."""
     return str(entry["name"]).rstrip("/").rpartition("/")[2]

@@ -10,8 +10,9 @@ import struct
 import zlib
 
 from storage import uri
+from storage.archives.account import Account
 from storage.archives.listing import Archive, ListedFile, first_line
-from storage.archives.tars import Span, index, list_tars, span_reader
+from storage.archives.tar_index import Span, index, list_tars, span_reader
 from storage.errors import InputError
 from storage.magic import stand_in
 
@@ -44,6 +45,8 @@ def open_labelled_tar(url: str, labels: str, class_names: tuple[str, ...] | None
     fs, _ = uri.filesystem(url)
     where = uri.redact(url)
     (tar,), _ = list_tars(fs, [url])
+    account = Account(where)
+    account.add(tar.account)
     entries = sorted(tar.entries)
     is_devkit = uri.redact(labels).lower().endswith(_DEVKITS)
     lines = _devkit(labels) if is_devkit else _lines(uri.redact(labels), uri.read(labels))
@@ -52,7 +55,7 @@ def open_labelled_tar(url: str, labels: str, class_names: tuple[str, ...] | None
         raise InputError(f"{uri.redact(labels)}: {counts}; write one a line, in the order of the sorted file names")
     labelled = zip(lines, entries, strict=True)
     files = [ListedFile(line, entry.name, entry.span.size, entry.span) for line, entry in labelled]
-    return Archive(where, files, span_reader(fs), class_names)
+    return Archive(account, files, span_reader(fs), class_names)
 
 
 def _lines(where: str, text: bytes) -> list[str]:

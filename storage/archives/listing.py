@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from storage.archives.account import Account
 from storage.errors import InputError, StorageError
 from storage.seal import json_digest
 
@@ -58,9 +59,11 @@ class Archive:
         members: all files, sorted by name.
         digest: SHA-256 of class names, file names and file sizes, 64 hex digits. It does not depend on
             location, time or type of the archive, except for types that do not give file sizes.
+        passed_over: what is in the archive and no image of a class, by reason.
+        notes: how the archive was understood, one line each, where others might expect something else.
 
     Args:
-        where: URL of the archive, for errors.
+        account: of the archive, with its URL and what is passed over once all files are taken.
         files: the files, in any order.
         fetch: returns the bytes at a location; raises OSError or ValueError if it cannot.
         class_names: the classes to label by, some of which may have no files; by default those of the files.
@@ -68,19 +71,20 @@ class Archive:
 
     Raises:
         InputError: there are no files, two have the same name, one is too large, a name is not
-            printable text, two class names differ in their Unicode form alone, or a class is not
-            among class_names.
+            printable text, two class names differ in case or Unicode form alone, or a class is not among
+            class_names.
     """
 
     def __init__(
         self,
-        where: str,
+        account: Account,
         files: Iterable[ListedFile],
         fetch: Callable[[Any], bytes],
         class_names: tuple[str, ...] | None = None,
         content: Any = None,
     ) -> None:
         files = sorted(files, key=lambda file: file.name)
+        where = account.where
         names = sorted({file.class_name for file in files})
         self.class_names = tuple(names) if class_names is None else class_names
         labels = {name: label for label, name in enumerate(self.class_names)}
@@ -89,7 +93,8 @@ class Archive:
         listing = [[member.name, member.size] for member in self.members]
         identity = {"class_names": self.class_names, "members": listing}
         self.digest = json_digest(identity if content is None else identity | {"sealed": content})
-        self._where, self._fetch = where, fetch
+        self.passed_over, self.notes = account.passed_over, tuple(account.notes)
+        self._where, self._fetch = f"{where}/{account.top}".rstrip("/"), fetch
         self._locations = {file.name: file.location for file in files}
 
     def read(self, member: Member) -> bytes:
@@ -108,8 +113,8 @@ class Archive:
         return data
 
 
-def path_parts(where: str, name: str) -> list[str]:
-    """The folders and the file name of a path inside a tar or zip; empty if one is hidden.
+def inside_path(where: str, name: str) -> str:
+    """A path inside a tar or zip, without ``.`` and empty parts; empty for the top.
 
     Raises:
         InputError: the path is absolute, or has a backslash or a part ``..``.
@@ -120,7 +125,7 @@ def path_parts(where: str, name: str) -> list[str]:
         raise InputError(f"{where}: the file name {name!a} has a backslash; {advice}")
     if name.startswith("/") or ".." in parts:
         raise InputError(f"{where}: the file name {name!a} is absolute or leads upwards; pack it again without")
-    return [] if any(part.startswith(".") for part in parts) else parts
+    return "/".join(parts)
 
 
 def class_names_of(labels: Collection[str], known: tuple[str, ...] | None) -> dict[str, str]:
@@ -164,13 +169,19 @@ def _check(where: str, files: list[ListedFile], names: list[str], labels: dict[s
         raise InputError(f"{where}/{duplicate}: two files have this name; rename or remove one")
 
 
-def _check_forms(where: str, names: list[str]) -> None:
-    """Check that no two class names are the same text in two Unicode forms, as macOS and Linux may write them."""
+def _check_forms(where: str, names: Iterable[str]) -> None:
+    """Check that no two class names are the same but for case or Unicode form. Letters alone may be of either case."""
     forms = dict[str, str]()
     for name in names:
-        other = forms.setdefault(unicodedata.normalize("NFC", name), name)
+        form = unicodedata.normalize("NFC", name)
+        other = forms.setdefault(form if len(form) == 1 else form.casefold(), name)
         if other != name:
-            same = f"the class names {other!a} and {name!a} are the same text in two Unicode forms"
+            what = (
+                "the same text in two Unicode forms"
+                if form == unicodedata.normalize("NFC", other)
+                else "the same but for case"
+            )
+            same = f"the class names {other!a} and {name!a} are {what}"
             raise InputError(f"{where}: {same}; rename one of them to the other")
 
 

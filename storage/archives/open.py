@@ -5,6 +5,7 @@ from typing import Self
 from pydantic import model_validator
 
 from storage import uri
+from storage.archives.account import Account
 from storage.archives.folder import entries, entry_name, open_folder
 from storage.archives.held_out import open_labelled_tar
 from storage.archives.listing import Archive, Member
@@ -98,16 +99,16 @@ def open_archive(url: str, class_names: tuple[str, ...] | None = None, labels: s
     if name.endswith(".zip"):
         return open_zip(url, class_names)
     if name.endswith(".parquet"):
-        return open_parquet([url], where, class_names)
+        return open_parquet([url], Account(where), class_names)
     return _open_folder(url, class_names)
 
 
 def _open_several(urls: list[str], where: str, class_names: tuple[str, ...] | None) -> Archive:
     """The files of a pattern as one archive."""
     if all(uri.redact(url).lower().endswith(".tar") for url in urls):
-        return open_tars(urls, where, class_names)
+        return open_tars(urls, Account(where), class_names)
     if all(uri.redact(url).lower().endswith(".parquet") for url in urls):
-        return open_parquet(urls, where, class_names)
+        return open_parquet(urls, Account(where), class_names)
     first, last = uri.redact(urls[0]), uri.redact(urls[-1])
     files = f"stands for {len(urls):,} files from {first} to {last}"
     raise InputError(f"{where}: {files}; a pattern is for .tar files alone or .parquet files alone")
@@ -116,15 +117,19 @@ def _open_several(urls: list[str], where: str, class_names: tuple[str, ...] | No
 def _open_folder(url: str, class_names: tuple[str, ...] | None) -> Archive:
     """A folder of Parquet files or tars if it holds some and no folders; a folder of class folders otherwise."""
     fs, path = uri.filesystem(url)
-    where = uri.redact(url)
+    account = Account(uri.redact(url))
     if not fs.exists(path):
-        raise InputError(f"{where}: no such folder of images")
+        raise InputError(f"{account.where}: no such folder of images")
     if not fs.isdir(path):
-        raise InputError(f"{where}: neither a folder nor a .tar, .zip or .parquet file")
-    contents = entries(fs, where, path)
-    files = sorted(entry_name(entry) for entry in contents if entry["type"] == "file")
+        raise InputError(f"{account.where}: neither a folder nor a .tar, .zip or .parquet file")
+    contents = entries(fs, account, path)
+    if any(entry["type"] == "directory" for entry in contents):
+        return open_folder(url, class_names)
+    names = sorted(entry_name(entry) for entry in contents)
     for extension, open_files in ((".parquet", open_parquet), (".tar", open_tars)):
-        urls = [uri.join(url, name) for name in files if name.endswith(extension)]
-        if urls and len(files) == len(contents):
-            return open_files(urls, where, class_names)
+        chosen = [name for name in names if name.endswith(extension)]
+        if chosen:
+            account.pass_over_beside(sorted({*names} - {*chosen}))
+            return open_files([uri.join(url, name) for name in chosen], account, class_names)
+    account.pass_over_beside(names)
     return open_folder(url, class_names)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import uri
+from storage.archives.account import Account, check_one_split
 from storage.archives.listing import Archive, ListedFile, class_names_of, first_line
 from storage.errors import InputError
 
@@ -40,11 +41,13 @@ class _Group(NamedTuple):
     compressed: int
     """Bytes of its images, compressed."""
     labels: list[str]
+    has_class_names: bool
+    """Whether the labels are class names from the metadata."""
     names: list[str]
     """The last part of each image's path; empty if there is no path."""
 
 
-def open_parquet(urls: list[str], where: str, class_names: tuple[str, ...] | None = None) -> Archive:
+def open_parquet(urls: list[str], account: Account, class_names: tuple[str, ...] | None = None) -> Archive:
     """Parquet files as one archive, their rows in the order of the URLs.
 
     An image is named by its path in the file. If a path is missing or is not unique, all images are
@@ -54,11 +57,25 @@ def open_parquet(urls: list[str], where: str, class_names: tuple[str, ...] | Non
         InputError: a file is damaged, lacks a column or a label, has a row group too large, or as
             `Archive`.
     """
+    check_one_split(account.where, [url.rpartition("/")[2] for url in urls])
     fs, _ = uri.filesystem(urls[0])
     groups = [group for url in urls for group in _groups(url)]
+    _check_class_names(account, groups)
     files = _listed(groups, class_names)
     content = [[group.rows, group.compressed] for group in groups]
-    return Archive(where, files, _Groups(fs, groups).fetch, class_names, content)
+    return Archive(account, files, _Groups(fs, groups).fetch, class_names, content)
+
+
+def _check_class_names(account: Account, groups: list[_Group]) -> None:
+    """Check that class names are in all files or in none, since numbers beside names would be further classes.
+
+    Raises:
+        InputError: some files have none.
+    """
+    without = [group.path for group in groups if not group.has_class_names]
+    if 0 < len(without) < len(groups):
+        name = without[0].rpartition("/")[2]
+        raise account.refused(name, "has no class names in its metadata, as other files have; write them there")
 
 
 def _listed(groups: list[_Group], class_names: tuple[str, ...] | None) -> list[ListedFile]:
@@ -112,11 +129,23 @@ def _group(where: str, path: str, parquet: pq.ParquetFile, number: int, names: l
         size = f"{metadata.num_rows:,} rows with {images.total_uncompressed_size:,} bytes of images"
         limit = f"more than the limit of {MAX_ROWS:,} rows or {MAX_GROUP:,} bytes"
         raise InputError(f"{where}: row group {number} has {size}, {limit}; write the file with smaller row groups")
+    _check_nulls(f"{where}: row group {number}", images, metadata.num_rows)
     wanted = [column.path_in_schema for column in columns if column.path_in_schema in (_PATH, _LABEL)]
     rows = parquet.read_row_group(number, columns=wanted, use_threads=False).to_pylist()
     labels = [_label(f"{where}: row group {number}", row[_LABEL], names) for row in rows]
     paths = [str((row.get("image") or {}).get("path") or "").rpartition("/")[2] for row in rows]
-    return _Group(path, number, len(rows), images.total_compressed_size, labels, paths)
+    return _Group(path, number, len(rows), images.total_compressed_size, labels, names is not None, paths)
+
+
+def _check_nulls(where: str, images: pq.ColumnChunkMetaData, rows: int) -> None:
+    """Check, as far as the file has statistics, that every row has image bytes.
+
+    Raises:
+        InputError: rows have none.
+    """
+    statistics = images.statistics
+    if statistics is not None and statistics.has_null_count and statistics.null_count:
+        raise InputError(f"{where}: {statistics.null_count:,} of {rows:,} rows have no image bytes; remove them")
 
 
 def _label(where: str, label: Any, names: list[str] | None) -> str:

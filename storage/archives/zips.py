@@ -1,19 +1,25 @@
 """A zip of class folders. Its central directory is read once, and then each file by one range."""
 
+import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import fsspec
 
 from storage import uri
-from storage.archives.listing import MAX_BYTES, Archive, ListedFile, first_line, path_parts
+from storage.archives.account import Account
+from storage.archives.classes import Found, class_folders
+from storage.archives.listing import MAX_BYTES, Archive, first_line, inside_path
 from storage.errors import InputError
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # signature, ..., lengths of name and extra field
 _SIGNATURE = b"PK\x03\x04"
+_END = b"PK\x05\x06"  # of the record at the end of a zip
+_MAX_END = 22 + (1 << 16)  # bytes of that record with its comment
+_UNIX = 3  # the system that an entry's attributes are of
 
 
 class _Location(NamedTuple):
@@ -31,39 +37,54 @@ class _Location(NamedTuple):
 
 
 def open_zip(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
-    """A zip of class folders, at its top or below the folder of a URL ``zip://folder::url``.
+    """A zip of class folders, by the rules of `class_folders`. Its files may be stored or deflated.
 
-    Files may be stored or deflated. Files outside the class folders and hidden files are skipped.
+    With a URL ``zip://folder::url`` the archive is the folder, and the rest of the zip is not looked at.
 
     Raises:
-        InputError: the zip is damaged, encrypted or compressed by another method, has unsafe file names,
-            or files that overlap or are too large, or as `Archive`.
+        InputError: the zip is damaged, encrypted or compressed by another method, has unsafe file names, links,
+            files that overlap or are too large, or another zip in front, or as `class_folders` or `Archive`.
     """
     inside, _, outer = url.rpartition("::")
     fs, path = uri.filesystem(outer)
     where = uri.redact(outer)
-    top = path_parts(where, inside.removeprefix("zip://").lstrip("/"))
+    top = inside_path(where, inside.removeprefix("zip://").lstrip("/"))
     try:
         with fs.open(path, "rb") as file, zipfile.ZipFile(file) as zip_file:
             infos, directory = zip_file.infolist(), zip_file.start_dir
+            _check_front(where, file, min((info.header_offset for info in infos), default=0))
     except FileNotFoundError as error:
         raise InputError(f"{where}: no such file") from error
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         damage = f"damaged or not a zip ({first_line(error)}); fetch or pack it again"
         raise InputError(f"{where}: {uri.stand_in(outer) or damage}") from error
-    files = _listed(where, infos, directory, top)
-    return Archive(where, files, lambda location: _fetch(fs, path, location), class_names)
+    account = Account(f"{where}/{top}".rstrip("/"))
+    files = list(_found(account, infos, directory, f"{top}/" if top else ""))
+    folders = [found.path for found in files if found.location is None]
+    images = class_folders(account, [found for found in files if found.location is not None], folders, class_names)
+    return Archive(account, images, lambda location: _fetch(fs, path, location), class_names)
 
 
-def _listed(where: str, infos: list[zipfile.ZipInfo], directory: int, top: list[str]) -> Iterator[ListedFile]:
-    """The files of class folders below the folder `top`; `directory` is the first byte of the central directory."""
+def _found(account: Account, infos: list[zipfile.ZipInfo], directory: int, top: str) -> Iterator[Found]:
+    """The visible files and folders below the folder `top`; a folder has no location.
+
+    Args:
+        account: counts what is passed over.
+        infos: all entries.
+        directory: first byte of the central directory.
+        top: a folder with a slash at its end, or empty.
+    """
     infos = sorted(infos, key=lambda info: info.header_offset)
     stops = [*(info.header_offset for info in infos[1:]), directory]
     for info, stop in zip(infos, stops, strict=True):
-        parts = path_parts(where, info.filename)
-        if info.is_dir() or parts[: len(top)] != top or len(parts) < len(top) + 2:
+        path = inside_path(account.where, info.filename)
+        inside = path.removeprefix(top)
+        if not path.startswith(top) or not inside or not account.sees(inside):
             continue
-        _check(f"{where}/{info.filename}", info, stop)
+        if info.is_dir():
+            yield Found(inside, 0, None)
+            continue
+        _check(account, inside, info, stop)
         location = _Location(
             info.header_offset,
             stop,
@@ -72,18 +93,35 @@ def _listed(where: str, infos: list[zipfile.ZipInfo], directory: int, top: list[
             info.CRC,
             info.compress_type == zipfile.ZIP_STORED,
         )
-        yield ListedFile(parts[len(top)], "/".join(parts[len(top) + 1 :]), info.file_size, location)
+        yield Found(inside, info.file_size, location)
 
 
-def _check(where: str, info: zipfile.ZipInfo, stop: int) -> None:
+def _check_front(where: str, file: IO[bytes], first: int) -> None:
+    """Check that no other zip ends before the first file, as when two are joined by ``cat``.
+
+    Raises:
+        InputError: one does.
+    """
+    file.seek(max(0, first - _MAX_END))
+    if _END in file.read(min(first, _MAX_END)):
+        raise InputError(
+            f"{where}: another zip lies in front, as if two were joined; keep them apart, or pack them again"
+        )
+
+
+def _check(account: Account, path: str, info: zipfile.ZipInfo, stop: int) -> None:
+    if info.create_system == _UNIX and stat.S_ISLNK(info.external_attr >> 16):
+        raise account.refused(path, "a link; pack the zip again with the files that links lead to")
     if info.flag_bits & 1:
-        raise InputError(f"{where}: encrypted; pack the zip again without a password")
+        raise account.refused(path, "encrypted; pack the zip again without a password")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise InputError(f"{where}: compression method {info.compress_type}; pack the zip again, stored or deflated")
+        problem = f"compression method {info.compress_type}; pack the zip again, stored or deflated"
+        raise account.refused(path, problem)
     if info.header_offset + _LOCAL_HEADER.size + info.compress_size > stop:
-        raise InputError(f"{where}: overlaps the next file, so the zip is damaged; fetch or pack it again")
+        raise account.refused(path, "overlaps the next file, so the zip is damaged; fetch or pack it again")
     if stop - info.header_offset > 2 * MAX_BYTES:
-        raise InputError(f"{where}: {stop - info.header_offset:,} bytes up to the next file; pack the zip again")
+        problem = f"{stop - info.header_offset:,} bytes up to the next file; pack the zip again"
+        raise account.refused(path, problem)
 
 
 def _fetch(fs: fsspec.AbstractFileSystem, path: str, location: _Location) -> bytes:

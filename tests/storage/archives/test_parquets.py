@@ -137,8 +137,15 @@ def test_bytes_that_are_stored_once_are_held_once(tmp_path: Path) -> None:
     assert sum(images.nbytes for images in archive._fetch.__self__._cache.values()) < 200_000
 
 
-def test_a_row_with_a_path_only_is_named(tmp_path: Path) -> None:
-    archive = open_archive(put(tmp_path, [(b"1", "1.png", 0), (None, "2.png", 0)]))
+def test_a_row_with_a_path_only_is_found_when_listed(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"x\.parquet: row group 0: 1 of 2 rows have no image bytes; remove them"):
+        open_archive(put(tmp_path, [(b"1", "1.png", 0), (None, "2.png", 0)]))
+
+
+def test_without_statistics_a_row_with_a_path_only_is_named_at_reading(tmp_path: Path) -> None:
+    url = put(tmp_path, [(b"1", "1.png", 0), (None, "2.png", 0)])
+    pq.write_table(pq.read_table(url), url, write_statistics=False)
+    archive = open_archive(url)
     with pytest.raises(StorageError, match=r"0/2\.png: cannot be read \(the row holds no image bytes"):
         archive.read(archive.members[1])
 

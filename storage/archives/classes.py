@@ -1,0 +1,137 @@
+"""Class folders: which folders of an archive are the classes, whether the archive is a folder, a tar or a zip."""
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from storage.archives.account import (
+    IMAGE_OUTSIDE,
+    OUTSIDE,
+    Account,
+    check_splits,
+    is_archive_name,
+    is_image_name,
+)
+from storage.archives.listing import ListedFile
+
+_NUMBERED = re.compile(r"\d{5,}", re.ASCII)
+_EDM_LABELS = "dataset.json"
+
+
+class Found(NamedTuple):
+    """A file of an archive before it is known what it is."""
+
+    path: str
+    """Path in the archive, without ``.``, ``..`` and hidden parts."""
+    size: int
+    """Bytes."""
+    location: Any
+    """Location of its bytes, for the archive's fetch function."""
+
+
+def class_folders(
+    account: Account, files: Collection[Found], folders: Iterable[str] = (), known: tuple[str, ...] | None = None
+) -> list[ListedFile]:
+    """The images of class folders. Every file below a class folder counts as an image of that class.
+
+    The classes are the folders at the top, or those in a single folder at the top that holds two or more
+    folders and no images. A single folder is a class itself if its folders are numbered parts of one set: names
+    of five or more digits, with no file name twice, as FFHQ is published.
+
+    Args:
+        account: counts the files outside the class folders.
+        files: all visible files.
+        folders: the visible folders that are listed themselves, so that empty ones are found.
+        known: the classes to label by, if given; a single folder that is not among them is looked into.
+
+    Raises:
+        InputError: a class folder is empty, folders are splits and not classes, or there is an archive
+            among the images.
+    """
+    tree = _Tree(account.where, files, folders)
+    top = account.top = tree.top(account, known)
+    if all(map(_NUMBERED.fullmatch, tree.below[top])) and any(file.path == f"{top}{_EDM_LABELS}" for file in files):
+        raise account.refused(
+            f"{top}{_EDM_LABELS}", "has the labels, so the folders are no classes; make class folders"
+        )
+    listed = list(_listed(account, files, top))
+    empty = sorted(tree.below[top] - {file.class_name for file in listed})
+    if empty:
+        raise account.refused(f"{top}{empty[0]}", "class folder without files; fill it or remove it")
+    deep = [file for file in listed if "/" in file.path]
+    if deep:
+        text = f"{len(deep):,} images lie in folders below their class folder, such as {top + deep[0].name!r}"
+        account.notes.append(text)
+    return listed
+
+
+def _listed(account: Account, files: Iterable[Found], top: str) -> Iterator[ListedFile]:
+    for path, size, location in files:
+        if is_archive_name(path):
+            raise account.refused(
+                path, "an archive among class folders; unpack it, or name it as an archive of its own"
+            )
+        class_name, slash, inside = path.removeprefix(top).partition("/")
+        if path.startswith(top) and slash:
+            yield ListedFile(class_name, inside, size, location)
+        else:
+            account.pass_over(IMAGE_OUTSIDE if is_image_name(path) else OUTSIDE, path)
+
+
+class _Tree:
+    """The folders of an archive; the path of each ends in a slash, that of the top is empty.
+
+    Attributes:
+        below: names of the folders directly in each folder.
+
+    Raises:
+        InputError: folders that lie side by side are splits.
+    """
+
+    def __init__(self, where: str, files: Collection[Found], folders: Iterable[str]) -> None:
+        self._files = files
+        self.below: dict[str, set[str]] = {"": set()}
+        self._with_images = {self._add(path.rpartition("/")[0]) for path, _, _ in files if is_image_name(path)}
+        for path in (*(path.rpartition("/")[0] for path, _, _ in files), *folders):
+            self._add(path)
+        for folder, names in self.below.items():
+            check_splits(f"{where}/{folder}".rstrip("/"), names)
+
+    def _add(self, folder: str) -> str:
+        """Add a folder with those that hold it; return its path with a slash."""
+        path = f"{folder}/" if folder else ""
+        if path not in self.below:
+            outer, _, name = folder.rpartition("/")
+            self.below[self._add(outer)].add(name)
+            self.below[path] = set()
+        return path
+
+    def top(self, account: Account, known: tuple[str, ...] | None) -> str:
+        """The folder that holds the class folders."""
+        around = list(self._around())
+        if known is not None and (fits := [top for top in around if not self.below[top].isdisjoint(known)]):
+            return fits[0]
+        top = around[-1]
+        if not top or len(self.below[top]) < 2:
+            return ""
+        if self._is_numbered(top):
+            text = f"one class, {around[1][:-1]!r}: the numbered folders in {top[:-1]!r} are taken as parts of it"
+            account.notes.append(f"{text}; to have a class for each, name {top[:-1]!r} as the archive")
+            return ""
+        account.notes.append(f"the classes are the folders in {top[:-1]!r}")
+        return top
+
+    def _around(self) -> Iterator[str]:
+        """The top, and the folders that lie around all others and hold no images themselves."""
+        top = ""
+        yield top
+        while len(self.below[top]) == 1:
+            top = f"{top}{next(iter(self.below[top]))}/"
+            if top in self._with_images or not self.below[top]:
+                return
+            yield top
+
+    def _is_numbered(self, top: str) -> bool:
+        """Whether the folders in one are numbered parts of a set whose file names are all different."""
+        names = [path.rpartition("/")[2] for path, _, _ in self._files if path.startswith(top)]
+        return all(map(_NUMBERED.fullmatch, self.below[top])) and len(set(names)) == len(names)
