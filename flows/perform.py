@@ -19,6 +19,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
 
+from flows import temporary
 from flows.children import terminate_with_prefect_worker
 from flows.contract import Source, Stage
 from flows.launch import start
@@ -70,6 +71,7 @@ def perform(
         A completed state with the manifest's URL, named ``Skipped`` if the output was committed before.
     """
     terminate_with_prefect_worker()
+    temporary.hold()
     with listed_once():
         return _perform(stage, config, given, settings, launcher, run or stage.run)
 

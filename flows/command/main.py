@@ -12,7 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
-from flows import servers
+from flows import servers, temporary
 from flows.command import convert, demo, evaluate, models, npz, plan, promote, report, run, sample, scaling, up, verify
 from flows.command.options import check_root
 from flows.command.stage import StageCommand
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if "root" in options and getattr(options, "checkpoint", None) is None:
             check_root(options.root)
-        with listed_once():
+        with temporary.of_command(), listed_once():
             COMMANDS[options.command].run(options)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -1,6 +1,5 @@
 """The demo's images: scikit-learn's 1,797 scans of handwritten digits (UCI, Alpaydin and Kaynak 1998)."""
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from flows import temporary
 from storage.errors import InputError
 
 SIZE: Final = 32
@@ -42,8 +42,8 @@ def write_digits(folder: Path) -> None:
     if _complete(folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        unfinished = Path(temporary) / "digits"
+    with temporary.folder(folder.parent, f".{folder.name}-being-written-") as place:
+        unfinished = place / "digits"
         for path, pixels in _pictures():
             target = unfinished / path
             target.parent.mkdir(parents=True, exist_ok=True)

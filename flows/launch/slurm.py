@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from flows import temporary
 from flows.launch import torchrun
 from flows.launch.rank_log import Logger, LostRankError, Progress, RankLog, WorkerError
 from flows.launch.spec import SlurmLaunch, WorkerSpec
@@ -174,4 +175,5 @@ def _new_lines(path: Path, offset: int, *, last: bool) -> tuple[list[str], int]:
 def _slurm(*command: str) -> "subprocess.CompletedProcess[str]":
     # Slurm keeps the environment of a job, and ranks do not need the password of Prefect's server.
     env = {name: value for name, value in os.environ.items() if name != "PREFECT_API_AUTH_STRING"}
+    env["TMPDIR"] = temporary.outside()
     return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=env)

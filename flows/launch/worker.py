@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
+from flows import temporary
 from flows.children import set_parent_death_signal
 from flows.contract import STAGES
 from flows.launch.rank_log import MARK
@@ -37,6 +38,7 @@ def main(path: str) -> int:
     rank = int(os.environ.get("RANK", "0"))
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
     _end_with_launcher()
+    temporary.hold()
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(line_buffering=True, write_through=False)  # whole lines: all ranks share one pipe
     logging.basicConfig(level=logging.INFO, format=f"[rank {rank}] %(message)s", stream=sys.stdout, force=True)
