@@ -1,4 +1,4 @@
-"""Parquet files as Hugging Face's datasets write them: a column of encoded images and one of labels.
+"""Parquet files with a column of encoded images and one of labels, as Hugging Face's datasets or Spark write them.
 
 A Parquet footer gives neither the size nor the position of an image. So the digest covers the size of
 each row group instead of those of its images, and to read an image is to read its row group. The row
@@ -6,6 +6,7 @@ groups that were read last are cached.
 """
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from threading import Lock
@@ -29,20 +30,36 @@ MAX_ROWS = 1 << 20
 CACHE_BYTES = 1 << 28
 """Bytes of row groups that are cached."""
 
-_BYTES, _PATH, _LABEL = "image.bytes", "image.path", "label"
+_IMAGES, _LABEL = ("image", "img"), "label"
+_LIKE_LABELS = re.compile(r"(.*_)?(labels?|class)")
+
+
+class _Columns(NamedTuple):
+    """The columns that are read, by their paths in a file's schema."""
+
+    image: str
+    """The column of images: of bytes, or of bytes and a path."""
+    data: str
+    """The images' bytes."""
+    path: str
+    """The images' paths; the file may have none."""
+    label: str
+    names: list[str] | None
+    """The class of each label, which is a number; None if the labels are the classes."""
+    numbered: bool
+    """Whether the classes are numbers."""
 
 
 class _Group(NamedTuple):
     """A row group without its images."""
 
     path: str
+    columns: _Columns
     number: int
     rows: int
     compressed: int
     """Bytes of its images, compressed."""
     labels: list[str]
-    has_class_names: bool
-    """Whether the labels are class names from the metadata."""
     names: list[str]
     """The last part of each image's path; empty if there is no path."""
 
@@ -67,15 +84,17 @@ def open_parquet(urls: list[str], account: Account, class_names: tuple[str, ...]
 
 
 def _check_class_names(account: Account, groups: list[_Group]) -> None:
-    """Check that class names are in all files or in none, since numbers beside names would be further classes.
+    """Check that the classes are names in all files or in none, since numbers beside names would be further classes.
 
     Raises:
-        InputError: some files have none.
+        InputError: some files have numbers.
     """
-    without = [group.path for group in groups if not group.has_class_names]
-    if 0 < len(without) < len(groups):
-        name = without[0].rpartition("/")[2]
-        raise account.refused(name, "has no class names in its metadata, as other files have; write them there")
+    numbered, named = (
+        [group.path for group in groups if group.labels and group.columns.numbered is kind] for kind in (True, False)
+    )
+    if numbered and named:
+        name = numbered[0].rpartition("/")[2]
+        raise account.refused(name, "has numbers as classes, and other files have names; write the names there too")
 
 
 def _listed(groups: list[_Group], class_names: tuple[str, ...] | None) -> list[ListedFile]:
@@ -95,9 +114,9 @@ def _groups(url: str) -> Iterator[_Group]:
     try:
         with fs.open(path, "rb") as file:
             parquet = pq.ParquetFile(file)
-            names = _class_names(where, parquet)
+            columns = _columns(where, parquet.schema_arrow)
             for number in range(parquet.num_row_groups):
-                yield _group(where, path, parquet, number, names)
+                yield _group(where, path, parquet, number, columns)
     except FileNotFoundError as error:
         raise InputError(f"{where}: no such file") from error
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -105,36 +124,66 @@ def _groups(url: str) -> Iterator[_Group]:
         raise InputError(f"{where}: {uri.stand_in(url) or damage}") from error
 
 
-def _class_names(where: str, parquet: pq.ParquetFile) -> list[str] | None:
-    """The class names in Hugging Face's metadata; None if there are none."""
-    columns = [parquet.schema.column(index).path for index in range(len(parquet.schema))]
-    missing = [column for column in (_BYTES, _LABEL) if column not in columns]
-    if missing:
-        raise InputError(f"{where}: has no column {missing[0]!r}, only {', '.join(columns)[:200]}; rename its columns")
+def _columns(where: str, schema: pa.Schema) -> _Columns:
+    """The columns of images and labels: those with the usual names, or the only ones that can be meant.
+
+    Raises:
+        InputError: there is no such column, several can be meant, or two classes have the same name.
+    """
+    features, fields = _features(schema), {field.name: field.type for field in schema}
+    structs = [name for name, kind in fields.items() if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0]
+    bare = [name for name, kind in fields.items() if pa.types.is_binary(kind) or pa.types.is_large_binary(kind)]
+    image = _chosen(where, schema, "encoded images", _IMAGES, structs + bare)
+    classes = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel" and name in fields]
+    alike = [name for name in fields if _LIKE_LABELS.fullmatch(name)]
+    label = _LABEL if _LABEL in fields else _chosen(where, schema, "labels", (_LABEL,), classes or alike)
+    names = _class_names(where, features.get(label, {}))
+    numbered = names is None and pa.types.is_integer(fields[label])
+    return _Columns(image, f"{image}.bytes" if image in structs else image, f"{image}.path", label, names, numbered)
+
+
+def _chosen(where: str, schema: pa.Schema, what: str, usual: tuple[str, ...], possible: list[str]) -> str:
+    """The column with a usual name, or else the only one that is possible."""
+    named = [name for name in usual if name in possible]
+    if named or len(possible) == 1:
+        return (named or possible)[0]
+    found = f"several columns of {what}, {', '.join(possible)}" if possible else f"no column of {what}"
+    columns = f"(its columns: {', '.join(schema.names)[:200]})"
+    raise InputError(f"{where}: has {found}; name the one to use {usual[0]!r} {columns}")
+
+
+def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """The columns as Hugging Face's library describes them in the metadata; empty if it has not written the file."""
     try:
-        features = json.loads((parquet.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        names = [str(name) for name in features[_LABEL]["names"]]
-    except (KeyError, TypeError, ValueError):
-        return None  # not written by Hugging Face's library, or no ClassLabel: the labels are the names
-    if len(set(names)) < len(names):
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {str(name): feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _class_names(where: str, feature: dict[str, Any]) -> list[str] | None:
+    names = feature.get("names")
+    if not isinstance(names, list):
+        return None  # no ClassLabel: the labels are the names
+    if len(set(map(str, names))) < len(names):
         raise InputError(f"{where}: two classes in its metadata have the same name; rename one")
-    return names
+    return [str(name) for name in names]
 
 
-def _group(where: str, path: str, parquet: pq.ParquetFile, number: int, names: list[str] | None) -> _Group:
+def _group(where: str, path: str, parquet: pq.ParquetFile, number: int, read: _Columns) -> _Group:
     metadata = parquet.metadata.row_group(number)
     columns = [metadata.column(index) for index in range(metadata.num_columns)]
-    images = next(column for column in columns if column.path_in_schema == _BYTES)
+    images = next(column for column in columns if column.path_in_schema == read.data)
     if images.total_uncompressed_size > MAX_GROUP or metadata.num_rows > MAX_ROWS:
         size = f"{metadata.num_rows:,} rows with {images.total_uncompressed_size:,} bytes of images"
         limit = f"more than the limit of {MAX_ROWS:,} rows or {MAX_GROUP:,} bytes"
         raise InputError(f"{where}: row group {number} has {size}, {limit}; write the file with smaller row groups")
     _check_nulls(f"{where}: row group {number}", images, metadata.num_rows)
-    wanted = [column.path_in_schema for column in columns if column.path_in_schema in (_PATH, _LABEL)]
+    wanted = [column.path_in_schema for column in columns if column.path_in_schema in (read.path, read.label)]
     rows = parquet.read_row_group(number, columns=wanted, use_threads=False).to_pylist()
-    labels = [_label(f"{where}: row group {number}", row[_LABEL], names) for row in rows]
-    paths = [str((row.get("image") or {}).get("path") or "").rpartition("/")[2] for row in rows]
-    return _Group(path, number, len(rows), images.total_compressed_size, labels, names is not None, paths)
+    labels = [_label(f"{where}: row group {number}", row[read.label], read.names) for row in rows]
+    paths = [str((row.get(read.image) or {}).get("path") or "").rpartition("/")[2] for row in rows]
+    return _Group(path, read, number, len(rows), images.total_compressed_size, labels, paths)
 
 
 def _check_nulls(where: str, images: pq.ColumnChunkMetaData, rows: int) -> None:
@@ -179,10 +228,11 @@ class _Groups:
 
     def _read(self, number: int) -> pa.ChunkedArray:
         group = self._groups[number]
+        image, data = group.columns.image, group.columns.data
         with self._fs.open(group.path, "rb") as file:
-            parquet = pq.ParquetFile(file, read_dictionary=[_BYTES])  # repeated bytes are held once
-            table = parquet.read_row_group(group.number, columns=[_BYTES], use_threads=False)
-        images = pa.chunked_array([chunk.field("bytes") for chunk in table["image"].chunks])
+            parquet = pq.ParquetFile(file, read_dictionary=[data])  # repeated bytes are held once
+            chunks = parquet.read_row_group(group.number, columns=[data], use_threads=False)[image].chunks
+        images = pa.chunked_array(chunks if data == image else [chunk.field("bytes") for chunk in chunks])
         with self._lock:
             self._cache[number] = images
             while sum(group.nbytes for group in self._cache.values()) > CACHE_BYTES:

@@ -1,7 +1,9 @@
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import packing
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -103,11 +105,92 @@ def test_unusable_labels(tmp_path: Path, rows: Rows, names: list[str] | None, me
     assert "\n" not in str(caught.value)
 
 
-def test_other_columns_are_named(tmp_path: Path) -> None:
-    table = pq.read_table(put(tmp_path, [(b"1", "1", 0)]))
-    pq.write_table(table.rename_columns(["img", "label"]), tmp_path / "x.parquet")
-    with pytest.raises(InputError, match=r"no column 'image\.bytes', only img\.bytes, img\.path, label"):
-        open_archive(f"{tmp_path}/x.parquet")
+Columns = dict[str, list[object]]
+ENCODED: list[object] = [{"bytes": b"1", "path": "x/1.png"}, {"bytes": b"2", "path": "x/2.png"}]
+
+
+def write(path: Path, columns: Columns, classes: dict[str, list[str]] | None = None) -> str:
+    features = {name: {"names": names, "_type": "ClassLabel"} for name, names in (classes or {}).items()}
+    about = {"huggingface": json.dumps({"info": {"features": features}})} if classes else None
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns).replace_schema_metadata(about), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "classes"),
+    [
+        ({"img": ENCODED, "label": [1, 0]}, {"label": ["cat", "dog"]}),  # CIFAR-10
+        ({"img": ENCODED, "fine_label": [1, 0]}, {"fine_label": ["cat", "dog"]}),
+        ({"image": ENCODED, "labels": [1, 0], "image_file_path": ["a", "b"]}, {"labels": ["cat", "dog"]}),  # beans
+        ({"picture": ENCODED, "species": [1, 0], "class": [7, 7]}, {"species": ["cat", "dog"]}),
+        ({"image": ENCODED, "mask": ENCODED[::-1], "class": ["dog", "cat"]}, None),
+        ({"image": ENCODED, "label": ["dog", "cat"], "coarse_label": ["animal", "animal"]}, None),
+    ],
+)
+def test_columns_of_other_names(tmp_path: Path, columns: Columns, classes: dict[str, list[str]] | None) -> None:
+    expected = {"dog/1.png": (1, b"1"), "cat/2.png": (0, b"2")}
+    assert read(write(tmp_path / "x.parquet", columns, classes)) == expected
+
+
+def test_images_may_be_bytes_alone(tmp_path: Path) -> None:
+    url = write(tmp_path / "x.parquet", {"image": [b"1", b"2"], "mask": ENCODED, "label": ["dog", "cat"]})
+    assert read(url) == {"dog/000000000": (1, b"1"), "cat/000000001": (0, b"2")}
+
+
+@pytest.mark.parametrize(
+    ("columns", "classes", "message"),
+    [
+        (
+            {"img": ENCODED, "fine_label": [1, 0], "coarse_label": [0, 0]},  # CIFAR-100
+            {"fine_label": ["cat", "dog"], "coarse_label": ["animal"]},
+            r"several columns of labels, fine_label, coarse_label; name the one to use 'label' \(its columns: img",
+        ),
+        ({"image": ENCODED, "text": ["a", "b"]}, None, r"no column of labels; name the one to use 'label'"),
+        ({"left": ENCODED, "right": ENCODED, "label": [1, 0]}, None, "several columns of encoded images, left, right;"),
+        ({"picture": ENCODED, "embedding": [b"1", b"2"], "label": [1, 0]}, None, "several columns of encoded images"),
+        (
+            {"image": [[1, 2], [3, 4]], "label": [1, 0]},
+            None,
+            "no column of encoded images; name the one to use 'image'",
+        ),
+    ],
+)
+def test_columns_that_cannot_be_told(
+    tmp_path: Path, columns: Columns, classes: dict[str, list[str]] | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        open_archive(write(tmp_path / "x.parquet", columns, classes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_named_parquet_is_what_spark_writes(tmp_path: Path) -> None:
+    folder = tmp_path / "train.parquet"
+    for number, rows in enumerate([slice(0, 1), slice(1, 2), slice(2, 3)]):  # the last part is empty
+        columns = pa.table({"image": ENCODED, "label": ["dog", "cat"]})[rows].to_pydict()
+        name = f"part-0000{number}-0000-c000.snappy.parquet"
+        write(
+            folder / name,
+            {
+                "image": pa.array(columns["image"], pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+                "label": pa.array(columns["label"], pa.string()),
+            },
+        )
+        (folder / f".{name}.crc").write_bytes(b"crc")
+    for name in ("_SUCCESS", "._SUCCESS.crc"):
+        (folder / name).touch()
+    assert (
+        read(str(folder))
+        == read(f"{folder}/")
+        == read(f"{folder}/part-*.parquet")
+        == {"dog/1.png": (1, b"1"), "cat/2.png": (0, b"2")}
+    )
+
+
+def test_names_in_the_labels_mix_with_names_in_the_metadata(tmp_path: Path) -> None:
+    write(tmp_path / "x/a.parquet", {"image": ENCODED, "label": [1, 0]}, {"label": ["cat", "dog"]})
+    write(tmp_path / "x/b.parquet", {"image": [{"bytes": b"3", "path": "3.png"}], "label": ["cat"]})
+    assert read(f"{tmp_path}/x") == {"dog/1.png": (1, b"1"), "cat/2.png": (0, b"2"), "cat/3.png": (0, b"3")}
 
 
 def test_no_rows_are_no_images(tmp_path: Path) -> None:
