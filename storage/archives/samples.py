@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from os.path import commonprefix
 from typing import NamedTuple
 
 from storage.archives.account import FIELD, IMAGE_EXTENSIONS, NO_SAMPLE, Account, is_archive_name, is_image_name
@@ -20,6 +21,8 @@ def has_labels(tar: Tar) -> bool:
 def samples(account: Account, tars: Iterable[Tar], class_names: tuple[str, ...] | None) -> Iterator[ListedFile]:
     """The images of webdataset samples with their labels.
 
+    If names start anew in each tar, the tar's name stands before each.
+
     Args:
         account: counts the files that are neither image nor label, and what was passed over in the tars.
         tars: the tars.
@@ -28,10 +31,15 @@ def samples(account: Account, tars: Iterable[Tar], class_names: tuple[str, ...] 
     Raises:
         InputError: a sample has not one image and one label, or a name with another dot.
     """
-    pairs = [pair for tar in tars for pair in _pairs(account, tar)]
-    names = class_names_of({label for label, _ in pairs}, class_names)
-    for label, image in pairs:
-        yield ListedFile(names[label], image.name, image.span.size, image.span)
+    pairs = [(tar, label, image) for tar in tars for label, image in _pairs(account, tar)]
+    names = class_names_of({label for _, label, _ in pairs}, class_names)
+    starts_anew = len({(label, image.name) for _, label, image in pairs}) < len(pairs)
+    folder = len(commonprefix([tar.where.split("/")[:-1] for tar, _, _ in pairs]))  # noqa: RUF071  of lists
+    for tar, label, image in pairs:
+        inside = "/".join(tar.where.removesuffix(".tar").split("/")[folder:])
+        yield ListedFile(
+            names[label], f"{inside}/{image.name}" if starts_anew else image.name, image.span.size, image.span
+        )
 
 
 class _Sample(NamedTuple):

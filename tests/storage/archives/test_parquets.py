@@ -242,3 +242,10 @@ def test_damaged_pages_are_named_at_reading(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"x\.parquet/0/1\.png: cannot be read") as caught:
         archive.read(archive.members[0])
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_do_not_mix_with_names(tmp_path: Path) -> None:
+    write(tmp_path / "x/a.parquet", {"image": ENCODED, "label": [1, 0]}, {"label": ["cat", "dog"]})
+    write(tmp_path / "x/b.parquet", {"image": ENCODED, "label": [1, 0]})
+    with pytest.raises(InputError, match=r"x/b\.parquet: has numbers as classes, and other files have names"):
+        open_archive(f"{tmp_path}/x")

@@ -168,3 +168,29 @@ def test_numbered_samples_keep_the_order_of_their_numbers(tmp_path: Path) -> Non
 def test_a_label_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     files = {"1.png": b"1", "1.cls": b"\xef\xbb\xbf7\r\n"}
     assert open_archive(put(tmp_path, packing.tar(files))).class_names == ("7",)
+
+
+def test_samples_may_be_numbered_anew_in_each_tar(tmp_path: Path) -> None:
+    tars = {
+        name: packing.tar({"0.cls": b"cat", "0.png": b"%d" % k, "1.cls": b"dog", "1.png": b"%d" % -k})
+        for k, name in enumerate(["00.tar", "01.tar", "sub/00.tar"], 1)
+    }
+    (tmp_path / "sub").mkdir()
+    for name, data in tars.items():
+        put(tmp_path, data, name)
+    for pattern in ("{00,01}.tar", "0*.tar"):
+        archive = open_archive(f"{tmp_path}/{pattern}")
+        assert {member.name: archive.read(member) for member in archive.members} == {
+            "cat/00/0.png": b"1",
+            "cat/01/0.png": b"2",
+            "dog/00/1.png": b"-1",
+            "dog/01/1.png": b"-2",
+        }
+    nested = open_archive(f"{tmp_path}/{{00,sub/00}}.tar")
+    assert [member.name for member in nested.members] == [
+        "cat/00/0.png",
+        "cat/sub/00/0.png",
+        "dog/00/1.png",
+        "dog/sub/00/1.png",
+    ]
+    assert [member.name for member in open_archive(f"{tmp_path}/00.tar").members] == ["cat/0.png", "dog/1.png"]
