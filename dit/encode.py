@@ -5,6 +5,7 @@ For models on pixels, images are cropped and stored instead.
 
 # B = batch, F = flips, H = image side, C = latent channels, h = latent side
 
+import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -24,7 +25,7 @@ from dit.rates import at_once, encoder_rate
 from dit.vae import Vae, VaeRef, info, load_vae, vae_inputs
 from storage import uri
 from storage.config import Config, operational
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, StorageError
 from storage.estimate import PlanContext, StageCost, store_objects
 from storage.header import FileEntry
 from storage.images import transforms
@@ -33,6 +34,7 @@ from storage.latents import LatentManifest, VaeInfo, latent_layout, pixel_layout
 from storage.manifest import StageOutput
 from storage.parallel import ahead, threads
 from storage.rows.store import RowLayout, RowWriter, gathered
+from storage.seal import BrokenSealError, opened, sealed
 from storage.shards.shard import Sample, ShardManifest, read_images
 from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
@@ -159,8 +161,12 @@ def _batch_size(config: EncodeConfig, vae: Vae | None, out: StageOutput) -> int:
         return config.batch_size
     record = out.url("records/batch_size")
     if not uri.exists(record):
-        uri.create(record, str(_chosen_batch(config, vae)).encode())
-    return int(uri.read(record))
+        uri.create(record, sealed(json.dumps({"images": _chosen_batch(config, vae)}).encode()))
+    try:
+        return int(json.loads(opened(uri.read(record)))["images"])
+    except BrokenSealError as error:
+        text = f"{uri.redact(record)}: damaged; delete {uri.redact(out.uri)} and run encode again"
+        raise StorageError(text) from error
 
 
 def _chosen_batch(config: EncodeConfig, vae: Vae | None) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from storage import uri
 from storage.code_version import code_version
@@ -22,13 +22,14 @@ from storage.config import Config, problem
 from storage.errors import InputError, StorageError
 from storage.header import FileEntry, Header, Parent, Provenance, short_digest
 from storage.parallel import threads
-from storage.seal import BrokenSealError, content, json_digest, opened, sealed
+from storage.seal import BrokenSealError, NeverSealedError, content, json_digest, opened, sealed
 
 MANIFEST = "manifest.json"
 FORMAT: Final = 2
 MAX_BYTES = 2**28
 """Bytes that a manifest may have: those of a billion images have less."""
 OTHER_BYTES = "does not hold the bytes that were committed"
+OTHER_FORMAT = "go on with the version of ditflow that wrote it, or delete the folder and run the stage again"
 REMEDY = f"delete {MANIFEST} there and run the stage again, which keeps what is done"
 
 
@@ -114,8 +115,10 @@ class Manifest(Header):
             if cls.STAGE and stage != cls.STAGE:
                 raise InputError(f"{where}: an output of {stage!r}; one of {cls.STAGE!r} is needed")
             manifest = cls.model_validate_json(text)
+        except NeverSealedError as error:
+            raise InputError(f"{where}/{MANIFEST}: has an earlier format than {FORMAT}; {OTHER_FORMAT}") from error
         except BrokenSealError as error:
-            raise InputError(f"{where}/{MANIFEST}: {_why_refused(data)}; {REMEDY}") from error
+            raise InputError(f"{where}/{MANIFEST}: {OTHER_BYTES}; {REMEDY}") from error
         except ValidationError as error:
             raise InputError(f"{where}: not a stage manifest: {problem(error)}; {REMEDY}") from error
         manifest._content = content(text)
@@ -222,18 +225,6 @@ class Manifest(Header):
 
 
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
-
-
-class _Format(BaseModel):
-    format: int
-
-
-def _why_refused(data: bytes) -> str:
-    try:
-        found = _Format.model_validate_json(data).format
-    except ValidationError:
-        found = FORMAT
-    return OTHER_BYTES if found == FORMAT else f"has format {found}, and this version of ditflow reads format {FORMAT}"
 
 
 class StageOutput(Config):

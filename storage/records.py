@@ -1,18 +1,20 @@
 """Commit records: each marks one unit of a stage's work as done.
 
-A unit writes its objects and then its record. A unit without a record, or with a record that does not
-match its objects, is done again by the same command; all other units are kept.
+A unit writes its objects and then its record, which ends in its own hash. A unit is done again by the same command
+if it has no record, or one that is damaged, does not match its objects, or was made from other bytes of a parent. All
+other units are kept.
 """
 
 from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field
 
 from storage import uri
 from storage.config import Config
 from storage.errors import StorageError
 from storage.header import FileEntry
 from storage.manifest import StageOutput
+from storage.seal import opened, sealed
 
 FOLDER = "records"
 """Folder of the records, below the stage's folder."""
@@ -23,13 +25,15 @@ class Record(Config):
 
     files: tuple[FileEntry, ...]
     """The objects with size and hash."""
+    parents: dict[str, str] = Field(default_factory=dict)
+    """`Manifest.content` of each parent that the unit was made from, by name."""
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def load(out: StageOutput, path: str, kind: type[AnyRecord]) -> AnyRecord | None:
-    """The record of a finished unit; None if it is missing or damaged, or an object has another size.
+    """The record of a finished unit; None if the unit is to be done again.
 
     Raises:
         StorageError: the record exists and cannot be read.
@@ -37,11 +41,20 @@ def load(out: StageOutput, path: str, kind: type[AnyRecord]) -> AnyRecord | None
     if not uri.exists(out.url(path)):
         return None
     try:
-        record = kind.model_validate_json(uri.read(out.url(path)))
-    except ValidationError:
+        record = parse(uri.read(out.url(path)), kind)
+    except ValueError:
         return None
     matches = all(uri.size(out.url(entry.path)) == entry.size for entry in record.files)
-    return record if matches else None
+    return record if matches and record.parents == _parents(out) else None
+
+
+def parse(data: bytes, kind: type[AnyRecord]) -> AnyRecord:
+    """The record in a file.
+
+    Raises:
+        ValueError: the file is damaged, or no record of this kind.
+    """
+    return kind.model_validate_json(opened(data))
 
 
 def commit(out: StageOutput, path: str, record: Record, *, replace: bool) -> None:
@@ -58,7 +71,7 @@ def commit(out: StageOutput, path: str, record: Record, *, replace: bool) -> Non
         StorageError: another run has meanwhile committed other bytes for the unit, or the record
             cannot be written.
     """
-    data = record.model_dump_json().encode()
+    data = sealed(record.model_copy(update={"parents": _parents(out)}).model_dump_json().encode())
     if replace:
         uri.write(out.url(path), data)
     elif not uri.create(out.url(path), data) and uri.read(out.url(path)) != data:
@@ -79,3 +92,7 @@ def load_all(out: StageOutput, paths: list[str], kind: type[AnyRecord]) -> list[
             raise StorageError(f"{uri.redact(out.url(path))}: not committed; run the same command again")
         committed.append((record, out.describe(path)))
     return committed
+
+
+def _parents(out: StageOutput) -> dict[str, str]:
+    return {name: parent.content for name, parent in out.header.parents.items()}

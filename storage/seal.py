@@ -15,6 +15,10 @@ class BrokenSealError(ValueError):
     """The bytes are not those that were sealed."""
 
 
+class NeverSealedError(BrokenSealError):
+    """The bytes are JSON without a seal, as earlier versions wrote it."""
+
+
 def sealed(text: bytes) -> bytes:
     """A JSON object with a last field more: ``sha256``, the SHA-256 of all bytes before this field, 64 hex digits."""
     body = text.removesuffix(b"}").rstrip()
@@ -25,13 +29,22 @@ def opened(data: bytes) -> bytes:
     """The JSON object that was sealed.
 
     Raises:
-        BrokenSealError: a byte was changed, lost or added, or the object was never sealed.
+        BrokenSealError: a byte was changed, lost or added.
+        NeverSealedError: an object of an earlier version, which has no seal.
     """
     body, _, _ = data.rpartition(_LAST)
     text = body + b"}"
     if not body or sealed(text) != data:
-        raise BrokenSealError("does not end in the hash of its bytes")
+        raise (NeverSealedError if _is_unsealed(data) else BrokenSealError)("does not end in the hash of its bytes")
     return text
+
+
+def _is_unsealed(data: bytes) -> bool:
+    try:
+        values = from_json(data)
+    except ValueError:
+        return False
+    return isinstance(values, dict) and "sha256" not in values
 
 
 def content(text: bytes) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict
 
 from storage import records, uri
 from storage.errors import DitflowError, InputError, StorageError
@@ -158,6 +158,6 @@ def _covers(manifest: Manifest, entry: FileEntry, damaged: set[str]) -> bool:
 def _record(data: bytes) -> _AnyRecord | None:
     """The commit record in a file; None if it is none."""
     try:
-        return _AnyRecord.model_validate_json(data)
-    except ValidationError:
+        return records.parse(data, _AnyRecord)
+    except ValueError:
         return None

@@ -30,6 +30,7 @@ from storage import records, uri
 from storage.errors import DitflowError, StorageError
 from storage.header import FileEntry
 from storage.manifest import StageOutput
+from storage.seal import BrokenSealError, NeverSealedError
 
 FOLDER = "checkpoints"
 RECORD = "record.json"
@@ -154,7 +155,8 @@ def load_newest(out: StageOutput, state: TrainState, ranks: Ranks) -> list[Logge
             state.step, state.skipped = record.step, record.skipped
             return list(record.history)
         LOGGER.warning(
-            "%s: incomplete or damaged checkpoint; trying the previous one", uri.redact(out.url(FOLDER, name))
+            "%s: checkpoint incomplete, damaged or of other latents; trying the one before",
+            uri.redact(out.url(FOLDER, name)),
         )
     return []
 
@@ -167,12 +169,13 @@ def _read(out: StageOutput, name: str) -> CheckpointRecord | None:
     """
     url = out.url(_record(name))
     try:
-        if uri.exists(url) and CheckpointRecord.model_validate_json(uri.read(url)).step != _step(name):
+        if uri.exists(url) and records.parse(uri.read(url), CheckpointRecord).step != _step(name):
             return None
-    except ValidationError as error:
-        if error.errors()[0]["type"] != "json_invalid":  # which is a truncated record
-            text = "written by another version of ditflow; resume with that version, or start again with --force"
-            raise StorageError(f"{uri.redact(url)}: {text}") from None
+    except (ValidationError, NeverSealedError):
+        text = "written by another version of ditflow; resume with that version, or start again with --force"
+        raise StorageError(f"{uri.redact(url)}: {text}") from None
+    except BrokenSealError:
+        return None
     return records.load(out, _record(name), CheckpointRecord)
 
 

@@ -340,7 +340,7 @@ def _contact_sheet(source: Archive, record: ShardRecord) -> bytes:
 
 
 def _read_shard(manifest: ShardManifest, task: _Task, first: int) -> Iterator[Sample]:
-    record = ShardRecord.model_validate_json(manifest.read_object(task.record))
+    record = records.parse(manifest.read_object(task.record), ShardRecord)
     tar = io.BytesIO(manifest.read_object(task.tar))
     images = tar_file_iterator(tar, select_files=lambda name: not name.endswith(".cls"))
     for position, (entry, image) in enumerate(zip(record.entries, images, strict=True)):

@@ -189,6 +189,12 @@ def test_a_batch_that_memory_chose_is_kept_for_who_goes_on(
     with pytest.raises(tiny.Killed):
         tiny.run_encode(tmp_path, config, shards, tiny.Killer(when=20))
     assert sizes == {7, 2}  # a block of 16
+    (record,) = tmp_path.glob("encode/*/records/batch_size")
+    whole = record.read_bytes()
+    record.write_bytes(whole.replace(b"7", b"5", 1))
+    with pytest.raises(StorageError, match="batch_size: damaged; delete .* and run encode again"):
+        tiny.run_encode(tmp_path, config, shards)
+    record.write_bytes(whole)
     monkeypatch.setattr(encode, "_chosen_batch", lambda *_: 3)
     manifest = tiny.run_encode(tmp_path, config, shards)
     assert sizes == {7, 2, 3, 4}  # the last block's, and the picture's

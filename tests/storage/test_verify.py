@@ -8,6 +8,7 @@ from storage.archives.open import ArchiveRef
 from storage.errors import InputError, StorageError
 from storage.header import FileEntry
 from storage.manifest import Manifest, stage_output
+from storage.seal import sealed
 from storage.shards import shard
 from storage.shards.runners import Threads
 from storage.shards.shard import ShardConfig, ShardManifest
@@ -155,7 +156,7 @@ def test_what_nobody_committed_is_named(root: str, archive: ArchiveRef) -> None:
     assert verify.uncommitted(manifest) == []
     checkpoint = "checkpoints/step-000000004/"
     entry = FileEntry(path=f"{checkpoint}state.safetensors", size=1, sha256="0" * 64)
-    record = records.Record(files=(entry,)).model_dump_json().encode()
+    record = sealed(records.Record(files=(entry,)).model_dump_json().encode())
     ours = {"manifest.withdrawn.json": b"{}", "records/batch_size": b"8", entry.path: b"x"}
     others = {"a.txt": b"", "records/evil.json": b"[]", "train/00009.tar": b"tar", f"{checkpoint}more": b"y"}
     for path, data in (ours | others | {f"{checkpoint}record.json": record}).items():

@@ -20,8 +20,9 @@ from dit.training.ema import EMA
 from dit.training.loop import TrainState
 from dit.training.throughput import LoggedStep
 from storage.errors import StorageError
-from storage.header import FileEntry
+from storage.header import FileEntry, Parent
 from storage.manifest import StageOutput
+from storage.seal import opened
 
 STATE = "state-00000-000.safetensors"
 
@@ -127,6 +128,16 @@ def broken_record(folder: Path) -> None:
     (folder / "record.json").write_text('{"step": 6')
 
 
+def other_record(folder: Path) -> None:
+    path = folder / "record.json"
+    path.write_bytes(path.read_bytes().replace(b'"step":6', b'"step":7'))
+
+
+def other_loss(folder: Path) -> None:
+    path = folder / "record.json"
+    path.write_bytes(path.read_bytes().replace(b'"loss":0.', b'"loss":1.', 1))
+
+
 def no_state(folder: Path) -> None:
     (folder / STATE).unlink()
 
@@ -142,7 +153,9 @@ def flipped_bit(folder: Path) -> None:
     (folder / STATE).write_bytes(data)
 
 
-@pytest.mark.parametrize("fault", [no_record, broken_record, no_state, short_state, flipped_bit])
+@pytest.mark.parametrize(
+    "fault", [no_record, broken_record, other_record, other_loss, no_state, short_state, flipped_bit]
+)
 def test_a_broken_checkpoint_gives_way_to_the_one_before(
     out: StageOutput, fault: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -153,7 +166,7 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(
         history = checkpoint.load_newest(out, state, Ranks())
     assert (state.step, [measured.step for measured in history]) == (4, [2, 4])
     assert_same(state, held[4])
-    assert "step-000000006: incomplete or damaged checkpoint" in caplog.text
+    assert "step-000000006: checkpoint incomplete, damaged or of other latents" in caplog.text
     advance(state, 2)
     save(out, state, history)
     again = fresh(seed=2)
@@ -169,6 +182,23 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(out: StageOutput) -
     record.mkdir()
     with pytest.raises(StorageError, match=r"record\.json: cannot be read"):
         checkpoint.load_newest(out, fresh(), Ranks())
+
+
+def test_a_checkpoint_of_an_earlier_version_is_not_passed_over(out: StageOutput) -> None:
+    saved(out, (2,))
+    record = folder(out, 2) / "record.json"
+    record.write_bytes(opened(record.read_bytes()))
+    with pytest.raises(StorageError, match=r"record\.json: written by another version of ditflow; resume with that"):
+        checkpoint.load_newest(out, fresh(), Ranks())
+
+
+def test_a_checkpoint_of_other_latents_is_not_resumed_from(out: StageOutput) -> None:
+    saved(out, (2,))
+    made_again = Parent(digest="0" * 64, uri="/latents", content="1" * 64)
+    header = out.header.model_copy(update={"parents": {"latents": made_again}})
+    state = fresh(seed=1)
+    checkpoint.load_newest(out.model_copy(update={"header": header}), state, Ranks())
+    assert state.step == 0
 
 
 def test_the_newest_stay(out: StageOutput) -> None:

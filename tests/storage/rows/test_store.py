@@ -8,6 +8,7 @@ from row_store import LAYOUT, ROWS, contents, fill, resized
 
 from storage import uri
 from storage.errors import InputError, StorageError
+from storage.header import Parent
 from storage.manifest import Manifest, StageOutput
 from storage.rows.store import ArraySpec, RowLayout, RowReader, RowWriter
 from storage.verify import faults
@@ -103,6 +104,18 @@ def test_only_missing_blocks_are_written_again(tmp_path: Path, new_output: Calla
     again = fill(out, arrays)
     assert again.files == whole.files
     assert not faults(again, full=True)
+
+
+def test_blocks_of_another_parent_are_written_again(tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
+    parents = [Parent(digest="0" * 64, uri="/parent", content=f"{number}" * 64) for number in (1, 2)]
+    out = new_output(tmp_path)
+    before, after = (
+        out.model_copy(update={"header": out.header.model_copy(update={"parents": {"shards": parent}})})
+        for parent in parents
+    )
+    fill(before, contents())
+    assert RowWriter(before, LAYOUT, {}).missing() == []
+    assert RowWriter(after, LAYOUT, {}).missing() == [0, 1, 2]
 
 
 def test_blocks_may_be_written_in_any_order_by_several_writers(

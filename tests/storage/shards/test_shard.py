@@ -130,11 +130,12 @@ def faults(folder: Path) -> Iterator[Callable[[], object]]:
     yield record.unlink
     yield lambda: record.write_bytes(record.read_bytes()[:50])
     yield lambda: record.write_text("{}")
+    yield lambda: record.write_bytes(record.read_bytes().replace(b'"label":0', b'"label":1', 1))
     yield lambda: (folder / "held_out/00000.tar").unlink()
     yield lambda: (folder / "train/.00003.tar.0123.tmp").write_bytes(b"half")
 
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(10))
 def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path: Path, archive: ArchiveRef, number: int) -> None:
     manifest = run(tmp_path / "out", archive)
     whole, folder = objects(manifest), Path(manifest.uri)
