@@ -1,8 +1,10 @@
 """Samples of any checkpoint, written to a picture and an npz file."""
 
+from typing import Unpack
+
 import numpy as np
 
-from dit.convert import Pretrained, read
+from dit.convert import Hints, Pretrained, described, read
 from dit.devices import device
 from dit.export import MODEL, ModelCard, Trained, load
 from dit.metrics import npz
@@ -18,25 +20,26 @@ PICTURE = "samples.png"
 ARRAYS = "samples.npz"
 
 
-def open_checkpoint(source: str, *, vae: str | None = None, heads: int | None = None) -> Trained:
+def open_checkpoint(source: str, *, vae: str | None = None, **hints: Unpack[Hints]) -> Trained:
     """A model trained here or elsewhere, ready to sample from.
 
     Args:
         source: a folder of a trained model, or whatever `dit.convert.read` reads.
         vae: folder, URL or hub id of the autoencoder, if the checkpoint does not name it.
-        heads: attention heads, if neither the source nor a published size of that width determines them.
+        hints: what the source does not record.
 
     Raises:
         InputError: there is no such checkpoint, it is damaged, or its autoencoder is not known.
     """
     if uri.exists(uri.join(source, MODEL)):
         return load(source, device=device())
-    pretrained = read(source, heads=heads)
+    pretrained = read(source, **hints)
     autoencoder = vae or pretrained.vae
     if autoencoder is None:
         hint = "pass --vae, for the published models stabilityai/sd-vae-ft-ema"
         raise InputError(f"{uri.redact(source)}: the checkpoint does not name its autoencoder; {hint}")
-    return Trained(pretrained.build(device()), _card(pretrained, info(VaeRef(source=autoencoder))))
+    card = _card(pretrained, info(VaeRef(source=autoencoder)))
+    return Trained(pretrained.build(device()), card, tuple(described(pretrained)))
 
 
 def preview(trained: Trained, config: SampleConfig, out: str, tracker: Tracker) -> list[str]:

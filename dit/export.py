@@ -71,6 +71,8 @@ class Trained:
     model: nn.Module
     """Takes noisy latents (B, C, h, h), timesteps (B,) and labels (B,)."""
     card: ModelCard
+    notes: tuple[str, ...] = ()
+    """For a checkpoint of others: what it is and what was assumed, a line each."""
 
 
 def export(

@@ -310,6 +310,9 @@ def check_process(config: SampleConfig, card: ModelCard) -> None:
     if edm != (config.sampler == "heun"):
         fitting = "heun" if edm else "ddpm or ddim"
         raise InputError(f"sample.sampler: {config.sampler} does not fit the model's process; use {fitting}")
+    if _scale(config, card.model) != UNGUIDED and not card.model.label_dropout:
+        reason = "without label dropout in training, the model has no null label to guide with"
+        raise InputError(f"sample.guidance_scale: {reason}; use 1")
     if edm and config.guidance_schedule == "power_cosine":
         raise InputError("sample.guidance_schedule: power_cosine needs timesteps, which EDM has not; use constant")
 

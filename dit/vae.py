@@ -8,6 +8,7 @@ scaled latents, (z - shift_factor) * scaling_factor, which have about unit varia
 
 # B = batch, H = W = image sides, C = latent channels, h = H / downsample, w = W / downsample
 
+import io
 import re
 import tempfile
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from pydantic import BaseModel, Field, ValidationError
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from dit.pixels import Rounding, to_bytes, to_unit
-from dit.weights import read_weights, weights_hash
+from dit.weights import DIFFUSERS_WEIGHTS, read_weights, unpickled, weights_hash
 from storage import uri
 from storage.config import Config, Location, operational, problem
 from storage.errors import InputError, StorageError, one_line
@@ -32,7 +35,10 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, VQModel
 
 CONFIG: Final = "config.json"
-WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
+WEIGHTS: Final = DIFFUSERS_WEIGHTS[0]
+FOLDERS: Final = ("", "vae/")
+"""Places of an autoencoder below its source: the source itself, or within a pipeline."""
+HINT: Final = f"needed is {WEIGHTS}, which AutoencoderKL.from_pretrained(...).save_pretrained(folder) writes"
 
 
 class VaeRef(Config):
@@ -40,9 +46,10 @@ class VaeRef(Config):
 
     source: Location = operational()
     """Autoencoder: a folder, an fsspec URL of a folder, or a Hugging Face hub id. It holds an AutoencoderKL or VQModel
-    of diffusers, with weights as safetensors."""
+    of diffusers, or a pipeline with one. Where there are several files of weights, safetensors is read rather than bin,
+    and full precision rather than fp16."""
     sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")
-    """SHA-256 that diffusion_pytorch_model.safetensors must have, 64 hex digits. Null: any file is accepted."""
+    """SHA-256 that the file of weights must have, 64 hex digits. Null: any file is accepted."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ def load_vae(ref: VaeRef, device: torch.device | str = "cpu", dtype: torch.dtype
     Raises:
         InputError: config or weights are missing or damaged, or the weights have another hash than ``ref`` says.
     """
-    (config, fields), (weights, sha256) = _read_config(ref), read_weights(_locate(ref.source, WEIGHTS), ref.sha256)
+    config, fields, weights, sha256 = _read(ref)
     with tempfile.TemporaryDirectory() as folder:  # so diffusers loads the bytes that were hashed, and nothing else
         Path(folder, CONFIG).write_bytes(config)
         Path(folder, WEIGHTS).write_bytes(weights)
@@ -108,8 +115,8 @@ def info(ref: VaeRef) -> VaeInfo:
     Raises:
         InputError: as `load_vae`.
     """
-    _, fields = _read_config(ref)
-    return _info(ref.source, weights_hash(_locate(ref.source, WEIGHTS), ref.sha256), fields)
+    _, fields, weights = _read_config(ref)
+    return _info(ref.source, weights_hash(weights, ref.sha256, HINT), fields)
 
 
 def vae_inputs(ref: VaeRef | None) -> dict[str, str]:
@@ -122,12 +129,14 @@ def vae_inputs(ref: VaeRef | None) -> dict[str, str]:
 
 
 def fetch(ref: VaeRef, folder: Path) -> None:
-    """Copy the autoencoder's config and weights, byte for byte, into a local folder, which is created if needed.
+    """Copy the autoencoder's config and weights into a local folder, which is created if needed.
+
+    Safetensors are copied byte for byte; weights in a pickle become safetensors.
 
     Raises:
         InputError: as `load_vae`.
     """
-    (config, _), (weights, _) = _read_config(ref), read_weights(_locate(ref.source, WEIGHTS), ref.sha256)
+    config, _, weights, _ = _read(ref)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_bytes(config)
     (folder / WEIGHTS).write_bytes(weights)
@@ -170,18 +179,38 @@ class _Fields(BaseModel):
     quantization_config: None = None
 
 
-def _read_config(ref: VaeRef) -> tuple[bytes, _Fields]:
-    """The config as bytes, and its fields."""
-    url = _locate(ref.source, CONFIG)
+def _read(ref: VaeRef) -> tuple[bytes, _Fields, bytes, str]:
+    """The config as bytes, its fields, the weights as safetensors, and the hash of their file."""
+    config, fields, url = _read_config(ref)
+    weights, sha256 = read_weights(url, ref.sha256, HINT)
+    if url.endswith(".bin"):
+        where = uri.redact(url)
+        try:
+            weights = save_tensors(unpickled(io.BytesIO(weights), where))
+        except InputError:
+            raise
+        except Exception as error:  # torch and safetensors promise no exception types
+            raise InputError(f"{where}: is damaged ({one_line(error)}); fetch it again") from error
+    return config, fields, weights, sha256
+
+
+def _read_config(ref: VaeRef) -> tuple[bytes, _Fields, str]:
+    """The config as bytes, its fields, and the URL of the weights."""
+    if ref.source.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt")):
+        made = "AutoencoderKL.from_single_file(file).save_pretrained(folder)"
+        raise InputError(f"{uri.redact(ref.source)}: is a file; name a folder of diffusers, as {made} writes it")
+    url, name = _locate(ref.source, [f"{folder}{CONFIG}" for folder in FOLDERS])
     try:
         config = uri.read(url)
-        return config, _Fields.model_validate_json(config)
+        fields = _Fields.model_validate_json(config)
     except StorageError as error:
         raise InputError(f"{error}; name a folder with {CONFIG} and {WEIGHTS}, or a hub id") from error
     except ValidationError as error:
         raise InputError(
             f"{uri.redact(url)}: not the config of an AutoencoderKL or VQModel: {problem(error)}"
         ) from error
+    folder = name.removesuffix(CONFIG)
+    return config, fields, _locate(ref.source, [f"{folder}{weights}" for weights in DIFFUSERS_WEIGHTS])[0]
 
 
 def _info(source: str, sha256: str, fields: _Fields) -> VaeInfo:
@@ -195,17 +224,27 @@ def _info(source: str, sha256: str, fields: _Fields) -> VaeInfo:
     )
 
 
-def _locate(source: str, name: str) -> str:
-    """The URL of a file of the autoencoder, downloaded first if it is on the hub."""
+def _locate(source: str, names: list[str]) -> tuple[str, str]:
+    """The URL and name of the first of these files that the source has; if it is on the hub, downloaded first.
+
+    Without any, those of the first one, which reading then reports as missing.
+    """
     if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        return uri.join(source, name)
-    try:
-        return hf_hub_download(source, name)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{source}: not a folder here, and {name} cannot be downloaded from the hub ({one_line(error)}); "
-            f"name a local folder with {CONFIG} and {WEIGHTS}"
-        ) from error
+        places = [(uri.join(source, name), name) for name in names]
+        return next((place for place in places if uri.exists(place[0])), places[0])
+    errors: list[Exception] = []
+    for name in names:
+        try:
+            return hf_hub_download(source, name), name
+        except EntryNotFoundError as error:
+            errors.append(error)
+        except (OSError, ValueError) as error:
+            errors.append(error)
+            break
+    raise InputError(
+        f"{source}: not a folder here, and {names[0]} cannot be downloaded from the hub ({one_line(errors[0])}); "
+        f"name a local folder with {CONFIG} and {WEIGHTS}"
+    ) from errors[0]
 
 
 def _load(kind: str, folder: Path, source: str) -> "AutoencoderKL | VQModel":

@@ -1,9 +1,16 @@
-"""Weights files of other projects: read, hashed, and compared with the expected hash."""
+"""Weights files of other projects: read, hashed, and compared with the expected hash.
 
+Pickles are read by torch's restricted unpickler, which runs no code from them. Paths and NumPy's objects, which
+training scripts save beside the weights, become an `Unread` each; every other object is refused.
+"""
+
+import argparse
 import io
+import pickle
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import IO, Any, Final, Self, TypeVar
 
 import safetensors.torch
 import torch
@@ -16,8 +23,65 @@ Network = TypeVar("Network", bound=nn.Module)
 SUFFIXES: Final = (".safetensors", ".pth", ".pt")
 """Endings of weights files. A URL with another ending is a folder."""
 HINT: Final = "check the location of the weights file"
+DIFFUSERS_WEIGHTS: Final = tuple(
+    f"diffusion_pytorch_model{variant}" for variant in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
+)
+"""Names of the weights in a diffusers folder, the preferred one first."""
+UNREAD: Final = (
+    *(f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("Posix", "Windows")),
+    *(f"{module}.Pure{name}Path" for module in ("pathlib", "pathlib._local") for name in ("Posix", "Windows")),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.dtype",
+    "numpy.ndarray",
+)
+"""Names in pickles that stand for an `Unread`."""
 _HASHES: Final[dict[str, tuple[dict[str, str], str]]] = {}
 """For each URL, the version of the hashed file (see `uri.version`) and its sha256."""
+
+
+class Unread:
+    """An object in a pickle that is neither a weight nor an option. Whatever the pickle gives it is dropped."""
+
+    def __new__(cls, *_: object) -> Self:
+        """Drop the arguments."""
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Drop the state."""
+
+
+def unpickled(file: str | IO[bytes], where: str, *, mmap: bool = False) -> Any:
+    """The content of a pickle that torch saved, with tensors on the CPU. No code from it is run.
+
+    Args:
+        file: a local path, or the bytes.
+        where: location of the file, for errors.
+        mmap: map a file instead of reading it whole; torch cannot map files of its first format.
+
+    Raises:
+        InputError: it is damaged, or has objects that are neither tensors, plain values, `argparse.Namespace` nor
+            named in `UNREAD`.
+    """
+    known: list[Any] = [argparse.Namespace, *((Unread, name) for name in UNREAD)]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap or None)
+    except pickle.UnpicklingError as error:
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise InputError(f"{where}: contains {_foreign(found[1])}") from error
+        raise InputError(f"{where}: damaged, or no file of torch; fetch it again") from error
+
+
+def refuse_stand_in(url: str) -> None:
+    """Check that a weights file is not empty, and that nothing else, such as a Git LFS pointer, stands in its place.
+
+    Raises:
+        InputError: it is empty, or something else.
+    """
+    if (instead := uri.stand_in(url)) is not None:
+        raise InputError(f"{uri.redact(url)}: {instead}")
+    if uri.size(url) == 0:
+        raise InputError(f"{uri.redact(url)}: is empty; fetch it again")
 
 
 def read_weights(url: str, expected: str | None, hint: str = HINT) -> tuple[bytes, str]:
@@ -29,13 +93,13 @@ def read_weights(url: str, expected: str | None, hint: str = HINT) -> tuple[byte
         hint: what to do if the file is missing, for the error.
 
     Raises:
-        InputError: the file is missing, or has another hash.
+        InputError: the file is missing or no weights file, or has another hash.
     """
     try:
         version, data = uri.version(url), uri.read(url)
     except StorageError as error:
         raise InputError(f"{error}; {hint}") from error
-    _refuse_stand_in(url)
+    refuse_stand_in(url)
     return data, _checked(url, _hashed(url, version, lambda: uri.sha256(data)), expected)
 
 
@@ -45,7 +109,7 @@ def weights_hash(url: str, expected: str | None, hint: str = HINT) -> str:
         sha256 = _hashed(url, uri.version(url), lambda: uri.file_sha256(url))
     except StorageError as error:
         raise InputError(f"{error}; {hint}") from error
-    _refuse_stand_in(url)
+    refuse_stand_in(url)
     return _checked(url, sha256, expected)
 
 
@@ -116,9 +180,12 @@ class WeightsFile:
         return network.requires_grad_(False).eval(), sha256
 
 
-def _refuse_stand_in(url: str) -> None:
-    if (instead := uri.stand_in(url)) is not None:
-        raise InputError(f"{uri.redact(url)}: {instead}")
+def _foreign(name: str) -> str:
+    """Which object of a pickle is not loaded, and what to do."""
+    if ".distributed." in name or ".fsdp." in name:
+        return f"{name}, so it is one rank's shard; save the full state_dict of the model"
+    save = "torch.save(torch.load('x.pt', weights_only=False)['ema'], 'weights.pt')"
+    return f"{name}, which is not loaded, as it could run code; if you trust the file, save its weights alone: {save}"
 
 
 def _checked(url: str, sha256: str, expected: str | None) -> str:
@@ -130,8 +197,5 @@ def _checked(url: str, sha256: str, expected: str | None) -> str:
 
 
 def _tensors(data: bytes, url: str) -> dict[str, Tensor]:
-    if url.endswith(".safetensors"):
-        state = safetensors.torch.load(data)
-    else:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    state = safetensors.torch.load(data) if url.endswith(".safetensors") else unpickled(io.BytesIO(data), url)
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}

@@ -5,7 +5,7 @@ without this package.
 """
 
 from dit.convert.destination import Layout, summary, write
-from dit.convert.pretrained import Pretrained
+from dit.convert.pretrained import Hints, Pretrained, described
 from dit.convert.source import read
 
-__all__ = ["Layout", "Pretrained", "read", "summary", "write"]
+__all__ = ["Hints", "Layout", "Pretrained", "described", "read", "summary", "write"]

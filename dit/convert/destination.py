@@ -14,7 +14,7 @@ from torch import Tensor
 from dit import vae as autoencoder
 from dit.convert import diffusers
 from dit.convert.files import SAFETENSORS, suffix
-from dit.convert.pretrained import Pretrained
+from dit.convert.pretrained import Pretrained, described
 from dit.convert.source import PIPELINE, TRANSFORMER
 from dit.vae import VaeRef
 from storage import uri
@@ -24,7 +24,6 @@ Layout = Literal["reference", "diffusers", "pipeline"]
 
 PIPELINE_MODULE: Final = "pipeline"
 PIPELINE_CLASS: Final = "GuidedDiTPipeline"
-SCHEDULER: Final = "scheduler/scheduler_config.json"
 
 
 def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | None = None) -> None:
@@ -60,11 +59,9 @@ def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | Non
 
 
 def summary(model: Pretrained, destination: str, layout: Layout) -> str:
-    """What was written and where, and for a pipeline how to load it."""
-    config, url = model.config, uri.redact(destination)
-    latent = f"latents {config.in_channels}x{config.input_size}x{config.input_size}"
-    shape = f"depth {config.depth}, width {config.width}, {config.heads} heads, patches of {config.patch_size}"
-    lines = [f"DiT of {shape}, {latent}, {config.num_classes} classes", f"written to {url}"]
+    """What was read and assumed, where it was written, and for a pipeline how to load it."""
+    url = uri.redact(destination)
+    lines = [*described(model), f"written to {url}"]
     if layout == "pipeline":
         lines.append(f"load it with DiffusionPipeline.from_pretrained({url!r}, trust_remote_code=True)")
     return "\n".join(lines)
@@ -76,7 +73,7 @@ def _file(state: dict[str, Tensor], destination: str) -> bytes:
     if suffix(destination) != ".pt":
         raise InputError(f"{uri.redact(destination)}: a reference checkpoint ends in {SAFETENSORS} or .pt; rename it")
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(_alone(state), buffer)
     return buffer.getvalue()
 
 
@@ -90,7 +87,7 @@ def _pipeline_files(model: Pretrained, vae: str | None) -> dict[str, bytes]:
         vae=[None, None] if vae is None else ["diffusers", "AutoencoderKL"],
     )
     code = files(__package__).joinpath("diffusers_pipeline.py").read_bytes()
-    objects |= {SCHEDULER: _json(_scheduler(model)), f"{PIPELINE_MODULE}.py": code}
+    objects |= {diffusers.SCHEDULER: _json(_scheduler(model)), f"{PIPELINE_MODULE}.py": code}
     return objects | {PIPELINE: _json(index)}
 
 
@@ -123,9 +120,13 @@ def _autoencoder(model: Pretrained, ref: VaeRef) -> dict[str, bytes]:
 
 
 def _safetensors(tensors: dict[str, Tensor]) -> bytes:
-    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    data: bytes = save_tensors(plain, metadata={"format": "pt"})  # some readers ask for the format
+    data: bytes = save_tensors(_alone(tensors), metadata={"format": "pt"})  # some readers ask for the format
     return data
+
+
+def _alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that share no memory, as safetensors demands; torch would save all that a view is part of."""
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
 def _json(value: dict[str, Any]) -> bytes:

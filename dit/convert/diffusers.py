@@ -11,14 +11,17 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from dit.convert.pretrained import fitted, validated
+from dit.convert.process import NO_FLOW
+from dit.diffusion.config import DiffusionConfig
 from dit.models.config import DiTConfig
 from dit.models.layers import NORM_EPS, grid_sinusoid
+from dit.weights import DIFFUSERS_WEIGHTS
 from storage.config import problem
 from storage.errors import InputError
 
 CONFIG: Final = "config.json"
-WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
-PICKLED_WEIGHTS: Final = "diffusion_pytorch_model.bin"
+WEIGHTS: Final = DIFFUSERS_WEIGHTS[0]
+SCHEDULER: Final = "scheduler/scheduler_config.json"
 POSITIONS: Final = "pos_embed.pos_embed"
 MLP_RATIO: Final = 4.0
 KINDS: Final = ("weight", "bias")
@@ -69,6 +72,35 @@ class Fields(BaseModel):
     sample_size: int = 32
     patch_size: int = 2
     num_embeds_ada_norm: int = Field(1000, ge=1)
+
+
+class _Scheduler(BaseModel):
+    """Fields of a pipeline's scheduler_config.json, with diffusers' defaults. Other processes than ours are refused."""
+
+    prediction_type: Literal["epsilon"] = "epsilon"
+    predict_epsilon: Literal[True] = True
+    trained_betas: None = None
+    rescale_betas_zero_snr: Literal[False] = False
+    num_train_timesteps: int = 1000
+    beta_schedule: Literal["linear"] = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+
+def process(scheduler: bytes, where: str) -> DiffusionConfig:
+    """The diffusion process of a pipeline, from its scheduler_config.json.
+
+    Raises:
+        InputError: it is another process than noise prediction on a linear schedule.
+    """
+    if b'"FlowMatch' in scheduler:
+        raise InputError(f"{where}: {SCHEDULER} is that of {NO_FLOW}")
+    try:
+        found = _Scheduler.model_validate_json(scheduler)
+        ends = {"beta_start": found.beta_start, "beta_end": found.beta_end}
+        return DiffusionConfig(steps=found.num_train_timesteps, **ends)
+    except ValidationError as error:
+        raise InputError(f"{where}: {SCHEDULER} is not that of a DiT: {problem(error)}") from error
 
 
 def from_diffusers(config: bytes, tensors: dict[str, Tensor], where: str) -> tuple[DiTConfig, dict[str, Tensor]]:

@@ -5,6 +5,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
+from typing import Literal, TypedDict
 
 import torch
 from pydantic import ValidationError
@@ -18,10 +19,25 @@ from storage.config import problem
 from storage.errors import InputError
 from storage.latents import VaeInfo
 
+TABLE = "y_embedder.embedding_table.weight"
+POSITIONS = "pos_embed"
 LAYOUT = "only an adaLN-Zero DiT has this layout"
 TABLE_ERROR = 1e-5
 HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
 """Heads of the published sizes, by width. A checkpoint does not record the number of heads."""
+
+
+class Hints(TypedDict, total=False):
+    """What some checkpoints do not record, as the user says it. None: not said."""
+
+    heads: int | None
+    """Attention heads."""
+    classes: int | None
+    """Classes: as many as the label table has rows, if there was no label dropout in training; else one fewer."""
+    latent_size: int | None
+    """Side of the latents, if the file lacks the position table."""
+    process: Literal["gaussian"] | None
+    """Diffusion process."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,8 @@ class Pretrained:
     """Scaling of its latents, if its card records it; else that of the autoencoder."""
     vae: str | None = None
     """Location of the autoencoder of its latents, if it comes with one."""
+    notes: tuple[str, ...] = ()
+    """What was read or assumed without being asked for, a line each."""
 
     def build(self, device: torch.device | str = "cpu") -> DiT:
         """The model, in evaluation mode."""
@@ -47,42 +65,95 @@ class Pretrained:
         return model.to(device).eval().requires_grad_(False)
 
 
-def infer(tensors: dict[str, Tensor], heads: int | None, where: str) -> DiTConfig:
+def infer(tensors: dict[str, Tensor], hints: Hints, where: str) -> DiTConfig:
     """The config, from the shapes of the weights.
-
-    The last row of the label table is taken as the null label; the shapes do not show it.
 
     Args:
         tensors: weights in the layout of the published checkpoints.
-        heads: attention heads, which no shape shows; None for those of the published size with this width.
+        hints: what no shape shows. Without it, heads are those of the published size with this width, and the last
+            row of the label table is the null label.
         where: location of the weights, for errors.
 
     Raises:
-        InputError: a tensor is missing or of an unusable shape, or the heads are not known.
+        InputError: a tensor is missing or of an unusable shape, or heads, classes or the latents' side are not known.
     """
     width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, where)
-    _, tokens, _ = _shape(tensors, "pos_embed", 3, where)
-    hidden, _ = _shape(tensors, "blocks.0.mlp.fc1.weight", 2, where)
+    hidden, inner = _shape(tensors, "blocks.0.mlp.fc1.weight", 2, where)
     outputs, _ = _shape(tensors, "final_layer.linear.weight", 2, where)
+    if inner != width:
+        axes = "(width, channels, patch, patch), so it may be transposed"
+        shape = tuple(tensors["x_embedder.proj.weight"].shape)
+        raise InputError(f"{where}: x_embedder.proj.weight has shape {shape}, not {axes}; {LAYOUT}")
     if outputs not in (patch**2 * channels, 2 * patch**2 * channels):
         name, numbers = "final_layer.linear.weight", f"({outputs}, {width})"
         raise InputError(f"{where}: {name} {numbers} fits neither noise alone nor noise and variance; {LAYOUT}")
-    table = "y_embedder.embedding_table.weight"
+    heads, (classes, null) = hints.get("heads"), _classes(tensors, hints.get("classes"), where)
     fields = {
-        "input_size": isqrt(tokens) * patch,
+        "input_size": _latent_size(tensors, hints.get("latent_size"), patch, where),
         "patch_size": patch,
         "in_channels": channels,
         "width": width,
         "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
         "heads": HEADS.get(width) if heads is None else heads,
         "mlp_ratio": hidden / width,
-        "num_classes": _shape(tensors, table, 2, where)[0] - 1 if table in tensors else 0,
+        "num_classes": classes,
         "learn_variance": outputs == 2 * patch**2 * channels,
+        **({} if null else {"label_dropout": 0}),
     }
     if fields["heads"] is None:
         unknown = f"a checkpoint does not record the number of heads, and no published DiT has width {width}"
         raise InputError(f"{where}: {unknown}; pass --heads")
     return validated(fields, where)
+
+
+def completed(config: DiTConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with the fixed position table and a null label of zeros, where the file lacks them."""
+    found = {POSITIONS: grid_sinusoid(config.width, config.grid)} | tensors
+    if TABLE in found and len(found[TABLE]) == config.num_classes:
+        found[TABLE] = torch.cat([found[TABLE], found[TABLE].new_zeros(1, config.width)])
+    return found
+
+
+def described(model: Pretrained) -> list[str]:
+    """What the model is, and what was assumed to read it, a line each."""
+    config = model.config
+    latent = f"latents {config.in_channels}x{config.input_size}x{config.input_size}"
+    shape = f"depth {config.depth}, width {config.width}, {config.heads} heads, patches of {config.patch_size}"
+    return [f"DiT of {shape}, {latent}, {_labels(config)}", *model.notes]
+
+
+def _labels(config: DiTConfig) -> str:
+    if config.num_classes == 0:
+        return "no classes"
+    trained = "" if config.label_dropout else " (not trained, so sample with guidance_scale 1)"
+    return f"{config.num_classes} classes, null label {config.num_classes}{trained}"
+
+
+def _classes(tensors: dict[str, Tensor], told: int | None, where: str) -> tuple[int, bool]:
+    """The number of classes, and whether the null label was trained. A null label of zeros was not."""
+    if TABLE not in tensors:
+        if told:
+            raise InputError(f"{where}: no tensor {TABLE}, so it has no classes; remove --classes")
+        return 0, True
+    rows, _ = _shape(tensors, TABLE, 2, where)
+    classes = rows - 1 if told is None else told
+    if classes < 1 or rows - classes not in (0, 1):
+        hint = f"pass --classes {rows}, or {rows - 1} if the last row is the null label"
+        raise InputError(f"{where}: the label table of {rows} rows does not fit {classes} classes; {hint}")
+    return classes, rows > classes and bool(tensors[TABLE][-1].any())
+
+
+def _latent_size(tensors: dict[str, Tensor], told: int | None, patch: int, where: str) -> int:
+    if POSITIONS not in tensors:
+        if told is None:
+            hint = "pass --latent-size, for published models 32 at 256 px and 64 at 512 px"
+            raise InputError(f"{where}: no tensor {POSITIONS}, which shows the latents' side; {hint}")
+        return told
+    _, tokens, _ = _shape(tensors, POSITIONS, 3, where)
+    size = isqrt(tokens) * patch
+    if told not in (None, size):
+        raise InputError(f"{where}: has latents of side {size}, not {told}; remove --latent-size")
+    return size
 
 
 def validated(fields: Mapping[str, object], where: str) -> DiTConfig:
@@ -113,8 +184,10 @@ def fitted(config: DiTConfig, tensors: dict[str, Tensor], where: str) -> dict[st
         if tensors[name].shape != expected[name] or not tensors[name].is_floating_point():
             shape, needed = tuple(tensors[name].shape), tuple(expected[name])
             raise InputError(f"{where}: {name} is {tensors[name].dtype} {shape}, not floats {needed}; {LAYOUT}")
-    _check_positions(config, tensors["pos_embed"], where)
-    return {name: tensors[name].float() for name in expected}
+        if not tensors[name].isfinite().all():
+            raise InputError(f"{where}: {name} is not finite, so the training failed; use an earlier checkpoint")
+    _check_positions(config, tensors[POSITIONS], where)
+    return {name: tensors[name].detach().float() for name in expected}
 
 
 def _check_positions(config: DiTConfig, table: Tensor, where: str) -> None:
@@ -129,6 +202,9 @@ def _shape(tensors: dict[str, Tensor], name: str, dimensions: int, where: str) -
     if name not in tensors:
         raise InputError(f"{where}: no tensor {name}; {LAYOUT}")
     shape = tuple(tensors[name].shape)
+    if shape == (0,):
+        hint = "the file is a shard of DeepSpeed's; run the zero_to_fp32.py that is beside it"
+        raise InputError(f"{where}: {name} is empty; {hint}")
     if len(shape) != dimensions or 0 in shape:
         raise InputError(f"{where}: {name} has shape {shape}, not {dimensions} dimensions; {LAYOUT}")
     return shape

@@ -1,13 +1,17 @@
 """Reads a DiT from checkpoints of others, or our own."""
 
 from dataclasses import replace
+from typing import Unpack
 
 from dit.convert import diffusers
-from dit.convert.files import PICKLES, SAFETENSORS, read_tensors, suffix
-from dit.convert.pretrained import LAYOUT, Pretrained, fitted, infer
+from dit.convert.files import PICKLES, SAFETENSORS, Content, read_content, suffix
+from dit.convert.network import network
+from dit.convert.pretrained import LAYOUT, Hints, Pretrained, completed, fitted, infer
+from dit.convert.process import process
 from dit.diffusion.config import DiffusionConfig
 from dit.export import MODEL, load
 from dit.models.config import DiTConfig
+from dit.weights import DIFFUSERS_WEIGHTS
 from storage import uri
 from storage.errors import InputError, StorageError, one_line
 
@@ -18,47 +22,79 @@ KINDS = (
     f"name a {', '.join(PICKLES)} or {SAFETENSORS} file, a folder with {MODEL}, {diffusers.CONFIG} or {PIPELINE}, "
     "or hf://owner/name"
 )
+SHARDED = {
+    ".metadata": "torch.distributed.checkpoint; python -m torch.distributed.checkpoint.format_utils dcp_to_torch",
+    "zero_to_fp32.py": "DeepSpeed; python zero_to_fp32.py",
+}
+"""Files that show what wrote a folder of shards, and the command that makes one file of it."""
 
 
-def read(source: str, *, heads: int | None = None) -> Pretrained:
+def read(source: str, **hints: Unpack[Hints]) -> Pretrained:
     """A DiT from any known layout, by path or fsspec URL.
 
-    Known are a file in the layout of the published checkpoints (.pt, bare or under "ema" or "model", or
-    .safetensors); a folder of a diffusers DiTTransformer2DModel, or of a pipeline with one; and a folder of a
-    model trained here.
+    Known are a file in the layout of the published checkpoints (safetensors or a pickle, with the weights at any
+    place in it); a folder of a diffusers DiTTransformer2DModel, or of a pipeline with one; and a folder of a model
+    trained here.
 
     Args:
         source: the file or folder.
-        heads: attention heads, if neither the source nor a published size of that width determines them.
+        hints: what the source does not record.
 
     Raises:
-        InputError: there is no such checkpoint, it is damaged, or it is not an adaLN-Zero DiT.
+        InputError: there is no such checkpoint, it is damaged, it is not an adaLN-Zero DiT, it predicts something
+            else than noise, or it contradicts the hints.
     """
     if suffix(source) in (*PICKLES, SAFETENSORS):
-        tensors, where = read_tensors(source), uri.redact(source)
-        config = infer(tensors, heads, where)
-        return Pretrained(config, fitted(config, tensors, where), DiffusionConfig())
-    pretrained = _folder(source)
-    if heads not in (None, pretrained.config.heads):
-        raise InputError(f"{uri.redact(source)}: has {pretrained.config.heads} heads, not {heads}; remove --heads")
+        return _file(source, hints)
+    pretrained = _folder(source, hints)
+    config = pretrained.config
+    for name, value, told in (
+        ("heads", config.heads, hints.get("heads")),
+        ("classes", config.num_classes, hints.get("classes")),
+        ("latent-size", config.input_size, hints.get("latent_size")),
+    ):
+        if told not in (None, value):
+            raise InputError(f"{uri.redact(source)}: has {name} {value}, not {told}; remove --{name}")
     return pretrained
 
 
-def _folder(source: str) -> Pretrained:
+def _file(source: str, hints: Hints) -> Pretrained:
+    content, where = read_content(source), uri.redact(source)
+    diffusion, notes = process(content.options, source, hints.get("process"))
+    tensors, place = network(content.tensors, where)
+    if hints.get("classes") is None:
+        hints = {**hints, "classes": _recorded_classes(content)}
+    config = infer(tensors, hints, where)
+    if place:
+        notes = [f"read from {place}", *notes]
+    return Pretrained(config, fitted(config, completed(config, tensors), where), diffusion, notes=tuple(notes))
+
+
+def _recorded_classes(content: Content) -> int | None:
+    """The number of classes that a training script's options name, if they name one."""
+    found = {value for name, value in content.options.items() if name.rpartition(".")[2] == "num_classes"}
+    value = found.pop() if len(found) == 1 else None
+    return value if isinstance(value, int) else None
+
+
+def _folder(source: str, hints: Hints) -> Pretrained:
+    where = uri.redact(source)
     try:
         names = uri.names(source)
     except InputError:
         raise
     except Exception as error:  # file systems promise no exception types
-        raise InputError(f"{uri.redact(source)}: cannot be listed ({one_line(error)}); {KINDS}") from error
+        raise InputError(f"{where}: cannot be listed ({one_line(error)}); {KINDS}") from error
     if MODEL in names:
         return _ours(source)
     if PIPELINE in names:
-        vae = uri.join(source, VAE) if VAE in names else None
-        return replace(_folder(uri.join(source, TRANSFORMER)), vae=vae)
+        return _pipeline(source, names, hints)
     if diffusers.CONFIG in names:
-        return _diffusers(source, names)
-    raise InputError(f"{uri.redact(source)}: not a checkpoint; {KINDS}")
+        return _diffusers(source, names, hints)
+    for name, remedy in SHARDED.items():
+        if name in names:
+            raise InputError(f"{where}: holds the shards of {remedy} makes one file of them")
+    raise InputError(f"{where}: not a checkpoint; {KINDS}")
 
 
 def _ours(source: str) -> Pretrained:
@@ -71,12 +107,29 @@ def _ours(source: str) -> Pretrained:
     return Pretrained(config, trained.model.state_dict(), card.diffusion, card.vae)
 
 
-def _diffusers(source: str, names: list[str]) -> Pretrained:
-    pickled = diffusers.WEIGHTS not in names and diffusers.PICKLED_WEIGHTS in names
-    weights = diffusers.PICKLED_WEIGHTS if pickled else diffusers.WEIGHTS
+def _pipeline(source: str, names: list[str], hints: Hints) -> Pretrained:
+    """The transformer of a diffusers pipeline, with the process of its scheduler."""
+    pretrained = _folder(uri.join(source, TRANSFORMER), hints)
+    if uri.exists(scheduler := uri.join(source, diffusers.SCHEDULER)):
+        diffusion = diffusers.process(_bytes(scheduler), uri.redact(source))
+        pretrained = replace(pretrained, diffusion=diffusion, notes=())
+    return replace(pretrained, vae=uri.join(source, VAE) if VAE in names else None)
+
+
+def _diffusers(source: str, names: list[str], hints: Hints) -> Pretrained:
+    where = uri.redact(source)
+    if sharded := [name for name in names if name.endswith(".index.json")]:
+        hint = "save_pretrained(..., max_shard_size='100GB') writes it whole"
+        raise InputError(f"{where}: {sharded[0]} says that the weights are in shards; {hint}")
+    weights = next((name for name in DIFFUSERS_WEIGHTS if name in names), DIFFUSERS_WEIGHTS[0])
+    config, content = _bytes(uri.join(source, diffusers.CONFIG)), read_content(uri.join(source, weights))
+    found = diffusers.from_diffusers(config, content.tensors, where)
+    diffusion, notes = process(content.options, source, hints.get("process"))
+    return Pretrained(*found, diffusion, notes=tuple(notes))
+
+
+def _bytes(url: str) -> bytes:
     try:
-        config = uri.read(uri.join(source, diffusers.CONFIG))
+        return uri.read(url)
     except StorageError as error:
         raise InputError(str(error)) from error
-    tensors = read_tensors(uri.join(source, weights))
-    return Pretrained(*diffusers.from_diffusers(config, tensors, uri.redact(source)), DiffusionConfig())

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from flows.command.options import add_heads
+from flows.command.options import add_hints, hints
 
 HELP = "convert a DiT checkpoint into another layout"
 
@@ -14,14 +14,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = "new .pt or .safetensors file for --to reference, else a new folder"
     parser.add_argument("destination", help=text)
     parser.add_argument("--to", required=True, choices=("reference", "diffusers", "pipeline"), help="the layout")
-    add_heads(parser)
+    add_hints(parser)
     parser.add_argument("--vae", metavar="SOURCE", help="folder, URL or hub id of the autoencoder for --to pipeline")
 
 
 def run(options: Namespace) -> None:
-    """Convert the checkpoint; print how to load the result."""
+    """Convert the checkpoint; print what was assumed and how to load the result."""
     from dit.convert import read, summary, write
 
-    checkpoint = read(options.source, heads=options.heads)
+    checkpoint = read(options.source, **hints(options))
     write(checkpoint, options.destination, options.to, vae=options.vae)
     print(summary(checkpoint, options.destination, options.to))

@@ -1,7 +1,7 @@
 """Arguments that several commands share. Imports nothing heavy, so that help comes at once."""
 
 import os
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from storage import uri
@@ -9,6 +9,8 @@ from storage.errors import InputError
 
 if TYPE_CHECKING:
     from argparse import _ActionsContainer
+
+    from dit.convert import Hints
 
 RECIPE = "name of a preset, or path of a YAML file"
 
@@ -43,10 +45,26 @@ def add_running(parser: ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help=text)
 
 
-def add_heads(parser: "_ActionsContainer") -> None:
-    """Add ``--heads``, which published checkpoints do not record."""
+def add_hints(parser: "_ActionsContainer") -> None:
+    """Add what checkpoints of others do not record; `hints` reads it."""
     text = "number of attention heads; needed unless the model has the width of a published size"
     parser.add_argument("--heads", type=int, help=text)
+    text = "number of classes; needed if the label table has no null label, as without label dropout in training"
+    parser.add_argument("--classes", type=int, help=text)
+    text = "side of the latents; needed if the file has no pos_embed"
+    parser.add_argument("--latent-size", type=int, help=text)
+    text = "diffusion process, if the file does not name it; gaussian: predicts noise, as the published DiT"
+    parser.add_argument("--process", choices=("gaussian",), help=text)
+
+
+def hints(options: Namespace) -> "Hints":
+    """What the user says about a checkpoint."""
+    return {
+        "heads": options.heads,
+        "classes": options.classes,
+        "latent_size": options.latent_size,
+        "process": options.process,
+    }
 
 
 def check_root(root: str) -> None:

@@ -1,15 +1,17 @@
 """``ditflow sample``: a recipe's stage; or straight from a checkpoint, with no recipe and no server."""
 
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-from flows.command.options import add_heads
+from flows.command.options import add_hints, hints
 from flows.command.stage import StageCommand
 from flows.contract import STAGES
 from storage.errors import InputError
 
 if TYPE_CHECKING:
+    from dit.convert import Hints
     from dit.export import ModelCard
     from dit.sample import SampleConfig
 
@@ -27,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--out", default="samples", help="folder for samples.png and samples.npz (default: samples)")
     text = "folder, URL or hub id of the autoencoder; needed if the checkpoint does not name it"
     group.add_argument("--vae", metavar="SOURCE", help=text)
-    add_heads(group)
+    add_hints(group)
 
 
 def run(options: Namespace) -> None:
@@ -37,21 +39,23 @@ def run(options: Namespace) -> None:
     if options.recipe:
         STAGE.run(options)
         return
-    for place in draw(options.checkpoint, options.set, options.out, vae=options.vae, heads=options.heads):
+    for place in draw(options.checkpoint, options.set, options.out, vae=options.vae, **hints(options)):
         print(place)
 
 
 def draw(
-    checkpoint: str, overrides: Sequence[str], out: str, *, vae: str | None = None, heads: int | None = None
+    checkpoint: str, overrides: Sequence[str], out: str, *, vae: str | None = None, **hints: Unpack["Hints"]
 ) -> list[str]:
     """Draw samples of any checkpoint into a folder; return the URLs of the picture and the npz.
+
+    What was assumed about a checkpoint of others goes to stderr.
 
     Args:
         checkpoint: what `dit.draw.open_checkpoint` opens.
         overrides: ``sample.steps=50`` and the like; without any, 16 images with the sampler that fits.
         out: the folder.
         vae: folder, URL or hub id of the autoencoder, where the checkpoint does not name it.
-        heads: attention heads, where the checkpoint does not record them.
+        hints: what the checkpoint does not record.
 
     Raises:
         InputError: the checkpoint, an override or the folder is wrong; the line says what.
@@ -60,8 +64,10 @@ def draw(
     from flows.tracking.progress import StageProgress
     from flows.tracking.sink import StageTracker
 
-    trained = open_checkpoint(checkpoint, vae=vae, heads=heads)
+    trained = open_checkpoint(checkpoint, vae=vae, **hints)
     config = _config(trained.card, overrides)
+    for note in trained.notes:
+        sys.stderr.write(f"{note}\n")
     with StageProgress("sample").shown() as progress:
         return preview(trained, config, out, StageTracker(None, progress.update))
 

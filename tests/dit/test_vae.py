@@ -1,4 +1,6 @@
 import json
+import shutil
+import types
 from pathlib import Path
 
 import fsspec
@@ -7,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 
 from dit.pixels import Rounding
 from dit.vae import CONFIG, WEIGHTS, Vae, VaeRef, fetch, info, load_vae
@@ -291,3 +295,83 @@ def test_hub_id_offline_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_hub_id_reads_what_the_hub_gives(folder: Path, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dit.vae.hf_hub_download", lambda source, name: str(folder / name))
     assert info(VaeRef(source="somebody/vae")).sha256 == vae.sha256
+
+
+def renamed(copy: Path, name: str) -> Path:
+    """The autoencoder with its weights in another file."""
+    tensors = load_file(copy / WEIGHTS)
+    (copy / WEIGHTS).unlink()
+    if "fp16" in name:
+        tensors = {key: tensor.half() for key, tensor in tensors.items()}
+    save_file(tensors, copy / name) if name.endswith("safetensors") else torch.save(tensors, copy / name)
+    return copy / name
+
+
+@pytest.mark.parametrize("suffix", ["bin", "fp16.safetensors", "fp16.bin"])
+def test_weights_of_other_names(copy: Path, vae: Vae, tmp_path: Path, suffix: str) -> None:
+    weights = renamed(copy, f"diffusion_pytorch_model.{suffix}")
+    digest, ref = uri.sha256(weights.read_bytes()), VaeRef(source=str(copy))
+    found = load_vae(ref)
+    assert info(ref).sha256 == found.sha256 == digest
+    assert load_vae(VaeRef(source=str(copy), sha256=digest)).sha256 == digest
+    assert found.model.dtype == torch.float32
+    error = (found.encode(images())[0] - vae.encode(images())[0]).abs().max()
+    assert float(error) < (1e-2 if "fp16" in suffix else 1e-5)
+    fetch(ref, tmp_path / "fetched")
+    again = load_vae(VaeRef(source=str(tmp_path / "fetched")))
+    assert torch.equal(again.encode(images())[0], found.encode(images())[0])
+
+
+def test_full_precision_safetensors_are_preferred(copy: Path, vae: Vae) -> None:
+    for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"):
+        (copy / name).write_bytes(b"other")
+    assert info(VaeRef(source=str(copy))).sha256 == vae.sha256
+
+
+def test_a_whole_pipeline_has_its_autoencoder_in_a_folder(folder: Path, vae: Vae, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "pipeline" / "vae")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    found = load_vae(VaeRef(source=str(tmp_path / "pipeline")))
+    assert found.sha256 == vae.sha256
+    assert torch.equal(found.encode(images())[0], vae.encode(images())[0])
+
+
+@pytest.mark.parametrize("name", ["diffusion_flax_model.msgpack", "model.ckpt"])
+def test_needed_weights_are_named_with_the_way_to_make_them(copy: Path, name: str) -> None:
+    (copy / WEIGHTS).rename(copy / name)
+    message = refusal(VaeRef(source=str(copy)))
+    assert f"{copy / WEIGHTS}: no such object; needed is {WEIGHTS}, which AutoencoderKL" in message
+
+
+def test_one_file_is_no_autoencoder_folder(tmp_path: Path) -> None:
+    (tmp_path / "vae.safetensors").write_bytes(b"x")
+    message = refusal(VaeRef(source=str(tmp_path / "vae.safetensors")))
+    assert "is a file; name a folder of diffusers, as AutoencoderKL.from_single_file(file)" in message
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"), (b"<html>", "HTML page")],
+)
+def test_what_is_found_in_place_of_weights(copy: Path, data: bytes, reason: str) -> None:
+    (copy / WEIGHTS).write_bytes(data)
+    assert f"{copy / WEIGHTS}: " in (message := refusal(VaeRef(source=str(copy))))
+    assert reason in message
+
+
+def test_a_pickle_of_other_things_is_refused(copy: Path) -> None:
+    (copy / WEIGHTS).unlink()
+    torch.save({"vae": types.SimpleNamespace()}, copy / "diffusion_pytorch_model.bin")
+    assert "contains types.SimpleNamespace, which is not loaded" in refusal(VaeRef(source=str(copy)))
+    torch.save([1], copy / "diffusion_pytorch_model.bin")
+    assert "is damaged" in refusal(VaeRef(source=str(copy)))
+
+
+def test_a_hub_pipeline_gives_its_autoencoder(folder: Path, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(source: str, name: str) -> str:
+        if not name.startswith("vae/") or name.endswith(".fp16.bin"):
+            raise LocalEntryNotFoundError(f"no {name}")
+        return str(folder / name.removeprefix("vae/"))
+
+    monkeypatch.setattr("dit.vae.hf_hub_download", download)
+    assert info(VaeRef(source="somebody/pipeline")).sha256 == vae.sha256

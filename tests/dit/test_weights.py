@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dit.convert.files import read_tensors
+from dit.convert.files import read_content
 from dit.metrics.npz import Npz
 from dit.weights import read_weights, weights_hash
 from storage import uri
@@ -67,8 +67,8 @@ def test_what_changes_while_it_is_read_is_hashed_again(tmp_path: Path, monkeypat
 
 
 READERS: dict[str, Callable[[str], object]] = {
-    "x.safetensors": read_tensors,
-    "x.pt": read_tensors,
+    "x.safetensors": read_content,
+    "x.pt": read_content,
     "x.npz": Npz,
     "x.pth": lambda url: read_weights(url, "00"),
     "x.bin": lambda url: weights_hash(url, None),

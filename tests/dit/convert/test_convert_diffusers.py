@@ -12,7 +12,7 @@ from random_dit import pretrained, random_dit
 from safetensors.torch import load_file, save_file
 
 from dit.convert import read, write
-from dit.convert.diffusers import CONFIG, PICKLED_WEIGHTS, WEIGHTS
+from dit.convert.diffusers import CONFIG, WEIGHTS
 from dit.convert.diffusers_pipeline import make_exact
 from dit.models.dit import DiT
 from storage.errors import InputError
@@ -73,7 +73,7 @@ def test_a_folder_of_the_first_days(tmp_path: Path, folder: Path, model: DiT) ->
     """The published pipeline names another class, keeps pickled weights and has them below transformer/."""
     configure(folder, _class_name="Transformer2DModel", norm_eps=1e-5)
     tensors = load_file(folder / WEIGHTS) | {"pos_embed.pos_embed": model.pos_embed.data}
-    torch.save(tensors, folder / PICKLED_WEIGHTS)
+    torch.save(tensors, folder / "diffusion_pytorch_model.bin")
     (folder / WEIGHTS).unlink()
     (tmp_path / "pipeline").mkdir()
     folder.rename(tmp_path / "pipeline" / "transformer")
@@ -139,7 +139,7 @@ def test_broken_folders_are_refused(folder: Path) -> None:
     spoil(folder, lambda tensors: tensors.update({name: torch.zeros(64, 32)}))
     assert f"{name} is of another shape" in refusal(folder)
     (folder / WEIGHTS).write_bytes(b"")
-    assert f"{folder / WEIGHTS}: cannot be read" in refusal(folder)
+    assert f"{folder / WEIGHTS}: is empty" in refusal(folder)
     (folder / WEIGHTS).unlink()
     assert f"{folder / WEIGHTS}: no such file" in refusal(folder)
 

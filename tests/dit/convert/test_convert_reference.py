@@ -142,7 +142,9 @@ class Evil:
 
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, weights: Weights) -> None:
     torch.save(weights | {"extra": Evil(tmp_path / "evil")}, tmp_path / "x.pt")
-    assert "contains objects besides tensors, which are not loaded" in refusal(tmp_path / "x.pt", heads=4)
+    assert "contains getattr, which is not loaded, as it could run code; if you trust the file, save" in refusal(
+        tmp_path / "x.pt", heads=4
+    )
     assert not (tmp_path / "evil").exists()
 
 
@@ -156,7 +158,9 @@ def test_broken_files(tmp_path: Path, name: str, data: bytes) -> None:
 @pytest.mark.parametrize("found", [[1], {"ema": {"step": 3}}, {"weights": {}}, {1: torch.zeros(1)}])
 def test_pickles_of_other_things(tmp_path: Path, found: Any) -> None:
     torch.save(found, tmp_path / "x.pt")
-    assert "contains no tensors by name, nor any under 'ema' or 'model'" in refusal(tmp_path / "x.pt")
+    assert "contains no tensors by name, nor any under 'ema', 'model' or 'state_dict'; name" in refusal(
+        tmp_path / "x.pt"
+    )
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
@@ -170,9 +174,7 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
     assert "http://127.0.0.1:1/x.pt: cannot be read" in refusal("http://127.0.0.1:1/x.pt")
 
 
-@pytest.mark.parametrize(
-    "name", ["pos_embed", "x_embedder.proj.weight", "blocks.1.attn.qkv.bias", "t_embedder.mlp.0.weight"]
-)
+@pytest.mark.parametrize("name", ["final_layer.linear.weight", "blocks.1.attn.qkv.bias", "t_embedder.mlp.0.weight"])
 def test_a_missing_tensor_is_named(tmp_path: Path, weights: Weights, name: str) -> None:
     del weights[name]
     assert refused_weights(tmp_path, weights).startswith(f"no tensor {name}; only an adaLN-Zero DiT")
@@ -214,8 +216,8 @@ def test_other_blocks_are_refused(tmp_path: Path, block: str) -> None:
 
 
 def test_a_learned_position_table_is_refused(tmp_path: Path, weights: Weights) -> None:
-    for table in (weights["pos_embed"] + 1e-4, torch.full_like(weights["pos_embed"], torch.nan)):
-        assert "off the fixed sin-cos table" in refused_weights(tmp_path, weights | {"pos_embed": table})
+    table = weights["pos_embed"] + 1e-4
+    assert "off the fixed sin-cos table" in refused_weights(tmp_path, weights | {"pos_embed": table})
     save_file(weights | {"pos_embed": weights["pos_embed"] + 1e-6}, tmp_path / "x.safetensors")
     read(str(tmp_path / "x.safetensors"), heads=4)
 
@@ -241,7 +243,7 @@ def test_our_own_trained_model(tmp_path: Path, model: DiT, weights: Weights) -> 
     found = read(str(tmp_path / "ours"))
     assert (found.config, found.diffusion, found.scales) == (model.config, card.diffusion, card.vae)
     assert same(found.state, weights)
-    assert "has 4 heads, not 8" in refusal(tmp_path / "ours", heads=8)
+    assert "has heads 4, not 8; remove --heads" in refusal(tmp_path / "ours", heads=8)
 
 
 def test_our_own_models_of_other_kinds_are_refused(tmp_path: Path) -> None:

@@ -38,9 +38,11 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 def test_there_and_back(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, back = tmp_path / "diffusers", tmp_path / "back.safetensors"
     assert main(["convert", str(source), str(folder), "--to", "diffusers", "--heads", "2"]) == 0
-    assert capsys.readouterr().out == (
-        f"DiT of depth 2, width {WIDTH}, 2 heads, patches of 2, latents 4x8x8, 10 classes\nwritten to {folder}\n"
-    )
+    first, place, assumed, last = capsys.readouterr().out.splitlines()
+    assert first == (f"DiT of depth 2, width {WIDTH}, 2 heads, patches of 2, latents 4x8x8, 10 classes, null label 10")
+    assert (place, last) == ("read from ema", f"written to {folder}")
+    assert assumed.startswith("assumed: it predicts noise")
+    assert assumed.endswith("--process gaussian confirms")
     assert DiTTransformer2DModel.from_pretrained(folder).config.num_attention_heads == 2
     assert main(["convert", str(folder), str(back), "--to", "reference"]) == 0
     weights = torch.load(source, weights_only=True)["ema"]
@@ -87,3 +89,17 @@ def test_starts_no_prefect(source: Path, tmp_path: Path) -> None:
     command = ["convert", str(source), str(tmp_path / "x"), "--to", "diffusers", "--heads", "2"]
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_the_file_does_not_record(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = torch.load(source, weights_only=True)["ema"]
+    del weights["pos_embed"]
+    torch.save(weights, source)
+    told = ["--heads", "2", "--latent-size", "8", "--classes", "11", "--process", "gaussian"]
+    assert main(["convert", str(source), str(tmp_path / "x.pt"), "--to", "reference", *told]) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("11 classes, null label 11 (not trained, so sample with guidance_scale 1)")
+    assert last == f"written to {tmp_path / 'x.pt'}"
+    with pytest.raises(SystemExit):
+        main(["convert", str(source), str(tmp_path / "y.pt"), "--to", "reference", "--process", "flow"])
+    assert "invalid choice: 'flow' (choose from" in capsys.readouterr().err
