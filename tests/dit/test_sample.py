@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 import dit
 from dit.export import RAW_WEIGHTS, CheckpointManifest
+from dit.pixels import Rounding
 from dit.sample import SampleConfig, SampleManifest, draw
 from dit.samplers.noise import SampleNoise
 from dit.vae import Vae, VaeRef, load_vae
@@ -82,6 +83,7 @@ def test_manifest_says_how_they_were_made(samples: SampleManifest, checkpoint: C
         "guidance_scale": 9,
         "guidance_channels": "all",
         "guidance_schedule": "constant",
+        "rounding": "nearest",
         "weights": "ema",
         "precision": "float32",
         "seed": 0,
@@ -214,9 +216,9 @@ def test_the_decoder_has_batches_of_its_own(
 ) -> None:
     seen, real = list[int](), Vae.decode
 
-    def noting(self: Vae, latents: torch.Tensor) -> torch.Tensor:
+    def noting(self: Vae, latents: torch.Tensor, rounding: Rounding) -> torch.Tensor:
         seen.append(len(latents))
-        return real(self, latents)
+        return real(self, latents, rounding)
 
     monkeypatch.setattr(Vae, "decode", noting)
     found = tiny.run_sample(tmp_path, changed(decode_batch_size=size), checkpoint)
