@@ -7,7 +7,7 @@ from typing import Any
 from pydantic_core import from_json
 
 _LAST = b',\n "sha256": "'
-_NOT_CONTENT = ("format", "config", "provenance", "code_version", "created")
+_NOT_CONTENT = ("format", "config", "provenance", "code_version", "created", "account")
 _PLACES = ("uri", "source")  # fields of a parent and of an autoencoder
 
 

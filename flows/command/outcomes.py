@@ -15,6 +15,8 @@ from flows.report.page import page_url
 from flows.tracking.runs import pipeline_run_id, tracking_uri
 from storage import uri
 from storage.manifest import Manifest
+from storage.shards.shard import ShardManifest
+from storage.shards.summary import summary
 
 
 def show(options: Namespace, recipe: str, outcomes: list[Outcome]) -> None:
@@ -41,6 +43,9 @@ def _show(recipe: str, outcomes: list[Outcome], root: str) -> None:
     """Print a recipe's name, a table of the stages, the metrics, and where to look."""
     print(recipe)
     manifests = [Manifest.read(outcome.manifest) for outcome in outcomes]
+    for manifest in manifests:
+        if manifest.stage == ShardManifest.STAGE:
+            _print_table([list(line) for line in summary(ShardManifest.read(manifest.uri))])
     _print_table([[o.name, o.state, f"{o.seconds:.1f} s", o.manifest] for o in outcomes])
     _print_table([[name, f"{value:.4g}"] for name, value in _metrics(manifests).items()])
     distances = [

@@ -42,5 +42,6 @@ def run(options: Namespace) -> None:
 
 def _lines(estimate: "Plan") -> Iterator[str]:
     yield estimate.recipe
+    yield from aligned(estimate.archive)
     yield from aligned(estimate.rows(), numbers=range(2, 6))
     yield from estimate.needs()

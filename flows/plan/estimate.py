@@ -27,6 +27,8 @@ from storage.errors import InputError
 from storage.estimate import PlanContext, StageCost
 from storage.manifest import Manifest
 from storage.rows import cache
+from storage.shards.shard import ShardManifest
+from storage.shards.summary import summary
 
 HOUR = 3600.0
 
@@ -37,6 +39,8 @@ class StageEstimate:
 
     stage: str
     cost: StageCost
+    manifest: Manifest
+    """The manifest of its output, an estimate if it is not committed."""
     finished: bool
     """Whether its output is committed."""
 
@@ -76,6 +80,9 @@ def plan(recipe: Recipe, root: str, given: Mapping[str, float]) -> Plan:
         disk=missing,
         disk_there=there,
         copy=copy,
+        archive=tuple(
+            line for each in stages if isinstance(each.manifest, ShardManifest) for line in summary(each.manifest)
+        ),
         problems=(*_no_disk(stages, root, missing, there), *_in_stages(stages, recipe, memory_there), *_no_room(copy)),
     )
 
@@ -115,7 +122,7 @@ def _estimates(recipe: Recipe, root: str, rates: dict[str, float]) -> Iterator[S
         cost = definition.estimate(config, source, PlanContext(out, rates, world_size, nodes, before))
         made = out.committed(stage.kind)
         before[name] = made or out.manifest(stage.kind, **cost.leaves)
-        yield StageEstimate(name, cost, made is not None)
+        yield StageEstimate(name, cost, before[name], made is not None)
 
 
 def _copy(stages: list[StageEstimate]) -> Copy | None:

@@ -51,6 +51,8 @@ class Plan:
     """Free bytes on the disk of the root; None if the root is remote."""
     copy: Copy | None
     """None if the latents are local or streamed, or the model is trained already."""
+    archive: tuple[tuple[str, str], ...]
+    """What the recipe's archive holds, as `storage.shards.summary` yields it."""
     problems: tuple[str, ...]
     """Why the recipe cannot run as it is, and what to change."""
 

@@ -47,6 +47,20 @@ class PassedOver(Config):
     """Path of the first of them in the archive."""
 
 
+class SplitAccount(Config):
+    """What is in an archive besides the images that are read, and how it was understood."""
+
+    passed_over: tuple[PassedOver, ...]
+    """What is not read, by reason."""
+    notes: tuple[str, ...]
+    """How the archive was understood, one line each, where others might expect something else."""
+
+    def lines(self) -> list[str]:
+        """One line each, for people."""
+        passed = [f"passed over: {item.count:,} {item.reason} (first: {item.first})" for item in self.passed_over]
+        return passed + list(self.notes)
+
+
 class Account:
     """Counts what is passed over in an archive, by reason, and says how the rest was understood.
 
@@ -65,11 +79,11 @@ class Account:
         self._counts: dict[str, tuple[int, str]] = {}
         self._unseen = set[str]()
 
-    @property
-    def passed_over(self) -> tuple[PassedOver, ...]:
-        """What was passed over, by reason."""
+    def closed(self) -> SplitAccount:
+        """What was counted and noted."""
         counts = sorted(self._counts.items())
-        return tuple(PassedOver(reason=reason, count=count, first=first) for reason, (count, first) in counts)
+        passed_over = (PassedOver(reason=reason, count=count, first=first) for reason, (count, first) in counts)
+        return SplitAccount(passed_over=tuple(passed_over), notes=tuple(self.notes))
 
     def pass_over(self, reason: str, path: str) -> None:
         """Count an entry that is not read."""

@@ -60,7 +60,7 @@ def class_folders(
         raise account.refused(f"{top}{empty[0]}", "class folder without files; fill it or remove it")
     deep = [file for file in listed if "/" in file.path]
     if deep:
-        text = f"{len(deep):,} images lie in folders below their class folder, such as {top + deep[0].name!r}"
+        text = f"images in folders below their class folder: {len(deep):,} (first: {top}{deep[0].name})"
         account.notes.append(text)
     return listed
 

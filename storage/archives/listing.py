@@ -59,8 +59,7 @@ class Archive:
         members: all files, sorted by name.
         digest: SHA-256 of class names, file names and file sizes, 64 hex digits. It does not depend on
             location, time or type of the archive, except for types that do not give file sizes.
-        passed_over: what is in the archive and no image of a class, by reason.
-        notes: how the archive was understood, one line each, where others might expect something else.
+        account: what else is in the archive, and how it was understood.
 
     Args:
         account: of the archive, with its URL and what is passed over once all files are taken.
@@ -93,7 +92,7 @@ class Archive:
         listing = [[member.name, member.size] for member in self.members]
         identity = {"class_names": self.class_names, "members": listing}
         self.digest = json_digest(identity if content is None else identity | {"sealed": content})
-        self.passed_over, self.notes = account.passed_over, tuple(account.notes)
+        self.account = account.closed()
         self._where, self._fetch = f"{where}/{account.top}".rstrip("/"), fetch
         self._locations = {file.name: file.location for file in files}
 

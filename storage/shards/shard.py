@@ -6,7 +6,7 @@ the image files are not changed, and the same images give the same tars, byte fo
 """
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from threading import Lock
@@ -18,6 +18,7 @@ from pydantic import Field
 from webdataset.tariterators import tar_file_iterator
 
 from storage import records, uri
+from storage.archives.account import SplitAccount
 from storage.archives.open import Archive, ArchiveRef, open_splits
 from storage.config import Config, operational
 from storage.errors import InputError
@@ -84,6 +85,8 @@ class ShardManifest(Manifest):
     """Splits by name: ``train`` and, if there are held-out images, ``held_out``."""
     unreadable: tuple[Unreadable, ...]
     """Files that were left out."""
+    account: dict[str, SplitAccount] = Field(default_factory=dict)
+    """What else each split's archive holds, and how it was understood. It is no part of the content."""
 
 
 class ShardRecord(records.Record):
@@ -300,9 +303,12 @@ def _finish(plan: _Plan, out: StageOutput, tracker: Tracker) -> ShardManifest:
         "classes": len(train.class_names),
         "shards": len(tasks),
     }
-    return out.commit(
-        ShardManifest, files, counts=counts, class_names=train.class_names, splits=splits, unreadable=unreadable
-    )
+    found = {"class_names": train.class_names, "splits": splits, "unreadable": unreadable}
+    return out.commit(ShardManifest, files, counts=counts, account=_account(plan.archives), **found)
+
+
+def _account(archives: Mapping[str, Archive]) -> dict[str, SplitAccount]:
+    return {split: source.account for split, source in archives.items()}
 
 
 def _check_limit(unreadable: list[Unreadable], done: int, total: int, limit: float) -> None:
@@ -355,7 +361,8 @@ def estimate(config: ShardConfig, archive: ArchiveRef, plan: PlanContext) -> Sta
         StorageError: an image cannot be read.
     """
     archives = open_splits(archive)
-    rate, mean_size = timed(archives["train"], local_workers(config.runner))
+    train = archives["train"]
+    rate, mean_size = timed(train, local_workers(config.runner))
     counts = {split: len(source.members) for split, source in archives.items()}
     shards, images = sum(-(-count // config.images_per_shard) for count in counts.values()), sum(counts.values())
     members = (member for source in archives.values() for member in source.members)
@@ -367,7 +374,7 @@ def estimate(config: ShardConfig, archive: ArchiveRef, plan: PlanContext) -> Sta
         units=shards,
         done=plan.records(),
         seconds=images / plan.rate("shard", lambda: rate),
-        leaves={"class_names": archives["train"].class_names, "splits": splits, "unreadable": ()},
+        leaves={"class_names": train.class_names, "splits": splits, "unreadable": (), "account": _account(archives)},
     )
 
 

@@ -67,6 +67,21 @@ def test_hours_follow_from_the_rates(images: Path, root: Path, rates: Path) -> N
     assert unguided.lines[3].hours * 3600 == pytest.approx(6 * 2 * 2 * work.macs / 2e9 + 6 / 5)
 
 
+def test_the_archive_is_accounted_for(
+    capsys: pytest.CaptureFixture[str], images: Path, root: Path, rates: Path, prefect_api: str
+) -> None:
+    (images / "README.md").write_bytes(b"")
+    said = [
+        ("train", "24 images, 3 classes: class0, class1, class2"),
+        ("", "passed over: 1 file outside the class folders (first: README.md)"),
+    ]
+    assert planned(recipe_of(images, root), root, rates).archive == tuple(said)
+    for command in (["plan", "demo", "--rates", str(rates)], ["shard", "demo"]):
+        assert main([*command, *tiny(images, root)]) == 0
+        out = capsys.readouterr().out
+        assert all(f"{name:5}  {line}" in out for name, line in said)
+
+
 def _given() -> object:
     from dit.models.choice import DataSpec
 

@@ -53,7 +53,7 @@ def names(archive: Archive) -> list[str]:
 
 def passed(archive: Archive) -> dict[str, tuple[int, str]]:
     """Count and first example by the first word of the reason."""
-    return {item.reason.split()[0].strip(":,"): (item.count, item.first) for item in archive.passed_over}
+    return {item.reason.split()[0].strip(":,"): (item.count, item.first) for item in archive.account.passed_over}
 
 
 def refused(url: str) -> str:
@@ -96,7 +96,7 @@ def test_a_folder_around_the_classes(tmp_path: Path, form: Put) -> None:
     assert archive.class_names == ("a", "b")
     assert names(archive) == sorted(FILES)
     assert [archive.read(member) for member in archive.members] == [FILES[name] for name in sorted(FILES)]
-    assert "'flowers'" in archive.notes[0]
+    assert "'flowers'" in archive.account.notes[0]
 
 
 def test_folders_around_a_folder_around_the_classes(tmp_path: Path, form: Put) -> None:
@@ -115,7 +115,7 @@ def test_numbered_parts_of_one_class_are_one_class(tmp_path: Path, form: Put) ->
     archive = open_archive(form(tmp_path, files))
     assert archive.class_names == ("faces",)
     assert names(archive) == sorted(files)
-    assert "parts" in archive.notes[0]
+    assert "parts" in archive.account.notes[0]
 
 
 def test_numbered_classes_in_a_folder(tmp_path: Path, form: Put) -> None:
@@ -152,7 +152,7 @@ def test_archives_among_class_folders(tmp_path: Path, form: Put, name: str) -> N
 def test_images_below_a_class_are_counted(tmp_path: Path, form: Put) -> None:
     archive = open_archive(form(tmp_path, FILES | {"a/more/3.png": b"3"}))
     assert names(archive) == sorted([*FILES, "a/more/3.png"])
-    assert "'a/more/3.png'" in archive.notes[0]
+    assert "1 (first: a/more/3.png)" in archive.account.notes[0]
 
 
 def test_labels_in_a_file_are_not_folders(tmp_path: Path, form: Put) -> None:

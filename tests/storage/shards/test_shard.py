@@ -15,6 +15,7 @@ from PIL import Image
 from recorder import Recorder
 
 from storage import uri, verify
+from storage.archives.account import SplitAccount
 from storage.archives.open import Archive, ArchiveRef, open_archive
 from storage.errors import InputError, StorageError
 from storage.manifest import StageOutput, stage_output
@@ -22,6 +23,7 @@ from storage.order import permutation
 from storage.shards import shard
 from storage.shards.runners import Threads
 from storage.shards.shard import ShardConfig, ShardManifest, read_images
+from storage.shards.summary import summary
 from storage.tracker import NullTracker
 
 CONFIG = ShardConfig(images_per_shard=7, runner=Threads(count=2))
@@ -66,6 +68,33 @@ def test_every_image_once_with_its_own_bytes(tmp_path: Path, archive: ArchiveRef
             member = source.members[sample.source_index]
             assert (sample.name, sample.label) == (member.name, member.label)
             assert sample.data == source.read(member)
+
+
+def test_the_manifest_accounts_for_all_entries(tmp_path: Path, archive: ArchiveRef) -> None:
+    first = run(tmp_path / "first", archive)
+    assert list(summary(first)) == [
+        ("train", "23 images, 2 classes: cat, dog"),
+        ("held_out", "5 images, 2 classes: cat, dog"),
+    ]
+    (Path(archive.train) / "cat" / ".DS_Store").write_bytes(b"")
+    (Path(archive.train) / "README.md").write_bytes(b"")
+    (Path(archive.train) / "dog" / "more").mkdir()
+    (Path(archive.train) / "dog" / "001.JPEG").rename(Path(archive.train) / "dog" / "more" / "001.JPEG")
+    again = run(tmp_path / "again", archive)
+    assert list(summary(again))[1:4] == [
+        ("", "passed over: 1 file outside the class folders (first: README.md)"),
+        ("", "passed over: 1 hidden: the name begins with a dot (first: cat/.DS_Store)"),
+        ("", "images in folders below their class folder: 1 (first: dog/more/001.JPEG)"),
+    ]
+    assert again.account["held_out"] == SplitAccount(passed_over=(), notes=())
+
+
+def test_what_is_passed_over_is_no_content(tmp_path: Path, archive: ArchiveRef) -> None:
+    first = run(tmp_path / "first", archive)
+    (Path(archive.train) / "cat" / ".DS_Store").write_bytes(b"")
+    again = run(tmp_path / "again", archive)
+    assert again.account != first.account
+    assert (again.digest, again.content) == (first.digest, first.content)
 
 
 def test_the_manifest_lists_all_files(tmp_path: Path, archive: ArchiveRef) -> None:
