@@ -17,6 +17,7 @@ _STAND_INS = {
     f"an HTML page, {_AGAIN}": _XML + rb"(?i:<(!doctype html|html|head|body|script))\b",
     f"a server's error message, {_AGAIN}": _XML + rb"<(Error|\w+:Envelope)\b",
 }
+_SUPPORTED = rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{4}\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s"
 _IMAGES = {
     "AVIF": rb".{4}ftyp(avi[fs]|(mif1|msf1).{4}(.{4}){0,9}avi[fs])",
     "HEIC": rb".{4}ftyp(he[iv][cxms]|mif1|msf1)",
@@ -69,6 +70,15 @@ def not_an_image(head: bytes) -> str | None:
         return unsupported(name)
     other = _first(_OTHERS, head)
     return f"{other}, not an image" if other else None
+
+
+def begins_as_image(head: bytes) -> bool:
+    """Whether a file begins as an image of any format, supported or not.
+
+    Args:
+        head: the first `HEAD` bytes of the file, or more.
+    """
+    return re.match(_SUPPORTED, head, re.DOTALL) is not None or _first(_IMAGES, head) is not None
 
 
 def unsupported(name: str) -> str:

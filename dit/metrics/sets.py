@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from dit.random import Stream, words
 from dit.ranks import cores
 from storage import uri
+from storage.archives.classes import Found
+from storage.archives.folder import open_images
 from storage.archives.listing import MAX_BYTES
 from storage.errors import InputError
 from storage.images import transforms
@@ -25,7 +27,6 @@ from storage.shards.shard import ShardManifest, read_images
 Batches = Iterator[NDArray[np.uint8]]
 """Images (B, H, H, 3)."""
 NOISE_SEED: Final = 0
-SUFFIXES: Final = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 
 
 class ImageSet(Protocol):
@@ -141,9 +142,9 @@ class FolderImages:
     """
 
     def __init__(self, url: str, side: int | None = None) -> None:
-        self._url, self._fs = uri.redact(url), uri.filesystem(url)[0]
-        self._root = uri.filesystem(url)[1].rstrip("/")
-        self._paths = self._listed()
+        self._fs = uri.filesystem(url)[0]
+        self._images = _listed(url)
+        self._paths = [image.location for image in self._images]
         self.crop = "none" if side is None else transforms.CROP_ID
         self.count = len(self._paths)
         self.side = side or len(self._decoded(self._paths[0]))
@@ -154,31 +155,13 @@ class FolderImages:
         """Hash of all paths in the folder and of the files' hashes."""
         with threads(0) as pool:
             hashes = pool.map(lambda path: uri.sha256(self._bytes(path)), self._paths)
-            relative = [path[len(self._root) :] for path in self._paths]
-            return json_digest([list(pair) for pair in zip(relative, hashes, strict=True)])
+            return json_digest([[f"/{image.path}", sha256] for image, sha256 in zip(self._images, hashes, strict=True)])
 
     def batches(self, size: int, ranges: Sequence[range] | None = None) -> Batches:
         """See `ImageSet.batches`."""
         with threads(cores()) as pool:
             for rows in batch_ranges(size, or_all(self, ranges)):
                 yield np.stack(list(pool.map(self._load, self._paths[rows.start : rows.stop])))
-
-    def _listed(self) -> list[str]:
-        try:
-            files = self._fs.find(self._root, detail=True)
-        except OSError as error:
-            raise InputError(f"{self._url}: cannot be listed ({error})") from error
-        paths = sorted(path for path in map(str, files) if self._is_image(path))
-        if not paths:
-            raise InputError(f"{self._url}: neither a folder of images nor the output of a stage")
-        large = next((path for path in paths if files[path]["size"] > MAX_BYTES), None)
-        if large is not None:
-            raise InputError(f"{large}: {files[large]['size']:,} bytes, more than {MAX_BYTES:,}; remove it")
-        return paths
-
-    def _is_image(self, path: str) -> bool:
-        hidden = any(part.startswith(".") for part in path[len(self._root) :].split("/"))
-        return path.rpartition(".")[2].lower() in SUFFIXES and not hidden
 
     def _bytes(self, path: str) -> bytes:
         try:
@@ -204,6 +187,16 @@ class FolderImages:
             return transforms.load(self._bytes(path), self.side)
         except transforms.UnreadableImage as error:
             raise InputError(f"{path}: {error}; repair or remove it") from error
+
+
+def _listed(url: str) -> list[Found]:
+    images = open_images(url) if uri.is_folder(url) else []
+    if not images:
+        raise InputError(f"{uri.redact(url)}: neither a folder of images nor the output of a stage")
+    large = next((image for image in images if image.size > MAX_BYTES), None)
+    if large is not None:
+        raise InputError(f"{large.location}: {large.size:,} bytes, more than {MAX_BYTES:,}; remove it")
+    return images
 
 
 def or_all(images: ImageSet, ranges: Sequence[range] | None) -> Sequence[range]:

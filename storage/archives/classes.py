@@ -48,7 +48,8 @@ def class_folders(
         InputError: a class folder is empty, folders are splits and not classes, or there is an archive
             among the images.
     """
-    tree = _Tree(account.where, files, folders)
+    tree = Tree(files, folders)
+    tree.check(account.where)
     top = account.top = tree.top(account, known)
     if all(map(_NUMBERED.fullmatch, tree.below[top])) and any(file.path == f"{top}{_EDM_LABELS}" for file in files):
         raise account.refused(
@@ -78,22 +79,26 @@ def _listed(account: Account, files: Iterable[Found], top: str) -> Iterator[List
             account.pass_over(IMAGE_OUTSIDE if is_image_name(path) else OUTSIDE, path)
 
 
-class _Tree:
+class Tree:
     """The folders of an archive; the path of each ends in a slash, that of the top is empty.
 
     Attributes:
         below: names of the folders directly in each folder.
-
-    Raises:
-        InputError: folders that lie side by side are splits.
     """
 
-    def __init__(self, where: str, files: Collection[Found], folders: Iterable[str]) -> None:
+    def __init__(self, files: Collection[Found], folders: Iterable[str]) -> None:
         self._files = files
         self.below: dict[str, set[str]] = {"": set()}
         self._with_images = {self._add(path.rpartition("/")[0]) for path, _, _ in files if is_image_name(path)}
         for path in (*(path.rpartition("/")[0] for path, _, _ in files), *folders):
             self._add(path)
+
+    def check(self, where: str) -> None:
+        """Check that no folders that lie side by side are the splits of a data set.
+
+        Raises:
+            InputError: two are.
+        """
         for folder, names in self.below.items():
             check_splits(f"{where}/{folder}".rstrip("/"), names)
 

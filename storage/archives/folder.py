@@ -8,12 +8,19 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from storage import uri
-from storage.archives.account import SPECIAL, Account
-from storage.archives.classes import Found, class_folders
+from storage.archives.account import SPECIAL, Account, is_archive_name, is_image_name
+from storage.archives.classes import Found, Tree, class_folders
 from storage.archives.listing import Archive
 from storage.errors import InputError
+from storage.magic import HEAD, begins_as_image
 
 _Entry = dict[str, Any]
+_NO_IMAGES = frozenset(
+    {
+        *("cls", "csv", "eps", "h5", "hdf5", "html", "ico", "json", "md", "npy", "npz", "pdf"),
+        *("ps", "pt", "safetensors", "svg", "txt", "xml", "yaml", "yml"),
+    }
+)
 
 
 def open_folder(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
@@ -34,6 +41,32 @@ def open_folder(url: str, class_names: tuple[str, ...] | None = None) -> Archive
         raise InputError(f"{account.where}: no class folders; put the images of each class in a folder of its own")
     images = class_folders(account, files, folders, class_names)
     return Archive(account, images, lambda path: bytes(fs.cat_file(path)), class_names)
+
+
+def open_images(url: str) -> list[Found]:
+    """The images of a folder and of all folders below it, whatever their classes, sorted by path.
+
+    Images are known by their names, and where these do not tell, by their first bytes.
+
+    Raises:
+        InputError: there is an archive among the images, folders are splits, or as `walk`.
+    """
+    fs, root = uri.filesystem(url)
+    account = Account(uri.redact(url))
+    images, folders = list[Found](), list[str]()
+    for path, entry in walk(fs, account, root):
+        if entry["type"] == "directory":
+            folders.append(path)
+        elif is_archive_name(path):
+            raise account.refused(path, "an archive among images; unpack it, or move it away")
+        elif is_image_name(path) or _begins_as_image(fs, path, entry["name"]):
+            images.append(Found(path, int(entry["size"]), entry["name"]))
+    Tree(images, folders).check(account.where)
+    return sorted(images)
+
+
+def _begins_as_image(fs: fsspec.AbstractFileSystem, path: str, place: str) -> bool:
+    return path.rpartition(".")[2].lower() not in _NO_IMAGES and begins_as_image(bytes(fs.cat_file(place, end=HEAD)))
 
 
 def walk(fs: fsspec.AbstractFileSystem, account: Account, root: str) -> Iterator[tuple[str, _Entry]]:

@@ -1,5 +1,6 @@
 """Any part of a set of images, from wherever they lie."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import tiny
 from dit.metrics.npz import Npz
 from dit.metrics.sets import FolderImages, ImageSet, NoiseImages, SplitImages, StoredImages
 from dit.sample import SampleManifest
+from storage.archives.open import open_archive
+from storage.errors import InputError
 from storage.rows.store import RowReader
 from storage.shards.shard import ShardManifest
 
@@ -37,3 +40,51 @@ def test_a_batch_spans_no_two_stretches(images: ImageSet) -> None:
     parts = list(images.batches(2, [range(1, 4), range(4, 5), range(9, 11)]))
     assert [len(part) for part in parts] == [2, 1, 1, 2]
     assert np.array_equal(np.concatenate(parts), whole[[1, 2, 3, 4, 9, 10]])
+
+
+@pytest.fixture
+def reference(tmp_path: Path, pictures: Path) -> Path:
+    """Class folders of which one is a link, as is a folder inside another."""
+    folder = tmp_path / "reference"
+    classes = sorted((pictures / "train").iterdir())
+    shutil.copytree(classes[0], folder / "a")
+    (folder / "b").symlink_to(classes[1])
+    (folder / "a" / "more").symlink_to(classes[1])
+    return folder
+
+
+def test_a_folder_holds_the_images_that_are_sharded(reference: Path) -> None:
+    before = FolderImages(str(reference), tiny.SIDE)
+    assert before.count == len(open_archive(str(reference)).members)
+    (reference / "a" / "@eaDir" / "1.png").mkdir(parents=True)
+    (reference / "a" / "@eaDir" / "1.png" / "SYNOPHOTO_THUMB_M.jpg").write_bytes(b"")
+    (reference / "Thumbs.db").write_bytes(b"")
+    (reference / "README.md").write_bytes(b"")
+    assert FolderImages(str(reference), tiny.SIDE).digest == before.digest
+
+
+def test_images_are_known_by_name_or_first_bytes(reference: Path) -> None:
+    count = FolderImages(str(reference), tiny.SIDE).count
+    image = next((reference / "a").glob("*.png"))
+    shutil.copy(image, reference / "a" / "image")
+    shutil.copy(image, reference / "a" / "image.png.1")
+    (reference / "a" / "list").write_bytes(b"PNG files")
+    assert FolderImages(str(reference), tiny.SIDE).count == count + 2
+    (reference / "a" / "1.avif").write_bytes(b"\0\0\0\x20ftypavif")
+    with pytest.raises(InputError, match=r"1\.avif: AVIF is not supported"):
+        list(FolderImages(str(reference), tiny.SIDE).batches(8))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("more.tar", r"more\.tar: an archive"), ("train/1.png", "'test' and 'train' are splits"), ("a/up", "circle")],
+)
+def test_folders_that_would_be_read_in_part(reference: Path, name: str, message: str) -> None:
+    (reference / "test").mkdir()
+    (reference / name).parent.mkdir(exist_ok=True)
+    if name == "a/up":
+        (reference / name).symlink_to(reference)
+    else:
+        (reference / name).write_bytes(b"")
+    with pytest.raises(InputError, match=message):
+        FolderImages(str(reference), tiny.SIDE)
