@@ -1,4 +1,4 @@
-"""A trained model as files that need nothing else: its weights and its card."""
+"""A trained model as files that need nothing else: its weights, its card, and the manifest with their hashes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,17 +13,18 @@ from dit.diffusion.config import ProcessConfig
 from dit.models.build import AnyModelConfig, build
 from dit.models.config import ModelConfig
 from dit.vae import VaeRef
-from dit.weights import read_weights
 from storage import uri
 from storage.config import Config, problem
-from storage.errors import InputError, StorageError, one_line
+from storage.errors import InputError, one_line
 from storage.header import FileEntry
 from storage.latents import VaeInfo
-from storage.manifest import Manifest, StageOutput
+from storage.manifest import MANIFEST, Manifest, StageOutput, is_finished
 
 MODEL = "model.json"
 EMA_WEIGHTS = "model.safetensors"
 RAW_WEIGHTS = "model-raw.safetensors"
+SAMPLING = "sample.json"
+"""In a registered model: its sampling config, and the hashes of the autoencoder's files. It ends in its own hash."""
 
 
 def weights_file(name: str) -> str:
@@ -97,19 +98,22 @@ def export(
 
 
 def load(url: str, *, weights: str = EMA_WEIGHTS, device: torch.device | str = "cpu") -> Trained:
-    """Rebuild a trained model from the folder that ``export`` wrote.
+    """Rebuild a trained model from its files, each compared with its hash in the manifest.
 
     Args:
-        url: the folder, by path or fsspec URL: the output of a training stage, or a copy of it.
+        url: the output of a training stage, or a copy of it with its manifest, by path or fsspec URL.
         weights: ``model.safetensors`` for the EMA, ``model-raw.safetensors`` for the last step, or the file of a
             further average.
         device: device to run it on.
 
     Raises:
-        InputError: a file is missing or damaged, or the weights do not fit the card.
+        InputError: there is no trained model, or the weights do not fit the card.
+        StorageError: a file is missing or holds other bytes than were committed.
     """
-    card = _read_card(url)
-    data, _ = read_weights(uri.join(url, weights), card.weights.get(weights))
+    if not is_finished(url):
+        raise InputError(f"{uri.redact(url)}: a trained model is a folder with {MANIFEST}, {MODEL} and weights")
+    manifest = CheckpointManifest.read(url)
+    card, data = _read_card(manifest), manifest.read_object(weights)
     try:
         model = rebuilt(card.model, load_tensors(data))
     except Exception as error:  # safetensors and torch promise no exception types for broken files
@@ -125,10 +129,8 @@ def rebuilt(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> nn.Modu
     return model.eval().requires_grad_(False)
 
 
-def _read_card(url: str) -> ModelCard:
+def _read_card(manifest: CheckpointManifest) -> ModelCard:
     try:
-        return ModelCard.model_validate_json(uri.read(uri.join(url, MODEL)))
-    except StorageError as error:
-        raise InputError(f"{error}; a trained model is a folder with {MODEL} and weights") from error
+        return ModelCard.model_validate_json(manifest.read_object(MODEL, uri.MAX_TEXT))
     except ValidationError as error:
-        raise InputError(f"{uri.redact(uri.join(url, MODEL))}: not a trained model: {problem(error)}") from error
+        raise InputError(f"{uri.redact(manifest.uri)}/{MODEL}: not a trained model: {problem(error)}") from error

@@ -128,10 +128,13 @@ def vae_inputs(ref: VaeRef | None) -> dict[str, str]:
     return {"vae": json_digest(info(ref).identity())} if ref else {}
 
 
-def fetch(ref: VaeRef, folder: Path) -> None:
+def fetch(ref: VaeRef, folder: Path) -> dict[str, str]:
     """Copy the autoencoder's config and weights into a local folder, which is created if needed.
 
     Safetensors are copied byte for byte; weights in a pickle become safetensors.
+
+    Returns:
+        The SHA-256 of the two copies, by name.
 
     Raises:
         InputError: as `load_vae`.
@@ -140,6 +143,7 @@ def fetch(ref: VaeRef, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_bytes(config)
     (folder / WEIGHTS).write_bytes(weights)
+    return {CONFIG: uri.sha256(config), WEIGHTS: uri.sha256(weights)}
 
 
 def _gaussian(encoded: Any) -> tuple[Tensor, Tensor]:
@@ -201,7 +205,7 @@ def _read_config(ref: VaeRef) -> tuple[bytes, _Fields, str]:
         raise InputError(f"{uri.redact(ref.source)}: is a file; name a folder of diffusers, as {made} writes it")
     url, name = _locate(ref.source, [f"{folder}{CONFIG}" for folder in FOLDERS])
     try:
-        config = uri.read(url)
+        config = uri.read(url, uri.MAX_TEXT)
         fields = _Fields.model_validate_json(config)
     except StorageError as error:
         raise InputError(f"{error}; name a folder with {CONFIG} and {WEIGHTS}, or a hub id") from error

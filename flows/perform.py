@@ -27,7 +27,6 @@ from flows.launch.spec import LaunchSpec, LocalLaunch, WorkerSpec
 from flows.tracking import runs, sink
 from flows.tracking.progress import StageProgress
 from flows.tracking.spec import TrackingSpec
-from storage import uri
 from storage.archives.once import listed_once
 from storage.archives.open import ArchiveRef
 from storage.config import Config, Location
@@ -156,6 +155,6 @@ def _create_artifacts(stage: Stage, manifest: Manifest) -> None:
     create_markdown_artifact(text, key=f"{stage.name}-manifest", description=f"Output of {stage.name}")
     for entry in manifest.files:
         if entry.path.startswith("artifacts/") and entry.path.endswith(".png") and entry.size <= MAX_PICTURE_BYTES:
-            picture = base64.b64encode(uri.read(uri.join(manifest.uri, entry.path))).decode()
+            picture = base64.b64encode(manifest.read_object(entry.path)).decode()
             name = entry.path.removeprefix("artifacts/").removesuffix(".png")
             create_image_artifact(f"data:image/png;base64,{picture}", key=f"{stage.name}-{name}", description=name)

@@ -27,7 +27,7 @@ from storage.seal import BrokenSealError, NeverSealedError, content, json_digest
 MANIFEST = "manifest.json"
 FORMAT: Final = 2
 MAX_BYTES = 2**28
-"""Bytes that a manifest may have: those of a billion images have less."""
+"""Most bytes of a manifest; that of a set of a billion images has fewer."""
 OTHER_BYTES = "does not hold the bytes that were committed"
 OTHER_FORMAT = "go on with the version of ditflow that wrote it, or delete the folder and run the stage again"
 REMEDY = f"delete {MANIFEST} there and run the stage again, which keeps what is done"
@@ -181,19 +181,25 @@ class Manifest(Header):
         for entry, damage in self.damaged(lambda _: False):
             raise self.fault(entry.path, damage)
 
-    def read_object(self, path: str) -> bytes:
+    def read_object(self, path: str, most: int | None = None) -> bytes:
         """The bytes of a committed object, compared with its hash.
 
+        Args:
+            path: path of the object.
+            most: bytes that such an object may have; a larger one is not read. None: any number.
+
         Raises:
-            StorageError: the manifest does not list the object, or it is missing or holds other bytes.
+            StorageError: the manifest does not list the object, or it is missing, too large or holds other bytes.
         """
         entry = next((entry for entry in self.files if entry.path == path), None)
         if entry is None:
             raise self.fault(path, "is not in the manifest")
-        data = uri.read(uri.join(self.uri, path))
-        if uri.sha256(data) != entry.sha256:
-            raise self.fault(path, OTHER_BYTES)
-        return data
+        damage = self.damage(entry, full=False)
+        if damage is None:
+            data = uri.read(uri.join(self.uri, path), most)
+            if uri.sha256(data) == entry.sha256:
+                return data
+        raise self.fault(path, damage or OTHER_BYTES)
 
     def damage(self, entry: FileEntry, *, full: bool) -> str | None:
         """What is wrong with an object, or None.

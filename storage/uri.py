@@ -26,6 +26,8 @@ _VERSION_KEYS = ("mtime", "created", "ino", "ETag", "etag", "LastModified", "las
 _SECRET_QUERY = re.compile(
     r"[?&]([^=&#]*(?:signature|credential|secret|token|passw|key)[^=&#]*|sig|pwd|auth)=", re.IGNORECASE
 )
+MAX_TEXT = 2**26
+"""Most bytes of a JSON file that someone else may have written."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

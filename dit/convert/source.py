@@ -130,6 +130,6 @@ def _diffusers(source: str, names: list[str], hints: Hints) -> Pretrained:
 
 def _bytes(url: str) -> bytes:
     try:
-        return uri.read(url)
+        return uri.read(url, uri.MAX_TEXT)
     except StorageError as error:
         raise InputError(str(error)) from error

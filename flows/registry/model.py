@@ -18,24 +18,33 @@ from pydantic import ValidationError
 
 import dit
 from dit.devices import device
-from dit.export import weights_file
+from dit.export import SAMPLING, weights_file
 from dit.sample import SampleConfig, check_process, draw
-from dit.vae import VaeRef, load_vae
+from dit.vae import CONFIG, WEIGHTS, Vae, VaeRef, load_vae
+from storage import uri
 from storage.config import problem
-from storage.errors import InputError
+from storage.errors import InputError, StorageError
 from storage.images.grid import image_grid
+from storage.manifest import OTHER_BYTES
+from storage.seal import BrokenSealError, opened
+
+REGISTER_AGAIN = "run register again with --force"
 
 
 class Generator(PythonModel):
     """Samples one image for each label."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the exported model and its autoencoder."""
+        """Load the exported model and its autoencoder.
+
+        Raises:
+            DitflowError: a file is not what was registered.
+        """
         folder = Path(context.artifacts["model"])
-        self._sampling = json.loads((folder / "sample.json").read_text())
+        values = _opened(folder / SAMPLING)
+        self._sampling = values["sampling"]
         self._trained = dit.load(str(folder), weights=weights_file(self._sampling["weights"]), device=device())
-        vae = context.artifacts.get("vae")
-        self._vae = load_vae(VaeRef(source=vae), device()) if vae else None
+        self._vae = _vae(context.artifacts["vae"], values["vae"]) if values["vae"] else None
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -69,6 +78,21 @@ class Generator(PythonModel):
         for start in range(0, len(labels), config.batch_size):
             indices = range(start, min(start + config.batch_size, len(labels)))
             yield from draw(config, self._trained, self._vae, indices, labels[indices.start : indices.stop])
+
+
+def _opened(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(opened(path.read_bytes()))
+    except BrokenSealError as error:
+        raise StorageError(f"{path}: {OTHER_BYTES}; {REGISTER_AGAIN}") from error
+    return values
+
+
+def _vae(folder: str, hashes: dict[str, str]) -> Vae:
+    config = Path(folder, CONFIG)
+    if uri.file_sha256(str(config)) != hashes[CONFIG]:
+        raise StorageError(f"{config}: {OTHER_BYTES}; {REGISTER_AGAIN}")
+    return load_vae(VaeRef(source=folder, sha256=hashes[WEIGHTS]), device())
 
 
 def _base64(image: NDArray[np.uint8]) -> str:

@@ -4,6 +4,7 @@ The model is a pyfunc (`flows.registry.model`) with the exported weights, the au
 `storage`. The version is found by the tag ``ditflow.digest``, so a stage that was killed does not register it twice.
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from packaging.requirements import Requirement
 
 from dit.evaluate import MetricsManifest
-from dit.export import MODEL, CheckpointManifest, weights_file
+from dit.export import MODEL, SAMPLING, CheckpointManifest, weights_file
 from dit.sample import PICTURE, SampleConfig, SampleManifest
 from dit.vae import fetch
 from flows.registry.config import VERSION, ModelManifest, RegisterConfig
@@ -32,7 +33,8 @@ from storage import uri
 from storage.code_version import code_version
 from storage.errors import DitflowError
 from storage.latents import LatentManifest
-from storage.manifest import StageOutput
+from storage.manifest import MANIFEST, StageOutput
+from storage.seal import sealed
 from storage.shards.shard import ShardManifest
 from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
@@ -163,17 +165,17 @@ def _current(run_id: str) -> Iterator[None]:
 
 
 def _artifacts(folder: Path, checkpoint: CheckpointManifest, sampling: SampleConfig) -> dict[str, str]:
-    """Folders with the model and its sampling config, and with the autoencoder if it has one."""
+    """Folders with the model and its sampling config, and with the autoencoder if it has one; all can be compared."""
     model, vae = folder / "model", folder / "vae"
     model.mkdir()
-    (model / "sample.json").write_text(sampling.model_dump_json(exclude={"vae"}))
     for name in (MODEL, weights_file(sampling.weights)):
-        (model / name).write_bytes(uri.read(uri.join(checkpoint.uri, name)))
+        (model / name).write_bytes(checkpoint.read_object(name))
+    (model / MANIFEST).write_bytes(uri.read(checkpoint.url))  # last: it is what the others are compared with
     ref = sampling.vae or checkpoint.card.vae_ref
-    if ref is None:
-        return {"model": str(model)}
-    fetch(ref, vae)
-    return {"model": str(model), "vae": str(vae)}
+    hashes = fetch(ref, vae) if ref else {}
+    values = {"sampling": sampling.model_dump(mode="json", exclude={"vae"}), "vae": hashes}
+    (model / SAMPLING).write_bytes(sealed(json.dumps(values, indent=1).encode()))
+    return {"model": str(model)} | ({"vae": str(vae)} if ref else {})
 
 
 def _signature(sampling: SampleConfig) -> ModelSignature:

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -246,7 +246,7 @@ def _open_run(output: StageOutput, root: str) -> tuple[str | None, TrackingSpec]
     with _BestEffort(InputError):
         client, experiment_id = open_client(root)
         run_id = _reopen(client, experiment_id, output.header) or _create(client, experiment_id, output.header)
-        _send_unsent(client, run_id, output.uri)
+        _send_unsent(client, run_id, output.uri, lambda path: uri.read(output.url(path)))
         skip_to = max(_last_steps(client, run_id).values(), default=-1)
         return run_id, TrackingSpec(uri=address, run_id=run_id, skip_to=skip_to)
     return None, TrackingSpec(uri=address, run_id=None, skip_to=_last_unsent(output))
@@ -272,7 +272,7 @@ def _sync(client: MlflowClient, experiment_id: str, manifest: Manifest) -> None:
         raise
     if run.info.lifecycle_stage == LifecycleStage.DELETED:
         return
-    _send_unsent(client, run_id, manifest.uri)
+    _send_unsent(client, run_id, manifest.uri, manifest.read_object)
     if not _is_finished(run):
         _finish(client, run_id, manifest)
 
@@ -281,8 +281,8 @@ def _is_finished(run: Run) -> bool:
     return bool(run.info.status == "FINISHED")
 
 
-def _send_unsent(client: MlflowClient, run_id: str, folder: str) -> None:
-    """Send the records of a folder's `UNSENT` file that the run lacks, and remove the file."""
+def _send_unsent(client: MlflowClient, run_id: str, folder: str, read: Callable[[str], bytes]) -> None:
+    """Send the records of a folder's `UNSENT` file that the run lacks, and remove the file. ``read`` reads a path."""
     unsent = uri.join(folder, UNSENT)
     if not uri.exists(unsent):
         return
@@ -290,7 +290,7 @@ def _send_unsent(client: MlflowClient, run_id: str, folder: str) -> None:
     last = _last_steps(client, run_id)
     log_records(client, run_id, [metric for metric in metrics if metric.step > last.get(metric.key, -1)])
     for name in names:
-        log_file(client, run_id, name, uri.read(uri.join(folder, "artifacts", name)))
+        log_file(client, run_id, name, read(f"artifacts/{name}"))
     uri.remove_tree(unsent, folder)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -11,13 +12,15 @@ import dit
 from dit.export import EMA_WEIGHTS, MODEL, RAW_WEIGHTS, CheckpointManifest
 from dit.models.build import build
 from storage import uri
-from storage.errors import InputError
+from storage.errors import DitflowError
+from storage.manifest import MANIFEST
+from storage.seal import sealed
 
 
 @pytest.fixture
 def folder(tmp_path: Path, checkpoint: CheckpointManifest) -> Path:
-    """The three files alone, to be spoiled."""
-    for name in (MODEL, EMA_WEIGHTS, RAW_WEIGHTS):
+    """The three files and their manifest alone, to be spoiled."""
+    for name in (MANIFEST, MODEL, EMA_WEIGHTS, RAW_WEIGHTS):
         shutil.copy(Path(checkpoint.uri) / name, tmp_path)
     return tmp_path
 
@@ -28,7 +31,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def refusal(folder: Path | str, weights: str = EMA_WEIGHTS) -> str:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(DitflowError) as caught:
         dit.load(str(folder), weights=weights)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -63,7 +66,7 @@ def test_loading_draws_nothing_from_the_generator(folder: Path) -> None:
 
 def test_any_file_system_will_do(folder: Path) -> None:
     fs = fsspec.filesystem("memory")
-    for name in (MODEL, EMA_WEIGHTS):
+    for name in (MANIFEST, MODEL, EMA_WEIGHTS):
         fs.pipe_file(f"/export-test/{name}", (folder / name).read_bytes())
     x, t, y = inputs()
     assert torch.equal(dit.load("memory://export-test").model(x, t, y), dit.load(str(folder)).model(x, t, y))
@@ -79,19 +82,13 @@ def test_altered_weights_are_refused(folder: Path, weights: str) -> None:
     tensors = load_file(folder / weights)
     tensors["final_layer.linear.bias"] += 1e-6
     save_file(tensors, folder / weights)
-    message = refusal(folder, weights)
-    assert f"{folder}/{weights}: its sha256 is" in message
-
-
-def without_hashes(folder: Path) -> None:
-    card = json.loads((folder / MODEL).read_text())
-    (folder / MODEL).write_text(json.dumps(card | {"weights": {}}))
+    assert f"{folder}/{weights}: does not hold the bytes that were committed" in refusal(folder, weights)
 
 
 @pytest.mark.parametrize("data", [b"", b"no weights at all", b"\x08\0\0\0\0\0\0\0{}      "])
 def test_weights_that_do_not_load_are_refused(folder: Path, data: bytes) -> None:
-    without_hashes(folder)
     (folder / EMA_WEIGHTS).write_bytes(data)
+    tiny.reseal(folder)
     assert f"{folder}/{EMA_WEIGHTS}: does not load" in refusal(folder)
 
 
@@ -99,12 +96,13 @@ def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     card = json.loads((folder / MODEL).read_text())
     card["model"]["width"] = 64
     (folder / MODEL).write_text(json.dumps(card))
+    tiny.reseal(folder)
     assert f"{folder}/{EMA_WEIGHTS}: does not load" in refusal(folder)
 
 
 def test_a_pickle_is_never_opened(folder: Path) -> None:
-    without_hashes(folder)
     torch.save({"weight": torch.zeros(1)}, folder / EMA_WEIGHTS)
+    tiny.reseal(folder)
     assert "does not load" in refusal(folder)
 
 
@@ -113,14 +111,37 @@ def test_a_pickle_is_never_opened(folder: Path) -> None:
 )
 def test_a_broken_card_names_the_field(folder: Path, text: str, reason: str) -> None:
     (folder / MODEL).write_text(text)
+    tiny.reseal(folder)
     assert f"{folder}/{MODEL}: not a trained model: {reason}" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", [MODEL, EMA_WEIGHTS])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    assert f"{folder}/{name}: no such object" in refusal(folder)
+    assert f"{folder}/{name}: is missing" in refusal(folder)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    assert "a trained model is a folder with model.json and weights" in refusal(tmp_path / "none")
+def test_a_folder_without_a_manifest_is_no_model(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+    for none in (folder, folder / "none"):
+        assert "a trained model is a folder with manifest.json, model.json and weights" in refusal(none)
+
+
+@pytest.mark.parametrize("size", [10**6, 2**26 + 1])
+def test_a_card_of_endless_depth_is_refused(folder: Path, size: int) -> None:
+    with (folder / MODEL).open("wb") as file:
+        file.write(b'{"model":' + b"[" * 10**6)
+        file.truncate(size)
+    assert f"{folder}/{MODEL}: has {size:,} bytes instead of" in refusal(folder)
+    manifest = CheckpointManifest.read(str(folder))
+    entries = [
+        entry.model_copy(update={"size": size, "sha256": uri.file_sha256(str(folder / MODEL))})
+        if entry.path == MODEL
+        else entry
+        for entry in manifest.files
+    ]
+    text = manifest.model_copy(update={"files": tuple(entries)}).model_dump_json()
+    (folder / MANIFEST).write_bytes(sealed(text.encode()))
+    said = refusal(folder)
+    assert ("recursion limit" if size < uri.MAX_TEXT else "more than the 67,108,864 that such a file may have") in said
+    assert len(said) < 1000

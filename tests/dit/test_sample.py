@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,7 @@ from dit.pixels import Rounding
 from dit.sample import SampleConfig, SampleManifest, draw
 from dit.samplers.noise import SampleNoise
 from dit.vae import Vae, VaeRef, load_vae
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, StorageError
 from storage.latents import LatentManifest
 from storage.rows.store import RowReader
 from storage.verify import faults
@@ -299,14 +300,25 @@ def test_more_steps_than_the_process_has_are_refused(tmp_path: Path, checkpoint:
         tiny.run_sample(tmp_path, changed(steps=1001), checkpoint)
 
 
-def test_altered_weights_are_refused(tmp_path: Path, latents: LatentManifest) -> None:
-    checkpoint = tiny.run_train(tmp_path, tiny.TRAINING, latents)
-    path = Path(checkpoint.uri, "model.safetensors")
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(InputError, match=r"model\.safetensors: its sha256 is"):
-        tiny.run_sample(tmp_path, tiny.SAMPLING, checkpoint)
+@pytest.mark.parametrize(
+    ("name", "was", "made"),
+    [
+        ("model.json", b'"scaling_factor": 0.7', b'"scaling_factor": 0.9'),
+        ("model.json", b'"steps": 1000', b'"steps": 2000'),
+        ("model.json", b'"heads": 2', b'"heads": 4'),
+        ("model.json", b'  "2",\n  "5"', b'  "5",\n  "2"'),
+        ("model.safetensors", b"adaLN", b"adaLM"),
+    ],
+)
+def test_an_altered_model_is_refused(
+    tmp_path: Path, checkpoint: CheckpointManifest, name: str, was: bytes, made: bytes
+) -> None:
+    folder = Path(shutil.copytree(checkpoint.uri, tmp_path / "train" / checkpoint.folder_name))
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data.replace(was, made, 1))
+    assert (folder / name).read_bytes() != data
+    with pytest.raises(StorageError, match=rf"{name}: does not hold the bytes that were committed; run `ditflow ver"):
+        tiny.run_sample(tmp_path, tiny.SAMPLING, CheckpointManifest.read(str(folder)))
 
 
 def test_another_autoencoder_in_the_place_of_the_first_is_refused(

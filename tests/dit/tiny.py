@@ -1,5 +1,6 @@
 """The stages at a size that a test can afford, and listeners of them."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from diffusers import AutoencoderKL
 from dit import encode, evaluate, sample, train
 from dit.encode import EncodeConfig
 from dit.evaluate import EvaluateConfig, MetricsManifest
-from dit.export import CheckpointManifest
+from dit.export import EMA_WEIGHTS, CheckpointManifest, ModelCard
+from dit.export import MODEL as MODEL_CARD
 from dit.models.choice import DiTChoice, Shape
 from dit.sample import SampleConfig, SampleManifest
 from dit.train import TrainConfig
 from dit.vae import VaeRef
+from storage import uri
+from storage.header import Header
 from storage.latents import LatentManifest
 from storage.manifest import Manifest, StageOutput, stage_output
+from storage.seal import opened, sealed
 from storage.shards.shard import ShardManifest
 from storage.tracker import NullTracker, Tracker
 
@@ -133,3 +138,21 @@ def run_evaluate(
 def objects(manifest: Manifest) -> dict[str, bytes]:
     """All committed bytes."""
     return {entry.path: (Path(manifest.uri) / entry.path).read_bytes() for entry in manifest.files}
+
+
+def commit_model(folder: Path, card: ModelCard) -> None:
+    """Make a trained model of a folder with its weights."""
+    (folder / MODEL_CARD).write_text(card.model_dump_json())
+    header = Header(stage="train", version=1, digest="0" * 64, config={}, inputs={}, parents={})
+    out = StageOutput(uri=str(folder), header=header)
+    out.commit(CheckpointManifest, [out.describe(name) for name in (MODEL_CARD, EMA_WEIGHTS)], card=card)
+
+
+def reseal(folder: Path | str) -> None:
+    """Change a manifest so that it agrees with the files that are there now."""
+    path = Path(folder, "manifest.json")
+    values = json.loads(opened(path.read_bytes()))
+    there = [entry["path"] for entry in values["files"] if Path(folder, entry["path"]).exists()]
+    data = {name: Path(folder, name).read_bytes() for name in there}
+    values["files"] = [{"path": name, "size": len(data[name]), "sha256": uri.sha256(data[name])} for name in there]
+    path.write_bytes(sealed(json.dumps(values).encode()))

@@ -7,13 +7,14 @@ from typing import Any
 
 import fsspec
 import pytest
+import tiny
 import torch
 from random_dit import pretrained, random_dit
 from safetensors.torch import load_file, save_file
 
 from dit.convert import read, write
 from dit.diffusion.config import DiffusionConfig
-from dit.export import EMA_WEIGHTS, MODEL, ModelCard
+from dit.export import EMA_WEIGHTS, ModelCard
 from dit.models.config import DiTConfig, dit_config
 from dit.models.dit import DiT
 from storage import uri
@@ -234,7 +235,7 @@ def exported(folder: Path, config: DiTConfig, weights: Weights) -> ModelCard:
         steps=1,
         weights={EMA_WEIGHTS: uri.file_sha256(str(folder / EMA_WEIGHTS))},
     )
-    (folder / MODEL).write_text(card.model_dump_json())
+    tiny.commit_model(folder, card)
     return card
 
 

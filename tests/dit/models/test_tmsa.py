@@ -8,10 +8,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from scipy import stats
+from tiny import commit_model
 from torch import Tensor
 
 from dit.diffusion.config import DiffusionConfig
-from dit.export import EMA_WEIGHTS, MODEL, ModelCard, load
+from dit.export import EMA_WEIGHTS, ModelCard, load
 from dit.models.build import AnyModelConfig, build
 from dit.models.config import DiffiTConfig, DiTConfig, ModelConfig, diffit_config
 from dit.models.cost import cost
@@ -194,8 +195,8 @@ def test_files_alone_make_the_model(tmp_path: Path) -> None:
     card = ModelCard(
         model=model.config, diffusion=DiffusionConfig(), vae=vae, resolution=32, class_names=("a",) * 10, steps=1
     )
-    (tmp_path / MODEL).write_text(card.model_dump_json())
     save_file(model.state_dict(), tmp_path / EMA_WEIGHTS)
+    commit_model(tmp_path, card)
     loaded = load(str(tmp_path))
     assert loaded.card == card
     assert torch.equal(loaded.model(*batch()), model(*batch()))

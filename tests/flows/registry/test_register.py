@@ -25,6 +25,7 @@ from flows import servers
 from flows.children import child
 from flows.registry.config import ModelManifest, PromotionRule, RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation
+from storage.errors import DitflowError
 from storage.manifest import Manifest
 
 NAME = "digits"
@@ -70,6 +71,20 @@ def test_the_run_shows_the_samples_and_the_model_has_the_metrics(
     assert models[1].read_object("artifacts/samples.png").startswith(b"\x89PNG")
     logged = client.get_logged_model(version.source.removeprefix("models:/"))
     assert {metric.key: metric.value for metric in logged.metrics} == pytest.approx(models[1].metrics)
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "sample.json", "manifest.json"])
+def test_a_registered_model_that_was_changed_does_not_load(
+    models: list[ModelManifest], tmp_path: Path, name: str
+) -> None:
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}@candidate", dst_path=str(tmp_path)))
+    mlflow.pyfunc.load_model(str(folder))
+    (path,) = folder.rglob(name)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DitflowError, match=rf"{name}: does not hold the bytes that were committed"):
+        mlflow.pyfunc.load_model(str(folder))
 
 
 def test_the_rule_decides_who_is_champion(models: list[ModelManifest], client: MlflowClient) -> None:
