@@ -28,8 +28,8 @@ from dit.training.per_block import compile_blocks, recompute_blocks
 from dit.training.preemption import preemption
 from dit.training.prefetch import prefetched
 from dit.training.sample_grid import SampleGrid
+from dit.training.shorter import newest_step, shorter_runs
 from dit.training.throughput import LoggedStep, ThroughputMeter
-from storage import uri
 from storage.config import Config, operational, problem
 from storage.errors import InputError, PreemptedError
 from storage.estimate import PlanContext, StageCost
@@ -51,7 +51,8 @@ class TrainConfig(Config):
     diffusion: ProcessConfig = DiffusionConfig()
     """Diffusion process that the model learns to reverse."""
     steps: int = Field(400_000, ge=1)
-    """Number of optimizer steps."""
+    """Number of optimizer steps. A run that differs from a finished one in more steps alone goes on from its last
+    checkpoint, unless ``decay`` makes the learning rate depend on their number."""
     batch_size: int = Field(256, ge=1)
     """Images per optimizer step, over all ranks. Must be divisible by the number of ranks."""
     learning_rate: float = Field(1e-4, gt=0)
@@ -110,7 +111,8 @@ class TrainConfig(Config):
     """Optimizer steps between two grids of samples, drawn with the EMA from the same noise each time. Null: no
     grids."""
     checkpoint_every: int = operational(5_000, ge=1)
-    """Optimizer steps between two checkpoints. A killed run repeats the steps since its last complete one."""
+    """Optimizer steps between two checkpoints; another one is saved after the last step. A killed run repeats the steps
+    since its last complete one, and a run of more steps goes on from it."""
     keep_checkpoints: int = operational(2, ge=1)
     """Number of newest checkpoints to keep."""
     keep_every: int | None = operational(None, ge=1)
@@ -266,7 +268,7 @@ def _train(
     from dit.training import checkpoint  # imports torch.distributed.checkpoint, which takes seconds
 
     state = _initial_state(config, card.model, ranks)
-    history = _resume(state, ranks, out)
+    history = _resume(config, state, ranks, out, tracker)
     process = build_process(config.diffusion, batches.device)
     step_config = _step_config(config)
     saver = checkpoint.Saver(out, state, ranks, keep=config.keep_checkpoints, keep_every=config.keep_every)
@@ -282,7 +284,7 @@ def _train(
             last = result.step == config.steps
             stops = stop.requested() and not last
             logs = result.step % config.log_every == 0 or last
-            saves = (result.step % config.checkpoint_every == 0 and not last) or stops
+            saves = result.step % config.checkpoint_every == 0 or last or stops
             if logs or saves or result.step % config.max_skipped == 0:
                 skipped = skipped_in_a_row(result, batches, config.max_skipped)
             if logs:
@@ -324,16 +326,21 @@ def _sample(grid: SampleGrid, state: TrainState, ranks: Ranks, tracker: Tracker)
         tracker.artifact(f"samples-{state.step:09d}.png", picture)
 
 
-def _resume(state: TrainState, ranks: Ranks, out: StageOutput) -> list[LoggedStep]:
-    """Restore the newest checkpoint; return what was logged up to it."""
+def _resume(
+    config: TrainConfig, state: TrainState, ranks: Ranks, out: StageOutput, tracker: Tracker
+) -> list[LoggedStep]:
+    """Restore the newest checkpoint, also of a run with fewer steps; return what was logged up to it."""
     from dit.training import checkpoint
 
-    history = checkpoint.load_newest(out, state, ranks)
+    shorter = ranks.agreed(shorter_runs(out, config, decay=config.decay) if ranks.first else [])
+    history = checkpoint.load_newest([out, *shorter], state, ranks)
     ranks.wait()
     if ranks.first:
         checkpoint.clean(out, state.step)
         if state.step:
             LOGGER.info("resuming after step %d", state.step)
+        for logged in history if shorter else ():  # this run's curve begins at step 1, too
+            tracker.metrics(logged.values, step=logged.step)
     return history
 
 
@@ -376,7 +383,7 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
         objects=2 * config.keep_checkpoints + 5,
         size=config.keep_checkpoints * checkpoint + held["weights"] + held["ema"],
         units=config.steps,
-        done=int(max(uri.names(plan.out.url("checkpoints")), default="step-0").rpartition("-")[2]),
+        done=max(map(newest_step, [plan.out, *shorter_runs(plan.out, config, decay=config.decay)])),
         seconds=images * work.training_flops / rate / at_once(ranks),
         leaves={"card": card},
         unit="steps",

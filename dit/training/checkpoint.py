@@ -25,6 +25,7 @@ from dit.ranks import Ranks
 from dit.training.checkpoint_files import Index, Piece, Reader, Writer, size
 from dit.training.loop import TrainState
 from dit.training.parallelize import saving_ranks
+from dit.training.shorter import FOLDER
 from dit.training.throughput import LoggedStep
 from storage import records, uri
 from storage.errors import DitflowError, StorageError
@@ -32,7 +33,6 @@ from storage.header import FileEntry
 from storage.manifest import StageOutput
 from storage.seal import BrokenSealError, NeverSealedError
 
-FOLDER = "checkpoints"
 RECORD = "record.json"
 TIMEOUT = timedelta(hours=1)
 """How long ranks wait for one another while they save."""
@@ -143,13 +143,15 @@ class DamagedError(DitflowError):
     """A file differs from what was committed."""
 
 
-def load_newest(out: StageOutput, state: TrainState, ranks: Ranks) -> list[LoggedStep]:
-    """Restore the newest complete checkpoint, if there is one; return what was logged up to it.
+def load_newest(outputs: Sequence[StageOutput], state: TrainState, ranks: Ranks) -> list[LoggedStep]:
+    """Restore the newest complete checkpoint of some outputs, if there is one; return what was logged up to it.
 
     Raises:
         StorageError: a checkpoint cannot be read.
     """
-    for name in reversed(ranks.agreed(_names(out))):
+    saved = [(_step(name), place, name) for place, out in enumerate(outputs) for name in _names(out)]
+    for _, place, name in reversed(ranks.agreed(sorted(saved))):
+        out = outputs[place]
         record = ranks.agreed(_read(out, name) if ranks.first else None)
         if record and _restored(state, out, record, ranks):
             state.step, state.skipped = record.step, record.skipped

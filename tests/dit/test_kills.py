@@ -68,7 +68,9 @@ def contents(root: Path) -> dict[str, object]:
     for path in root.rglob("*"):
         if path.name == "manifest.json":
             values = json.loads(path.read_text().replace(str(root), "ROOT"))
-            found[str(path.relative_to(root))] = {key: value for key, value in values.items() if key != "created"}
+            found[str(path.relative_to(root))] = {
+                key: value for key, value in values.items() if key not in ("created", "sha256")
+            }
         elif path.is_file() and not (path.name.startswith(".") and path.suffix == ".tmp"):
             found[str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

@@ -97,7 +97,7 @@ def folder(out: StageOutput, step: int) -> Path:
 def test_all_that_changes_comes_back(out: StageOutput) -> None:
     held = saved(out, (3, 5))
     state = fresh(seed=1)
-    history = checkpoint.load_newest(out, state, Ranks())
+    history = checkpoint.load_newest([out], state, Ranks())
     assert state.step == 5
     assert_same(state, held[5])
     assert [(measured.step, measured.values) for measured in history] == [(3, {"loss": 1 / 9}), (5, {"loss": 1 / 15})]
@@ -107,7 +107,7 @@ def test_training_goes_on_as_if_nothing_had_happened(out: StageOutput) -> None:
     saved(out, (4,))
     through, resumed = fresh(), fresh(seed=1)
     advance(through, 9)
-    checkpoint.load_newest(out, resumed, Ranks())
+    checkpoint.load_newest([out], resumed, Ranks())
     advance(resumed, 5)
     assert_same(resumed, tensors(through))
 
@@ -115,7 +115,7 @@ def test_training_goes_on_as_if_nothing_had_happened(out: StageOutput) -> None:
 def test_without_checkpoints_nothing_changes(out: StageOutput) -> None:
     state = fresh()
     before = tensors(state)
-    assert checkpoint.load_newest(out, state, Ranks()) == []
+    assert checkpoint.load_newest([out], state, Ranks()) == []
     assert state.step == 0
     assert_same(state, before)
 
@@ -163,14 +163,14 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(
     fault(folder(out, 6))
     state = fresh(seed=1)
     with caplog.at_level(logging.WARNING):
-        history = checkpoint.load_newest(out, state, Ranks())
+        history = checkpoint.load_newest([out], state, Ranks())
     assert (state.step, [measured.step for measured in history]) == (4, [2, 4])
     assert_same(state, held[4])
     assert "step-000000006: checkpoint incomplete, damaged or of other latents" in caplog.text
     advance(state, 2)
     save(out, state, history)
     again = fresh(seed=2)
-    checkpoint.load_newest(out, again, Ranks())
+    checkpoint.load_newest([out], again, Ranks())
     assert again.step == 6
     assert_same(again, held[6])
 
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(out: StageOutput) -
     record.unlink()
     record.mkdir()
     with pytest.raises(StorageError, match=r"record\.json: cannot be read"):
-        checkpoint.load_newest(out, fresh(), Ranks())
+        checkpoint.load_newest([out], fresh(), Ranks())
 
 
 def test_a_checkpoint_of_an_earlier_version_is_not_passed_over(out: StageOutput) -> None:
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_an_earlier_version_is_not_passed_over(out: StageOutput)
     record = folder(out, 2) / "record.json"
     record.write_bytes(opened(record.read_bytes()))
     with pytest.raises(StorageError, match=r"record\.json: written by another version of ditflow; resume with that"):
-        checkpoint.load_newest(out, fresh(), Ranks())
+        checkpoint.load_newest([out], fresh(), Ranks())
 
 
 def test_a_checkpoint_of_other_latents_is_not_resumed_from(out: StageOutput) -> None:
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_other_latents_is_not_resumed_from(out: StageOutput) -> 
     made_again = Parent(digest="0" * 64, uri="/latents", content="1" * 64)
     header = out.header.model_copy(update={"parents": {"latents": made_again}})
     state = fresh(seed=1)
-    checkpoint.load_newest(out.model_copy(update={"header": header}), state, Ranks())
+    checkpoint.load_newest([out.model_copy(update={"header": header})], state, Ranks())
     assert state.step == 0
 
 
@@ -218,7 +218,7 @@ def test_what_kills_left_is_removed(out: StageOutput) -> None:
     flipped_bit(folder(out, 6))
     no_state(folder(out, 8))
     state = fresh()
-    checkpoint.load_newest(out, state, Ranks())
+    checkpoint.load_newest([out], state, Ranks())
     checkpoint.clean(out, state.step)
     assert kept(out) == [4]
 
@@ -250,7 +250,7 @@ def test_what_is_saved_does_not_change_with_the_state(out: StageOutput, monkeypa
     held.go.release()
     saver.wait()
     found = fresh(seed=1)
-    checkpoint.load_newest(out, found, Ranks())
+    checkpoint.load_newest([out], found, Ranks())
     assert found.step == 2
     assert_same(found, expected)
 
@@ -285,7 +285,7 @@ def test_what_saving_raises_comes_up_at_the_next_look(out: StageOutput, monkeypa
         with pytest.raises(StorageError, match="the disk is full"):
             saver.check()
         saver.wait()
-    assert checkpoint.load_newest(out, fresh(), Ranks()) == []
+    assert checkpoint.load_newest([out], fresh(), Ranks()) == []
 
 
 def test_large_states_take_several_files(out: StageOutput, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +297,7 @@ def test_large_states_take_several_files(out: StageOutput, monkeypatch: pytest.M
     assert all(len(each) == 1 or sum(tensor.nbytes for tensor in each.values()) <= 100 for each in loaded)
     assert sum(map(len, loaded)) == len(held[3])
     found = fresh(seed=1)
-    checkpoint.load_newest(out, found, Ranks())
+    checkpoint.load_newest([out], found, Ranks())
     assert_same(found, held[3])
 
 
@@ -305,12 +305,12 @@ def test_a_later_leftover_does_not_push_out_the_only_good_one(out: StageOutput) 
     saved(out, (2, 6))
     no_record(folder(out, 6))
     state = fresh()
-    history = checkpoint.load_newest(out, state, Ranks())
+    history = checkpoint.load_newest([out], state, Ranks())
     advance(state, 2)
     save(out, state, history, keep=1)
     assert kept(out) == [4, 6]
     found = fresh(seed=1)
-    checkpoint.load_newest(out, found, Ranks())
+    checkpoint.load_newest([out], found, Ranks())
     assert found.step == 4
     assert_same(found, tensors(state))
 

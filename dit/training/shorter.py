@@ -1,0 +1,79 @@
+"""Finished runs with fewer steps, from whose checkpoints a run goes on.
+
+A run of more steps passes through the states of one with fewer, if nothing else differs and the learning rate does not
+depend on their number. So it takes the shorter run's newest checkpoint, and ends in the bits of a run from step 0.
+"""
+
+import logging
+from typing import Any
+
+from pydantic import ValidationError
+
+from dit.export import CheckpointManifest
+from storage import uri
+from storage.config import Config
+from storage.errors import InputError
+from storage.manifest import StageOutput, finished_outputs
+from storage.parallel import threads
+
+FOLDER = "checkpoints"
+"""Folder of the checkpoints, below the stage's folder."""
+LOGGER = logging.getLogger(__name__)
+
+
+def newest_step(out: StageOutput) -> int:
+    """The step of an output's newest checkpoint, complete or not; 0 if there is none."""
+    return int(max(uri.names(out.url(FOLDER)), default="step-0").rpartition("-")[2])
+
+
+def shorter_runs(out: StageOutput, config: Config, *, decay: str) -> list[StageOutput]:
+    """The finished runs below the same root that a run which begins goes on from.
+
+    They differ from it in nothing but fewer ``steps``. A run that has a checkpoint of its own needs none, and a forced
+    repetition is to do all its work again.
+
+    Args:
+        out: the output of the run that begins.
+        config: its config.
+        decay: how its learning rate falls; unless it is ``none``, the rate of a step depends on the number of steps.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    if out.header.rerun or newest_step(out):
+        return []
+    found = _shorter(out, config)
+    if found and decay != "none":
+        LOGGER.warning("train.decay: %s ends at the last step, so a run of more steps begins at step 0", decay)
+        return []
+    return found
+
+
+def _shorter(out: StageOutput, config: Config) -> list[StageOutput]:
+    with threads(16) as pool:
+        found = pool.map(_read, finished_outputs(out.root, CheckpointManifest.STAGE))
+        return [
+            StageOutput(uri=other.uri, header=other) for other in found if other and _is_shorter(other, out, config)
+        ]
+
+
+def _read(folder: str) -> CheckpointManifest | None:
+    try:
+        return CheckpointManifest.read(folder)
+    except InputError as error:
+        LOGGER.warning("not looked at for checkpoints: %s", error)
+        return None
+
+
+def _is_shorter(other: CheckpointManifest, out: StageOutput, config: Config) -> bool:
+    if (other.version, other.inputs) != (out.header.version, out.header.inputs):
+        return False
+    try:
+        theirs, ours = type(config).model_validate(other.config).identity(), config.identity()
+    except ValidationError:  # of an earlier version of this code, with other fields
+        return False
+    return theirs["steps"] < ours["steps"] and _without_steps(theirs) == _without_steps(ours)
+
+
+def _without_steps(identity: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if name != "steps"}
