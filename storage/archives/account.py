@@ -10,8 +10,8 @@ IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif",
 
 HIDDEN = "hidden: the name begins with a dot"
 SYSTEM = "made by a desktop, a disk or a NAS"
-OUTSIDE = "file outside the class folders"
-IMAGE_OUTSIDE = "image outside the class folders, so without a class"
+OUTSIDE = "file of no class"
+IMAGE_OUTSIDE = "image of no class"
 SPECIAL = "neither a file nor a folder"
 FIELD = "field of a sample that is no label and not its image"
 NO_SAMPLE = "neither an image nor the label of one"

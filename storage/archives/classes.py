@@ -45,16 +45,13 @@ def class_folders(
         known: the classes to label by, if given; a single folder that is not among them is looked into.
 
     Raises:
-        InputError: a class folder is empty, folders are splits and not classes, or there is an archive
-            among the images.
+        InputError: a class folder is empty or named as one inside another, folders are splits and not classes, a
+            single folder could be a class or hold the classes, or there is an archive among the images.
     """
     tree = Tree(files, folders)
     tree.check(account.where)
     top = account.top = tree.top(account, known)
-    if all(map(_NUMBERED.fullmatch, tree.below[top])) and any(file.path == f"{top}{_EDM_LABELS}" for file in files):
-        raise account.refused(
-            f"{top}{_EDM_LABELS}", "has the labels, so the folders are no classes; make class folders"
-        )
+    _check_classes(account, tree, files)
     listed = list(_listed(account, files, top))
     empty = sorted(tree.below[top] - {file.class_name for file in listed})
     if empty:
@@ -66,11 +63,29 @@ def class_folders(
     return listed
 
 
+def _check_classes(account: Account, tree: "Tree", files: Iterable[Found]) -> None:
+    """Check that the folders are classes, as far as the names tell.
+
+    Raises:
+        InputError: they are numbered and a file beside them has the labels, or one holds a folder named after another.
+    """
+    top, classes = account.top, tree.below[account.top]
+    labels = f"{top}{_EDM_LABELS}"
+    if classes and all(map(_NUMBERED.fullmatch, classes)) and any(file.path == labels for file in files):
+        raise account.refused(labels, "has the labels, so the folders are no classes; make class folders")
+    for name in sorted(classes):
+        twins = sorted(tree.below[f"{top}{name}/"] & classes - {name})
+        if twins:
+            raise account.refused(
+                f"{top}{name}/{twins[0]}", f"in a class, but named after the class {twins[0]!r}; move it"
+            )
+
+
 def _listed(account: Account, files: Iterable[Found], top: str) -> Iterator[ListedFile]:
     for path, size, location in files:
         if is_archive_name(path):
             raise account.refused(
-                path, "an archive among class folders; unpack it, or name it as an archive of its own"
+                path, "an archive among class folders; unpack it, or name it or its folder as the archive"
             )
         class_name, slash, inside = path.removeprefix(top).partition("/")
         if path.startswith(top) and slash:
@@ -112,28 +127,40 @@ class Tree:
         return path
 
     def top(self, account: Account, known: tuple[str, ...] | None) -> str:
-        """The folder that holds the class folders."""
+        """The folder that holds the class folders.
+
+        Raises:
+            InputError: there is one folder, and both its images and its folders could be the classes.
+        """
         around = list(self._around())
         if known is not None and (fits := [top for top in around if not self.below[top].isdisjoint(known)]):
             return fits[0]
         top = around[-1]
-        if not top or len(self.below[top]) < 2:
+        if len(around) < 2 or len(self.below[top]) < 2:
             return ""
         if self._is_numbered(top):
             text = f"one class, {around[1][:-1]!r}: the numbered folders in {top[:-1]!r} are taken as parts of it"
             account.notes.append(f"{text}; to have a class for each, name {top[:-1]!r} as the archive")
             return ""
+        if top in self._with_images:
+            problem = (
+                "holds images and folders, so it may be one class or hold the classes; move the images or the folders"
+            )
+            raise account.refused(top[:-1], problem)
         account.notes.append(f"the classes are the folders in {top[:-1]!r}")
         return top
 
+    def may_hold_classes(self) -> bool:
+        """Whether there are two or more folders, not numbered, and no images beside them."""
+        top = list(self._around())[-1]
+        return len(self.below[top]) > 1 and top not in self._with_images and not self._is_numbered(top)
+
     def _around(self) -> Iterator[str]:
-        """The top, and the folders that lie around all others and hold no images themselves."""
+        """The top, and the folders that lie around all others; only the last of them may hold images itself."""
         top = ""
         yield top
-        while len(self.below[top]) == 1:
+        while len(self.below[top]) == 1 and (not top or top not in self._with_images):
             top = f"{top}{next(iter(self.below[top]))}/"
-            if top in self._with_images or not self.below[top]:
-                return
             yield top
 
     def _is_numbered(self, top: str) -> bool:

@@ -21,13 +21,8 @@ _RANGE = 4 * _BLOCK  # bytes: a header, the data of a small label, and the next 
 _MAX_HEADER = 1 << 20  # bytes of a long name or a table of attributes
 _MAX_LABEL = 256  # bytes
 _PIECE = 1 << 16  # bytes that are read at once after the end of a tar
-_SPECIAL = (
-    tarfile.CHRTYPE,
-    tarfile.BLKTYPE,
-    tarfile.FIFOTYPE,
-    b"V",
-    b"D",
-)  # V, D: a volume's name, GNU's list of files
+_SPECIAL = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"V")  # V: the name of a volume
+_LISTED_FOLDER = b"D"  # a folder with the list of its files, in an incremental archive of GNU tar
 _READERS = 16  # threads
 _OPEN_FILES = 64  # local files that are kept open
 
@@ -163,12 +158,14 @@ def _add(tar: Tar, whole: Span, info: tarfile.TarInfo, headers: "_Headers") -> N
     name = inside_path(tar.where, info.name)
     if not name or not tar.account.sees(name):
         return
-    if info.isdir():
+    if info.type in (tarfile.DIRTYPE, _LISTED_FOLDER):
         tar.folders.append(name)
     elif info.type in _SPECIAL:
         tar.account.pass_over(SPECIAL, name)
     elif not info.isreg() or info.issparse():
-        problem = "is a link, a sparse file or a part of one; pack it again with plain files"
+        problem = (
+            "is a link, a sparse file or a part of one; pack it again with plain files (tar -h --hard-dereference)"
+        )
         raise InputError(f"{tar.where}: {info.name!a} {problem}")
     else:
         text = _label(tar, name, info, headers) if name.endswith(".cls") else b""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from storage import uri
 from storage.archives.account import Account, check_one_split, check_splits, is_archive_name, is_image_name
-from storage.archives.classes import Found, class_folders
+from storage.archives.classes import Found, Tree, class_folders
 from storage.archives.listing import Archive, ListedFile
 from storage.archives.samples import has_labels, samples
 from storage.archives.tar_index import Tar, indexed, list_tars, span_reader
@@ -88,10 +88,16 @@ def _check_class_tar(tar: Tar) -> None:
     """Check that a tar holds images of one class, as far as the names tell.
 
     Raises:
-        InputError: it is empty, holds archives, or has images with texts of the same names, which are samples.
+        InputError: it is empty, holds archives or folders that may be classes, or has images with texts of the same
+            names, which are samples.
     """
     if not tar.entries:
         raise InputError(f"{tar.where}: class tar without files; fill it or remove it")
+    tree = Tree(_found(tar), tar.folders)
+    tree.check(tar.where)
+    if tree.may_hold_classes():
+        problem = "holds folders, which may be classes; name this tar alone as the archive, or pack its class without"
+        raise InputError(f"{tar.where}: {problem}")
     stems = {entry.name.rpartition(".")[0] for entry in tar.entries if is_image_name(entry.name)}
     for entry in tar.entries:
         if is_archive_name(entry.name):
@@ -101,10 +107,13 @@ def _check_class_tar(tar: Tar) -> None:
             raise tar.account.refused(entry.name, "a sample with no .cls file, so without a class; add the labels")
 
 
+def _found(tar: Tar) -> list[Found]:
+    return [Found(entry.name, entry.span.size, entry.span) for entry in tar.entries]
+
+
 def _class_folders(account: Account, tar: Tar, class_names: tuple[str, ...] | None) -> list[ListedFile]:
     account.add(tar.account)
-    found = [Found(entry.name, entry.span.size, entry.span) for entry in tar.entries]
-    files = class_folders(account, found, tar.folders, class_names)
+    files = class_folders(account, _found(tar), tar.folders, class_names)
     if not files:
         types = "class tars, class folders or .cls files"
         raise InputError(f"{tar.where}: no {types} found; for held-out images alone, set archive.held_out_labels")

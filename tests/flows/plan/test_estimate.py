@@ -73,7 +73,7 @@ def test_the_archive_is_accounted_for(
     (images / "README.md").write_bytes(b"")
     said = [
         ("train", "24 images, 3 classes: class0, class1, class2"),
-        ("", "passed over: 1 file outside the class folders (first: README.md)"),
+        ("", "passed over: 1 file of no class (first: README.md)"),
     ]
     assert planned(recipe_of(images, root), root, rates).archive == tuple(said)
     for command in (["plan", "demo", "--rates", str(rates)], ["shard", "demo"]):

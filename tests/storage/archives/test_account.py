@@ -26,6 +26,7 @@ def folder(root: Path, files: packing.Files) -> str:
 
 
 def put(root: Path, data: bytes, name: str = "x.tar") -> str:
+    root.mkdir(exist_ok=True)
     (root / name).write_bytes(data)
     return str(root / name)
 
@@ -85,9 +86,7 @@ def test_what_is_no_image_is_counted_by_reason(tmp_path: Path, form: Put) -> Non
         "file": 1,
     }
     assert passed(archive)["image"] == (1, "cover.png")
-    assert open_archive(form(tmp_path / "plain", FILES) if (tmp_path / "plain").mkdir() is None else "").digest == (
-        archive.digest
-    )
+    assert open_archive(form(tmp_path / "plain", FILES)).digest == archive.digest
 
 
 def test_a_folder_around_the_classes(tmp_path: Path, form: Put) -> None:
@@ -105,8 +104,16 @@ def test_folders_around_a_folder_around_the_classes(tmp_path: Path, form: Put) -
 
 
 def test_one_class_with_folders_inside_is_one_class(tmp_path: Path, form: Put) -> None:
-    files = {"faces/1.png": b"1", "faces/more/2.png": b"2", "faces/others/3.png": b"3"}
+    files = {"faces/1.png": b"1", "faces/more/2.png": b"2"}
     assert names(open_archive(form(tmp_path, files))) == sorted(files)
+    files["faces/others/3.png"] = b"3"
+    assert "/faces: holds images and folders" in refused(form(tmp_path, files))
+
+
+def test_folders_named_after_other_classes(tmp_path: Path, form: Put) -> None:
+    """As when a folder was unpacked into its neighbour."""
+    assert "/a/b: in a class, but named after the class 'b'" in refused(form(tmp_path, FILES | {"a/b/1.png": b"1"}))
+    assert len(open_archive(form(tmp_path / "own", FILES | {"a/a/1.png": b"1"})).members) == 4
 
 
 def test_numbered_parts_of_one_class_are_one_class(tmp_path: Path, form: Put) -> None:
@@ -245,6 +252,16 @@ def test_class_tars_with_other_files(tmp_path: Path) -> None:
     assert "/a.tar/c.tar: " in refused(tar(tmp_path, {"a.tar": packing.tar({"c.tar": b""})}))
     around = {f"train/{name}": data for name, data in tars.items()}
     assert names(open_archive(tar(tmp_path, around))) == sorted(FILES)
+
+
+def test_a_tar_of_class_folders_is_not_a_class(tmp_path: Path) -> None:
+    for around in ("", "flowers/"):
+        inside = packing.tar({f"{around}{name}": data for name, data in FILES.items()})
+        assert "/flowers.tar: holds folders, which may be classes" in refused(folder(tmp_path, {"flowers.tar": inside}))
+    parts = packing.tar({f"{k}0000/{k}.png": b"1" for k in range(3)})
+    assert open_archive(folder(tmp_path / "parts", {"faces.tar": parts})).class_names == ("faces",)
+    own = packing.tar({"a/1.png": b"1", "b.png": b"2"})
+    assert len(open_archive(folder(tmp_path / "own", {"a.tar": own})).members) == 2
 
 
 def test_samples_without_labels_are_not_classes(tmp_path: Path) -> None:
