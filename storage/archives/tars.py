@@ -67,7 +67,7 @@ def _check_beside(account: Account, tar: Tar, class_tar: str) -> None:
         if entry.name.endswith(".tar"):
             if outer != folder:
                 raise account.refused(entry.name, f"lies in another folder than {class_tar!r}; keep class tars in one")
-        elif outer and is_image_name(entry.name):
+        elif outer not in ("", folder) and is_image_name(entry.name):
             raise account.refused(class_tar, f"a class tar beside class folders with {entry.name!r}; pack one kind")
         else:
             account.pass_over_beside([entry.name])

@@ -351,3 +351,11 @@ def test_one_name_twice(tmp_path: Path) -> None:
             opened.writestr(again, b"")
         for name in ("x.tar", "x.zip"):
             assert f"{name}/a/1.png: two files have this name" in refused(f"{tmp_path}/{name}")
+
+
+def test_an_image_beside_class_tars_is_passed_over_wherever_they_lie(tmp_path: Path) -> None:
+    tars = packing.class_tars(FILES) | {"cover.png": b""}
+    for around in ("", "train/"):
+        archive = open_archive(tar(tmp_path, {f"{around}{name}": data for name, data in tars.items()}))
+        assert names(archive) == sorted(FILES)
+        assert passed(archive) == {"image": (1, f"{around}cover.png")}
