@@ -207,7 +207,7 @@ def packed_folders(rng: random.Random, images: Images, flaw: bool) -> tuple[Entr
 
 def spoilt(rng: random.Random, data: bytes, other: bytes) -> bytes:
     """A part of a file, two files in one, or something else in its place."""
-    return rng.choice([data[: len(data) // 2], data + other, POINTER, PAGE, b""])
+    return rng.choice([data[: len(data.rstrip(b"\0")) // 2], data + other, POINTER, PAGE, b""])
 
 
 def tar_of(rng: random.Random, entries: Entries) -> bytes:

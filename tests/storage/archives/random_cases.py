@@ -155,8 +155,8 @@ def parquet(rng: random.Random, root: Path, images: Images, flaw: bool) -> Part:
     labels = {name: name if kind == "names" else number for number, name in enumerate(names)}
     rows: Rows = [(data, labels[name]) for name in names for data in images[name]]
     rng.shuffle(rows)
-    refused = None
-    if flaw:
+    refused, spoil = None, flaw and rng.random() < 0.3
+    if flaw and not spoil:
         bad, refused = rng.choice([((b"1", None), "None"), ((None, rows[0][1]), "no image bytes"), ((b"1", -1), "-1")])
         if bad[1] == -1 and kind == "names":
             bad, refused = (b"1", ""), "''"
@@ -169,7 +169,7 @@ def parquet(rng: random.Random, root: Path, images: Images, flaw: bool) -> Part:
     files = [write(rows[first::count]) for first in range(count)]
     part = Part("", "", [], images, refused, columns=columns, named=kind != "numbers")
     placed = _placed(rng, root, "parquet", files, "parquet", part)
-    if flaw and rng.random() < 0.3:
+    if spoil:
         path = rng.choice(placed.paths)
         path.write_bytes(rng.choice([POINTER, PAGE, b"", path.read_bytes()[:-50]]))
         placed.refused = path.name

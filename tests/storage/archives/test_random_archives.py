@@ -39,7 +39,8 @@ def check_listing(archive: Archive, reading: Reading) -> None:
         found[class_name, name if named else None, archive.read(member)] += 1
     expected.update(reading.images)
     assert found == expected
-    assert Counter({item.reason.split()[0].strip(":,"): item.count for item in archive.passed_over}) == reading.passed
+    passed = archive.account.passed_over
+    assert Counter({item.reason.split()[0].strip(":,"): item.count for item in passed}) == reading.passed
 
 
 def check_shards(manifest: ShardManifest, split: str, reading: Reading) -> None:
@@ -73,6 +74,7 @@ def run(seed: int, folder: Path) -> None:
     manifest = sharded(ref, folder / "runs")
     assert manifest.class_names == archives["train"].class_names
     for split, reading in readings.items():
+        assert manifest.account[split] == archives[split].account
         check_shards(manifest, split, reading)
 
 
