@@ -343,6 +343,15 @@ def _with_decoded(vae: Vae, images: torch.Tensor) -> torch.Tensor:
     return torch.stack([images, vae.decode((mean - vae.shift_factor) * vae.scaling_factor).cpu()], 1)
 
 
+def check(config: EncodeConfig, shards: ShardManifest, _: PlanContext) -> None:
+    """Check that the split can be encoded; the images need not be packed yet.
+
+    Raises:
+        InputError: as `run`.
+    """
+    _layout(config, _count(config, shards), _shape(config, load_vae(config.vae) if config.vae else None))
+
+
 def estimate(config: EncodeConfig, shards: ShardManifest, plan: PlanContext) -> StageCost:
     """What it takes to encode the split.
 
@@ -376,4 +385,5 @@ DEFINITION = StageDefinition(
     lambda config, _: vae_inputs(config.vae),
     estimate,
     {"encode": "images passed through the autoencoder's encoder in a second, on one rank"},
+    check,
 )

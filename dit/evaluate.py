@@ -21,7 +21,7 @@ from dit.metrics.frechet import Statistics
 from dit.metrics.measure import KEPT_REFERENCE, Measure, conditions, modes, names, title
 from dit.metrics.reference import reference
 from dit.metrics.sets import NOISE_SEED, NoiseImages, SplitImages, StoredImages
-from dit.metrics.summary import Summary, compare
+from dit.metrics.summary import Summary, check_counts, compare
 from dit.ranks import joined
 from dit.rates import at_once, extractor_rate
 from dit.sample import SampleManifest
@@ -105,6 +105,7 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
         sets = _sets(samples, latents.parent("shards", ShardManifest), latents.split)
         held_out = sets.held_out.count if sets.held_out else 0
         counts = _counts(sets.samples.count, sets.training.count, held_out)
+        check_counts(counts["reference"], counts["samples"])
         measure = Measure(extractor, tracker, _total(counts), config.batch_size, ranks)
         summaries = _summaries(measure, sets, counts, out.root)
         if ranks.first:
@@ -214,14 +215,30 @@ def _of_sets(sets: _Sets) -> dict[str, str | int | float]:
     }
 
 
+def check(config: EvaluateConfig, samples: SampleManifest, plan: PlanContext) -> None:
+    """Check that there are images enough, and that the extractor reads images of this size.
+
+    Raises:
+        InputError: as `run`.
+    """
+    counts = _planned(samples, plan)
+    check_counts(counts["reference"], counts["samples"])
+    load_extractor(config.extractor)(np.zeros((1, samples.resolution, samples.resolution, 3), np.uint8))
+
+
+def _planned(samples: SampleManifest, plan: PlanContext) -> dict[str, int]:
+    """The numbers of images, some of which may not exist yet."""
+    held_out = plan.manifest(ShardManifest).splits.get(HELD_OUT)
+    return _counts(samples.counts["images"], plan.manifest(LatentManifest).count, held_out.count if held_out else 0)
+
+
 def estimate(config: EvaluateConfig, samples: SampleManifest, plan: PlanContext) -> StageCost:
     """What it takes to measure the samples.
 
     Raises:
         InputError: the extractor cannot be loaded.
     """
-    held_out = plan.manifest(ShardManifest).splits.get(HELD_OUT)
-    counts = _counts(samples.counts["images"], plan.manifest(LatentManifest).count, held_out.count if held_out else 0)
+    counts = _planned(samples, plan)
     rate = plan.rate("evaluate", lambda: extractor_rate(config.extractor, samples.resolution))
     return StageCost(
         images=counts["reference_kept"] + counts["samples"],
@@ -242,4 +259,5 @@ DEFINITION = StageDefinition(
     lambda config, _: {"extractor": weights_sha256(config.extractor)},
     estimate,
     {"evaluate": "images passed through the feature extractor in a second"},
+    check,
 )

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dit.devices import Arithmetic, arithmetic, device, dtype
-from dit.diffusion.config import EDMConfig, ProcessConfig
+from dit.diffusion.config import DiffusionConfig, EDMConfig, ProcessConfig
 from dit.diffusion.edm import EDM
 from dit.diffusion.gaussian import GaussianDiffusion
 from dit.diffusion.process import Denoiser
+from dit.diffusion.respace import kept_timesteps
 from dit.export import CheckpointManifest, ModelCard, Trained, load, weights_file
 from dit.models.config import ModelConfig
 from dit.models.cost import cost
@@ -27,7 +28,7 @@ from dit.rates import at_once, decoder_rate, forward_rate
 from dit.samplers.ddim import ddim
 from dit.samplers.ddpm import ddpm
 from dit.samplers.guidance import UNGUIDED, Channels, Guided, Schedule
-from dit.samplers.heun import heun
+from dit.samplers.heun import heun, noise_levels
 from dit.samplers.noise import SampleNoise
 from dit.samplers.state import State, StepNoise, last
 from dit.vae import Vae, VaeRef, load_vae, vae_inputs
@@ -285,8 +286,13 @@ def _labels(config: SampleConfig, indices: range, num_classes: int) -> torch.Ten
     return SampleNoise(config.seed, indices, (1, 1, 1)).labels(num_classes)
 
 
-def open_decoder(config: SampleConfig, card: ModelCard) -> Vae | None:
+def open_decoder(config: SampleConfig, card: ModelCard, on: torch.device | str | None = None) -> Vae | None:
     """Load the decoder of a model's latents; None for a model on pixels.
+
+    Args:
+        config: how to sample.
+        card: of the model.
+        on: device of the decoder; None for the one that samples are drawn on.
 
     Raises:
         InputError: sampler or decoder do not fit the model, or the decoder cannot be loaded.
@@ -295,13 +301,13 @@ def open_decoder(config: SampleConfig, card: ModelCard) -> Vae | None:
     ref = config.vae or card.vae_ref
     if ref is None:
         return None
-    vae = load_vae(ref, device(), dtype(config.precision))
-    _check(vae, card)
+    vae = load_vae(ref, on or device(), dtype(config.precision))
+    _check_decoder(vae, card)
     return vae
 
 
 def check_process(config: SampleConfig, card: ModelCard) -> None:
-    """Check that sampler and guidance fit the model's process.
+    """Check that sampler, steps and guidance fit the model's process.
 
     Raises:
         InputError: they do not fit.
@@ -315,6 +321,20 @@ def check_process(config: SampleConfig, card: ModelCard) -> None:
         raise InputError(f"sample.guidance_scale: {reason}; use 1")
     if edm and config.guidance_schedule == "power_cosine":
         raise InputError("sample.guidance_schedule: power_cosine needs timesteps, which EDM has not; use constant")
+    if isinstance(card.diffusion, DiffusionConfig):
+        kept_timesteps(card.diffusion.steps, config.steps)
+    else:
+        noise_levels(config.steps, config.sigma_min, config.sigma_max, config.rho)
+
+
+def check(config: SampleConfig, checkpoint: CheckpointManifest, _: PlanContext) -> None:
+    """Check that the samples can be drawn from a model that may not be trained yet.
+
+    Raises:
+        InputError: as `run`, unless the checkpoint is damaged.
+    """
+    _weights(config, checkpoint.card)
+    open_decoder(config, checkpoint.card, "cpu")
 
 
 def _weights(config: SampleConfig, card: ModelCard) -> str:
@@ -326,7 +346,7 @@ def _weights(config: SampleConfig, card: ModelCard) -> str:
     return file
 
 
-def _check(vae: Vae, card: ModelCard) -> None:
+def _check_decoder(vae: Vae, card: ModelCard) -> None:
     """Check that the decoder fits the model."""
     if card.vae is None:
         raise InputError("sample.vae: the model works on pixels and needs no decoder; remove it")
@@ -396,4 +416,5 @@ DEFINITION = StageDefinition(
         "sample": "FLOP of the model's forward passes in a second, on one rank",
         "decode": "latents decoded to images in a second, on one rank",
     },
+    check,
 )

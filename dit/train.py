@@ -182,13 +182,18 @@ def _card(config: TrainConfig, latents: LatentManifest) -> ModelCard:
     )
 
 
-def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentManifest, ranks: Ranks) -> Batches:
-    if config.batch_size % ranks.world_size:
-        raise InputError(f"train.batch_size: {config.batch_size} is not a multiple of the {ranks.world_size} ranks")
+def _check(config: TrainConfig, latents: LatentManifest, ranks: int) -> None:
+    """Check that the config fits the latents and the number of ranks."""
+    if config.batch_size % ranks:
+        raise InputError(f"train.batch_size: {config.batch_size} is not a multiple of the {ranks} ranks")
     if config.flips and latents.vae and latents.flips == 1:
         raise InputError("train.flips: the latents have no mirror images; set encode.flips=true or train.flips=false")
     if config.augmentation and latents.vae:
         raise InputError("train.augmentation: works on pixels, and the data are latents; set it to 0")
+
+
+def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentManifest, ranks: Ranks) -> Batches:
+    _check(config, latents, ranks.world_size)
     start = ranks.agreed(uuid4().hex) if config.verify == "every_start" else None
     return Batches(
         data=open_data(latents, streamed=config.reading == "streamed", start=start),
@@ -205,6 +210,11 @@ def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentMani
         streamed=config.reading == "streamed",
         dropout=model_config.uses_dropout,
     )
+
+
+def _decays(config: TrainConfig) -> dict[str, float]:
+    """The decays of the averages of the weights, by name."""
+    return {"ema": config.ema_decay} | {f"ema-{decay}": decay for decay in config.ema_decays}
 
 
 def _adam_eps(config: TrainConfig, model_config: ModelConfig) -> float:
@@ -228,8 +238,7 @@ def _initial_state(config: TrainConfig, model_config: ModelConfig, ranks: Ranks)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     eps = _adam_eps(config, model_config)
     optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay, eps=eps, fused=True)
-    decays = {"ema": config.ema_decay} | {f"ema-{decay}": decay for decay in config.ema_decays}
-    averages = {name: EMA(model, decay, config.ema_ramp) for name, decay in decays.items()}
+    averages = {name: EMA(model, decay, config.ema_ramp) for name, decay in _decays(config).items()}
     return TrainState(model, averages, optimizer)
 
 
@@ -373,24 +382,23 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
     share = -(-config.batch_size // ranks)
     batch = min(share, config.micro_batch or share)
     work, images = cost(card.model), config.steps * config.batch_size
-    held = work.memory | {"ema": (1 + len(config.ema_decays)) * work.memory["ema"]}
+    decays, saved = _decays(config), min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
+    held = work.memory | {"ema": len(decays) * work.memory["ema"]}
     whole = held["gradients"] if batch < share else 0  # every rank accumulates all of them
     checkpoint = held["weights"] + held["adamw"] + held["ema"]
     rate = plan.rate("train", lambda: training_rate(card.model, batch, config.precision))
-    uneven = f"train.batch_size: {config.batch_size} is not a multiple of the {ranks} ranks"
     return StageCost(
         images=images,
-        objects=2 * config.keep_checkpoints + 5,
-        size=config.keep_checkpoints * checkpoint + held["weights"] + held["ema"],
+        objects=2 * saved + 5,
+        size=saved * checkpoint + held["weights"] + held["ema"],
         units=config.steps,
         done=max(map(newest_step, [plan.out, *shorter_runs(plan.out, config, decay=config.decay)])),
         seconds=images * work.training_flops / rate / at_once(ranks),
-        leaves={"card": card},
+        leaves={"card": card.model_copy(update={"weights": dict.fromkeys(map(weights_file, ("raw", *decays)), "")})},
         unit="steps",
         memory=(sum(held.values()) - whole) // _parts(config, plan) + whole + _activations(config, card.model, batch),
         copied=None if config.reading == "streamed" else bytes_to_stage(latents),
         save_memory="train.micro_batch, train.checkpoint_activations, train.parallel=fsdp or more ranks (launch)",
-        problems=(uneven,) if config.batch_size % ranks else (),
     )
 
 
@@ -411,4 +419,5 @@ DEFINITION = StageDefinition(
     run,
     estimate=estimate,
     rates={"train": "FLOP of training steps in a second, on one rank"},
+    check=lambda config, latents, plan: _check(config, latents, plan.world_size),
 )

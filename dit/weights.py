@@ -77,6 +77,7 @@ def refuse_stand_in(url: str) -> None:
 
     Raises:
         InputError: it is empty, or something else.
+        StorageError: it is absent or cannot be read.
     """
     if (instead := uri.stand_in(url)) is not None:
         raise InputError(f"{uri.redact(url)}: {instead}")
@@ -97,10 +98,10 @@ def read_weights(url: str, expected: str | None, hint: str = HINT) -> tuple[byte
     """
     try:
         version, data = uri.version(url), uri.read(url)
+        sha256 = _hashed(url, version, lambda: uri.sha256(data))
     except StorageError as error:
         raise InputError(f"{error}; {hint}") from error
-    refuse_stand_in(url)
-    return data, _checked(url, _hashed(url, version, lambda: uri.sha256(data)), expected)
+    return data, _checked(url, sha256, expected)
 
 
 def weights_hash(url: str, expected: str | None, hint: str = HINT) -> str:
@@ -109,7 +110,6 @@ def weights_hash(url: str, expected: str | None, hint: str = HINT) -> str:
         sha256 = _hashed(url, uri.version(url), lambda: uri.file_sha256(url))
     except StorageError as error:
         raise InputError(f"{error}; {hint}") from error
-    refuse_stand_in(url)
     return _checked(url, sha256, expected)
 
 
@@ -118,6 +118,7 @@ def _hashed(url: str, version: dict[str, str] | None, compute: Callable[[], str]
     known = _HASHES.get(url)
     if version and known and known[0] == version == uri.version(url):
         return known[1]
+    refuse_stand_in(url)
     sha256 = compute()
     if version and version == uri.version(url):  # else the file changed meanwhile
         _HASHES[url] = version, sha256

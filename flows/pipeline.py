@@ -8,6 +8,7 @@ from prefect.artifacts import create_table_artifact
 
 from flows.contract import STAGES, Outcome
 from flows.perform import SKIPPED, RunSettings
+from flows.plan.preflight import preflight
 from flows.recipe import Recipe
 from flows.report.page import publish
 from flows.stages import HERE, stage_flow
@@ -18,7 +19,8 @@ from storage.manifest import Manifest
 
 @flow(flow_run_name="{recipe.name}")
 def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
-    """Run every stage of a recipe in turn. Finished stages are skipped."""
+    """Check that every stage can run, and run them in turn. Finished stages are skipped."""
+    preflight(recipe, settings.root, force=settings.force)
     settings = settings.model_copy(update={"pipeline_id": recipe.pipeline_id})
     outcomes: dict[str, Outcome] = {}
     with runs.pipeline_run(recipe.pipeline_id, settings.root) as run_id:

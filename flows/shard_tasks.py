@@ -9,7 +9,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 from prefect import Task, task
@@ -19,6 +18,7 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.children import set_parent_death_signal
+from flows.runner_packages import runner_package
 from storage.errors import DitflowError, InputError, one_line
 from storage.shards.runners import Dask, Processes, Ray, Runner, Threads
 from storage.shards.shard import Build, BuildResult, Distribute
@@ -98,15 +98,11 @@ def _task_runner(runner: Runner) -> TaskRunner[Any]:
         case Dask():
             here = {"n_workers": os.cpu_count(), "threads_per_worker": 1, "dashboard_address": None}
             place = {"address": runner.address} if runner.address else {"cluster_kwargs": here}
-            return _extra(runner, "prefect_dask", "DaskTaskRunner", **place)
+            return _extra(runner, "DaskTaskRunner", **place)
         case Ray():
-            return _extra(runner, "prefect_ray", "RayTaskRunner", address=runner.address)
+            return _extra(runner, "RayTaskRunner", address=runner.address)
 
 
-def _extra(runner: Dask | Ray, package: str, name: str, **options: Any) -> TaskRunner[Any]:
-    try:
-        started: TaskRunner[Any] = getattr(import_module(package), name)(**options)
-        return started
-    except ImportError as error:
-        text = f"needs {package.replace('_', '-')} here and on its workers; pip install 'ditflow[{runner.kind}]'"
-        raise InputError(f"shard.runner: {runner.kind} {text} ({error})") from error
+def _extra(runner: Dask | Ray, name: str, **options: Any) -> TaskRunner[Any]:
+    started: TaskRunner[Any] = getattr(runner_package(runner), name)(**options)
+    return started

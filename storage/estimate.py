@@ -39,8 +39,6 @@ class StageCost:
     """What to change in the config for a smaller output."""
     save_memory: str = ""
     """What to change in the config for less memory."""
-    problems: tuple[str, ...] = ()
-    """Other problems that will stop the stage."""
 
 
 @dataclass(frozen=True)

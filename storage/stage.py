@@ -31,6 +31,10 @@ class Run(Protocol[ConfigIn, SourceIn, MadeOut]):
         """
 
 
+def no_check(_: Any, __: Any, ___: PlanContext) -> None:
+    """Nothing to check."""
+
+
 def no_inputs(_: Any, __: Any) -> dict[str, str]:
     """No inputs besides config and source."""
     return {}
@@ -48,6 +52,8 @@ class StageDefinition(Generic[ConfigT, SourceT, MadeT]):
         inputs: digests by name of all inputs besides config and source, such as weights.
         estimate: estimates the cost; None for a stage that costs too little to be planned.
         rates: the rates that the estimate asks for, by name, each with a description and its unit.
+        check: raises an `InputError` for what would stop the stage, known before its source exists: the source and
+            the manifests before it may be estimates. What it calls, ``run`` calls too. Runs on the CPU.
     """
 
     config: type[ConfigT]
@@ -57,3 +63,4 @@ class StageDefinition(Generic[ConfigT, SourceT, MadeT]):
     inputs: Callable[[ConfigT, SourceT], dict[str, str]] = no_inputs
     estimate: Callable[[ConfigT, SourceT, PlanContext], StageCost] | None = None
     rates: Mapping[str, str] = field(default_factory=dict)
+    check: Callable[[ConfigT, SourceT, PlanContext], None] = no_check

@@ -16,6 +16,7 @@ from dit.metrics.inception_score import SPLIT, InceptionScore
 from dit.metrics.kernel import kernel_distance
 from dit.metrics.precision_recall import NEIGHBOUR, Mode, precision_recall
 from dit.metrics.resample import DRAWS, POINTS, fd_infinity, fd_standard_error
+from storage.errors import InputError
 
 SEED: Final = 0
 CONDITIONS: Final[dict[str, str | int | float]] = {
@@ -122,6 +123,21 @@ class Names:
     def score(self) -> str:
         """The inception score."""
         return "inception_score" if self.published else "classifier_score"
+
+
+def check_counts(reference: int, samples: int) -> None:
+    """Check that there are images enough for every metric.
+
+    Args:
+        reference: number of reference images.
+        samples: number of samples.
+
+    Raises:
+        InputError: there are not.
+    """
+    if min(reference, samples) <= NEIGHBOUR:
+        need = f"metrics need at least {NEIGHBOUR + 1} reference images and samples, not {reference:,} and {samples:,}"
+        raise InputError(f"evaluate: {need}; set sample.count or evaluate=null, or add training images")
 
 
 def compare(reference: Summary, samples: Summary, names: Names, modes: tuple[Mode, ...]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from dit.devices import Arithmetic, device
 from dit.diffusion.config import EDMConfig
 from dit.export import ModelCard, Trained, rebuilt
 from dit.sample import SampleConfig, generate, open_decoder, picture
+from dit.samplers.guidance import UNGUIDED
 from dit.vae import Vae
 from storage.errors import DitflowError
 
@@ -30,6 +31,8 @@ class SampleGrid:
         self._card = card
         sampler = "heun" if isinstance(card.diffusion, EDMConfig) else "ddim"
         fields = {"labels": "balanced", "sampler": sampler, "steps": STEPS, "precision": precision}
+        if not card.model.label_dropout:
+            fields["guidance_scale"] = UNGUIDED
         self._config = SampleConfig.model_validate(fields | {"count": COUNT, "batch_size": BATCH})
 
     @cached_property

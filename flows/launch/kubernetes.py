@@ -28,6 +28,16 @@ _TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT[\d:]{8}(\.\d+)?Z")
 Object = dict[str, Any]
 
 
+def check() -> None:
+    """Check that jobs can be applied from here.
+
+    Raises:
+        InputError: kubectl is not installed.
+    """
+    if shutil.which("kubectl") is None:
+        raise InputError("launch: no kubectl on the path; start the flow on a machine that can reach the cluster")
+
+
 def run(spec: WorkerSpec, launch: KubernetesLaunch, *, progress: Progress, log: Logger) -> None:
     """Apply the stage's job and follow it to its end.
 
@@ -37,8 +47,7 @@ def run(spec: WorkerSpec, launch: KubernetesLaunch, *, progress: Progress, log: 
         InputError: kubectl is not installed here, the cluster refuses the job, or a rank found the input wrong.
         WorkerError: a rank failed, or somebody deleted the job.
     """
-    if shutil.which("kubectl") is None:
-        raise InputError("launch: no kubectl on the path; start the flow on a machine that can reach the cluster")
+    check()
     objects = json.dumps({"apiVersion": "v1", "kind": "List", "items": manifest(spec, launch)})
     applied = _kubectl(launch, "apply", "-f", "-", stdin=objects)
     if applied.returncode:

@@ -70,12 +70,26 @@ def run(spec: WorkerSpec, launch: SlurmLaunch, *, progress: Progress, log: Logge
     raise WorkerError(f"{error}; launch.max_restarts ({launch.max_restarts}) is used up; see {folder / 'job.log'}")
 
 
-def _folder(spec: WorkerSpec, launch: SlurmLaunch) -> Path:
+def check(launch: SlurmLaunch, output: str) -> Path:
+    """Check that jobs can be submitted from here; return the local folder for scripts and logs.
+
+    Args:
+        launch: how they are submitted.
+        output: URL of the stage's output, or of a folder above it.
+
+    Raises:
+        InputError: Slurm is not installed here, or there is no such folder.
+    """
     if shutil.which("sbatch") is None:
         raise InputError("launch: no sbatch on the path; start the flow on a machine that can submit Slurm jobs")
-    given = uri.local_path(launch.folder) if launch.folder else uri.local_path(spec.output.uri)
+    given = uri.local_path(launch.folder) if launch.folder else uri.local_path(output)
     if given is None:
         raise InputError("launch.folder: the output is remote; name a folder on all nodes for the job's script and log")
+    return given
+
+
+def _folder(spec: WorkerSpec, launch: SlurmLaunch) -> Path:
+    given = check(launch, spec.output.uri)
     folder = given.absolute() / "slurm" / spec.output.header.folder_name if launch.folder else given / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

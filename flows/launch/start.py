@@ -56,6 +56,22 @@ def run(spec: WorkerSpec, launch: LaunchSpec, *, progress: Progress, log: Logger
     return None
 
 
+def check(launch: LaunchSpec, root: str) -> None:
+    """Check that ranks can be started from this machine; nothing is started.
+
+    Args:
+        launch: where the ranks run.
+        root: folder or URL of all outputs.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if isinstance(launch, SlurmLaunch):
+        slurm.check(launch, root)
+    if isinstance(launch, KubernetesLaunch):
+        kubernetes.check()
+
+
 def _run_torchrun(spec: WorkerSpec, launch: LocalLaunch | NodesLaunch, ranks: RankLog) -> None:
     with tempfile.TemporaryDirectory(prefix="ditflow-") as folder:
         path = Path(folder) / "spec.json"

@@ -67,9 +67,9 @@ def plan(recipe: Recipe, root: str, given: Mapping[str, float]) -> Plan:
         StorageError: a store does not answer.
     """
     rates = dict(given)
-    stages = list(_estimates(recipe, root, rates))
+    stages = list(estimates(recipe, root, rates))
     lines = tuple(each.line() for each in stages)
-    missing, there = sum(line.missing for line in lines), _free(root)
+    missing, there = sum(line.missing for line in lines), free(root)
     memory, memory_there, copy = max(each.cost.memory for each in stages), _memory(), _copy(stages)
     return Plan(
         recipe=recipe.name,
@@ -83,7 +83,7 @@ def plan(recipe: Recipe, root: str, given: Mapping[str, float]) -> Plan:
         archive=tuple(
             line for each in stages if isinstance(each.manifest, ShardManifest) for line in summary(each.manifest)
         ),
-        problems=(*_no_disk(stages, root, missing, there), *_in_stages(stages, recipe, memory_there), *_no_room(copy)),
+        problems=(*no_disk(stages, root, missing, there), *_no_memory(stages, recipe, memory_there), *_no_room(copy)),
     )
 
 
@@ -106,21 +106,33 @@ def read_rates(path: str | None) -> dict[str, float]:
         raise InputError(f"--rates {path}: {problem(error)}") from error
 
 
-def _estimates(recipe: Recipe, root: str, rates: dict[str, float]) -> Iterator[StageEstimate]:
-    """The estimates of all stages that have one, in the order of the pipeline."""
+def estimates(recipe: Recipe, root: str, rates: dict[str, float], *, force: bool = False) -> Iterator[StageEstimate]:
+    """Check the stages that are not done; the estimates of all that have one, in the order of the pipeline.
+
+    Args:
+        recipe: the recipe.
+        root: folder or URL of all outputs.
+        rates: rates of a machine; those that are missing are measured and added.
+        force: whether the stages will run again, into new folders.
+
+    Raises:
+        InputError: something would stop a stage.
+    """
     before: dict[str, Manifest] = {}
     launch = recipe.launch
     nodes = 1 if isinstance(launch, LocalLaunch) else launch.nodes
     for name in recipe.stages:
         stage, config = STAGES[name], recipe.config_of(name)
         definition = stage.definition
+        source = before[stage.reads] if stage.reads else recipe.archive
+        out = stage.output(root, config, source, force=force)
+        context = PlanContext(out, rates, launch.world_size if stage.ranked else 1, nodes, before)
+        made = out.committed(stage.kind)
+        if made is None:
+            definition.check(config, source, context)
         if definition.estimate is None:
             continue
-        source = before[stage.reads] if stage.reads else recipe.archive
-        out = stage.output(root, config, source)
-        world_size = launch.world_size if stage.ranked else 1
-        cost = definition.estimate(config, source, PlanContext(out, rates, world_size, nodes, before))
-        made = out.committed(stage.kind)
+        cost = definition.estimate(config, source, context)
         before[name] = made or out.manifest(stage.kind, **cost.leaves)
         yield StageEstimate(name, cost, before[name], made is not None)
 
@@ -131,7 +143,8 @@ def _copy(stages: list[StageEstimate]) -> Copy | None:
     return Copy(str(cache.root()), sum(sizes), _room(cache.root())) if sizes else None
 
 
-def _free(root: str) -> int | None:
+def free(root: str) -> int | None:
+    """Free bytes on the disk of a root; None if it is remote."""
     path = uri.local_path(root)
     return None if path is None else _room(path)
 
@@ -148,22 +161,21 @@ def _memory() -> int:
     return int(psutil.virtual_memory().total)
 
 
-def _no_disk(stages: list[StageEstimate], root: str, disk: int, there: int | None) -> Iterator[str]:
+def no_disk(stages: list[StageEstimate], root: str, disk: int, there: int | None) -> Iterator[str]:
     """The problem, if the outputs do not fit on the disk."""
     if there is not None and disk > there:
         change = ", or ".join(["name a larger --root", *filter(None, (each.cost.save_disk for each in stages))])
         yield f"{root}: {disk / 1e9:,.1f} GB to write, {there / 1e9:,.1f} GB are free; {change}"
 
 
-def _in_stages(stages: list[StageEstimate], recipe: Recipe, there: int) -> Iterator[str]:
-    """The problems of the stages: too little memory, and what they report themselves."""
+def _no_memory(stages: list[StageEstimate], recipe: Recipe, there: int) -> Iterator[str]:
+    """The problem of each stage that has too little memory."""
     ranks = recipe.launch.world_size
     for each in stages:
         cost = each.cost
         if cost.memory * ranks // at_once(ranks) > there:
             need = f"{cost.memory / 2**30:,.1f} GiB on each of {ranks} ranks"
             yield f"{each.stage}: needs {need}, and there are {there / 2**30:,.1f} GiB; {cost.save_memory}"
-        yield from cost.problems
 
 
 def _no_room(copy: Copy | None) -> Iterator[str]:

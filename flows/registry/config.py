@@ -32,7 +32,7 @@ class PromotionRule(Config):
 class RegisterConfig(Config):
     """How a model is registered in MLflow."""
 
-    model_name: str = Field("ditflow", pattern=r"^[^/:]+$")
+    model_name: str = Field("ditflow", pattern=r"^[^/:]+$", max_length=256)
     """Name of the registered model."""
     alias: str = Field(CANDIDATE, pattern=r"^[A-Za-z0-9_-]+$")
     """Alias that the new version receives."""

@@ -18,8 +18,10 @@ import mlflow
 import numpy as np
 import pandas as pd
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from mlflow.utils import validation
 from packaging.requirements import Requirement
 
 from dit.evaluate import MetricsManifest
@@ -31,7 +33,8 @@ from flows.registry.promotion import EVALUATION_TAG, Evaluation, apply_rule
 from flows.tracking.runs import DIGEST_TAG, MANIFEST_TAG, tracking_uri
 from storage import uri
 from storage.code_version import code_version
-from storage.errors import DitflowError
+from storage.errors import DitflowError, InputError, one_line
+from storage.estimate import PlanContext
 from storage.latents import LatentManifest
 from storage.manifest import MANIFEST, StageOutput
 from storage.seal import sealed
@@ -86,6 +89,24 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
         alias=config.alias,
         promotion=promotion,
     )
+
+
+def check(config: RegisterConfig, _: MetricsManifest, __: PlanContext) -> None:
+    """Check the names by MLflow's own rules.
+
+    Raises:
+        InputError: MLflow refuses one of them.
+    """
+    rules = {
+        "model_name": (validation._validate_model_name,),
+        "alias": (validation._validate_model_alias_name, validation._validate_model_alias_name_reserved),
+    }
+    for name, validators in rules.items():
+        for validate in validators:
+            try:
+                validate(getattr(config, name))
+            except MlflowException as error:
+                raise InputError(f"registry.{name}: MLflow refuses it: {one_line(error)}") from error
 
 
 def emit(event: str, model_name: str, payload: dict[str, Any], once: UUID | None = None) -> None:
@@ -194,4 +215,4 @@ def _signature(sampling: SampleConfig) -> ModelSignature:
     )
 
 
-DEFINITION = StageDefinition(RegisterConfig, ModelManifest, VERSION, run)
+DEFINITION = StageDefinition(RegisterConfig, ModelManifest, VERSION, run, check=check)

@@ -8,7 +8,7 @@ the image files are not changed, and the same images give the same tars, byte fo
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from threading import Lock
 from typing import ClassVar
 
@@ -362,7 +362,7 @@ def estimate(config: ShardConfig, archive: ArchiveRef, plan: PlanContext) -> Sta
     """
     archives = open_splits(archive)
     train = archives["train"]
-    rate, mean_size = timed(train, local_workers(config.runner))
+    measured = cache(lambda: timed(train, local_workers(config.runner)))
     counts = {split: len(source.members) for split, source in archives.items()}
     shards, images = sum(-(-count // config.images_per_shard) for count in counts.values()), sum(counts.values())
     members = (member for source in archives.values() for member in source.members)
@@ -370,10 +370,10 @@ def estimate(config: ShardConfig, archive: ArchiveRef, plan: PlanContext) -> Sta
     return StageCost(
         images=images,
         objects=2 * shards + 2,
-        size=packed_size([member.size or round(mean_size) for member in members]),
+        size=packed_size([member.size or round(measured()[1]) for member in members]),
         units=shards,
         done=plan.records(),
-        seconds=images / plan.rate("shard", lambda: rate),
+        seconds=images / plan.rate("shard", lambda: measured()[0]),
         leaves={"class_names": train.class_names, "splits": splits, "unreadable": (), "account": _account(archives)},
     )
 

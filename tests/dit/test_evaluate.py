@@ -292,10 +292,10 @@ def test_samples_that_were_damaged_are_not_measured(
     assert not list(tmp_path.glob(f"{MetricsManifest.STAGE}/*/manifest.json"))
 
 
-@pytest.mark.parametrize(("count", "needed"), [(1, 2), (3, 4)])
+@pytest.mark.parametrize("count", [1, 3])
 def test_a_few_samples_are_too_few(
-    tmp_path: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig, count: int, needed: int
+    tmp_path: Path, checkpoint: CheckpointManifest, judge: EvaluateConfig, count: int
 ) -> None:
     few = as_samples(tmp_path, checkpoint, np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int32))
-    with pytest.raises(InputError, match=f"needs at least {needed} samples, not {count}"):
+    with pytest.raises(InputError, match=f"need at least 4 reference images and samples, not .* and {count};"):
         tiny.run_evaluate(tmp_path, judge, few)

@@ -134,12 +134,18 @@ def test_parts_take_their_share_of_the_memory(images: Path, root: Path, rates: P
 
 
 def test_every_average_takes_its_memory_and_its_disk(images: Path, root: Path, rates: Path) -> None:
+    many = ["train.steps=5", "train.checkpoint_every=1"]
     plain, more = (
-        planned(recipe_of(images, root, *further), root, rates) for further in ([], ["train.ema_decays=[0.9, 0.99]"])
+        planned(recipe_of(images, root, *many, *further), root, rates)
+        for further in ([], ["train.ema_decays=[0.9, 0.99]"])
     )
     ema = cost(recipe_of(images, root).train.model.config(_given())).memory["ema"]
     assert more.memory - plain.memory == 2 * ema
     assert more.lines[2].size - plain.lines[2].size == 2 * ema * (recipe_of(images, root).train.keep_checkpoints + 1)
+    short = planned(recipe_of(images, root, "train.steps=2", "train.checkpoint_every=1"), root, rates)
+    none = planned(recipe_of(images, root, "train.steps=2", "train.checkpoint_every=2"), root, rates)
+    assert (plain.lines[2].objects, short.lines[2].objects, none.lines[2].objects) == (9, 7, 5)
+    assert plain.lines[2].size > short.lines[2].size > none.lines[2].size
 
 
 def test_micro_batches_and_recomputed_blocks_keep_less(images: Path, root: Path, rates: Path) -> None:
@@ -165,7 +171,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1000))
         said = refused(capsys, arguments)
-        assert f"error: {root}: 0.1 GB to write, 0.0 GB are free; name a larger --root, or encode.flips" in said
+        assert f"error: {root}: 0.0 GB to write, 0.0 GB are free; name a larger --root, or encode.flips" in said
     with monkeypatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: namedtuple("memory", "total")(1 << 20))
         assert "train: needs" in refused(capsys, arguments)

@@ -1,0 +1,37 @@
+"""The optional packages of some runners of shards; apart from `flows.shard_tasks`, which imports Prefect."""
+
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+from storage.errors import InputError
+from storage.shards.runners import Dask, Ray, Runner
+
+PACKAGES = {"dask": "prefect_dask", "ray": "prefect_ray"}
+
+
+def check_runner(runner: Runner) -> None:
+    """Check that the package of a runner is installed here, without importing it.
+
+    Raises:
+        InputError: it is not.
+    """
+    if isinstance(runner, Dask | Ray) and find_spec(PACKAGES[runner.kind]) is None:
+        raise InputError(_missing(runner, "not installed"))
+
+
+def runner_package(runner: Dask | Ray) -> ModuleType:
+    """The package of a runner.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    try:
+        return import_module(PACKAGES[runner.kind])
+    except ImportError as error:
+        raise InputError(_missing(runner, error)) from error
+
+
+def _missing(runner: Dask | Ray, reason: object) -> str:
+    needs = f"needs {PACKAGES[runner.kind].replace('_', '-')} here and on its workers"
+    return f"shard.runner: {runner.kind} {needs}; pip install 'ditflow[{runner.kind}]' ({reason})"
