@@ -82,7 +82,7 @@ class Account:
     def closed(self) -> SplitAccount:
         """What was counted and noted."""
         counts = sorted(self._counts.items())
-        passed_over = (PassedOver(reason=reason, count=count, first=first) for reason, (count, first) in counts)
+        passed_over = (PassedOver(reason=reason, count=count, first=shown(first)) for reason, (count, first) in counts)
         return SplitAccount(passed_over=tuple(passed_over), notes=tuple(self.notes))
 
     def pass_over(self, reason: str, path: str) -> None:
@@ -129,7 +129,12 @@ class Account:
 
     def refused(self, path: str, problem: str) -> InputError:
         """The error for an entry."""
-        return InputError(f"{self.where}/{path}: {problem}")
+        return InputError(f"{self.where}/{shown(path)}: {problem}")
+
+
+def shown(name: str) -> str:
+    """A name from an archive as it may be printed and stored: with escapes for what is not printable."""
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def is_image_name(path: str) -> bool:

@@ -11,6 +11,7 @@ from storage.archives.account import (
     check_splits,
     is_archive_name,
     is_image_name,
+    shown,
 )
 from storage.archives.listing import ListedFile
 
@@ -58,7 +59,7 @@ def class_folders(
         raise account.refused(f"{top}{empty[0]}", "class folder without files; fill it or remove it")
     deep = [file for file in listed if "/" in file.path]
     if deep:
-        text = f"images in folders below their class folder: {len(deep):,} (first: {top}{deep[0].name})"
+        text = f"images in folders below their class folder: {len(deep):,} (first: {shown(top + deep[0].name)})"
         account.notes.append(text)
     return listed
 
@@ -115,7 +116,7 @@ class Tree:
             InputError: two are.
         """
         for folder, names in self.below.items():
-            check_splits(f"{where}/{folder}".rstrip("/"), names)
+            check_splits(f"{where}/{shown(folder)}".rstrip("/"), names)
 
     def _add(self, folder: str) -> str:
         """Add a folder with those that hold it; return its path with a slash."""

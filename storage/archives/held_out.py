@@ -10,7 +10,7 @@ import struct
 import zlib
 
 from storage import uri
-from storage.archives.account import Account
+from storage.archives.account import Account, is_image_name, shown
 from storage.archives.listing import Archive, ListedFile, first_line
 from storage.archives.tar_index import Span, index, list_tars, span_reader
 from storage.errors import InputError
@@ -51,7 +51,9 @@ def open_labelled_tar(url: str, labels: str, class_names: tuple[str, ...] | None
     is_devkit = uri.redact(labels).lower().endswith(_DEVKITS)
     lines = _devkit(labels) if is_devkit else _lines(uri.redact(labels), uri.read(labels))
     if len(lines) != len(entries):
-        counts = f"{len(lines):,} class names for the {len(entries):,} files of {where}"
+        others = [shown(entry.name) for entry in entries if not is_image_name(entry.name)]
+        among = f" (one of them is {others[0]})" if others else ""
+        counts = f"{len(lines):,} class names for the {len(entries):,} files of {where}{among}"
         raise InputError(f"{uri.redact(labels)}: {counts}; write one a line, in the order of the sorted file names")
     labelled = zip(lines, entries, strict=True)
     files = [ListedFile(line, entry.name, entry.span.size, entry.span) for line, entry in labelled]

@@ -6,7 +6,7 @@ To read an image is one range of the outermost file. Labels are read as text; no
 from collections.abc import Iterable, Iterator
 
 from storage import uri
-from storage.archives.account import Account, check_one_split, check_splits, is_archive_name, is_image_name
+from storage.archives.account import Account, check_one_split, check_splits, is_archive_name, is_image_name, shown
 from storage.archives.classes import Found, Tree, class_folders
 from storage.archives.listing import Archive, ListedFile
 from storage.archives.samples import has_labels, samples
@@ -30,7 +30,7 @@ def open_tar(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
     if inner and not has_labels(outer):
         account.add(outer.account)
         _check_beside(account, outer, inner[0].name)
-        spans = tuple((f"{where}/{entry.name}", entry.span) for entry in inner)
+        spans = tuple((f"{where}/{shown(entry.name)}", entry.span) for entry in inner)
         files: Iterable[ListedFile] = _class_tars(account, indexed(fs, spans, stamp))
     elif has_labels(outer):
         files = samples(account, [outer], class_names)

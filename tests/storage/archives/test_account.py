@@ -89,6 +89,20 @@ def test_what_is_no_image_is_counted_by_reason(tmp_path: Path, form: Put) -> Non
     assert open_archive(form(tmp_path / "plain", FILES)).digest == archive.digest
 
 
+def test_names_of_any_bytes_are_shown_in_one_line(tmp_path: Path, form: Put) -> None:
+    line = "".join(open_archive(form(tmp_path, FILES | {"a/.\n\x1b[2J": b""})).account.lines())
+    assert r"(first: a/.\n\x1b[2J)" in line
+    assert r"a/\n.zip: an archive" in refused(form(tmp_path, FILES | {"a/\n.zip": b""}))
+
+
+def test_a_hidden_name_that_is_not_utf8(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", errors="surrogateescape") as packed:
+        for name in ("a/1.png", "a/.\udcff"):
+            packed.addfile(tarfile.TarInfo(name))
+    account = open_archive(f"{tmp_path}/x.tar").account
+    assert r"a/.\udcff" in account.model_dump_json().replace("\\\\", "\\")
+
+
 def test_a_folder_around_the_classes(tmp_path: Path, form: Put) -> None:
     inside = {f"flowers/{name}": data for name, data in FILES.items()}
     archive = open_archive(form(tmp_path, inside | {"flowers/LICENSE.txt": b"", "flowers/.hidden": b""}))

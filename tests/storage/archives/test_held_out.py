@@ -101,6 +101,13 @@ def test_lists_that_do_not_match_the_images(split: ArchiveRef, text: bytes, mess
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_is_no_image_is_named(split: ArchiveRef, tmp_path: Path) -> None:
+    files = {f"val/{number}.png": b"1" for number in (1, 2, 3)}
+    put(tmp_path, packing.tar(files | {"val/README": b"", "val/.DS_Store": b"", "val/Thumbs.db": b""}), "val.tar")
+    with pytest.raises(InputError, match=r"3 class names for the 4 files of .*val\.tar \(one of them is val/README\)"):
+        input_digests(split)
+
+
 def test_a_list_that_is_missing_or_without_a_tar_is_an_error(split: ArchiveRef) -> None:
     with pytest.raises(InputError, match="held_out_labels needs a .tar of images without class folders"):
         open_archive(split.train, None, split.held_out_labels)

@@ -290,7 +290,7 @@ def test_damage_is_named_at_reading(tmp_path: Path, archive: ArchiveRef) -> None
     with pytest.raises(StorageError, match=r"train/00001\.tar: does not hold the bytes that were committed"):
         list(read_images(manifest, "train"))
     path.unlink()
-    with pytest.raises(StorageError, match=r"train/00001\.tar: no such object"):
+    with pytest.raises(StorageError, match=r"train/00001\.tar: is missing; run"):
         list(read_images(manifest, "train"))
     with pytest.raises(InputError, match="has no split 'test', only train, held_out"):
         list(read_images(manifest, "test"))
