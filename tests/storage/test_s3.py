@@ -11,7 +11,7 @@ import pytest
 from s3_endpoint import BUCKET, s3_server
 
 from storage import uri, verify
-from storage.archives.open import ArchiveRef
+from storage.archives.open import ArchiveRef, open_archive
 from storage.errors import StorageError
 from storage.manifest import Manifest, StageOutput, stage_output
 from storage.rows.store import ArraySpec, RowLayout, RowReader, RowWriter
@@ -160,3 +160,15 @@ def test_an_unreachable_store_is_a_one_line_error(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(StorageError, match=r"s3://ditflow/x: cannot be (read|listed|written) \(Could not connect"):
             work("s3://ditflow/x")
     fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_tars_are_chosen_by_a_pattern(root: str) -> None:
+    for number in range(3):
+        tar = packing.tar({"0.png": b"%d" % number, "0.cls": b"7"})
+        uri.write(uri.join(root, f"train-{number:03d}.tar"), tar)
+        uri.write(uri.join(root, f"val-{number:03d}.tar"), tar)
+    for pattern in ("train-*.tar", "train-{000..002}.tar", "train-00[0-9].tar"):
+        archive = open_archive(uri.join(root, pattern))
+        assert [(m.name, archive.read(m)) for m in archive.members] == [
+            (f"7/train-{number:03d}/0.png", b"%d" % number) for number in range(3)
+        ]

@@ -110,8 +110,9 @@ def class_folders(rng: random.Random, images: Images) -> tuple[Files, str]:
     files = {}
     for name, found in images.items():
         for number, data in enumerate(found):
-            below = rng.choice(["", "", "", "sub/", "sub/deeper/", "val/"]) if number else ""
-            file = rng.choice(NAMES) % number if len(images) > 1 else f"{number}.png"
+            single = len(images) == 1  # two folders in a single one would be taken for classes
+            below = rng.choice(["", "", "", "sub/", "sub/deeper/", "sub/" if single else "val/"]) if number else ""
+            file = f"{number}.png" if single else rng.choice(NAMES) % number
             files[f"{around}{name}/{below}{file}"] = data
     return files, around
 
@@ -135,8 +136,10 @@ def flawed_files(rng: random.Random, files: Files, around: str, name: str) -> tu
     train = {f"train/{path}": data for path, data in files.items()}
     packed = rng.choice(["more.tar", f"{around}{name}/more.zip", "data.parquet", f"{around}{name}/sub/x.tar.gz"])
     decomposed = unicodedata.normalize("NFD", "né")
+    beside = (files | {f"{around}cover.png": data}, f"/{around[:-1]}: holds images and folders")
     return rng.choice(
         [
+            *([beside] if around else []),
             (train | {rng.choice(["val/cat/1.png", "test/1.png", "Validation/1.png"]): data}, "'train'"),
             (files | {packed: b"packed"}, packed),
             (files | {f"{around}{name}/a\nb.png": data}, r"a\nb"),

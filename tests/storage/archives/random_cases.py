@@ -29,6 +29,7 @@ from random_archives import (
 )
 
 KEYS = ("%06d", "ü%d", "a b %d", "sub/%d", "sub/deep/%d", "#%d?", "x" * 120 + "%d")
+OTHER_SPLIT = "val-00000"
 OTHERS = (".json", ".txt", ".mask.png", ".caption", "")
 Rows = list[tuple[bytes | None, object]]
 
@@ -83,6 +84,7 @@ def samples(rng: random.Random, root: Path, images: Images, flaw: bool) -> Part:
     if flaw:
         refused, entries = rng.choice(
             [
+                (OTHER_SPLIT, []),
                 ("bare", [("bare.png", REGULAR, picture(rng))]),
                 ("alone", [("alone.cls", REGULAR, b"1")]),
                 ("two", [("two.png", REGULAR, picture(rng)), ("two.jpg", REGULAR, b""), ("two.cls", REGULAR, b"1")]),
@@ -94,14 +96,8 @@ def samples(rng: random.Random, root: Path, images: Images, flaw: bool) -> Part:
             ]
         )
         rng.choice(shards).extend(entries)
-    return _placed(
-        rng,
-        root,
-        "samples",
-        [tar_of(rng, shard) for shard in shards],
-        "tar",
-        Part("", "", [], images, refused, named=not numbers),
-    )
+    part = Part("", "samples", [], images, refused, named=not numbers)
+    return _placed(rng, root, [tar_of(rng, shard) for shard in shards], "tar", part)
 
 
 def _samples(rng: random.Random, labelled: list[tuple[str, bytes]], key: str, start: int) -> Entries:
@@ -120,30 +116,27 @@ def _samples(rng: random.Random, labelled: list[tuple[str, bytes]], key: str, st
     return entries
 
 
-def _placed(rng: random.Random, root: Path, kind: str, data: list[bytes], ending: str, part: Part) -> Part:
+def _placed(rng: random.Random, root: Path, data: list[bytes], ending: str, part: Part) -> Part:
     """Files in a folder, named by the folder, a range, a list or a wildcard; one file by itself."""
     root.mkdir()
-    stem = rng.choice(["train", "x", "part"])
+    mixed = part.refused == OTHER_SPLIT
+    stem = "train" if mixed else rng.choice(["train", "x", "part"])
     names = [f"{stem}-{number:05d}" for number in range(len(data))]
     part.paths = [root / f"{name}.{ending}" for name in names]
     for path, content in zip(part.paths, data, strict=True):
         path.write_bytes(content)
-    beside = [
-        ("README.md", b"litter"),
-        (f"other-00000.{ending}", data[0]),
-        ("_SUCCESS", b""),
-        (f".{names[0]}.crc", b""),
-    ]
+    beside = {"README.md": b"litter", "_SUCCESS": b"", f".{names[0]}.crc": b"", f"{OTHER_SPLIT}.{ending}": data[0]}
     urls = [f"{root}/{stem}-{choice}.{ending}" for choice in ("*", "0000[0-9]", f"{{00000..{len(data) - 1:05d}}}")]
     if len(names) > 1:
         urls.append(f"{root}/{{{','.join(names)}}}.{ending}")
-    part.url, part.kind = rng.choice(urls), kind
-    if rng.random() < 0.4:
-        part.url, beside = str(root), [beside[0], *beside[2:]]
-        part.beside = [name for name, _ in beside]
-    elif len(data) == 1 and rng.random() < 0.5:
+    part.url = rng.choice([str(root), f"{root}/*.{ending}"] if mixed else urls)
+    if not mixed and rng.random() < 0.4:
+        part.url = str(root)
+        del beside[f"{OTHER_SPLIT}.{ending}"]
+        part.beside = list(beside)
+    elif not mixed and len(data) == 1 and rng.random() < 0.5:
         part.url = str(part.paths[0])
-    for name, content in beside:
+    for name, content in beside.items():
         (root / name).write_bytes(content)
     return part
 
@@ -155,20 +148,21 @@ def parquet(rng: random.Random, root: Path, images: Images, flaw: bool) -> Part:
     labels = {name: name if kind == "names" else number for number, name in enumerate(names)}
     rows: Rows = [(data, labels[name]) for name in names for data in images[name]]
     rng.shuffle(rows)
-    refused, spoil = None, flaw and rng.random() < 0.3
-    if flaw and not spoil:
+    refused, spoil = OTHER_SPLIT if flaw and rng.random() < 0.2 else None, flaw and rng.random() < 0.3
+    spoil = spoil and refused is None
+    if flaw and not spoil and refused is None:
         bad, refused = rng.choice([((b"1", None), "None"), ((None, rows[0][1]), "no image bytes"), ((b"1", -1), "-1")])
         if bad[1] == -1 and kind == "names":
             bad, refused = (b"1", ""), "''"
         rows.insert(rng.randrange(len(rows)), bad)
     columns = (rng.choice(["image", "img", "picture"]), rng.choice(["label", "labels", "fine_label", "class"]))
-    count, write = (
-        rng.choice([1, 1, 2, 3]),
+    write, count = (
         _writer(rng, names if kind == "metadata" else None, columns, kind == "names"),
+        rng.choice([1, 1, 2, 3]),
     )
     files = [write(rows[first::count]) for first in range(count)]
-    part = Part("", "", [], images, refused, columns=columns, named=kind != "numbers")
-    placed = _placed(rng, root, "parquet", files, "parquet", part)
+    part = Part("", "parquet", [], images, refused, columns=columns, named=kind != "numbers")
+    placed = _placed(rng, root, files, "parquet", part)
     if spoil:
         path = rng.choice(placed.paths)
         path.write_bytes(rng.choice([POINTER, PAGE, b"", path.read_bytes()[:-50]]))

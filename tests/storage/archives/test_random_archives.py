@@ -9,6 +9,7 @@ from obvious_reading import Reading, is_usable
 from random_archives import Part
 from random_cases import random_case
 
+from storage.archives.folder import open_images
 from storage.archives.open import Archive, ArchiveRef, open_splits
 from storage.errors import InputError
 from storage.manifest import stage_output
@@ -54,6 +55,13 @@ def check_shards(manifest: ShardManifest, split: str, reading: Reading) -> None:
     assert Counter(item.name.partition("/")[0] for item in left_out) == rest
 
 
+def check_reference(part: Part) -> None:
+    """Every image with a class is also one of a reference folder, but for those that are named as texts."""
+    listed = Counter(Path(image.location).read_bytes() for image in open_images(part.url))
+    usable = Counter(data for _, name, data in read(part).images if is_usable(data) and not name.endswith(".txt"))
+    assert usable <= listed
+
+
 def run(seed: int, folder: Path) -> None:
     splits = random_case(seed, folder)
     held_out = splits.get("held_out")
@@ -66,6 +74,9 @@ def run(seed: int, folder: Path) -> None:
         assert refused in str(caught.value)
         assert "\n" not in str(caught.value)
         return
+    for part in splits.values():
+        if part.kind == "folder":
+            check_reference(part)
     readings = {split: read(part) for split, part in splits.items()}
     archives = open_splits(ref)
     assert archives["train"].class_names == tuple(sorted({name for name, _, _ in readings["train"].images}))
