@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Annotated, Literal, Self
 from uuid import uuid4
@@ -23,6 +24,7 @@ from dit.training.data import Batches, Order, open_data
 from dit.training.divergence import DivergedError, check_compilation, skipped_in_a_row
 from dit.training.ema import EMA
 from dit.training.loop import StepConfig, StepResult, TrainState, eager_loss, train
+from dit.training.milestones import Milestones, milestone_steps
 from dit.training.parallelize import Parallel, gathered, shard
 from dit.training.per_block import compile_blocks, recompute_blocks
 from dit.training.preemption import preemption
@@ -34,9 +36,9 @@ from storage.config import Config, operational, problem
 from storage.errors import InputError, PreemptedError
 from storage.estimate import PlanContext, StageCost
 from storage.latents import LatentManifest, bytes_to_stage
-from storage.manifest import StageOutput
+from storage.manifest import StageOutput, is_finished
 from storage.stage import StageDefinition
-from storage.tracker import Tracker, publish
+from storage.tracker import NullTracker, Tracker, publish
 
 VERSION = 3
 ADAM_EPS = 1e-8
@@ -105,8 +107,11 @@ class TrainConfig(Config):
     """When the data are compared with their hashes. ``once``: before their first use on this machine. Later starts
     trust files of the same size and times, so bits that flip on the disk go unnoticed. ``every_start``: whenever
     training starts, which reads all data."""
+    milestones: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] | None = operational(None)
+    """Steps at which to keep the model: their distance, or a list. Each becomes an output of its own, that of a run
+    with so many steps, and is named by ``train.steps`` or by its manifest. Null: none. Needs ``decay: none``."""
     log_every: int = operational(100, ge=1)
-    """Optimizer steps between two log records."""
+    """Optimizer steps between two log records. Milestones are logged, too."""
     sample_every: int | None = operational(None, ge=1)
     """Optimizer steps between two grids of samples, drawn with the EMA from the same noise each time. Null: no
     grids."""
@@ -120,6 +125,12 @@ class TrainConfig(Config):
     max_skipped: int = operational(10, ge=1)
     """Training restarts from the last checkpoint after this many steps in a row were skipped, because loss or gradient
     was not finite. The second time it fails."""
+
+    @model_validator(mode="after")
+    def _milestones_are_shorter_runs(self) -> Self:
+        if self.milestones and self.decay != "none":
+            raise ValueError(f"milestones: need decay: none; with {self.decay} a run of fewer steps is another one")
+        return self
 
     @model_validator(mode="after")
     def _streams_in_order(self) -> Self:
@@ -147,13 +158,18 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
             LOGGER.warning("%s; restarting from the last checkpoint", error)
         # A transient fault does not return. The restart is outside the except block: the error holds the old state.
         state, history = trained or _train(config, card, batches, ranks, out, tracker)
-        parts = {name: average.state_dict() for name, average in state.averages.items()}
-        parts |= {"raw": state.model.state_dict()}
-        weights = {weights_file(name): gathered(tensors, ranks) for name, tensors in parts.items()}
+        weights = _weights(state, ranks)
         if ranks.first:
             _commit(config, card, weights, history, out, tracker)
         ranks.wait()
         return CheckpointManifest.read(out.uri)
+
+
+def _weights(state: TrainState, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
+    """Copies of all weights in the first rank's host memory, by the name of their file. All ranks must call this."""
+    parts = {name: average.state_dict() for name, average in state.averages.items()}
+    parts |= {"raw": state.model.state_dict()}
+    return {weights_file(name): gathered(tensors, ranks) for name, tensors in parts.items()}
 
 
 def model_for(config: TrainConfig, latents: LatentManifest) -> ModelConfig:
@@ -281,18 +297,22 @@ def _train(
     process = build_process(config.diffusion, batches.device)
     step_config = _step_config(config)
     saver = checkpoint.Saver(out, state, ranks, keep=config.keep_checkpoints, keep_every=config.keep_every)
+    milestones = _milestones(config, card, state, ranks, out)
     grid = SampleGrid(card, config.precision)
     meter = ThroughputMeter(card.model, config.batch_size, ranks.world_size, batches.device, dtype(config.precision))
     steps = range(state.step, config.steps)
-    with preemption(ranks) as stop, closing(saver), prefetched(batches, steps) as next_batch:
+    with preemption(ranks) as stop, closing(saver), closing(milestones), prefetched(batches, steps) as next_batch:
         meter.begin(state.step)
+        if state.step in milestones:  # a kill came between its checkpoint and its commit
+            milestones.begin(state.step, history)
         for result in train(state, process, next_batch, step_config, stop=config.steps, ranks=ranks):
             saver.check()
+            milestones.check()
             if config.compile and result.step == steps.start + 1 and not result.terms["loss"].isfinite():
                 check_compilation(eager_loss(state.model, process, result.batch, step_config, ranks))
             last = result.step == config.steps
             stops = stop.requested() and not last
-            logs = result.step % config.log_every == 0 or last
+            logs = result.step % config.log_every == 0 or last or result.step in milestones
             saves = result.step % config.checkpoint_every == 0 or last or stops
             if logs or saves or result.step % config.max_skipped == 0:
                 skipped = skipped_in_a_row(result, batches, config.max_skipped)
@@ -300,16 +320,41 @@ def _train(
                 _log(config, result, history, meter.measure(result.step, next_batch.waited), tracker)
             if config.sample_every and result.step % config.sample_every == 0:
                 _sample(grid, state, ranks, tracker)
+            if result.step in milestones and history:
+                milestones.begin(result.step, history)
             if saves and skipped == 0:  # a checkpoint amid skipped steps would lead a restarted run back to them
+                milestones.wait(before=result.step)  # a run that resumes from this checkpoint does not pass it again
                 saver.save(history)
             if stops:
                 saver.wait()
+                milestones.wait()
                 ranks.wait()  # torchrun would end the saving rank as soon as another one left
                 raise PreemptedError(f"stopped by SIGTERM at step {result.step:,}; run the same command to continue")
         saver.wait()
+        milestones.wait()
     if not history:
         raise DivergedError("training diverged: no logged loss is finite; lower train.learning_rate")
     return state, history
+
+
+def _milestones(config: TrainConfig, card: ModelCard, state: TrainState, ranks: Ranks, out: StageOutput) -> Milestones:
+    """What commits the milestones that are still missing."""
+
+    def output(step: int) -> tuple[TrainConfig, StageOutput]:
+        shorter = config.model_copy(update={"steps": step, "milestones": None})
+        return shorter, out.with_config(shorter)
+
+    def copy(step: int, history: Sequence[LoggedStep]) -> Callable[[], object]:
+        shorter, place = output(step)
+        its_card, weights = card.model_copy(update={"steps": step}), _weights(state, ranks)
+        return lambda: _commit(shorter, its_card, weights, history, place, NullTracker())
+
+    steps = milestone_steps(config.milestones, config.steps)
+    missing = ranks.agreed([step for step in steps if ranks.first and not is_finished(output(step)[1].uri)])
+    passed = [step for step in missing if step < state.step]
+    if passed and ranks.first:
+        LOGGER.warning("milestones before step %d, where this run begins, are not made: %s", state.step, passed)
+    return Milestones(missing, copy, first=ranks.first)
 
 
 def _log(
@@ -357,7 +402,7 @@ def _commit(
     config: TrainConfig,
     card: ModelCard,
     weights: dict[str, dict[str, torch.Tensor]],
-    history: list[LoggedStep],
+    history: Sequence[LoggedStep],
     out: StageOutput,
     tracker: Tracker,
 ) -> None:
@@ -382,15 +427,16 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
     share = -(-config.batch_size // ranks)
     batch = min(share, config.micro_batch or share)
     work, images = cost(card.model), config.steps * config.batch_size
-    decays, saved = _decays(config), min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
+    decays, saved = _decays(config), min(config.keep_checkpoints, -(-config.steps // config.checkpoint_every))
     held = work.memory | {"ema": len(decays) * work.memory["ema"]}
     whole = held["gradients"] if batch < share else 0  # every rank accumulates all of them
-    checkpoint = held["weights"] + held["adamw"] + held["ema"]
+    checkpoint, model = held["weights"] + held["adamw"] + held["ema"], held["weights"] + held["ema"]
+    models = 1 + len(milestone_steps(config.milestones, config.steps))
     rate = plan.rate("train", lambda: training_rate(card.model, batch, config.precision))
     return StageCost(
         images=images,
-        objects=2 * saved + 5,
-        size=saved * checkpoint + held["weights"] + held["ema"],
+        objects=2 * saved + 5 * models,
+        size=saved * checkpoint + models * model,
         units=config.steps,
         done=max(map(newest_step, [plan.out, *shorter_runs(plan.out, config, decay=config.decay)])),
         seconds=images * work.training_flops / rate / at_once(ranks),

@@ -254,6 +254,15 @@ class StageOutput(Config):
         provenance = self.header.provenance.model_copy(update={"mlflow_run_id": run_id})
         return self.model_copy(update={"header": self.header.model_copy(update={"provenance": provenance})})
 
+    def with_config(self, config: Config) -> "StageOutput":
+        """The first output of the same stage from the same inputs with another config. No MLflow run made it."""
+        header = self.header
+        digest = _digest(header.stage, header.version, config, header.inputs)
+        provenance = header.provenance.model_copy(update={"mlflow_run_id": None})
+        changed = {"digest": digest, "config": _shown(config), "rerun": 0, "provenance": provenance}
+        folder = _folder(self.root, header.stage, digest)
+        return StageOutput(uri=folder, header=header.model_copy(update=changed))
+
     def url(self, *parts: str) -> str:
         """The URL of an object or folder in this folder."""
         return uri.join(self.uri, *parts)
@@ -341,10 +350,9 @@ def stage_output(
         provenance: the runs that make it.
     """
     digests = {name: parent.digest for name, parent in parents.items()} | dict(inputs)
-    identity = {"stage": stage, "version": version, "config": config.identity(), "inputs": digests}
     rerun = 0
     while True:
-        digest = json_digest(identity | ({"rerun": rerun} if rerun else {}))
+        digest = _digest(stage, version, config, digests, rerun)
         folder = _folder(root, stage, digest)
         if not force or not is_finished(folder):
             break
@@ -353,7 +361,7 @@ def stage_output(
         stage=stage,
         version=version,
         digest=digest,
-        config=uri.redact_json(json.loads(config.model_dump_json())),
+        config=_shown(config),
         inputs=digests,
         parents={name: parent.as_parent() for name, parent in parents.items()},
         rerun=rerun,
@@ -386,6 +394,17 @@ def finished_outputs(root: str, stage: str) -> list[str]:
     folders = [uri.join(folder, name) for name in uri.names(folder)]
     with threads(16) as pool:
         return [folder for folder, finished in zip(folders, pool.map(is_finished, folders), strict=True) if finished]
+
+
+def _digest(stage: str, version: int, config: Config, inputs: Mapping[str, str], rerun: int = 0) -> str:
+    identity = {"stage": stage, "version": version, "config": config.identity(), "inputs": dict(inputs)}
+    return json_digest(identity | ({"rerun": rerun} if rerun else {}))
+
+
+def _shown(config: Config) -> dict[str, Any]:
+    """A config as manifests record it, without secrets."""
+    values: dict[str, Any] = uri.redact_json(json.loads(config.model_dump_json()))
+    return values
 
 
 def _folder(root: str, stage: str, digest: str) -> str:
