@@ -1,7 +1,7 @@
 """What becomes of the entries of an archive that are no images of a class: passed over and counted, or refused."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from storage.config import Config
 from storage.errors import InputError
@@ -44,7 +44,7 @@ class PassedOver(Config):
     count: int
     """Number of entries; a folder counts once."""
     first: str
-    """Path of the first of them in the archive."""
+    """Path in the archive of the first of them by name."""
 
 
 class SplitAccount(Config):
@@ -88,7 +88,7 @@ class Account:
     def pass_over(self, reason: str, path: str) -> None:
         """Count an entry that is not read."""
         count, first = self._counts.get(reason, (0, path))
-        self._counts[reason] = count + 1, first
+        self._counts[reason] = count + 1, min(first, path)
 
     def sees(self, path: str) -> bool:
         """Whether an entry is to be looked at; if not, it, or the folder that hides it, is counted."""
@@ -116,6 +116,16 @@ class Account:
                 )
             self.pass_over(IMAGE_OUTSIDE if is_image_name(path) else OUTSIDE, path)
 
+    def note(self, what: str, names: Collection[str]) -> None:
+        """Note how many files are understood in a way that others might not expect, if there are any.
+
+        Args:
+            what: how they are understood.
+            names: their names.
+        """
+        if names:
+            self.notes.append(f"{what}: {len(names):,} (first: {shown(self.top + min(names))})")
+
     def add(self, other: "Account", inside: str = "") -> None:
         """Count what was passed over in a part of the archive, such as one of its tars.
 
@@ -125,7 +135,7 @@ class Account:
         """
         for reason, (count, first) in other._counts.items():
             before, earlier = self._counts.get(reason, (0, inside + first))
-            self._counts[reason] = before + count, earlier
+            self._counts[reason] = before + count, min(earlier, inside + first)
 
     def refused(self, path: str, problem: str) -> InputError:
         """The error for an entry."""

@@ -57,11 +57,15 @@ def class_folders(
     empty = sorted(tree.below[top] - {file.class_name for file in listed})
     if empty:
         raise account.refused(f"{top}{empty[0]}", "class folder without files; fill it or remove it")
-    deep = [file for file in listed if "/" in file.path]
-    if deep:
-        text = f"images in folders below their class folder: {len(deep):,} (first: {shown(top + deep[0].name)})"
-        account.notes.append(text)
+    note_odd(account, listed)
     return listed
+
+
+def note_odd(account: Account, listed: Collection[ListedFile]) -> None:
+    """Note the images whose place or name others might not take for that of an image of their class."""
+    account.note("images in folders below their class", [file.name for file in listed if "/" in file.path])
+    unnamed = [file.name for file in listed if not is_image_name(file.path)]
+    account.note("files taken for images, without the ending of an image", unnamed)
 
 
 def _check_classes(account: Account, tree: "Tree", files: Iterable[Found]) -> None:

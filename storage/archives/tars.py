@@ -3,11 +3,11 @@
 To read an image is one range of the outermost file. Labels are read as text; nothing is unpickled.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 
 from storage import uri
 from storage.archives.account import Account, check_one_split, check_splits, is_archive_name, is_image_name, shown
-from storage.archives.classes import Found, Tree, class_folders
+from storage.archives.classes import Found, Tree, class_folders, note_odd
 from storage.archives.listing import Archive, ListedFile
 from storage.archives.samples import has_labels, samples
 from storage.archives.tar_index import Tar, indexed, list_tars, span_reader
@@ -27,11 +27,12 @@ def open_tar(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
     (outer,), stamp = list_tars(fs, [url])
     account = Account(where)
     inner = [entry for entry in outer.entries if entry.name.endswith(".tar")]
+    files: Iterable[ListedFile]
     if inner and not has_labels(outer):
         account.add(outer.account)
         _check_beside(account, outer, inner[0].name)
         spans = tuple((f"{where}/{shown(entry.name)}", entry.span) for entry in inner)
-        files: Iterable[ListedFile] = _class_tars(account, indexed(fs, spans, stamp))
+        files = _class_tars(account, indexed(fs, spans, stamp))
     elif has_labels(outer):
         files = samples(account, [outer], class_names)
     else:
@@ -47,6 +48,7 @@ def open_tars(urls: list[str], account: Account, class_names: tuple[str, ...] | 
     """
     fs, _ = uri.filesystem(urls[0])
     tars, _ = list_tars(fs, urls)
+    files: Iterable[ListedFile]
     if any(map(has_labels, tars)):
         check_one_split(account.where, [f"{tar.name}.tar" for tar in tars])
         files = samples(account, tars, class_names)
@@ -59,9 +61,12 @@ def _check_beside(account: Account, tar: Tar, class_tar: str) -> None:
     """Check that the class tars in a tar lie in one folder, and that nothing else there could be an image of a class.
 
     Raises:
-        InputError: there is another folder with tars, or one with images.
+        InputError: there is another folder with tars, or one with images, or the folder holds more images than tars.
     """
     folder = class_tar.rpartition("/")[0]
+    inside = [entry.name for entry in tar.entries if folder and entry.name.rpartition("/")[0] == folder]
+    if sum(map(is_image_name, inside)) > sum(name.endswith(".tar") for name in inside):
+        raise account.refused(class_tar, f"a tar among the images in {folder!r}; unpack it, or move the images")
     for entry in tar.entries:
         outer = entry.name.rpartition("/")[0]
         if entry.name.endswith(".tar"):
@@ -73,15 +78,15 @@ def _check_beside(account: Account, tar: Tar, class_tar: str) -> None:
             account.pass_over_beside([entry.name])
 
 
-def _class_tars(account: Account, tars: Iterable[Tar]) -> Iterator[ListedFile]:
+def _class_tars(account: Account, tars: Sequence[Tar]) -> list[ListedFile]:
     """The images of tars that are named after their classes."""
-    tars = list(tars)
     check_splits(account.where, [tar.name for tar in tars])
     for tar in tars:
         account.add(tar.account, f"{tar.name}.tar/")
         _check_class_tar(tar)
-        for entry in tar.entries:
-            yield ListedFile(tar.name, entry.name, entry.span.size, entry.span)
+    listed = [ListedFile(tar.name, entry.name, entry.span.size, entry.span) for tar in tars for entry in tar.entries]
+    note_odd(account, listed)
+    return listed
 
 
 def _check_class_tar(tar: Tar) -> None:

@@ -176,6 +176,13 @@ def test_images_below_a_class_are_counted(tmp_path: Path, form: Put) -> None:
     assert "1 (first: a/more/3.png)" in archive.account.notes[0]
 
 
+def test_names_that_are_not_those_of_images_are_counted(tmp_path: Path, form: Put) -> None:
+    files = FILES | {"b/list.txt": b"", "b/2": b""}
+    note = "files taken for images, without the ending of an image: 2 (first: b/2)"
+    assert open_archive(form(tmp_path, files)).account.notes == (note,)
+    assert open_archive(folder(tmp_path / "tars", packing.class_tars(files))).account.notes == (note,)
+
+
 def test_labels_in_a_file_are_not_folders(tmp_path: Path, form: Put) -> None:
     """As the tools of StyleGAN and EDM pack images."""
     files = {f"0000{k // 2}/img0000000{k}.png": b"1" for k in range(4)}
@@ -252,7 +259,7 @@ def test_other_fields_of_samples_are_counted(tmp_path: Path) -> None:
     files = {"1.png": b"1", "1.cls": b"0", "1.json": b"{}", "1.mask.png": b"", "README": b"", "2.txt": b""}
     archive = open_archive(tar(tmp_path, files))
     assert names(archive) == ["0/1.png"]
-    assert passed(archive) == {"field": (2, "1.json"), "neither": (2, "README")}
+    assert passed(archive) == {"field": (2, "1.json"), "neither": (2, "2.txt")}
 
 
 def test_class_tars_with_other_files(tmp_path: Path) -> None:
@@ -264,6 +271,7 @@ def test_class_tars_with_other_files(tmp_path: Path) -> None:
     assert "/a.tar: an archive among samples" in refused(tar(tmp_path, tars | {"1.png": b"1", "1.cls": b"1"}))
     assert "/more/c.tar: " in refused(tar(tmp_path, tars | {"more/c.tar": packing.tar({"1.png": b"1"})}))
     assert "/a.tar/c.tar: " in refused(tar(tmp_path, {"a.tar": packing.tar({"c.tar": b""})}))
+    assert "'train'" in refused(tar(tmp_path, {"train/a.tar": tars["a.tar"], "train/1.png": b"", "train/2.png": b""}))
     around = {f"train/{name}": data for name, data in tars.items()}
     assert names(open_archive(tar(tmp_path, around))) == sorted(FILES)
 

@@ -84,7 +84,7 @@ def test_the_manifest_accounts_for_all_entries(tmp_path: Path, archive: ArchiveR
     assert list(summary(again))[1:4] == [
         ("", "passed over: 1 file of no class (first: README.md)"),
         ("", "passed over: 1 hidden: the name begins with a dot (first: cat/.DS_Store)"),
-        ("", "images in folders below their class folder: 1 (first: dog/more/001.JPEG)"),
+        ("", "images in folders below their class: 1 (first: dog/more/001.JPEG)"),
     ]
     assert again.account["held_out"] == SplitAccount(passed_over=(), notes=())
 
