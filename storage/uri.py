@@ -94,10 +94,14 @@ def local_path(url: str) -> Path | None:
 
 
 def redact(url: str) -> str:
-    """The URL without user, password and query, to be shown in logs and stored in manifests."""
+    """The URL without user, password and query, to be shown in logs and stored in manifests.
+
+    Outside the web ``?`` and ``#`` are parts of names, unless a value follows, as in ``?versionId=1``.
+    """
     if "://" not in url:
         return url
-    return re.sub(r"[?#].*", "", re.sub(r"://[^/\s]*@", "://", url), flags=re.DOTALL)
+    query = r"[?#].*" if re.search(r"\bhttps?://", url) else r"[?#][^/]*=.*"
+    return re.sub(query, "", re.sub(r"://[^/\s]*@", "://", url), flags=re.DOTALL)
 
 
 def redact_json(value: Any) -> Any:

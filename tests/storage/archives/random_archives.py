@@ -126,7 +126,7 @@ def littered(rng: random.Random, files: Files, around: str) -> Files:
         *(f"{inside[0]}/.DS_Store", f"{inside[1]}/._1.png", f"{inside[2]}/Thumbs.db"),
         *(f"{inside[3]}/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", f"{inside[4]}/.cache/thumb.png"),
     ]
-    chosen = rng.sample(choices, rng.randint(0, 5))
+    chosen = [path.lstrip("/") for path in rng.sample(choices, rng.randint(0, 5))]
     return files | {path: picture(rng) if path.endswith(("png", "jpg")) else b"litter" for path in chosen}
 
 

@@ -170,6 +170,17 @@ def test_a_label_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert open_archive(put(tmp_path, packing.tar(files))).class_names == ("7",)
 
 
+def test_class_tars_may_have_the_marks_of_a_query_in_their_names(memory: str) -> None:
+    fs = fsspec.filesystem("memory")
+    for name in ("C#", "C", "what?"):
+        fs.pipe_file(f"/root/{name}.tar", packing.tar({f"{name[0]}.png": name.encode()}))
+    for url in (memory, f"{memory}/*.tar"):
+        archive = open_archive(url)
+        assert archive.class_names == ("C", "C#", "what?")
+        found = {archive.class_names[member.label]: archive.read(member) for member in archive.members}
+        assert found == {"C": b"C", "C#": b"C#", "what?": b"what?"}
+
+
 def test_samples_may_be_numbered_anew_in_each_tar(tmp_path: Path) -> None:
     tars = {
         name: packing.tar({"0.cls": b"cat", "0.png": b"%d" % k, "1.cls": b"dog", "1.png": b"%d" % -k})
