@@ -142,10 +142,10 @@ def test_every_average_takes_its_memory_and_its_disk(images: Path, root: Path, r
     ema = cost(recipe_of(images, root).train.model.config(_given())).memory["ema"]
     assert more.memory - plain.memory == 2 * ema
     assert more.lines[2].size - plain.lines[2].size == 2 * ema * (recipe_of(images, root).train.keep_checkpoints + 1)
-    short = planned(recipe_of(images, root, "train.steps=2", "train.checkpoint_every=1"), root, rates)
-    none = planned(recipe_of(images, root, "train.steps=2", "train.checkpoint_every=2"), root, rates)
-    assert (plain.lines[2].objects, short.lines[2].objects, none.lines[2].objects) == (9, 7, 5)
-    assert plain.lines[2].size > short.lines[2].size > none.lines[2].size
+    short = planned(recipe_of(images, root, "train.steps=5", "train.checkpoint_every=5"), root, rates)
+    kept = planned(recipe_of(images, root, *many, "train.milestones=2"), root, rates)
+    assert (short.lines[2].objects, plain.lines[2].objects, kept.lines[2].objects) == (7, 9, 19)
+    assert short.lines[2].size < plain.lines[2].size < kept.lines[2].size
 
 
 def test_micro_batches_and_recomputed_blocks_keep_less(images: Path, root: Path, rates: Path) -> None:

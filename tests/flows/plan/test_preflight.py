@@ -94,7 +94,7 @@ def test_a_disk_that_is_full(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1000))
     line = refused(capsys, ["run", "demo", *tiny(images, root, "train.checkpoint_every=1")])
-    assert f"{root}: 0.0 GB to write, 0.0 GB are free; name a larger --root" in line
+    assert f"{root}: 0.1 GB to write, 0.0 GB are free; name a larger --root" in line
     assert written(root) == []
 
 
