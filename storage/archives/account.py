@@ -23,6 +23,12 @@ _SYSTEM = frozenset(
         *("system volume information", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
     }
 )
+_DOCUMENTS = frozenset(
+    {
+        *("cls", "csv", "eps", "h5", "hdf5", "html", "ico", "json", "log", "m", "mat", "md", "npy", "npz", "pdf"),
+        *("pkl", "ps", "pt", "py", "rst", "safetensors", "svg", "toml", "tsv", "txt", "xml", "yaml", "yml"),
+    }
+)
 _ARCHIVES = (".tar", ".parquet", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -150,6 +156,11 @@ def shown(name: str) -> str:
 def is_image_name(path: str) -> bool:
     """Whether a file has the ending of an image that can be read."""
     return path.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def is_document_name(path: str) -> bool:
+    """Whether a file has the ending of text, numbers or drawings."""
+    return path.rpartition(".")[2].lower() in _DOCUMENTS
 
 
 def is_archive_name(path: str) -> bool:

@@ -8,19 +8,13 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from storage import uri
-from storage.archives.account import SPECIAL, Account, is_archive_name, is_image_name
+from storage.archives.account import SPECIAL, Account, is_archive_name, is_document_name, is_image_name
 from storage.archives.classes import Found, Tree, class_folders
 from storage.archives.listing import Archive
 from storage.errors import InputError
 from storage.magic import HEAD, begins_as_image
 
 _Entry = dict[str, Any]
-_NO_IMAGES = frozenset(
-    {
-        *("cls", "csv", "eps", "h5", "hdf5", "html", "ico", "json", "md", "npy", "npz", "pdf"),
-        *("ps", "pt", "safetensors", "svg", "txt", "xml", "yaml", "yml"),
-    }
-)
 
 
 def open_folder(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
@@ -66,7 +60,7 @@ def open_images(url: str) -> list[Found]:
 
 
 def _begins_as_image(fs: fsspec.AbstractFileSystem, path: str, place: str) -> bool:
-    return path.rpartition(".")[2].lower() not in _NO_IMAGES and begins_as_image(bytes(fs.cat_file(place, end=HEAD)))
+    return not is_document_name(path) and begins_as_image(bytes(fs.cat_file(place, end=HEAD)))
 
 
 def walk(fs: fsspec.AbstractFileSystem, account: Account, root: str) -> Iterator[tuple[str, _Entry]]:

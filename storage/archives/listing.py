@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from storage.archives.account import Account
+from storage.archives.account import Account, is_document_name
 from storage.errors import InputError, StorageError
+from storage.magic import begins_as_image
 from storage.seal import json_digest
 
 MAX_BYTES = 1 << 28
 """Largest image file, bytes."""
 
+_TRIED = 16  # files of a class that are looked into if all are named as documents
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 
@@ -70,8 +72,9 @@ class Archive:
 
     Raises:
         InputError: there are no files, two have the same name, one is too large, a name is not
-            printable text, two class names differ in case or Unicode form alone, or a class is not among
-            class_names.
+            printable text, two class names differ in case or Unicode form alone, or a class has only files
+            named as documents that are no images, or is not among class_names.
+        StorageError: such a file cannot be read.
     """
 
     def __init__(
@@ -95,6 +98,19 @@ class Archive:
         self.account = account.closed()
         self._where, self._fetch = f"{where}/{account.top}".rstrip("/"), fetch
         self._locations = {file.name: file.location for file in files}
+        self._check_documents()
+
+    def _check_documents(self) -> None:
+        """Check that no class consists of texts or numbers, as far as names tell, and the first bytes of some files."""
+        images = {member.label for member in self.members if not is_document_name(member.name)}
+        documents: dict[int, list[Member]] = {}
+        for member in self.members:
+            if member.label not in images:
+                documents.setdefault(member.label, []).append(member)
+        for label, members in documents.items():
+            if not any(begins_as_image(self.read(member)) for member in members[:_TRIED]):
+                problem = f"has no images, only files such as {members[0].name!r}; move them away"
+                raise InputError(f"{self._where}: class {self.class_names[label]!r} {problem}")
 
     def read(self, member: Member) -> bytes:
         """The bytes of a file.

@@ -183,6 +183,15 @@ def test_names_that_are_not_those_of_images_are_counted(tmp_path: Path, form: Pu
     assert open_archive(folder(tmp_path / "tars", packing.class_tars(files))).account.notes == (note,)
 
 
+def test_a_folder_of_labels_is_not_a_class(tmp_path: Path, form: Put) -> None:
+    files = FILES | {"labels/2.txt": b"2", "labels/sub/1.xml": b"<x/>"}
+    said = "class 'labels' has no images, only files such as 'labels/2.txt'"
+    assert said in refused(form(tmp_path, files))
+    assert said in refused(folder(tmp_path / "tars", packing.class_tars(files)))
+    named_so = form(tmp_path / "named", FILES | {"labels/2.txt": b"\x89PNG\r\n\x1a\n"})
+    assert "labels" in open_archive(named_so).class_names
+
+
 def test_labels_in_a_file_are_not_folders(tmp_path: Path, form: Put) -> None:
     """As the tools of StyleGAN and EDM pack images."""
     files = {f"0000{k // 2}/img0000000{k}.png": b"1" for k in range(4)}
