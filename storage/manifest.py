@@ -135,12 +135,13 @@ class Manifest(Header):
             kind: the parent's type of manifest.
 
         Raises:
-            InputError: this output has no such parent, or the parent is gone or was replaced.
+            InputError: this output has no such parent, or the parent is gone, was replaced or made again otherwise.
         """
         if name not in self.parents:
             raise InputError(f"{uri.redact(self.uri)}: has no parent {name!r}")
         recorded = self.parents[name]
-        candidates = (recorded.uri, kind.folder(self.root, recorded.digest))
+        stage = uri.name(uri.parent(recorded.uri))
+        candidates = (recorded.uri, _folder(self.root, stage, recorded.digest))
         folder = next((folder for folder in candidates if is_finished(folder)), recorded.uri)
         manifest = kind.read(folder)
         if manifest.digest != recorded.digest:

@@ -34,8 +34,11 @@ class _AnyRecord(records.Record):
 def outputs(url: str) -> list[Manifest | DitflowError]:
     """The finished outputs at a URL; in the place of a manifest or stage that cannot be read, the error.
 
+    What an output was made from is compared with what it recorded. A parent that is gone or differs is an error too.
+
     Args:
-        url: a manifest or its folder, for one output; or a root, for all outputs below it.
+        url: a manifest or its folder, for one output and all that it was made from, down to the shards; or a root, for
+            all outputs below it.
 
     Raises:
         InputError: there is no output.
@@ -43,11 +46,11 @@ def outputs(url: str) -> list[Manifest | DitflowError]:
     """
     folder = output_folder(url)
     if is_finished(folder):
-        return [_read(folder)]
+        return _chain(folder)
     found = [output for stage in uri.names(folder) for output in _outputs_of(folder, stage)]
     if not found:
         raise InputError(f"{uri.redact(url)}: no finished output found; give a manifest, its folder, or a root")
-    return found
+    return found + [parent for output in found for parent in _parents(output) if isinstance(parent, DitflowError)]
 
 
 def faults(manifest: Manifest, *, full: bool) -> list[Fault]:
@@ -116,6 +119,28 @@ def withdraw(manifest: Manifest, damaged: list[Fault]) -> None:
         list(pool.map(lambda url: uri.remove_tree(url, manifest.root), removed))
     # Last: after a kill before this line, the output still counts as damaged.
     uri.remove_tree(manifest.url, manifest.root)
+
+
+def _chain(folder: str) -> list[Manifest | DitflowError]:
+    """An output and all that it was made from, itself first, each once."""
+    found, known = [_read(folder)], {folder}
+    for output in found:  # which grows
+        for parent in _parents(output):
+            if isinstance(parent, DitflowError) or parent.uri not in known:
+                found.append(parent)
+            known |= set() if isinstance(parent, DitflowError) else {parent.uri}
+    return found
+
+
+def _parents(output: Manifest | DitflowError) -> list[Manifest | DitflowError]:
+    return [] if isinstance(output, DitflowError) else [_parent(output, name) for name in output.parents]
+
+
+def _parent(output: Manifest, name: str) -> Manifest | DitflowError:
+    try:
+        return output.parent(name, Manifest)
+    except DitflowError as error:
+        return error
 
 
 def _outputs_of(root: str, stage: str) -> list[Manifest | DitflowError]:

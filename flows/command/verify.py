@@ -22,13 +22,14 @@ OURS = frozenset([*_SERVERS, "prefect-server.log", "servers.json", "reports", "s
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("url", help="manifest or folder of one output, or a root with many")
+    text = "manifest or folder of one output, which is checked with all that it was made from; or a root with many"
+    parser.add_argument("url", help=text)
     text = "read every byte and compare hashes (default: sizes and commit records alone)"
     parser.add_argument("--full", action="store_true", help=text)
 
 
 def run(options: Namespace) -> None:
-    """Check all outputs at the URL; damage of one does not keep the others from being checked."""
+    """Check an output and all that it was made from, or all outputs; damage of one does not hide that of another."""
     from storage.verify import outputs, stray
 
     found, folder = outputs(options.url), output_folder(options.url)
@@ -63,6 +64,9 @@ def _check(output: "Manifest", where: str, *, full: bool) -> bool:
     seen = "all bytes" if full else "sizes and records"
     state = _withdrawn(output, found) if found else f"{seen} as committed"
     print(f"{where}: {len(output.files):,} objects, {size:,} bytes: {state}", flush=True)
+    if not found and not output.parents and output.inputs:
+        ends = ", ".join(f"{name} {digest}" for name, digest in output.inputs.items())
+        print(f"{where}: the chain ends in {'the archive: ' if output.stage == 'shard' else ''}{ends}", flush=True)
     return not found
 
 

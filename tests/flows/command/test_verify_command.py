@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from command_line import refused, tiny
 from flows.command.main import main
 from storage.config import Config
 from storage.manifest import Manifest, stage_output
+from storage.seal import opened, sealed
 
 
 class Plain(Config):
@@ -35,7 +37,9 @@ def test_damage_is_named_withdrawn_and_mended_by_the_same_command(
     (output,) = (root / "shard").iterdir()
     capsys.readouterr()
     assert main(["verify", str(root)]) == 0
-    assert capsys.readouterr().out.endswith("bytes: sizes and records as committed\n")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("bytes: sizes and records as committed")
+    assert re.search(r": the chain ends in the archive: train [0-9a-f]{64}$", said[1])
 
     tar = output / "train" / "00001.tar"
     whole, mtime = tar.read_bytes(), (output / "train" / "00000.tar").stat().st_mtime_ns
@@ -95,3 +99,57 @@ def test_what_servers_keep_in_a_root_is_not_named(
         (tmp_path / name).touch()
     assert main(["verify", str(tmp_path)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> list[Manifest]:
+    """Shards, and two outputs after them, in a root."""
+    made: list[Manifest] = []
+    for number, stage in enumerate(("shard", "train", "evaluate")):
+        parents, inputs = ({"source": made[-1]}, {}) if made else ({}, {"train": "ab" * 32})
+        out = stage_output(str(tmp_path / "root"), stage, 1, Plain(), parents=parents, inputs=inputs)
+        made.append(out.commit(Manifest, [out.put("one", bytes([number]))], metrics={"fd": 111.8}))
+    return made
+
+
+def test_a_number_is_checked_down_to_the_archive(capsys: pytest.CaptureFixture[str], chain: list[Manifest]) -> None:
+    shards, model, metrics = chain
+    assert main(["verify", "--full", metrics.uri]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        *(f"{made.uri}: 1 objects, 1 bytes: all bytes as committed" for made in (metrics, model, shards)),
+        f"{shards.uri}: the chain ends in the archive: train {'ab' * 32}",
+    ]
+    Path(model.uri, "one").write_bytes(b"x")
+    assert main(["verify", "--full", metrics.uri]) == 1
+    assert f"{model.uri}: 1 objects, 1 bytes: 1 damaged, withdrawn" in capsys.readouterr().out
+    assert main(["verify", metrics.uri]) == 1
+    assert f"{model.uri}: no finished output" in capsys.readouterr().out
+
+
+def test_a_moved_root_is_checked_where_it_is(
+    capsys: pytest.CaptureFixture[str], chain: list[Manifest], tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    (tmp_path / "root").rename(moved)
+    assert main(["verify", f"{moved}/evaluate/{chain[-1].folder_name}"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2].startswith(f"{moved}/shard/")
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_link_that_was_made_anew_is_named(
+    capsys: pytest.CaptureFixture[str], chain: list[Manifest], everything: bool
+) -> None:
+    shards, model, metrics = chain
+    path = Path(shards.url)
+    path.write_bytes(sealed(opened(path.read_bytes()).replace(b"111.8", b"211.8")))
+    assert main(["verify", "--full", metrics.root if everything else metrics.uri]) == 1
+    text = f"{model.uri}: was made from other bytes than its source has now, {shards.uri}; delete manifest.json there"
+    assert any(line.startswith(text) for line in capsys.readouterr().out.splitlines())
+
+
+def test_one_digit_of_a_number_is_noticed(capsys: pytest.CaptureFixture[str], chain: list[Manifest]) -> None:
+    path = Path(chain[-1].url)
+    path.write_bytes(path.read_bytes().replace(b"111.8", b"211.8"))
+    for place in (chain[-1].uri, chain[-1].root):
+        assert main(["verify", place]) == 1
+        assert f"{path}: does not hold the bytes that were committed" in capsys.readouterr().out
