@@ -67,8 +67,8 @@ def unpickled(file: str | IO[bytes], where: str, *, mmap: bool = False) -> Any:
         with torch.serialization.safe_globals(known):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap or None)
     except pickle.UnpicklingError as error:
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise InputError(f"{where}: contains {_foreign(found[1])}") from error
+        if found := re.search(r"(?<=GLOBAL )\S+|torch\.distributed\.tensor", str(error)):
+            raise InputError(f"{where}: contains {_foreign(found[0])}") from error
         raise InputError(f"{where}: damaged, or no file of torch; fetch it again") from error
 
 
@@ -183,7 +183,7 @@ class WeightsFile:
 
 def _foreign(name: str) -> str:
     """Which object of a pickle is not loaded, and what to do."""
-    if ".distributed." in name or ".fsdp." in name:
+    if name.startswith("torch.distributed."):
         return f"{name}, so it is one rank's shard; save the full state_dict of the model"
     save = "torch.save(torch.load('x.pt', weights_only=False)['ema'], 'weights.pt')"
     return f"{name}, which is not loaded, as it could run code; if you trust the file, save its weights alone: {save}"

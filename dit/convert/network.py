@@ -41,9 +41,19 @@ def network(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], 
         raise InputError(f"{where}: {_without_a_dit(tensors)}")
     start = f"{chosen[0]}." if chosen[0] else ""
     found = {_plain(name.removeprefix(start)): tensor for name, tensor in tensors.items() if name.startswith(start)}
+    if len(found) < sum(name.startswith(start) for name in tensors):
+        raise InputError(f"{where}: has a tensor twice, with and without a prefix; save the model's state_dict again")
     if other := _other(found):
         raise InputError(f"{where}: {other}")
     return found, chosen[0]
+
+
+def unread_average(names: list[str], place: str) -> str | None:
+    """Where averaged weights seem to be that were not read, by the names of all entries; None if nowhere."""
+    if AVERAGE.search(place):
+        return None
+    folders = (name.rpartition(".")[0] for name in names)
+    return next((folder for folder in folders if AVERAGE.search(folder)), None)
 
 
 def _root(name: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import Literal, TypedDict
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.nn import Parameter
 
 from dit.diffusion.config import DiffusionConfig
 from dit.models.config import SIZES, DiTConfig
@@ -138,7 +139,7 @@ def _classes(tensors: dict[str, Tensor], told: int | None, where: str) -> tuple[
     rows, _ = _shape(tensors, TABLE, 2, where)
     classes = rows - 1 if told is None else told
     if classes < 1 or rows - classes not in (0, 1):
-        hint = f"pass --classes {rows}, or {rows - 1} if the last row is the null label"
+        hint = f"pass --classes {rows}" + (f", or {rows - 1} if the last row is the null label" if rows > 1 else "")
         raise InputError(f"{where}: the label table of {rows} rows does not fit {classes} classes; {hint}")
     return classes, rows > classes and bool(tensors[TABLE][-1].any())
 
@@ -184,10 +185,16 @@ def fitted(config: DiTConfig, tensors: dict[str, Tensor], where: str) -> dict[st
         if tensors[name].shape != expected[name] or not tensors[name].is_floating_point():
             shape, needed = tuple(tensors[name].shape), tuple(expected[name])
             raise InputError(f"{where}: {name} is {tensors[name].dtype} {shape}, not floats {needed}; {LAYOUT}")
-        if not tensors[name].isfinite().all():
+        if not _is_plain(tensors[name]):
+            raise InputError(f"{where}: {name} is sparse, a part of a tensor, or without values; save plain tensors")
+        if not tensors[name].float().isfinite().all():
             raise InputError(f"{where}: {name} is not finite, so the training failed; use an earlier checkpoint")
     _check_positions(config, tensors[POSITIONS], where)
     return {name: tensors[name].detach().float() for name in expected}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
 
 
 def _check_positions(config: DiTConfig, table: Tensor, where: str) -> None:

@@ -5,7 +5,7 @@ from typing import Unpack
 
 from dit.convert import diffusers
 from dit.convert.files import PICKLES, SAFETENSORS, Content, read_content, suffix
-from dit.convert.network import network
+from dit.convert.network import network, unread_average
 from dit.convert.pretrained import LAYOUT, Hints, Pretrained, completed, fitted, infer
 from dit.convert.process import process
 from dit.diffusion.config import DiffusionConfig
@@ -62,11 +62,13 @@ def _file(source: str, hints: Hints) -> Pretrained:
     content, where = read_content(source), uri.redact(source)
     diffusion, notes = process(content.options, source, hints.get("process"))
     tensors, place = network(content.tensors, where)
+    average = unread_average([*content.tensors, *content.options], place)
     if hints.get("classes") is None:
         hints = {**hints, "classes": _recorded_classes(content)}
     config = infer(tensors, hints, where)
-    if place:
-        notes = [f"read from {place}", *notes]
+    if place or average:
+        other = f", not from the average under {average}, whose tensors have no names of a DiT" if average else ""
+        notes = [f"read from {place or 'the file'}{other}", *notes]
     return Pretrained(config, fitted(config, completed(config, tensors), where), diffusion, notes=tuple(notes))
 
 
@@ -74,7 +76,7 @@ def _recorded_classes(content: Content) -> int | None:
     """The number of classes that a training script's options name, if they name one."""
     found = {value for name, value in content.options.items() if name.rpartition(".")[2] == "num_classes"}
     value = found.pop() if len(found) == 1 else None
-    return value if isinstance(value, int) else None
+    return value if type(value) is int else None
 
 
 def _folder(source: str, hints: Hints) -> Pretrained:
@@ -94,6 +96,8 @@ def _folder(source: str, hints: Hints) -> Pretrained:
     for name, remedy in SHARDED.items():
         if name in names:
             raise InputError(f"{where}: holds the shards of {remedy} makes one file of them")
+    if names == [where.rpartition("/")[2]]:  # a file lists itself
+        raise InputError(f"{where}: a checkpoint's file ends in {', '.join(PICKLES)} or {SAFETENSORS}; rename it")
     raise InputError(f"{where}: not a checkpoint; {KINDS}")
 
 

@@ -3,6 +3,8 @@
 import argparse
 import json
 import pathlib
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from random_dit import pretrained, random_dit
 from safetensors.torch import load_file, save_file
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from dit.convert import described, read, write
 from dit.diffusion.config import DiffusionConfig
@@ -366,3 +369,63 @@ def test_other_weights_of_a_diffusers_folder(tmp_path: Path, weights: Weights, n
     place.rename(folder / "diffusion_pytorch_model.safetensors.index.json")
     with pytest.raises(InputError, match="says that the weights are in shards; save_pretrained"):
         read(str(folder))
+
+
+def test_an_average_that_cannot_be_read_is_named(tmp_path: Path, weights: Weights) -> None:
+    """As torch_ema and diffusers keep it, a list; and as CompVis does, with names without dots."""
+    listed = {"model": weights, "ema": {"decay": 0.9999, "shadow_params": list(weights.values())}}
+    dotless = {f"model.{name}": tensor for name, tensor in weights.items()}
+    dotless |= {f"model_ema.{name.replace('.', '')}": tensor for name, tensor in weights.items()}
+    for content, place, average in ((listed, "model", "ema"), (dotless, "model", "model_ema")):
+        note = read(saved(tmp_path, content), heads=4).notes[0]
+        assert note == f"read from {place}, not from the average under {average}, whose tensors have no names of a DiT"
+    quiet = saved(tmp_path, {"model": weights, "args": options(ema_decay=0.9999)})
+    assert read(quiet, heads=4).notes[0] == "read from model"
+
+
+def test_tensors_that_are_not_plain(tmp_path: Path, weights: Weights) -> None:
+    name = "blocks.0.attn.qkv.weight"
+    for other in (weights[name].to_sparse(), weights[name].to("meta")):
+        assert f"{name} is sparse, a part of a tensor, or without values" in refusal(
+            saved(tmp_path, weights | {name: other})
+        )
+    eighth = weights[name].to(torch.float8_e4m3fn)
+    assert torch.equal(read(saved(tmp_path, weights | {name: eighth}), heads=4).state[name], eighth.float())
+
+
+def test_a_tensor_that_is_there_twice(tmp_path: Path, weights: Weights) -> None:
+    name = "blocks.0._orig_mod.attn.qkv.weight"
+    twice = weights | {name: weights[name.replace("_orig_mod.", "")]}
+    assert "has a tensor twice" in refusal(saved(tmp_path, twice))
+
+
+@pytest.mark.parametrize("name", ["x.pth.tar", "checkpoint"])
+def test_files_of_other_suffixes(tmp_path: Path, weights: Weights, name: str) -> None:
+    assert refusal(saved(tmp_path, weights, name)).endswith("or .safetensors; rename it")
+
+
+def test_a_shard_of_early_fsdp(tmp_path: Path) -> None:
+    message = refusal(saved(tmp_path, {"x_embedder.proj.weight": ShardedTensor}))
+    assert "ShardedTensor, so it is one rank's shard; save the full state_dict" in message
+
+
+@pytest.mark.full
+def test_a_shard_of_fsdp(tmp_path: Path) -> None:
+    """Read in a process of its own: whoever has imported DTensor could unpickle one."""
+    code = (
+        "import sys, torch, torch.distributed as dist\n"
+        "from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh\n"
+        "dist.init_process_group('gloo', init_method=f'file://{sys.argv[1]}.store', rank=0, world_size=1)\n"
+        "part = distribute_tensor(torch.ones(4, 4), init_device_mesh('cpu', (1,)), [Shard(0)])\n"
+        "torch.save({'x_embedder.proj.weight': part}, sys.argv[1])\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.pt")], check=True)
+    found = [
+        sys.executable,
+        "-c",
+        "import sys; from dit.convert import read; read(sys.argv[1])",
+        str(tmp_path / "x.pt"),
+    ]
+    done = subprocess.run(found, capture_output=True, text=True, check=False)
+    assert "contains torch.distributed" in done.stderr
+    assert "so it is one rank's shard; save the full state_dict" in done.stderr
