@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import uri
-from storage.archives.account import Account, check_one_split
+from storage.archives.account import Account, check_one_split, check_splits
 from storage.archives.listing import Archive, ListedFile, class_names_of, first_line
 from storage.errors import InputError
 
@@ -31,6 +31,11 @@ CACHE_BYTES = 1 << 28
 """Bytes of row groups that are cached."""
 
 _IMAGES, _LABEL = ("image", "img"), "label"
+_SPLIT = "split"
+_LABEL_KINDS = (
+    *(pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating),
+    *(pa.types.is_string, pa.types.is_large_string),
+)
 _LIKE_LABELS = re.compile(r"(.*_)?(labels?|class)")
 
 
@@ -62,6 +67,8 @@ class _Group(NamedTuple):
     labels: list[str]
     names: list[str]
     """The last part of each image's path; empty if there is no path."""
+    splits: frozenset[str]
+    """What a column ``split`` holds; empty without one."""
 
 
 def open_parquet(urls: list[str], account: Account, class_names: tuple[str, ...] | None = None) -> Archive:
@@ -71,13 +78,14 @@ def open_parquet(urls: list[str], account: Account, class_names: tuple[str, ...]
     named by their row numbers instead.
 
     Raises:
-        InputError: a file is damaged, lacks a column or a label, has a row group too large, or as
-            `Archive`.
+        InputError: a file is damaged, lacks a column or a label, has a row group too large or rows of several
+            splits, or as `Archive`.
     """
     check_one_split(account.where, [url.rpartition("/")[2] for url in urls])
     fs, _ = uri.filesystem(urls[0])
     groups = [group for url in urls for group in _groups(url)]
     _check_class_names(account, groups)
+    check_splits(account.where, frozenset[str]().union(*(group.splits for group in groups)))
     files = _listed(groups, class_names)
     content = [[group.rows, group.compressed] for group in groups]
     return Archive(account, files, _Groups(fs, groups).fetch, class_names, content)
@@ -131,15 +139,30 @@ def _columns(where: str, schema: pa.Schema) -> _Columns:
         InputError: there is no such column, several can be meant, or two classes have the same name.
     """
     features, fields = _features(schema), {field.name: field.type for field in schema}
-    structs = [name for name, kind in fields.items() if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0]
-    bare = [name for name, kind in fields.items() if pa.types.is_binary(kind) or pa.types.is_large_binary(kind)]
+    structs = [name for name, kind in fields.items() if _has_bytes(kind)]
+    bare = [name for name, kind in fields.items() if _is_bytes(kind)]
     image = _chosen(where, schema, "encoded images", _IMAGES, structs + bare)
     classes = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel" and name in fields]
     alike = [name for name in fields if _LIKE_LABELS.fullmatch(name)]
     label = _LABEL if _LABEL in fields else _chosen(where, schema, "labels", (_LABEL,), classes or alike)
+    if not any(is_kind(_plain(fields[label])) for is_kind in _LABEL_KINDS):
+        problem = f"the column {label!r} holds {fields[label]}; a label is a number or a text"
+        raise InputError(f"{where}: {problem}".replace("\n", " "))
     names = _class_names(where, features.get(label, {}))
     numbered = names is None and pa.types.is_integer(fields[label])
     return _Columns(image, f"{image}.bytes" if image in structs else image, f"{image}.path", label, names, numbered)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type))
 
 
 def _chosen(where: str, schema: pa.Schema, what: str, usual: tuple[str, ...], possible: list[str]) -> str:
@@ -179,11 +202,12 @@ def _group(where: str, path: str, parquet: pq.ParquetFile, number: int, read: _C
         limit = f"more than the limit of {MAX_ROWS:,} rows or {MAX_GROUP:,} bytes"
         raise InputError(f"{where}: row group {number} has {size}, {limit}; write the file with smaller row groups")
     _check_nulls(f"{where}: row group {number}", images, metadata.num_rows)
-    wanted = [column.path_in_schema for column in columns if column.path_in_schema in (read.path, read.label)]
+    wanted = [column.path_in_schema for column in columns if column.path_in_schema in (read.path, read.label, _SPLIT)]
     rows = parquet.read_row_group(number, columns=wanted, use_threads=False).to_pylist()
     labels = [_label(f"{where}: row group {number}", row[read.label], read.names) for row in rows]
     paths = [str((row.get(read.image) or {}).get("path") or "").rpartition("/")[2] for row in rows]
-    return _Group(path, read, number, len(rows), images.total_compressed_size, labels, paths)
+    splits = frozenset(str(row[_SPLIT]) for row in rows if row.get(_SPLIT))
+    return _Group(path, read, number, len(rows), images.total_compressed_size, labels, paths, splits)
 
 
 def _check_nulls(where: str, images: pq.ColumnChunkMetaData, rows: int) -> None:

@@ -193,6 +193,31 @@ def test_names_in_the_labels_mix_with_names_in_the_metadata(tmp_path: Path) -> N
     assert read(f"{tmp_path}/x") == {"dog/1.png": (1, b"1"), "cat/2.png": (0, b"2"), "cat/3.png": (0, b"3")}
 
 
+IMAGES = [{"bytes": b"1", "path": "1.png"}, {"bytes": b"2", "path": "2.png"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": IMAGES, "label": [{"x": 0}, {"x": 1}]}, "the column 'label' holds struct"),
+        ({"image": IMAGES, "label": [[0], [1, 2]]}, "the column 'label' holds list"),
+        ({"image": [[image] for image in IMAGES], "label": [0, 1]}, "no column of encoded images"),
+        ({"image": [{"bytes": None, "path": "1.png"}], "label": [0]}, "no column of encoded images"),
+        ({"image": IMAGES, "label": [0, 1], "split": ["train", "test"]}, "'test' and 'train' are splits"),
+    ],
+)
+def test_columns_of_other_kinds_are_refused(tmp_path: Path, columns: dict[str, list[object]], message: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match=message) as caught:
+        open_archive(f"{tmp_path}/x.parquet")
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_of_one_split_are_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": IMAGES, "label": [0, 1], "split": ["train"] * 2}), tmp_path / "x.parquet")
+    assert len(open_archive(f"{tmp_path}/x.parquet").members) == 2
+
+
 def test_no_rows_are_no_images(tmp_path: Path) -> None:
     table = pq.read_table(put(tmp_path, [(b"1", "1", 0)]))
     pq.write_table(table.slice(0, 0), tmp_path / "x.parquet")
