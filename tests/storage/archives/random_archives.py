@@ -6,6 +6,7 @@ An archive is to be read, or has a single flaw and is to be refused by a line th
 import io
 import os
 import random
+import re
 import shutil
 import tarfile
 import unicodedata
@@ -248,14 +249,27 @@ def zip_of(rng: random.Random, entries: Entries) -> bytes:
     return buffer.getvalue()
 
 
+def _locked(rng: random.Random, data: bytes, inside: str) -> tuple[bytes, str]:
+    """A zip with one image encrypted or packed by another method, as its directory says; and that image's name."""
+    with zipfile.ZipFile(io.BytesIO(data)) as packed:
+        names = [info.filename for info in packed.infolist() if info.filename.startswith(inside)]
+    name = rng.choice([name for name in names if not re.search("/[.]|^[.]|@|__MACOSX|[.](db|ini)$|/$", name)])
+    found = data.rindex(name.encode()) - 46
+    place, value = rng.choice([(found + 8, 1), (found + 10, 14)])
+    return data[:place] + bytes([value | data[place]]) + data[place + 1 :], name.removeprefix(inside)
+
+
 def zipped(rng: random.Random, root: Path, images: Images, flaw: bool) -> Part:
     """A zip of class folders, sometimes below a folder that the URL names."""
-    entries, refused, spoil = packed_folders(rng, images, flaw)
+    locked = flaw and rng.random() < 0.2
+    entries, refused, spoil = packed_folders(rng, images, flaw and not locked)
     inside = rng.choice(["", "", "in a zip/"])
     if inside:
         entries = [(path if path[0] == "/" else f"{inside}{path}", kind, data) for path, kind, data in entries]
         entries.append(("fox/outside.png", REGULAR, picture(rng)))
     data, path = zip_of(rng, entries), root.with_suffix(".zip")
+    if locked:
+        data, refused = _locked(rng, data, inside)
     path.write_bytes(spoilt(rng, data, zip_of(rng, [("fox/1.png", REGULAR, picture(rng))])) if spoil else data)
     url = f"zip://{inside[:-1]}::{path}" if inside else str(path)
     return Part(url, "zipped", [path], images, path.name if spoil else refused)

@@ -224,7 +224,7 @@ KINDS: tuple[Callable[[random.Random, Path, Images, bool], Part], ...] = (
 def random_case(seed: int, root: Path) -> dict[str, Part]:
     """An archive to train on, sometimes with held-out images; at most one of the two has a flaw."""
     rng = random.Random(seed)
-    flaw = rng.random() < 0.35
+    flaw = rng.random() < 0.45
     kind, images = KINDS[seed % len(KINDS)], random_images(rng)
     splits = {"train": kind(rng, root / "train", images, flaw)}
     if rng.random() < 0.4 and splits["train"].named and not flaw:

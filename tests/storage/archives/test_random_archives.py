@@ -19,7 +19,7 @@ from storage.shards.runners import Threads
 from storage.shards.shard import ShardConfig, ShardManifest, read_images
 from storage.tracker import NullTracker
 
-QUICK, ALL = range(12), range(12, 112)
+QUICK, ALL = range(24), range(24, 124)
 
 
 def read(part: Part) -> Reading:
