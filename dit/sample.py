@@ -319,6 +319,9 @@ def check_process(config: SampleConfig, card: ModelCard) -> None:
     if _scale(config, card.model) != UNGUIDED and not card.model.label_dropout:
         reason = "without label dropout in training, the model has no null label to guide with"
         raise InputError(f"sample.guidance_scale: {reason}; use 1")
+    interval = config.guidance_interval
+    if interval and interval[0] > interval[1]:
+        raise InputError(f"sample.guidance_interval: {list(interval)} is empty; write the lowest first")
     if edm and config.guidance_schedule == "power_cosine":
         raise InputError("sample.guidance_schedule: power_cosine needs timesteps, which EDM has not; use constant")
     if isinstance(card.diffusion, DiffusionConfig):

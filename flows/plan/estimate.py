@@ -70,7 +70,7 @@ def plan(recipe: Recipe, root: str, given: Mapping[str, float]) -> Plan:
     stages = list(estimates(recipe, root, rates))
     lines = tuple(each.line() for each in stages)
     missing, there = sum(line.missing for line in lines), free(root)
-    memory, memory_there, copy = max(each.cost.memory for each in stages), _memory(), _copy(stages)
+    memory, memory_there, copy = max(each.cost.memory for each in stages), _memory(), copied(stages)
     return Plan(
         recipe=recipe.name,
         lines=lines,
@@ -83,7 +83,7 @@ def plan(recipe: Recipe, root: str, given: Mapping[str, float]) -> Plan:
         archive=tuple(
             line for each in stages if isinstance(each.manifest, ShardManifest) for line in summary(each.manifest)
         ),
-        problems=(*no_disk(stages, root, missing, there), *_no_memory(stages, recipe, memory_there), *_no_room(copy)),
+        problems=(*no_disk(stages, root, missing, there), *_no_memory(stages, recipe, memory_there), *no_room(copy)),
     )
 
 
@@ -137,7 +137,7 @@ def estimates(recipe: Recipe, root: str, rates: dict[str, float], *, force: bool
         yield StageEstimate(name, cost, before[name], made is not None)
 
 
-def _copy(stages: list[StageEstimate]) -> Copy | None:
+def copied(stages: list[StageEstimate]) -> Copy | None:
     """What the stages will copy to this machine's cache."""
     sizes = [each.cost.copied for each in stages if not each.finished and each.cost.copied is not None]
     return Copy(str(cache.root()), sum(sizes), _room(cache.root())) if sizes else None
@@ -178,7 +178,7 @@ def _no_memory(stages: list[StageEstimate], recipe: Recipe, there: int) -> Itera
             yield f"{each.stage}: needs {need}, and there are {there / 2**30:,.1f} GiB; {cost.save_memory}"
 
 
-def _no_room(copy: Copy | None) -> Iterator[str]:
+def no_room(copy: Copy | None) -> Iterator[str]:
     """The problem, if the latents do not fit into the cache."""
     if copy and copy.size > copy.there:
         need = f"{copy.size / 1e9:,.1f} GB of latents to copy here for training, {copy.there / 1e9:,.1f} GB are free"

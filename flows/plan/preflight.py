@@ -2,7 +2,8 @@
 
 from flows.contract import STAGES
 from flows.launch import start
-from flows.plan.estimate import estimates, free, no_disk
+from flows.launch.spec import LocalLaunch
+from flows.plan.estimate import copied, estimates, free, no_disk, no_room
 from flows.recipe import Recipe
 from flows.runner_packages import check_runner
 from storage.archives.once import listed
@@ -10,7 +11,7 @@ from storage.errors import InputError
 
 
 def preflight(recipe: Recipe, root: str, *, force: bool = False) -> None:
-    """Check a recipe on this machine: what it names, whether it fits together, and the disk of a local root.
+    """Check a recipe on this machine: what it names, whether it fits together, and the disks.
 
     Nothing is written and nothing measured. In a block of `listed_once` a recipe that passed is not checked again.
     Outputs that are begun are not counted for the disk, so a recipe is refused only if it cannot fit.
@@ -35,5 +36,8 @@ def _check(recipe: Recipe, root: str, force: bool) -> None:
     if not all(each.finished for each in stages):
         start.check(recipe.launch, root)
     fresh = [each for each in stages if not each.finished and not each.cost.done]
-    for problem in no_disk(fresh, root, sum(each.cost.size for each in fresh), free(root)):
-        raise InputError(problem)
+    problems = list(no_disk(fresh, root, sum(each.cost.size for each in fresh), free(root)))
+    if isinstance(recipe.launch, LocalLaunch):
+        problems += no_room(copied(stages))
+    if problems:
+        raise InputError("; ".join(problems))

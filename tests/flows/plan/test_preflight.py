@@ -46,6 +46,10 @@ def written(root: Path) -> list[Path]:
         (["sample.count=3"], "evaluate: metrics need at least 4 reference images and samples, not 24 and 3"),
         (["sample.sampler=heun"], "sample.sampler: heun does not fit the model's process; use ddpm or ddim"),
         (["sample.steps=1001"], "steps: '1001' is neither a number from 2 to 1000"),
+        (
+            ["sample.guidance_interval=[600, 100]"],
+            "sample.guidance_interval: [600.0, 100.0] is empty; write the lowest",
+        ),
         (["sample.weights=ema-0.5"], "sample.weights: the model has no model-ema-0.5.safetensors for ema-0.5; it has"),
         (["train.model.label_dropout=0"], "the model has no null label to guide with; use 1"),
         (["train.flips=true", "encode.flips=false"], "train.flips: the latents have no mirror images"),
@@ -96,6 +100,16 @@ def test_a_disk_that_is_full(
     line = refused(capsys, ["run", "demo", *tiny(images, root, "train.checkpoint_every=1")])
     assert f"{root}: 0.1 GB to write, 0.0 GB are free; name a larger --root" in line
     assert written(root) == []
+
+
+def test_a_cache_that_is_full(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 10))
+    there = "memory://preflight"
+    with pytest.raises(InputError, match=rf"^{tmp_path / 'cache/ditflow'}: .* of latents to copy here for training"):
+        preflight(recipe_of(images, Path(there)), there)
+    nodes = "launch={kind: nodes, nodes: 2, nproc: 1, address: 'a:1'}"
+    preflight(recipe_of(images, Path(there), nodes), there)  # whose disks are others
 
 
 def test_every_recipe_of_a_sweep_is_checked_before_the_first_runs(
