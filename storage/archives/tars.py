@@ -61,18 +61,19 @@ def _check_beside(account: Account, tar: Tar, class_tar: str) -> None:
     """Check that the class tars in a tar lie in one folder, and that nothing else there could be an image of a class.
 
     Raises:
-        InputError: there is another folder with tars, or one with images, or the folder holds more images than tars.
+        InputError: there is another folder with tars, or one with images, or the folder itself holds images.
     """
     folder = class_tar.rpartition("/")[0]
-    inside = [entry.name for entry in tar.entries if folder and entry.name.rpartition("/")[0] == folder]
-    if sum(map(is_image_name, inside)) > sum(name.endswith(".tar") for name in inside):
-        raise account.refused(class_tar, f"a tar among the images in {folder!r}; unpack it, or move the images")
     for entry in tar.entries:
         outer = entry.name.rpartition("/")[0]
         if entry.name.endswith(".tar"):
             if outer != folder:
                 raise account.refused(entry.name, f"lies in another folder than {class_tar!r}; keep class tars in one")
-        elif outer not in ("", folder) and is_image_name(entry.name):
+        elif outer and outer == folder and is_image_name(entry.name):
+            raise account.refused(
+                class_tar, f"a tar beside {entry.name!r}, so {folder!r} may be a class; pack one kind"
+            )
+        elif outer and is_image_name(entry.name):
             raise account.refused(class_tar, f"a class tar beside class folders with {entry.name!r}; pack one kind")
         else:
             account.pass_over_beside([entry.name])

@@ -60,7 +60,7 @@ def class_tars(rng: random.Random, root: Path, images: Images, flaw: bool) -> Pa
         for name, data in (tars | beside).items():
             (root / name).write_bytes(data)
         return Part(str(root), "folder_of_class_tars", [root], images, refused)
-    around, path = rng.choice(["", "", "train/"]), root.with_suffix(".tar")
+    around, path = "" if "cover.png" in beside else rng.choice(["", "train/"]), root.with_suffix(".tar")
     entries = [(f"{around}{name}", REGULAR, data) for name, data in (tars | beside).items()]
     path.write_bytes(tar_of(rng, entries))
     return Part(str(path), "tar_of_class_tars", [path], images, refused)
