@@ -1,5 +1,6 @@
 """A zip of class folders. Its central directory is read once, and then each file by one range."""
 
+import os
 import stat
 import struct
 import zipfile
@@ -19,6 +20,9 @@ _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # signature, ..., lengths of name an
 _SIGNATURE = b"PK\x03\x04"
 _END = b"PK\x05\x06"  # of the record at the end of a zip
 _MAX_END = 22 + (1 << 16)  # bytes of that record with its comment
+_END_64 = b"PK\x06\x06"  # of the same record for more files, before the other
+_MAX_END_64 = 56 + 20  # bytes of that record and of its address
+_IN_64 = 0xFFFF  # the number of files stands there
 _UNIX = 3  # the system that an entry's attributes are of
 
 
@@ -53,6 +57,7 @@ def open_zip(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
         with fs.open(path, "rb") as file, zipfile.ZipFile(file) as zip_file:
             infos, directory = zip_file.infolist(), zip_file.start_dir
             _check_front(where, file, min((info.header_offset for info in infos), default=0))
+            _check_count(file, len(infos))
     except FileNotFoundError as error:
         raise InputError(f"{where}: no such file") from error
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
@@ -107,6 +112,26 @@ def _check_front(where: str, file: IO[bytes], first: int) -> None:
         raise InputError(
             f"{where}: another zip lies in front, as if two were joined; keep them apart, or pack them again"
         )
+
+
+def _check_count(file: IO[bytes], found: int) -> None:
+    """Check that the central directory has as many entries as the record at its end says; `zipfile` does not.
+
+    Raises:
+        BadZipFile: it has not.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _MAX_END - _MAX_END_64))
+    tail = file.read()
+    end = tail.rindex(_END)
+    (listed,) = struct.unpack_from("<H", tail, end + 10)
+    end_64 = tail.rfind(_END_64, 0, end)
+    if listed == _IN_64 and end_64 >= 0:
+        (listed,) = struct.unpack_from("<Q", tail, end_64 + 32)
+    elif listed == found % (_IN_64 + 1):  # old tools write more files without the larger record
+        return
+    if listed != found:
+        raise zipfile.BadZipFile(f"{found:,} files in its directory instead of {listed:,}")
 
 
 def _check(account: Account, path: str, info: zipfile.ZipInfo, stop: int) -> None:

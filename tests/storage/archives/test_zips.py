@@ -8,6 +8,7 @@ from pathlib import Path
 import packing
 import pytest
 
+from storage.archives import zips
 from storage.archives.open import open_archive
 from storage.errors import InputError, StorageError
 
@@ -114,3 +115,27 @@ def test_damage_is_named_at_reading(tmp_path: Path, method: int, position: int) 
         archive.read(archive.members[0])
     assert "\n" not in str(caught.value)
     assert archive.read(archive.members[2]) == FILES["b/3.png"]
+
+
+def test_a_directory_that_has_lost_an_entry_is_damaged(tmp_path: Path) -> None:
+    """The entry is taken for the comment of the one before; `zipfile` itself does not notice."""
+    data = bytearray(packing.zipped(FILES))
+    struct.pack_into("<H", data, central(data, "a/1.png") + 32, 46 + len("a/sub/2.png"))
+    with pytest.raises(InputError, match="damaged or not a zip \\(2 files in its directory instead of 3\\)"):
+        open_archive(put(tmp_path, data))
+
+
+def test_more_files_than_the_small_record_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the small record had two bits for the number of files, not sixteen."""
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
+    monkeypatch.setattr(zips, "_IN_64", 3)
+    files = {f"a/{number}.png": b"1" for number in range(4)}
+    data = bytearray(packing.zipped(files))
+    end, end_64 = data.rindex(b"PK\x05\x06"), data.rindex(b"PK\x06\x06")
+    struct.pack_into("<HH", data, end + 8, 3, 3)
+    assert len(open_archive(put(tmp_path, data)).members) == 4
+    struct.pack_into("<Q", data, end_64 + 32, 5)
+    with pytest.raises(InputError, match="4 files in its directory instead of 5"):
+        open_archive(put(tmp_path, data))
+    struct.pack_into("<HH", data, end + 8, 0, 0)  # as old tools count, without the larger record
+    assert len(open_archive(put(tmp_path, data[:end_64] + data[end:])).members) == 4
