@@ -47,7 +47,7 @@ def child(
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         start_new_session=True,
         preexec_fn=partial(set_parent_death_signal, os.getpid()),

@@ -58,6 +58,7 @@ def prefect_server(home: Path, port: int = 0, *, password: str, scheduler: bool 
     address = f"http://{HOST}:{port}"
     env: dict[str, str | None] = {name: None for name in os.environ if name.startswith(_FOR_ANOTHER_SERVER)}
     env |= prefect_env(home) | {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": sqlite_url(home / "prefect.db", "aiosqlite"),
         "PREFECT_UI_API_URL": f"{address}/api",
         "PREFECT_SERVER_API_AUTH_STRING": password,
         "PREFECT_API_AUTH_STRING": password,  # its own services are clients too
@@ -78,11 +79,21 @@ def mlflow_server(folder: Path, port: int = 0) -> Iterator[str]:
     port, folder = port or free_port(), folder.absolute()
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--timeout-graceful-shutdown 3"]  # else open browser pages delay its end
-    command += ["--backend-store-uri", f"sqlite:///{folder / MLFLOW_DATABASE}"]
+    command += ["--backend-store-uri", sqlite_url(folder / MLFLOW_DATABASE)]
     command += ["--artifacts-destination", (folder / "mlflow-artifacts").as_uri()]
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with _server("mlflow-server", folder, command, env, port, "/health") as address:
         yield address
+
+
+def sqlite_url(path: Path, driver: str = "pysqlite") -> str:
+    """The SQLAlchemy URL of a database file, whatever characters its path has."""
+    from sqlalchemy.engine import URL  # takes a while
+
+    url = URL.create(f"sqlite+{driver}", database=str(path.absolute())).render_as_string(hide_password=False)
+    plain = f"sqlite:///{path.absolute()}"
+    # MLflow would make a folder by the undecoded name if it knew a quoted URL as one of sqlite.
+    return plain if url == plain.replace("sqlite", "sqlite+pysqlite", 1) else url
 
 
 def local_home(root: str) -> Path:

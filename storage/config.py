@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from storage import uri
 
-Location = Annotated[str, AfterValidator(uri.without_credentials)]
+Location = Annotated[str, AfterValidator(uri.checked)]
 """A path or fsspec URL, which holds no secret, since configs are shown and stored openly."""
 
 _MESSAGES = {"extra_forbidden": "no such key", "union_tag_not_found": "say which with `kind`"}

@@ -1,8 +1,8 @@
 """Objects by URL on any fsspec file system: reads, atomic writes, listings.
 
-A URL without a scheme is a local path. A local write goes to a temporary file, which is synced and
-then renamed, so an object is either absent or complete. Object stores guarantee this by themselves.
-Every error of a store becomes one line that names the object.
+A URL without ``://`` is a local path, whatever characters it has. A local write goes to a temporary file, which is
+synced and then renamed, so an object is either absent or complete. Object stores guarantee this by themselves. Every
+error of a store becomes one line that names the object.
 """
 
 import errno
@@ -28,6 +28,9 @@ _SECRET_QUERY = re.compile(
 )
 MAX_TEXT = 2**26
 """Most bytes of a JSON file that someone else may have written."""
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+"""What file systems without hard links answer, such as FAT and some of FUSE."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -56,14 +59,16 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Listings are not cached, since other processes write to the same folders.
 
     Raises:
-        InputError: the scheme is unknown, its package is not installed, or the URL contains credentials: the errors
-            of a store would show them.
+        InputError: the scheme is unknown, its package is not installed, or `checked` refuses the URL.
     """
     try:
-        fs, path = fsspec.core.url_to_fs(without_credentials(url), use_listings_cache=False)
-    except (ValueError, ImportError, OSError) as error:
-        raise InputError(f"{redact(url)}: not a usable URL ({error})") from error
-    return fs, str(path)
+        if "://" not in checked(url):
+            path = Path.cwd() / (Path(url).expanduser() if url.startswith("~") else url)
+            return LocalFileSystem(use_listings_cache=False), str(path)
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        return fs, str(path)
+    except (ValueError, RuntimeError, ImportError, OSError) as error:  # RuntimeError: no such user
+        raise InputError(f"{printable(redact(url))}: not a usable URL ({error})") from error
 
 
 def join(url: str, *parts: str) -> str:
@@ -113,16 +118,30 @@ def redact_json(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
-def without_credentials(url: str) -> str:
+def printable(text: str) -> str:
+    """The text in one line, with an escape sequence for each character that no terminal shows."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def checked(url: str) -> str:
     """The URL itself, checked to contain no secret, since parameters, logs and errors are shown and stored openly.
 
     Raises:
-        ValueError: it has a user or password, or a signature or key in its query.
+        ValueError: it has a user or password, or a signature or key in its query; it is empty, can be read in two
+            ways, or cannot be printed.
     """
+    if not url:
+        raise ValueError("the name is empty")
     query = _SECRET_QUERY.search(url) if "://" in url else None
     if re.search(r"://[^/]*@", url) or query:
         where = f" ({query[1]} in its query)" if query else ""
         raise ValueError(f"the URL contains credentials{where}; set them in the environment or in fsspec's config")
+    if _UNPRINTABLE.search(url):
+        raise ValueError("the name has a line break or another character that cannot be printed; rename it")
+    if re.search(r"(^|::)file://.*[%?#]", url):
+        raise ValueError("%, ? and # in a file URL can be read in two ways; write the path without file://")
+    if re.match(r"[a-z][a-z0-9+.-]*:/(?!/)", url):
+        raise ValueError("one slash after the colon; a URL has ://, and a folder of this name needs ./ before it")
     return url
 
 
@@ -385,11 +404,30 @@ def _local_file(path: Path, *, exclusive: bool) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         if exclusive:
-            os.link(temporary, path)  # unlike a rename, fails if the path exists
+            _move_to_new(temporary, path)
         else:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _move_to_new(temporary: Path, path: Path) -> None:
+    """Give a file its name, or raise FileExistsError if the name is taken."""
+    try:
+        os.link(temporary, path)  # unlike a rename, fails if the path exists
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        import fcntl  # not on Windows
+
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # against all who create here in this way; a kill frees it
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, "File exists", str(path)) from error
+            temporary.replace(path)
+        finally:
+            os.close(folder)
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 Ctrl-C, 143 after SIGTERM. After the last three the same command resumes.
 """
 
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from flows.command import convert, demo, evaluate, models, npz, plan, promote, r
 from flows.command.options import check_root
 from flows.command.stage import StageCommand
 from flows.contract import STAGES
+from storage import uri
 from storage.archives.once import listed_once
 from storage.errors import DitflowError, InputError, PreemptedError
 
@@ -58,6 +60,9 @@ COMMANDS: dict[str, Command] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code. SIGTERM ends it with 143, after its child processes have ended."""
     signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
     options = _parser().parse_args(arguments)
     servers.bypass_proxy()
     try:
@@ -66,13 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with temporary.of_command(), listed_once():
             COMMANDS[options.command].run(options)
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
+        _say("error", error)
         return 2
     except PreemptedError as error:
-        sys.stderr.write(f"preempted: {error}\n")
+        _say("preempted", error)
         return PreemptedError.EXIT_CODE
     except DitflowError as error:
-        sys.stderr.write(f"fault: {error}\n")
+        _say("fault", error)
         return 1
     except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -93,6 +98,10 @@ def _parser() -> ArgumentParser:
         text = f"{command.HELP[0].upper()}{command.HELP[1:]}."
         command.add_arguments(commands.add_parser(name, help=command.HELP, description=text))
     return top
+
+
+def _say(what: str, error: DitflowError) -> None:
+    sys.stderr.write(f"{what}: {uri.printable(str(error))}\n")
 
 
 def _terminated(*_: Any) -> NoReturn:

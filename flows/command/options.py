@@ -74,7 +74,9 @@ def check_root(root: str) -> None:
         InputError: outputs cannot be written.
     """
     try:
-        home = uri.local_path(uri.without_credentials(root))
+        home = uri.local_path(uri.checked(root))
+        if uri.redact(root) != root:
+            raise InputError("the URL has a query; choose another name")
         if home is None:
             uri.exists(root)
             return

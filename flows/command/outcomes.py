@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from dit.evaluate import MetricsManifest
@@ -64,13 +65,13 @@ def _show(recipe: str, outcomes: list[Outcome], root: str) -> None:
     ]
     page = page_url(manifests, root)
     pictures += [["report", page]] if uri.exists(page) else []
-    up = f"{_installed('ditflow')} up --root {uri.redact(root)}"
+    up = f"{_installed('ditflow')} up --root {quote(uri.redact(root))}"
     _print_table([*distances, *decisions, *pictures, ["runs, models", _tracking_hint(root)], ["flows, forms", up]])
 
 
 def _tracking_hint(root: str) -> str:
     store = uri.redact(tracking_uri(root))
-    return store if store.startswith("http") else f"{_installed('mlflow')} ui --backend-store-uri {store}"
+    return store if store.startswith("http") else f"{_installed('mlflow')} ui --backend-store-uri {quote(store)}"
 
 
 def _installed(command: str) -> str:

@@ -99,9 +99,10 @@ def _deploy(recipe: "Recipe") -> None:
 
 
 def _call(*arguments: str) -> None:
-    done = subprocess.run(_prefect(*arguments), capture_output=True, text=True, check=False)
+    done = subprocess.run(_prefect(*arguments), capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
-        raise DitflowError(f"prefect {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+        sys.stderr.write(f"{done.stdout}{done.stderr}\n")
+        raise DitflowError(f"prefect {' '.join(arguments)} failed, as it says above")
 
 
 def _fill_forms(recipe: "Recipe") -> None:

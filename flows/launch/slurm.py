@@ -97,14 +97,14 @@ def _folder(spec: WorkerSpec, launch: SlurmLaunch) -> Path:
 
 def _submit(spec: WorkerSpec, launch: SlurmLaunch, folder: Path, name: str) -> str:
     script, values = folder / "job.sh", folder / "spec.json"
-    values.write_text(spec.model_dump_json())
+    values.write_text(spec.model_dump_json(), "utf-8")
     options: dict[str, str | int] = {
         "nodes": launch.nodes,
         "signal": "TERM@120",  # 120 s before the time limit, to save a checkpoint
         **launch.options,
         "ntasks-per-node": 1,
         "job-name": name,
-        "output": str(folder / "job.log"),
+        "output": str(folder / "job.log").replace("%", "%%"),  # Slurm fills in what stands behind a single one
         "open-mode": "append",
     }
     lines = ["#SBATCH --requeue", *(f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items())]
@@ -114,7 +114,7 @@ def _submit(spec: WorkerSpec, launch: SlurmLaunch, folder: Path, name: str) -> s
         env=" ".join(f"{name}={value}" for name, value in torchrun.ENV.items()),
         command=" ".join(_command(launch, values)),
     )
-    script.write_text(text)
+    script.write_text(text, "utf-8")
     done = _slurm("sbatch", "--parsable", str(script))
     if done.returncode:
         raise InputError(f"launch: Slurm refuses the job: {' '.join(done.stderr.split())}")

@@ -75,7 +75,7 @@ def check(launch: LaunchSpec, root: str) -> None:
 def _run_torchrun(spec: WorkerSpec, launch: LocalLaunch | NodesLaunch, ranks: RankLog) -> None:
     with tempfile.TemporaryDirectory(prefix="ditflow-") as folder:
         path = Path(folder) / "spec.json"
-        path.write_text(spec.model_dump_json())
+        path.write_text(spec.model_dump_json(), "utf-8")
         command = _command(launch, path, spec.output.header.folder_name)
         with child(command, env=_env(launch)) as process:
             assert process.stdout is not None

@@ -40,7 +40,8 @@ def main(path: str) -> int:
     _end_with_launcher()
     temporary.hold()
     assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(line_buffering=True, write_through=False)  # whole lines: all ranks share one pipe
+    # As the launcher reads it, whatever the locale, and in whole lines: all ranks share one pipe.
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True, write_through=False)
     logging.basicConfig(level=logging.INFO, format=f"[rank {rank}] %(message)s", stream=sys.stdout, force=True)
     code = 0
     with ExitStack() as cleanup:  # closing the tracker can take 10 s: the error is reported first

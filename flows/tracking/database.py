@@ -11,7 +11,7 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from flows.servers import MLFLOW_DATABASE
+from flows.servers import MLFLOW_DATABASE, sqlite_url
 from storage.errors import InputError
 from storage.rows.cache import locked
 
@@ -20,7 +20,7 @@ _MAKING = ".mlflow-being-made-"
 
 def address(home: Path) -> str:
     """The tracking URI of the database in a root's local folder."""
-    return f"sqlite:///{home / MLFLOW_DATABASE}"
+    return sqlite_url(home / MLFLOW_DATABASE)
 
 
 def create(home: Path) -> None:

@@ -56,7 +56,7 @@ def open_client(root: str) -> tuple[MlflowClient, str]:
     home, where, location = local_home(root), tracking_uri(root), None
     if where == database.address(home):
         database.create(home)
-    if where.startswith("sqlite:"):
+    if where.startswith("sqlite"):
         location = (home / "mlflow-artifacts").as_uri()
     client = MlflowClient(where)
     experiment = client.get_experiment_by_name(EXPERIMENT)

@@ -45,9 +45,13 @@ class ArchiveRef(Config):
 
     def absolute(self) -> Self:
         """The same archives with absolute paths, for processes with another working directory."""
-        # of a chained URL, such as zip://folder::/data/x.zip, the last part is the path
-        chains = {name: url.rpartition("::") for name, url in self if url is not None}
-        return self.model_copy(update={name: f"{a}{b}{uri.absolute(url)}" for name, (a, b, url) in chains.items()})
+        return self.model_copy(update={name: _absolute(url) for name, url in self if url is not None})
+
+
+def _absolute(url: str) -> str:
+    """The URL, with an absolute path if it is one, or if its last part in a chain is one."""
+    chain, colons, last = url.rpartition("::") if "://" in url else ("", "", url)
+    return f"{chain}{colons}{uri.absolute(last)}"
 
 
 def open_splits(ref: ArchiveRef) -> dict[str, Archive]:

@@ -24,7 +24,7 @@ import yaml
 from faults import MlflowServer
 from mlflow import MlflowClient
 from PIL import Image
-from pipelines import KEPT, STAGES, arguments, ditflow
+from pipelines import KEPT, ODD, STAGES, arguments, ditflow
 from until import until
 
 from flows.command.main import main
@@ -44,7 +44,7 @@ def reported(name: str, root: Path, digits: Path, *more: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("root")
+    return tmp_path_factory.mktemp("root") / ODD
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from faults import all_gone, dead_address, descendants, start
+from pipelines import ODD
 from prefect_rest import PASSWORD, call, send
 from until import until
 from websockets.exceptions import ConnectionClosed
@@ -45,18 +46,19 @@ def port_of(address: str) -> int:
 def test_servers_are_up_in_the_block_and_gone_after(
     tmp_path: Path, migrated: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    migrated(tmp_path)
+    root = tmp_path / ODD
+    migrated(root)
     monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{tmp_path}/of-the-user.db")
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "of:another-server")
     before = set(descendants())
     with ExitStack() as stack:
-        prefect = stack.enter_context(servers.prefect_server(tmp_path / "prefect", password=PASSWORD))
-        mlflow = stack.enter_context(servers.mlflow_server(tmp_path))
+        prefect = stack.enter_context(servers.prefect_server(root / "prefect", password=PASSWORD))
+        mlflow = stack.enter_context(servers.mlflow_server(root))
         assert json.loads(get(f"{prefect}/api/health")) is True
         assert get(f"{mlflow}/health") == b"OK"
         assert call(prefect, "/flows/filter", {"limit": 1}) == []
-        assert (tmp_path / "prefect" / "prefect.db").is_file()
-        assert not (tmp_path / "of-the-user.db").exists()
+        assert (root / "prefect" / "prefect.db").is_file()
+        assert list(tmp_path.iterdir()) == [root]
         mine = set(descendants()) - before
         assert len(mine) >= 2
         _use_what_is_announced(tmp_path, prefect, mlflow, monkeypatch)

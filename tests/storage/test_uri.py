@@ -1,6 +1,8 @@
 import errno
 import hashlib
+import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,62 @@ def test_a_failed_local_write_leaves_the_old_object_and_no_temporary(
         uri.write(url, b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["object"]
     assert Path(url).read_bytes() == b"old"
+
+
+ODD = ("a b", "a#b?c&d", "a%20b", "a+b", "a::b", "file:a", "'a\"", "-a", "./~a", "ä ü", "[a]*", "{a}", "<b>", "\\a")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_path_is_what_is_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = uri.join(name, "object")
+    assert uri.local_path(name) == tmp_path / name
+    assert uri.create(url, b"data") is True
+    assert (tmp_path / name / "object").read_bytes() == uri.read(uri.absolute(url)) == b"data"
+    assert uri.names(name) == ["object"]
+    assert [path.name for path in tmp_path.iterdir()] == [Path(name).name]
+    uri.remove_tree(name, within=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("", "the name is empty"),
+        ("/a\nb", "line break"),
+        ("/a\udcffb", "cannot be printed"),
+        ("s3:/bucket/runs", "a URL has ://"),
+        ("file:///data/a%20b", "write the path without file://"),
+        ("zip://train::file:///data/a?b.zip", "write the path without file://"),
+        ("~nobody-of-this-name/a", "home directory"),
+    ],
+)
+def test_a_name_that_would_be_misread_is_refused_in_one_line(url: str, why: str) -> None:
+    with pytest.raises(InputError, match=why) as refused:
+        uri.filesystem(url)
+    assert len(str(refused.value).splitlines()) == 1
+    str(refused.value).encode()
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP])
+def test_one_of_many_creators_wins_where_there_are_no_links(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(code, "no links here")
+
+    monkeypatch.setattr(os, "link", link)
+    url, start = str(tmp_path / "record"), threading.Barrier(8)
+
+    def create(number: int) -> bool:
+        start.wait()
+        return uri.create(url, b"%d" % number)
+
+    with ThreadPoolExecutor(8) as threads:
+        won = list(threads.map(create, range(8)))
+    assert sum(won) == 1
+    assert uri.read(url) == b"%d" % won.index(True)
+    assert uri.names(str(tmp_path)) == ["record"]
 
 
 def test_unknown_scheme_is_the_users_error() -> None:

@@ -1,7 +1,9 @@
 """What the command says, and how it exits, when the user's input is wrong or the disk is full."""
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from command_line import refused, tiny
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from flows.command import models
 from flows.command.main import main
 from flows.demo import VAE
 
@@ -201,6 +204,38 @@ def test_class_folder_without_readable_images(
     (images / "words" / "notes.txt").write_text("no image")
     line = refused(capsys, ["shard", "demo", *tiny(images, root, "shard.max_unreadable=0.5")])
     assert "class 'words'" in line
+
+
+@pytest.mark.parametrize(
+    ("root", "why"),
+    [
+        ("memory://runs?version=1", "the URL has a query"),
+        ("a\nb", "line break"),
+        ("", "empty"),
+        ("s3:/bucket", "a URL has ://"),
+    ],
+)
+def test_a_root_that_would_be_misread(
+    root: str,
+    why: str,
+    capsys: pytest.CaptureFixture[str],
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = list(tmp_path.iterdir())
+    assert re.search(why, refused(capsys, ["plan", "demo", *tiny(images, Path("x")), "--root", root]))
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_a_terminal_may_lack_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(models, "table", lambda _: ["图 é"])
+    assert main(["models"]) == 0
+    shown.flush()
+    assert shown.buffer.getvalue() == b"\\u56fe \\xe9\n"
 
 
 def test_usage_error_exits_with_2() -> None:

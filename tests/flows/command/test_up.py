@@ -17,6 +17,7 @@ from uuid import uuid4
 import psutil
 import pytest
 import yaml
+from pipelines import ODD
 from prefect_rest import call
 from until import until
 
@@ -113,7 +114,7 @@ def is_rank(process: psutil.Process) -> bool:
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory, migrated: Callable[[Path], None]) -> Iterator[Up]:
-    root = tmp_path_factory.mktemp("up")
+    root = tmp_path_factory.mktemp("up") / ODD
     migrated(root)
     running = Up(root)
     try:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from faults import all_gone, dead_address, descendants, gone, start
 from launching import ENDLESS, LOG, TINY, Noted, job
 from until import until
 
+from flows.children import child
 from flows.contract import STAGES
 from flows.launch import start as launcher
 from flows.launch.rank_log import MARK, LostRankError, RankLog, WorkerError
@@ -232,6 +234,16 @@ def test_a_rank_does_not_begin_when_its_launcher_is_gone(tmp_path: Path, monkeyp
     rank = start(f"from flows.launch.worker import main; print(main({str(tmp_path / 'no-such-spec')!r}))")
     assert rank.communicate()[0] == ""
     assert rank.returncode == 1
+
+
+def test_the_log_of_a_rank_has_all_letters_in_any_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    with child([sys.executable, "-m", "flows.launch.worker", str(tmp_path / "图 é")]) as rank:
+        assert rank.stdout is not None
+        log = RankLog(Noted(), (logged := list[str]()).append)
+        log.read(rank.stdout)
+        assert "图 é" in "".join(logged)
+        assert "图 é" in str(log.failure(rank.wait()))
 
 
 def take(*lines: str) -> tuple[list[str], list[tuple[int, int, str]]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from faults import start
 from mlflow import MlflowClient
+from pipelines import ODD
 from until import until
 
 from flows.tracking import database, runs
@@ -25,14 +26,17 @@ def is_whole(home: Path) -> bool:
     return bool(MlflowClient(database.address(home)).search_experiments())
 
 
-def test_killed_while_it_is_made_it_is_made_again(tmp_path: Path) -> None:
-    with start(CREATE, tmp_path) as process:
-        until(lambda: is_being_made(tmp_path))
+@pytest.mark.parametrize("name", ["plain", ODD])
+def test_killed_while_it_is_made_it_is_made_again(name: str, tmp_path: Path) -> None:
+    home = tmp_path / name
+    with start(CREATE, home) as process:
+        until(lambda: is_being_made(home))
         process.send_signal(signal.SIGKILL)
-    assert not (tmp_path / "mlflow.db").exists()
-    database.create(tmp_path)
-    assert is_whole(tmp_path)
-    assert not list(tmp_path.glob(".mlflow-being-made-*/"))
+    assert not (home / "mlflow.db").exists()
+    database.create(home)
+    assert is_whole(home)
+    assert not list(home.glob(".mlflow-being-made-*/"))
+    assert list(tmp_path.iterdir()) == [home]  # and nothing beside it
 
 
 @pytest.mark.full
