@@ -19,7 +19,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import temporary
+from flows import processes, temporary
 from flows.children import terminate_with_prefect_worker
 from flows.contract import Source, Stage
 from flows.launch import start
@@ -71,6 +71,7 @@ def perform(
     """
     terminate_with_prefect_worker()
     temporary.hold()
+    processes.note(flow_run.id, settings.root)
     with listed_once():
         return _perform(stage, config, given, settings, launcher, run or stage.run)
 
@@ -96,7 +97,7 @@ def _perform(
         _show(stage, partial(_link, stage, done.provenance.mlflow_run_id, settings.root))
         _show(stage, partial(_create_artifacts, stage, done))
         return Completed(name=SKIPPED, message=f"already done: {done.url}", data=done.url)
-    with runs.stage_run(output, settings.root) as (tracked, spec):
+    with runs.stage_run(output, settings.root, here=_ends_with_us(launcher)) as (tracked, spec):
         _show(stage, partial(_link, stage, spec.run_id, settings.root))
         manifest = _run(stage, config, source, tracked, spec, launcher, run)
     _show(stage, partial(_create_artifacts, stage, manifest))
@@ -129,6 +130,11 @@ def _run(
 def _runs_here(stage: Stage, launcher: LaunchSpec) -> bool:
     """Whether the stage runs in this process: a single rank, without the seconds that torchrun takes to start."""
     return stage.name != "train" and isinstance(launcher, LocalLaunch) and launcher.world_size == 1
+
+
+def _ends_with_us(launcher: LaunchSpec | None) -> bool:
+    """Whether a kill of this process ends the stage: a cluster's job, and other nodes, go on."""
+    return launcher is None or isinstance(launcher, LocalLaunch)
 
 
 def _show(stage: Stage, create: Callable[[], None]) -> None:

@@ -5,7 +5,9 @@ from dataclasses import asdict
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
+from prefect.runtime import flow_run
 
+from flows import processes
 from flows.contract import STAGES, Outcome
 from flows.perform import SKIPPED, RunSettings
 from flows.plan.preflight import preflight
@@ -23,6 +25,7 @@ def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
     preflight(recipe, settings.root, force=settings.force)
     settings = settings.model_copy(update={"pipeline_id": recipe.pipeline_id})
     outcomes: dict[str, Outcome] = {}
+    processes.note(flow_run.id, settings.root)
     with runs.pipeline_run(recipe.pipeline_id, settings.root) as run_id:
         for name in recipe.stages:
             before = STAGES[name].reads

@@ -17,6 +17,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
 
@@ -24,6 +25,7 @@ from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.export import CheckpointManifest
 from dit.metrics.comparison import Gain, gain
 from dit.sample import SampleConfig, SampleManifest
+from flows import processes
 from flows.perform import SKIPPED, RunSettings
 from flows.registry.config import CANDIDATE, CHAMPION
 from flows.registry.promotion import Evaluation, check_comparable, evaluation
@@ -95,6 +97,7 @@ def reevaluate(
 
     Every version has a series of metrics in MLflow with one step for each period. Periods that it has are skipped.
     """
+    processes.note(flow_run.id, settings.root)
     window = Window.of(period, on or datetime.now(UTC).date())
     settings = settings.model_copy(update={"pipeline_id": f"reevaluate-{model_name}-{window.label}"})
     with runs.mlflow_errors(settings.root):

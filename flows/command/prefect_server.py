@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from flows import servers
+from flows.settle import settled
 from flows.tracking import database
 from storage.errors import DitflowError
 
@@ -31,10 +32,12 @@ def serving_prefect(root: str, *, quiet: bool) -> Iterator[None]:
         database.check(servers.local_home(root))
     console = "WARNING" if quiet or sys.stderr.isatty() else "INFO"
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", console)
-    if os.environ.get("PREFECT_API_URL") or servers.use_running(root):
+    given = bool(os.environ.get("PREFECT_API_URL"))
+    if given or servers.use_running(root):
         import_module("flows.pipeline")
         _hide_explained_tracebacks()
-        yield
+        with settled(root, alone=not given):
+            yield
         return
     home, port, password = servers.local_home(root) / "prefect", servers.free_port(), servers.new_password()
     address = {"PREFECT_API_URL": f"http://{servers.HOST}:{port}/api", "PREFECT_API_AUTH_STRING": password}
@@ -46,7 +49,8 @@ def serving_prefect(root: str, *, quiet: bool) -> Iterator[None]:
             warm.join()
             _hide_explained_tracebacks()
             try:
-                yield
+                with settled(root, alone=True):
+                    yield
             finally:
                 flush_logs()
     finally:

@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
+from flows import processes
 from flows.command.options import add_recipe, add_running
 from flows.command.prefect_server import serving_prefect
 
@@ -20,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Run the recipes that are not finished; show the results of all."""
+    """Run the recipes that are not finished; show the results of all. End what a killed command left open."""
     from flows.sweep import load_recipes
 
     todo: list[Recipe] = []
@@ -30,7 +31,7 @@ def run(options: Namespace) -> None:
             todo.append(recipe)
         else:
             _skip(options, recipe, done)
-    if todo:
+    if todo or processes.others(options.root).killed:
         _run(options, todo)
 
 
@@ -40,7 +41,7 @@ def _skip(options: Namespace, recipe: "Recipe", done: "list[Manifest]") -> None:
     from flows.report import page
     from flows.tracking import runs
 
-    runs.settle(recipe.pipeline_id, done, options.root)
+    runs.sync_pipeline(recipe.pipeline_id, done, options.root)
     page.publish_missing(recipe.name, done, options.root)
     show(options, recipe.name, [Outcome(manifest.stage, "skipped", 0.0, manifest.url) for manifest in done])
 

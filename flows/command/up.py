@@ -19,6 +19,7 @@ import psutil
 from flows import servers
 from flows.children import GRACE_SECONDS, child
 from flows.command.options import add_root
+from flows.settle import end_flow_runs, open_states, settle, settled
 from flows.tracking import database
 from storage import uri
 from storage.errors import DitflowError, InputError
@@ -77,7 +78,10 @@ def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> Non
         mlflow = stack.enter_context(servers.mlflow_server(home, mlflow_port))
         os.environ |= {"PREFECT_API_URL": f"{prefect}/api", "PREFECT_API_AUTH_STRING": password}
         os.environ["MLFLOW_TRACKING_URI"] = mlflow
+        stack.enter_context(settled(root, alone=True))
         _deploy(values)
+        flows: list[psutil.Process] = []
+        stack.callback(_report_ends, flows, prefect_port, root)
         log = stack.enter_context((home / "prefect" / "worker.log").open("wb"))
         start = ["worker", "start", "--pool", POOL, "--name", "ditflow-up"]
         worker = stack.enter_context(child(_prefect(*start), env={"PREFECT_WORKER_QUERY_SECONDS": "2"}, output=log))
@@ -85,7 +89,7 @@ def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> Non
         sys.stdout.write(f"Prefect  {prefect}\npassword {password} (Prefect's pages ask for it)\nMLflow   {mlflow}\n")
         sys.stdout.write(f"root     {uri.absolute(root)}\nCtrl-C stops all.\n")
         sys.stdout.flush()
-        _watch(worker, log.name, (prefect_port, mlflow_port))
+        _watch(worker, flows, log.name, (prefect_port, mlflow_port))
 
 
 def _prefect(*arguments: str) -> list[str]:
@@ -122,39 +126,35 @@ def _fill_forms(recipe: "Recipe") -> None:
             client.update_deployment(deployment.id, DeploymentUpdate(parameters=parameters))
 
 
-def _watch(worker: "subprocess.Popen[str]", log: str, ports: Sequence[int]) -> None:
-    flows: list[psutil.Process] = []
+def _watch(worker: "subprocess.Popen[str]", flows: list[psutil.Process], log: str, ports: Sequence[int]) -> None:
+    """Wait for the end of the worker; keep a list of the flow runs that it has started."""
     while worker.poll() is None:
         with suppress(psutil.NoSuchProcess):
-            flows = psutil.Process(worker.pid).children()
+            flows[:] = psutil.Process(worker.pid).children()
         for port in ports:
             if servers.is_free(port):
                 raise DitflowError(f"the server on port {port} has stopped; its log lies below {Path(log).parents[1]}")
         time.sleep(1)
-    psutil.wait_procs(flows, timeout=GRACE_SECONDS + 5)
-    _report_crashes()
     raise DitflowError(f"the worker ended with code {worker.returncode}; its log is {log}")
 
 
-def _report_crashes() -> None:
-    """Set the worker's flow runs to Crashed in Prefect: nothing else does when the worker is killed."""
+def _report_ends(flows: Sequence[psutil.Process], port: int, root: str) -> None:
+    """Tell Prefect and MLflow that the worker's flow runs have ended: nothing else does once the worker has."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterParentFlowRunId,
-        FlowRunFilterState,
-        FlowRunFilterStateType,
         WorkPoolFilter,
         WorkPoolFilterName,
     )
-    from prefect.client.schemas.objects import StateType
-    from prefect.states import Crashed
 
-    running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING]))
+    psutil.wait_procs(flows, timeout=GRACE_SECONDS + 5)
+    if servers.is_free(port):  # the server has died, and the next start tells it
+        return
     with get_client(sync_client=True) as client:
         pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
-        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=running), work_pool_filter=pool)
+        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=open_states()), work_pool_filter=pool)
         of_these = FlowRunFilterParentFlowRunId(any_=[run.id for run in runs])
-        runs += client.read_flow_runs(flow_run_filter=FlowRunFilter(state=running, parent_flow_run_id=of_these))
-        for run in runs:
-            client.set_flow_run_state(run.id, Crashed(message="the worker was killed"), force=True)
+        runs += client.read_flow_runs(flow_run_filter=FlowRunFilter(state=open_states(), parent_flow_run_id=of_these))
+    end_flow_runs(runs, "ditflow up has ended")
+    settle(root, alone=True)

@@ -30,7 +30,8 @@ from dit.sample import PICTURE, SampleConfig, SampleManifest
 from dit.vae import fetch
 from flows.registry.config import VERSION, ModelManifest, RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, Evaluation, apply_rule
-from flows.tracking.runs import DIGEST_TAG, MANIFEST_TAG, tracking_uri
+from flows.tracking.runs import tracking_uri
+from flows.tracking.store import DIGEST_TAG, MANIFEST_TAG
 from storage import uri
 from storage.code_version import code_version
 from storage.errors import DitflowError, InputError, one_line

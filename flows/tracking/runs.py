@@ -3,41 +3,46 @@
 Runs are found by their tags. That of an output has ``ditflow.digest``, so a stage that was killed, failed or restarted
 continues its own run; that of a pipeline has ``ditflow.pipeline_id``, so a stage that is run alone joins it. The tag
 ``ditflow.manifest`` leads from a run to the output. A stage works on without MLflow: `sync_run` sends later what
-MLflow has missed, and creates the run if there is none. `settle` ends what a kill left open behind finished work.
-
-Which of several runs is meant never depends on their times, since clocks can be set back.
+MLflow has missed, and creates the run if there is none. Runs that a kill left open are ended by `sync_pipeline` behind
+finished work, and by `end_killed`, which knows them by the tag ``ditflow.process`` (`flows.processes`).
 """
 
-import json
 import logging
 import os
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, Run, RunTag
+from mlflow.entities import LifecycleStage, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 
+from flows import processes
 from flows.servers import local_home
 from flows.tracking import database
 from flows.tracking.sink import UNSENT, complaint, log_file, log_records, read_unsent
 from flows.tracking.spec import TrackingSpec
+from flows.tracking.store import (
+    DIGEST_TAG,
+    MANIFEST_TAG,
+    PROCESS_TAG,
+    create,
+    end,
+    find,
+    find_or_create_pipeline,
+    find_pipeline,
+    finish,
+    is_finished,
+    stage_tags,
+)
 from storage import uri
 from storage.errors import DitflowError, InputError, one_line
 from storage.header import Header
-from storage.manifest import MANIFEST, Manifest, StageOutput
+from storage.manifest import Manifest, StageOutput
 
 LOGGER = logging.getLogger(__name__)
 EXPERIMENT = "ditflow"
-MANIFEST_TAG = "ditflow.manifest"
-DIGEST_TAG = "ditflow.digest"
-PIPELINE_TAG = "ditflow.pipeline_id"
-STAGE_TAG = "ditflow.stage"
 
 
 def tracking_uri(root: str) -> str:
@@ -118,7 +123,7 @@ def pipeline_run_id(pipeline_id: str, root: str) -> str | None:
     """The id of a pipeline's run; None if there is none or MLflow does not answer."""
     with _BestEffort():
         client, experiment_id = open_client(root)
-        return _find_pipeline(client, experiment_id, pipeline_id)
+        return find_pipeline(client, experiment_id, pipeline_id)
     return None
 
 
@@ -133,11 +138,16 @@ def run_url(run_id: str, root: str) -> str | None:
 
 
 @contextmanager
-def stage_run(output: StageOutput, root: str) -> Iterator[tuple[StageOutput, TrackingSpec]]:
+def stage_run(output: StageOutput, root: str, *, here: bool = True) -> Iterator[tuple[StageOutput, TrackingSpec]]:
     """Open the MLflow run of a stage for the length of the block, and end it as finished, failed or killed.
 
     An output has one run for all attempts. Without MLflow the stage works without a run, and its records are kept
     beside the manifest until `sync_run`.
+
+    Args:
+        output: what the stage makes.
+        root: folder of all outputs.
+        here: whether its work ends with this process, unlike that of a Slurm job.
 
     Yields:
         The output with the run's id in its provenance, and the run for rank 0 to write.
@@ -145,7 +155,7 @@ def stage_run(output: StageOutput, root: str) -> Iterator[tuple[StageOutput, Tra
     Raises:
         InputError: the experiment was deleted.
     """
-    run_id, spec = _open_run(output, root)
+    run_id, spec = _open_run(output, root, processes.join(root) if here else "")
     if run_id is None:
         yield output, spec
         return
@@ -153,7 +163,7 @@ def stage_run(output: StageOutput, root: str) -> Iterator[tuple[StageOutput, Tra
     with _end_on_error(client, run_id):
         yield output.with_mlflow_run(run_id), spec
     with _BestEffort():
-        _finish(client, run_id, Manifest.read(output.uri))
+        finish(client, run_id, Manifest.read(output.uri))
 
 
 def skip_recorded(spec: TrackingSpec, output: StageOutput) -> TrackingSpec:
@@ -175,7 +185,9 @@ def pipeline_run(pipeline_id: str, root: str) -> Iterator[str | None]:
     run_id = None
     with _BestEffort(InputError):
         client, experiment_id = open_client(root)
-        run_id = _pipeline(client, experiment_id, pipeline_id)
+        process = processes.join(root)
+        run_id = find_or_create_pipeline(client, experiment_id, pipeline_id, process)
+        client.set_tag(run_id, PROCESS_TAG, process)
         client.update_run(run_id, status="RUNNING")
     if run_id is None:
         yield None
@@ -183,7 +195,7 @@ def pipeline_run(pipeline_id: str, root: str) -> Iterator[str | None]:
     with _end_on_error(client, run_id):
         yield run_id
     with _BestEffort():
-        _end(client, run_id, "FINISHED")
+        end(client, run_id, "FINISHED")
 
 
 def sync_run(manifest: Manifest, root: str) -> None:
@@ -196,15 +208,24 @@ def sync_run(manifest: Manifest, root: str) -> None:
         _sync(*open_client(root), manifest)
 
 
-def settle(pipeline_id: str, manifests: Iterable[Manifest], root: str) -> None:
+def sync_pipeline(pipeline_id: str, manifests: Iterable[Manifest], root: str) -> None:
     """`sync_run` for every stage of a finished pipeline, whose own run is ended too if a kill left it open."""
     with _BestEffort():
         client, experiment_id = open_client(root)
         for manifest in manifests:
             _sync(client, experiment_id, manifest)
-        run_id = _find_pipeline(client, experiment_id, pipeline_id)
-        if run_id is not None and not _is_finished(client.get_run(run_id)):
-            _end(client, run_id, "FINISHED")
+        run_id = find_pipeline(client, experiment_id, pipeline_id)
+        if run_id is not None and not is_finished(client.get_run(run_id)):
+            end(client, run_id, "FINISHED")
+
+
+def end_killed(names: Iterable[str], root: str) -> None:
+    """End the runs of killed processes, whose names `flows.processes` has given. Raises what MLflow raises."""
+    client, experiment_id = open_client(root)
+    for name in names:
+        selector = f"attributes.status = 'RUNNING' and tags.`{PROCESS_TAG}` = '{name}'"
+        for run in client.search_runs([experiment_id], selector):
+            end(client, run.info.run_id, "KILLED")
 
 
 class _BestEffort:
@@ -230,40 +251,35 @@ def _end_on_error(client: MlflowClient, run_id: str) -> Iterator[None]:
         yield
     except BaseException as error:
         with _BestEffort():
-            _end(client, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+            end(client, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
 
 
-def _end(client: MlflowClient, run_id: str, status: str) -> None:
-    """End a run, not before it began: the clock may have been set back meanwhile."""
-    began = client.get_run(run_id).info.start_time
-    client.set_terminated(run_id, status, max(began, int(time.time() * 1000)))
-
-
-def _open_run(output: StageOutput, root: str) -> tuple[str | None, TrackingSpec]:
+def _open_run(output: StageOutput, root: str, process: str) -> tuple[str | None, TrackingSpec]:
     """Find or create the run of an output, and send what earlier attempts could not send."""
     address = tracking_uri(root)
     with _BestEffort(InputError):
         client, experiment_id = open_client(root)
-        run_id = _reopen(client, experiment_id, output.header) or _create(client, experiment_id, output.header)
+        run_id = _reopen(client, experiment_id, output.header, process)
+        run_id = run_id or create(client, experiment_id, output.header, process)
         _send_unsent(client, run_id, output.uri, lambda path: uri.read(output.url(path)))
         skip_to = max(_last_steps(client, run_id).values(), default=-1)
         return run_id, TrackingSpec(uri=address, run_id=run_id, skip_to=skip_to)
     return None, TrackingSpec(uri=address, run_id=None, skip_to=_last_unsent(output))
 
 
-def _reopen(client: MlflowClient, experiment_id: str, header: Header) -> str | None:
-    run_id = _find(client, experiment_id, DIGEST_TAG, header.digest, "attributes.status != 'FINISHED'")
+def _reopen(client: MlflowClient, experiment_id: str, header: Header, process: str) -> str | None:
+    run_id = find(client, experiment_id, DIGEST_TAG, header.digest, "attributes.status != 'FINISHED'")
     if run_id is not None:
-        client.update_run(run_id, status="RUNNING")
-        tags = _tags(client, experiment_id, header)
+        tags = stage_tags(client, experiment_id, header) | {PROCESS_TAG: process}
         client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        client.update_run(run_id, status="RUNNING")
     return run_id
 
 
 def _sync(client: MlflowClient, experiment_id: str, manifest: Manifest) -> None:
-    run_id = manifest.provenance.mlflow_run_id or _find(client, experiment_id, DIGEST_TAG, manifest.digest)
-    run_id = run_id or _create(client, experiment_id, manifest)
+    run_id = manifest.provenance.mlflow_run_id or find(client, experiment_id, DIGEST_TAG, manifest.digest)
+    run_id = run_id or create(client, experiment_id, manifest)
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
@@ -273,12 +289,8 @@ def _sync(client: MlflowClient, experiment_id: str, manifest: Manifest) -> None:
     if run.info.lifecycle_stage == LifecycleStage.DELETED:
         return
     _send_unsent(client, run_id, manifest.uri, manifest.read_object)
-    if not _is_finished(run):
-        _finish(client, run_id, manifest)
-
-
-def _is_finished(run: Run) -> bool:
-    return bool(run.info.status == "FINISHED")
+    if not is_finished(run):
+        finish(client, run_id, manifest)
 
 
 def _send_unsent(client: MlflowClient, run_id: str, folder: str, read: Callable[[str], bytes]) -> None:
@@ -306,88 +318,5 @@ def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
     return {key: max(metric.step for metric in client.get_metric_history(run_id, key)) for key in keys}
 
 
-def _finish(client: MlflowClient, run_id: str, manifest: Manifest) -> None:
-    """Log the manifest of a finished stage to its run, with what the run lacks of it; tag the run and end it."""
-    log_file(client, run_id, MANIFEST, uri.read(manifest.url))
-    _log_pictures(client, run_id, manifest)
-    now, known = int(time.time() * 1000), client.get_run(run_id).data.metrics
-    numbers = {**manifest.metrics, **{f"count.{key}": float(value) for key, value in manifest.counts.items()}}
-    metrics = [Metric(key, value, now, 0) for key, value in numbers.items() if key not in known]
-    tags = [RunTag(MANIFEST_TAG, uri.redact(manifest.url)), RunTag("ditflow.code_version", manifest.code_version)]
-    client.log_batch(run_id, metrics=metrics, tags=tags)
-    made = _dataset(manifest.stage, manifest.digest, uri.redact(manifest.uri), "output")
-    client.log_inputs(run_id, datasets=[made])
-    _end(client, run_id, "FINISHED")
-
-
-def _log_pictures(client: MlflowClient, run_id: str, manifest: Manifest) -> None:
-    """Log the files for people that a killed attempt has written, and had no time to send."""
-    sent = {entry.path for entry in client.list_artifacts(run_id)}
-    for entry in manifest.files:
-        folder, _, name = entry.path.rpartition("/")
-        if folder == "artifacts" and name not in sent:
-            log_file(client, run_id, name, manifest.read_object(entry.path))
-
-
-def _find(client: MlflowClient, experiment_id: str, tag: str, value: str, also: str = "") -> str | None:
-    """The run with a tag; of several one that is not finished, and always the same."""
-    selector = f"tags.`{tag}` = '{value}'" + (f" and {also}" if also else "")
-    runs = client.search_runs([experiment_id], selector)
-    return min(((_is_finished(run), str(run.info.run_id)) for run in runs), default=(True, None))[1]
-
-
-def _find_pipeline(client: MlflowClient, experiment_id: str, pipeline_id: str) -> str | None:
-    return _find(client, experiment_id, PIPELINE_TAG, pipeline_id, f"tags.`{STAGE_TAG}` = 'pipeline'")
-
-
-def _pipeline(client: MlflowClient, experiment_id: str, pipeline_id: str) -> str:
-    run_id = _find_pipeline(client, experiment_id, pipeline_id)
-    if run_id is not None:
-        return run_id
-    tags = {MLFLOW_RUN_NAME: pipeline_id, PIPELINE_TAG: pipeline_id, STAGE_TAG: "pipeline"}
-    return str(client.create_run(experiment_id, tags=tags).info.run_id)
-
-
-def _create(client: MlflowClient, experiment_id: str, header: Header) -> str:
-    run_id = str(client.create_run(experiment_id, tags=_tags(client, experiment_id, header)).info.run_id)
-    client.log_batch(run_id, params=[Param(key, value) for key, value in flatten(header.config).items()])
-    sources = {name: header.parents[name].uri if name in header.parents else name for name in header.inputs}
-    inputs = [_dataset(name, digest, sources[name], "input") for name, digest in header.inputs.items()]
-    client.log_inputs(run_id, datasets=inputs)
-    return run_id
-
-
-def _tags(client: MlflowClient, experiment_id: str, header: Header) -> dict[str, str]:
-    provenance = header.provenance
-    tags = {MLFLOW_RUN_NAME: header.stage, STAGE_TAG: header.stage, DIGEST_TAG: header.digest}
-    if provenance.pipeline_id is not None:
-        tags[PIPELINE_TAG] = provenance.pipeline_id
-        tags[MLFLOW_PARENT_RUN_ID] = _pipeline(client, experiment_id, provenance.pipeline_id)
-    if provenance.prefect_flow_run_id is not None:
-        tags["prefect.flow_run_id"] = provenance.prefect_flow_run_id
-    if provenance.prefect_flow_run_url is not None:
-        tags["prefect.flow_run_url"] = provenance.prefect_flow_run_url
-        tags[MLFLOW_RUN_NOTE] = f"[Prefect flow run]({provenance.prefect_flow_run_url})"
-    return tags
-
-
-def _dataset(name: str, digest: str, source: str, context: str) -> DatasetInput:
-    """An input or output as an MLflow dataset. MLflow keeps 36 characters of a digest; the tag has all 64."""
-    tags = [InputTag("mlflow.data.context", context), InputTag("digest", digest)]
-    source = json.dumps({"uri": source})
-    return DatasetInput(Dataset(name=name, digest=digest[:32], source_type="ditflow", source=source), tags)
-
-
 def _is(error: MlflowException, code: int) -> bool:
     return bool(error.error_code == ErrorCode.Name(code))
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested config as MLflow params: dotted keys and string values."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat

@@ -244,6 +244,36 @@ def test_ctrl_c_ends_everything(up: Up) -> None:
     assert not (up.root / servers.SERVERS).exists()
 
 
+def told(root: Path, run: str) -> tuple[str, str]:
+    """The state of a training in Prefect, and that of its run in MLflow, as their databases say."""
+    with sqlite3.connect(f"file:{root}/prefect/prefect.db?mode=ro", uri=True) as database:
+        (prefect,) = database.execute("SELECT state_type FROM flow_run WHERE id = ?", (run,)).fetchone()
+    of_run = "SELECT status FROM runs JOIN tags USING (run_uuid) WHERE tags.key = ? AND tags.value = ?"
+    with sqlite3.connect(f"file:{root}/mlflow.db?mode=ro", uri=True) as database:
+        (mlflow,) = database.execute(of_run, ("prefect.flow_run_id", run)).fetchone()
+    return prefect, mlflow
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_end_of_up_ends_a_run_in_progress(up: Up, how: signal.Signals) -> None:
+    """It frees its place among the runs of its deployment, too."""
+    up.stop()
+    again = Up(up.root)
+    again.wait_until_up()
+    run, _ = again.training(again.manifest("encode"))
+    family = again.family()
+    again.process.send_signal(how)
+    assert again.process.wait(180) == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(how, -how)
+    psutil.wait_procs(family, timeout=180)
+    if how == signal.SIGKILL:
+        once_more = Up(up.root)
+        once_more.wait_until_up()
+        assert once_more.state(run) == "CRASHED"
+        once_more.stop()
+    assert told(up.root, run) == ("CRASHED", "KILLED")
+
+
 @pytest.mark.full
 def test_a_killed_worker_ends_everything(up: Up) -> None:
     """Also the flow that it ran, and its ranks: `up` started again begins in order."""

@@ -18,7 +18,7 @@ from faults import MlflowServer, dead_address, start
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from flows.tracking import runs
+from flows.tracking import runs, store
 from flows.tracking.sink import UNSENT, MlflowSink, StageTracker, read_unsent
 from flows.tracking.spec import TrackingSpec
 from storage.config import Config, operational
@@ -86,7 +86,7 @@ def steps(client: MlflowClient, run_id: str | None) -> list[int]:
 
 def of_digest(client: MlflowClient, digest: str) -> list[Run]:
     experiment = client.get_experiment_by_name(runs.EXPERIMENT)
-    return list(client.search_runs([experiment.experiment_id], f"tags.`{runs.DIGEST_TAG}` = '{digest}'"))
+    return list(client.search_runs([experiment.experiment_id], f"tags.`{store.DIGEST_TAG}` = '{digest}'"))
 
 
 def test_a_run_says_all_of_its_stage(client: MlflowClient, root: str) -> None:
@@ -100,8 +100,12 @@ def test_a_run_says_all_of_its_stage(client: MlflowClient, root: str) -> None:
     assert (run.data.params["sizes"], run.data.params["inner.depth"]) == ("[8, 16]", "2")
     assert (run.data.metrics["psnr"], run.data.metrics["count.images"]) == (30.5, 7)
     tags = run.data.tags
-    assert (tags["mlflow.runName"], tags[runs.STAGE_TAG], tags[runs.DIGEST_TAG]) == ("plain", "plain", manifest.digest)
-    assert (tags["mlflow.parentRunId"], tags[runs.PIPELINE_TAG]) == (pipeline, "p-1")
+    assert (tags["mlflow.runName"], tags[store.STAGE_TAG], tags[store.DIGEST_TAG]) == (
+        "plain",
+        "plain",
+        manifest.digest,
+    )
+    assert (tags["mlflow.parentRunId"], tags[store.PIPELINE_TAG]) == (pipeline, "p-1")
     assert (tags["prefect.flow_run_id"], tags["prefect.flow_run_url"]) == ("x", address)
     assert address in tags["mlflow.note.content"]
     assert tags["ditflow.code_version"] == manifest.code_version
@@ -168,7 +172,7 @@ def test_a_run_that_a_killed_process_left_open_is_taken_up_again(client: MlflowC
     output = named(root)
     script = """
 import os, signal, sys
-from flows.tracking import runs
+from flows.tracking import runs, store
 from flows.tracking.sink import MlflowSink
 from storage.manifest import StageOutput
 with runs.stage_run(StageOutput.model_validate_json(sys.argv[1]), sys.argv[2]) as (tracked, spec):
@@ -272,7 +276,7 @@ def test_a_stage_whose_end_was_cut_short_is_finished_by_sync_run(client: MlflowC
 
 LEFT_OPEN = """
 import os, signal, sys
-from flows.tracking import runs
+from flows.tracking import runs, store
 from flows.tracking.sink import MlflowSink, StageTracker
 from storage.manifest import Manifest, StageOutput
 from storage.tracker import publish
@@ -292,7 +296,7 @@ def test_a_skip_finishes_what_a_kill_just_behind_the_manifest_left_open(client: 
     ids = (manifest.provenance.mlflow_run_id, pipeline)
     assert [client.get_run(run_id).info.status for run_id in ids] == ["RUNNING", "RUNNING"]
     for _ in range(2):
-        runs.settle(f"p-{root}", [manifest], root)
+        runs.sync_pipeline(f"p-{root}", [manifest], root)
         assert [client.get_run(run_id).info.status for run_id in ids] == ["FINISHED", "FINISHED"]
     assert {entry.path for entry in client.list_artifacts(ids[0])} == {"grid.png", "manifest.json"}
     for key, value in {"psnr": 30.5, "count.images": 7.0}.items():
@@ -337,7 +341,7 @@ def test_a_deleted_experiment_is_named_with_the_remedy(
     for opening in (runs.stage_run(named(root, "other"), root), runs.pipeline_run("p", root)):
         with pytest.raises(InputError, match=said) as refused, opening:
             pass
-    runs.settle("p", [manifest], root)  # a skip needs no tracking
+    runs.sync_pipeline("p", [manifest], root)  # a skip needs no tracking
     assert "MLflow refuses; the stage goes on without it" in caplog.text
     command = re.match(said, str(refused.value))
     assert command is not None
@@ -355,11 +359,11 @@ def test_a_deleted_run_stays_deleted(client: MlflowClient, root: str, caplog: py
     manifest = finished(output, root, delete)
     assert "MLflow refuses; records are kept" in caplog.text
     caplog.clear()
-    runs.settle("p", [manifest], root)
+    runs.sync_pipeline("p", [manifest], root)
     assert caplog.text == ""
     assert of_digest(client, manifest.digest) == []
     client.restore_run(manifest.provenance.mlflow_run_id)
-    runs.settle("p", [manifest], root)
+    runs.sync_pipeline("p", [manifest], root)
     assert steps(client, manifest.provenance.mlflow_run_id) == [1, 2]
     assert client.get_run(manifest.provenance.mlflow_run_id).info.status == "FINISHED"
 
@@ -368,7 +372,7 @@ def test_a_run_of_another_store_is_left_there(
     client: MlflowClient, root: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     manifest = finished(named(root), root)
-    runs.settle("p", [manifest.model_copy(update={"provenance": Provenance(mlflow_run_id="0" * 32)})], root)
+    runs.sync_pipeline("p", [manifest.model_copy(update={"provenance": Provenance(mlflow_run_id="0" * 32)})], root)
     assert caplog.text == ""
 
 
@@ -379,7 +383,7 @@ def test_a_renamed_experiment_keeps_its_runs(client: MlflowClient, root: str, mo
         manifest = tracked.commit(Manifest, [])
         raise KeyboardInterrupt
     client.rename_experiment(runs.open_client(root)[1], f"renamed {root}")
-    runs.settle("p", [manifest], root)
+    runs.sync_pipeline("p", [manifest], root)
     assert client.get_run(manifest.provenance.mlflow_run_id).info.status == "FINISHED"
     assert runs.resolve(str(manifest.provenance.mlflow_run_id), root) == manifest.url
 
@@ -432,7 +436,7 @@ def test_a_remote_root_leaves_no_folder_here(
 
 
 def test_config_becomes_flat() -> None:
-    assert runs.flatten({"a": {"b": {"c": None}}, "d": [1, "x"]}) == {"a.b.c": "None", "d": "[1, 'x']"}
+    assert store.flatten({"a": {"b": {"c": None}}, "d": [1, "x"]}) == {"a.b.c": "None", "d": "[1, 'x']"}
 
 
 def test_another_attempt_skips_what_the_run_has_or_what_waits_to_be_sent(client: MlflowClient, root: str) -> None:

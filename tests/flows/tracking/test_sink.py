@@ -11,7 +11,7 @@ from faults import MlflowServer, dead_address
 from mlflow import MlflowClient
 from until import until
 
-from flows.tracking import runs, sink
+from flows.tracking import runs, sink, store
 from flows.tracking.sink import UNSENT, MlflowSink, StageTracker, read_unsent
 from storage.config import Config
 from storage.manifest import Manifest, StageOutput, stage_output
@@ -147,7 +147,7 @@ def test_a_server_that_stays_away_is_brought_up_to_date_later(
     assert files(client, spec.run_id) == ["grid.png", "manifest.json"]
     found = client.get_run(spec.run_id)
     assert found.info.status == "FINISHED"
-    assert found.data.tags[runs.MANIFEST_TAG] == manifest.url
+    assert found.data.tags[store.MANIFEST_TAG] == manifest.url
     assert found.data.metrics["count.images"] == 7
     assert not Path(output.uri, UNSENT).exists()
 

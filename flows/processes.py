@@ -1,0 +1,105 @@
+"""The processes that run flows on a root: which of them live, and which were killed.
+
+Each holds a lock on a file of its own in ``running/`` in the root, and removes the file at its end. The system frees
+the lock of a killed process, so a file without a lock tells of a kill, whatever clocks and process numbers say. The
+file lists the process's Prefect flow runs; its MLflow runs have the file's name as a tag.
+"""
+
+import atexit
+import fcntl
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from flows.servers import local_home
+
+LOGGER = logging.getLogger(__name__)
+FOLDER = "running"
+UUID_LENGTH = 36  # a line may be cut short
+_mine: dict[Path, tuple[Path, int]] = {}
+"""File and lock of this process, for each folder that it has joined."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The other processes of a root."""
+
+    killed: dict[Path, set[str]]
+    """Their files, each with the ids of its flow runs."""
+    living: dict[Path, set[str]]
+
+
+def join(root: str) -> str:
+    """Name this process among those of the root; empty if the root's file system cannot tell whether it lives."""
+    folder = local_home(root) / FOLDER
+    if folder not in _mine:
+        try:
+            _mine[folder] = _join(folder)
+        except OSError as error:
+            LOGGER.warning("%s: runs that a kill leaves open will stay so: %s", folder, error)
+            return ""
+        atexit.register(leave, root)
+    return _mine[folder][0].name
+
+
+def note(flow_run_id: str | None, root: str) -> None:
+    """Remember that this process runs a flow of the root."""
+    if join(root) and flow_run_id:
+        _, lock = _mine[local_home(root) / FOLDER]
+        os.write(lock, f"{flow_run_id}\n".encode())
+
+
+def leave(root: str) -> None:
+    """End what `join` began; the runs of this process have ended."""
+    joined = _mine.pop(local_home(root) / FOLDER, None)
+    if joined is not None:
+        path, lock = joined
+        path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def others(root: str) -> Processes:
+    """The other processes of a root. One counts as living unless the locks of this machine tell that it was killed."""
+    folder, processes = local_home(root) / FOLDER, Processes({}, {})
+    mine, _ = _mine.get(folder, (None, None))
+    for path in folder.iterdir() if folder.is_dir() else ():
+        name, _, host = path.name.partition("@")
+        if path == mine or not name:
+            continue
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:  # it has just ended
+            continue
+        with file:
+            killed = host == socket.gethostname() and _locked(file.fileno(), fcntl.LOCK_SH)
+            if os.fstat(file.fileno()).st_nlink:
+                runs = {line for line in file.read().decode().split() if len(line) == UUID_LENGTH}
+                (processes.killed if killed else processes.living)[path] = runs
+    return processes
+
+
+def _join(folder: Path) -> tuple[Path, int]:
+    """A file that has its lock before the others see it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{uuid4().hex}@{socket.gethostname()}"
+    unseen = path.with_name(f"@{path.name}")
+    lock = os.open(unseen, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
+    try:
+        _locked(lock, fcntl.LOCK_EX)
+        unseen.rename(path)
+    except OSError:  # a file system without locks
+        unseen.unlink()
+        os.close(lock)
+        raise
+    return path, lock
+
+
+def _locked(file: int, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
