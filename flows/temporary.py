@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from storage.errors import InputError, one_line
+from storage.rows import cache
 
 LOGGER = logging.getLogger(__name__)
 PREFIX = ".ditflow-temporary-"
@@ -25,7 +26,7 @@ _held: list[int] = []  # the locks of this process, which end with it
 def of_command() -> Iterator[None]:
     """Let all temporary files of this process and its children lie in one folder for the length of the block.
 
-    Code that torch has compiled stays outside, since later commands use it again.
+    Code that torch has compiled goes to this machine's cache instead, where later commands find it.
 
     Raises:
         InputError: there is no folder for temporary files.
@@ -40,7 +41,7 @@ def of_command() -> Iterator[None]:
                 f"temporary files cannot be written ({error}); set TMPDIR to a folder with room"
             ) from error
         os.environ["TMPDIR"] = tempfile.tempdir = str(inside)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(place, f"torchinductor_{os.getuid()}")))
+        _keep_compiled_code()
         try:
             yield
         finally:
@@ -48,6 +49,13 @@ def of_command() -> Iterator[None]:
             for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR"):
                 os.environ.pop(name, None)
                 os.environ |= {name: before[name]} if name in before else {}
+
+
+def _keep_compiled_code() -> None:
+    compiled = cache.root() / "torchinductor"
+    with suppress(OSError):  # without a cache on this machine, it is compiled once for each command
+        compiled.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
 
 
 def hold() -> None:

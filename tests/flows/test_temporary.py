@@ -53,7 +53,7 @@ def test_all_that_is_temporary_goes_with_the_block(place: Path) -> None:
         made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         assert Path(made).parent == inside.parent != place
         assert temporary.outside() == str(place)
-        assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == place
+        assert place not in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parents
     assert list(place.iterdir()) == []
     assert os.environ["TMPDIR"] == tempfile.gettempdir() == str(place)
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
