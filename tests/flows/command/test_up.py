@@ -134,7 +134,7 @@ def test_every_flow_is_deployed_with_a_typed_form(up: Up) -> None:
         assert deployment["entrypoint"].startswith("flows."), name
         assert schema["definitions"] or name == "pipeline"
     config = deployments["train"]["parameter_openapi_schema"]["definitions"]["TrainConfig"]
-    assert config["properties"]["steps"]["description"] == "Number of optimizer steps."
+    assert config["properties"]["steps"]["description"].startswith("Number of optimizer steps.")
     assert config["properties"]["steps"]["minimum"] == 1
     assert config["additionalProperties"] is False
     kinds = {"LocalLaunch", "NodesLaunch", "SlurmLaunch", "KubernetesLaunch"}
