@@ -18,10 +18,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     """Write the report if it is missing; print its URL."""
     from flows.recipe import load_recipe
-    from flows.report.page import write_page
+    from flows.report.page import page_url, write_page
 
     recipe = load_recipe(options.recipe, options.set, options.root)
     done = recipe.finished(options.root)
     if done is None:
         raise InputError(f"report: recipe {recipe.name} is not finished; run it first")
-    print(write_page(recipe.name, done, options.root))
+    write_page(recipe.name, done, options.root)
+    print(page_url(done, options.root))

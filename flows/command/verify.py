@@ -16,8 +16,8 @@ HELP = "check that outputs are what was committed, and withdraw damaged ones"
 SHOWN = 10
 """Most uncommitted files of an output that are named."""
 _SERVERS = ("mlflow.db", "mlflow.db-shm", "mlflow.db-wal", "mlflow-artifacts", "mlflow-server.log", "prefect")
-OURS = frozenset([*_SERVERS, "prefect-server.log", "servers.json", "reports", "slurm"])
-"""What servers, reports and launchers keep in a root."""
+OURS = frozenset([*_SERVERS, "prefect-server.log", "servers.json", "slurm"])
+"""What servers and launchers keep in a root."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """The report of a pipeline run: one HTML file with all pictures in it and no scripts.
 
-It is made from manifests alone. Its name is a hash of their digests and `VERSION`, so a report is written once.
+It is made from manifests and what they list, and is an output itself: a report is written once, and `ditflow verify`
+checks it with all that it shows.
 """
 
 import logging
@@ -17,17 +18,18 @@ from dit.report.neighbours import neighbours
 from dit.sample import PICTURE, SampleManifest
 from flows.report import guidance_sweep
 from flows.report.html import Figure, Section, Strips, Table, render
+from flows.report.kept import ReportManifest, keep, kept, output
 from flows.tracking import runs
 from flows.tracking.sink import log_file
 from storage import uri
+from storage.config import Config
 from storage.errors import one_line
 from storage.header import short_digest
-from storage.manifest import Manifest
-from storage.seal import json_digest
+from storage.manifest import Manifest, StageOutput
 from storage.tracker import NullTracker
 
 LOGGER = logging.getLogger(__name__)
-FOLDER, REPORT = "reports", "report.html"
+REPORT = "report.html"
 VERSION = 3
 """Raised when the same manifests make another page."""
 CLASSES, EACH, WIDE = 10, 16, 1024
@@ -45,29 +47,35 @@ CAPTIONS = {
 }
 
 
-def page_url(manifests: Sequence[Manifest], root: str) -> str:
-    """The URL of the report of some stages. It depends on the stages and on the guidance sweep that the page shows.
+class ReportConfig(Config):
+    """A page depends on the outputs that it shows; its title does not count."""
+
+
+def page_output(manifests: Sequence[Manifest], root: str) -> StageOutput:
+    """The output of the page of some stages. Its parents are the stages, and what its guidance sweep shows.
 
     Raises:
         InputError: a stage's output is gone.
     """
-    shown = [manifest.digest for manifest in manifests]
-    shown += [other.digest for manifest in _evaluations(manifests) for other in guidance_sweep.sweep_of(manifest, root)]
-    name = short_digest(json_digest({"version": VERSION, "shown": shown}))
-    return uri.join(uri.absolute(root), FOLDER, f"{name}.html")
+    swept = [other for manifest in _evaluations(manifests) for other in guidance_sweep.sweep_of(manifest, root)]
+    shown = {f"{manifest.stage} {manifest.folder_name}": manifest for manifest in (*swept, *manifests)}
+    return output(ReportManifest, VERSION, ReportConfig(), shown, root)
 
 
-def write_page(name: str, manifests: Sequence[Manifest], root: str) -> str:
-    """Write the report of a pipeline's stages, in their order, and return its URL; one that is there is kept.
+def page_url(manifests: Sequence[Manifest], root: str) -> str:
+    """The URL of the page of some stages. Errors as `page_output`."""
+    return page_output(manifests, root).url(REPORT)
+
+
+def write_page(name: str, manifests: Sequence[Manifest], root: str) -> bytes:
+    """Write the report of a pipeline's stages, in their order, and return it; one that is there is kept.
 
     Raises:
         InputError: a stage's output is gone, or the extractor cannot be loaded.
         StorageError: a picture is not what was committed, or the disk is full.
     """
-    url = page_url(manifests, root)
-    if not uri.exists(url):
-        uri.write(url, page(name, manifests, root).encode())
-    return url
+    out = page_output(manifests, root)
+    return keep(out, ReportManifest, REPORT, lambda: page(name, manifests, root).encode())
 
 
 def publish(name: str, manifests: Sequence[Manifest], root: str, run_id: str | None) -> None:
@@ -76,19 +84,19 @@ def publish(name: str, manifests: Sequence[Manifest], root: str, run_id: str | N
     An error becomes a warning: the stages are committed, and the report must not fail them.
     """
     try:
-        url = write_page(name, manifests, root)
+        written = write_page(name, manifests, root)
         if run_id is not None:
-            log_file(MlflowClient(runs.tracking_uri(root)), run_id, REPORT, uri.read(url))
+            log_file(MlflowClient(runs.tracking_uri(root)), run_id, REPORT, written)
     except Exception as error:
         LOGGER.warning("no report: %s", one_line(error))
 
 
 def publish_missing(name: str, manifests: Sequence[Manifest], root: str) -> None:
-    """Publish the report of a finished pipeline if it is missing.
+    """Publish the report of a finished pipeline if it is missing or damaged.
 
-    It is if the command was killed before it, or if the guidance sweep has grown since.
+    It is missing if the command was killed before it, or if the guidance sweep has grown since.
     """
-    if not uri.exists(page_url(manifests, root)):
+    if kept(page_output(manifests, root), ReportManifest, REPORT) is None:
         pipeline = manifests[-1].provenance.pipeline_id
         publish(name, manifests, root, runs.pipeline_run_id(pipeline, root) if pipeline else None)
 

@@ -12,12 +12,20 @@ from dit.models.cost import cost
 from dit.report.plots import scaling as plot
 from dit.sample import SampleManifest
 from flows.recipe import Recipe
-from flows.report.page import FOLDER
+from flows.report.kept import ScalingManifest, keep, output
 from flows.sweep import load_recipes
-from storage import uri
+from storage.config import Config
 from storage.errors import InputError
-from storage.header import short_digest
-from storage.seal import json_digest
+
+VERSION = 1
+PICTURE = "scaling.png"
+
+
+class ScalingConfig(Config):
+    """What the plot shows besides the metrics."""
+
+    names: tuple[str, ...]
+    """Names of the recipes, by the compute of their runs."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,12 @@ def scaling(names: Sequence[str], overrides: Sequence[str], root: str) -> Scalin
             f"run the rest first ({', '.join(missing) or 'none is missing'})"
         )
     _, first = next(iter(done.values()))
+    shown = {f"{metrics.stage} {metrics.folder_name}": metrics for _, metrics in done.values()}
     laws = _laws(runs)
-    picture = uri.join(uri.absolute(root), FOLDER, f"scaling-{short_digest(json_digest(sorted(done)))}.png")
-    uri.write(picture, plot([run.name for run in runs], [run.distance for run in runs], first.distance, laws))
-    return Scaling(first.distance, runs, missing, {x: law for x, (_, law) in laws.items()}, picture)
+    out = output(ScalingManifest, VERSION, ScalingConfig(names=tuple(run.name for run in runs)), shown, root)
+    names, distances = [run.name for run in runs], [run.distance for run in runs]
+    keep(out, ScalingManifest, PICTURE, lambda: plot(names, distances, first.distance, laws))
+    return Scaling(first.distance, runs, missing, {x: law for x, (_, law) in laws.items()}, out.url(PICTURE))
 
 
 def _metrics(recipe: Recipe, root: str) -> MetricsManifest | None:

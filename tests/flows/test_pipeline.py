@@ -138,7 +138,7 @@ def test_the_documented_stage_is_all_that_a_new_stage_needs(
 
 
 def test_a_second_run_skips_every_stage(report: dict[str, Any], root: Path, digits: Path) -> None:
-    (page,) = (root / "reports").glob("*.html")
+    (page,) = (root / "reports").glob("*/report.html")
     page.unlink()  # as if the first had been killed before it
     again = reported("run", root, digits)
     assert states(again) == dict.fromkeys(STAGES, "skipped")
@@ -151,7 +151,7 @@ def test_a_second_run_skips_every_stage(report: dict[str, Any], root: Path, digi
 def test_the_report_is_found_and_written_again(
     report: dict[str, Any], root: Path, digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (page,) = (root / "reports").glob("*.html")
+    (page,) = (root / "reports").glob("*/report.html")
     written = page.read_bytes()
     page.unlink()
     assert main([part for part in arguments("report", root, digits) if part != "--json"]) == 0

@@ -16,6 +16,7 @@ from typing import Any
 import mlflow
 import pytest
 from faults import MlflowServer
+from flips import unnoticed
 from mlflow import MlflowClient
 from PIL import Image
 from small import SAMPLING, Small
@@ -85,6 +86,10 @@ def test_a_registered_model_that_was_changed_does_not_load(
     path.write_bytes(data)
     with pytest.raises(DitflowError, match=rf"{name}: does not hold the bytes that were committed"):
         mlflow.pyfunc.load_model(str(folder))
+
+
+def test_no_flip_in_what_was_registered_goes_unnoticed(models: list[ModelManifest]) -> None:
+    assert unnoticed(models[1], each=20) == []
 
 
 def test_the_rule_decides_who_is_champion(models: list[ModelManifest], client: MlflowClient) -> None:

@@ -26,6 +26,7 @@ from flows.report.page import page, page_url, write_page
 from storage.latents import LatentManifest
 from storage.manifest import Manifest
 from storage.shards.shard import ShardManifest
+from storage.verify import faults, outputs
 
 NAME = "<script>alert('digits & co')</script>"
 ALIKE = ({"guidance_scale": 1.0}, {"guidance_scale": 3.0})
@@ -168,14 +169,23 @@ def test_rows_of_papers_say_what_was_other_there(made: Made, monkeypatch: pytest
 
 
 def test_it_is_written_once_and_the_same(made: Made) -> None:
-    url = write_page("digits", made.manifests, made.root)
-    assert url == page_url(made.manifests, made.root) != made.url_before
-    first = Path(url).read_bytes()
-    assert page("digits", made.manifests, made.root).encode() == first
-    Path(url).write_text("kept")
-    assert write_page("digits", made.manifests, made.root) == url
-    assert Path(url).read_text() == "kept"
-    Path(url).unlink()
+    first, url = write_page("digits", made.manifests, made.root), page_url(made.manifests, made.root)
+    assert url != made.url_before
+    assert page("digits", made.manifests, made.root).encode() == first == Path(url).read_bytes()
+    written = Path(url).stat().st_mtime_ns
+    assert write_page("digits", made.manifests, made.root) == first
+    assert Path(url).stat().st_mtime_ns == written
+
+
+def test_it_is_checked_with_all_that_it_shows(made: Made, caplog: pytest.LogCaptureFixture) -> None:
+    first, url = write_page("digits", made.manifests, made.root), Path(page_url(made.manifests, made.root))
+    chain = [output for output in outputs(str(url.parent)) if isinstance(output, Manifest)]
+    shown = {manifest.digest for manifest in (*made.manifests, *made.alike)}
+    assert chain[0].stage == "reports" and shown < {output.digest for output in chain}
+    url.write_bytes(first.replace(b"Distance", b"Distanze", 1) + b" ")
+    assert faults(chain[0], full=True)
+    assert write_page("digits", made.manifests, made.root) == first == url.read_bytes()
+    assert "it is made again" in caplog.text
 
 
 def test_without_metrics_there_is_a_page_too(made: Made) -> None:
@@ -219,7 +229,8 @@ def browse(page: str, folder: Path) -> tuple[str, int]:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
 def test_a_browser_finds_its_sections_and_asks_nobody(made: Made, tmp_path: Path) -> None:
-    dom, asked = browse(f"file://{write_page(NAME, made.manifests, made.root)}", tmp_path)
+    (tmp_path / "page.html").write_text(page(NAME, made.manifests, made.root))
+    dom, asked = browse(f"file://{tmp_path / 'page.html'}", tmp_path)
     read = Reader(dom)
     assert [word for word in read.words if word in SECTIONS] == list(SECTIONS)
     assert NAME in read.words
