@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import gcd
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dit.devices import Arithmetic, arithmetic, device, dtype
 from dit.diffusion.config import DiffusionConfig, EDMConfig, ProcessConfig
@@ -29,6 +29,7 @@ from dit.samplers.ddim import ddim
 from dit.samplers.ddpm import ddpm
 from dit.samplers.guidance import UNGUIDED, Channels, Guided, Schedule
 from dit.samplers.heun import heun, noise_levels
+from dit.samplers.labels import Labels, class_label, described, sample_labels
 from dit.samplers.noise import SampleNoise
 from dit.samplers.state import State, StepNoise, last
 from dit.vae import Vae, VaeRef, load_vae, vae_inputs
@@ -53,8 +54,9 @@ class SampleConfig(Config):
 
     count: int = Field(50_000, ge=1)
     """Number of images to generate."""
-    labels: Literal["balanced", "random"] = "random"
-    """Class of each image: ``random`` draws it uniformly, ``balanced`` takes the classes in turn."""
+    labels: Labels = "random"
+    """Class of each image: ``random`` draws it uniformly, ``balanced`` takes the classes in turn, and a mapping such as
+    ``{cat: 8, "3": 4}`` has the number of images of each class, by its name or number."""
     sampler: Literal["ddpm", "ddim", "heun"] = "ddpm"
     """``ddpm`` is ancestral sampling with the learned variance. ``ddim`` is the implicit sampler, deterministic with
     ``eta`` 0. Models trained with EDM's process need ``heun``."""
@@ -100,6 +102,22 @@ class SampleConfig(Config):
     of the images."""
     block_rows: int = Field(1024, ge=1)
     """Images in one object of the store, the unit of work and resume."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _counts(cls, values: Any) -> Any:
+        """Counts of classes say how many images there are."""
+        labels = values.get("labels") if isinstance(values, dict) else None
+        if isinstance(labels, dict) and all(type(count) is int for count in labels.values()):
+            return {"count": sum(labels.values())} | values
+        return values
+
+    @model_validator(mode="after")
+    def _count_is_that_of_labels(self) -> Self:
+        chosen = self.count if isinstance(self.labels, str) else sum(self.labels.values())
+        if chosen != self.count:
+            raise ValueError(f"count: {self.count} images, but the labels are {chosen}; leave out count")
+        return self
 
 
 class SampleManifest(Manifest):
@@ -197,7 +215,7 @@ def generate(
     """Samples ``start`` to ``stop``, a batch at a time: image uint8 (B, H, H, 3) and label int32 (B,)."""
     for first in range(start, stop, config.batch_size):
         indices = range(first, min(first + config.batch_size, stop))
-        labels = _labels(config, indices, trained.card.model.num_classes)
+        labels = _labels(config, indices, trained.card)
         yield {"image": draw(config, trained, vae, indices, labels), "label": labels.numpy().astype(np.int32)}
 
 
@@ -278,12 +296,10 @@ def layout(count: int, block_rows: int, resolution: int) -> RowLayout:
     return RowLayout(count, block_rows, (image, ArraySpec("label", "int32", (), block_rows)))
 
 
-def _labels(config: SampleConfig, indices: range, num_classes: int) -> torch.Tensor:
-    if num_classes == 0:
+def _labels(config: SampleConfig, indices: range, card: ModelCard) -> torch.Tensor:
+    if card.model.num_classes == 0:
         return torch.full((len(indices),), -1)
-    if config.labels == "balanced":
-        return torch.tensor([index % num_classes for index in indices])
-    return SampleNoise(config.seed, indices, (1, 1, 1)).labels(num_classes)
+    return sample_labels(config.labels, indices, config.seed, card.class_names)
 
 
 def open_decoder(config: SampleConfig, card: ModelCard, on: torch.device | str | None = None) -> Vae | None:
@@ -307,7 +323,7 @@ def open_decoder(config: SampleConfig, card: ModelCard, on: torch.device | str |
 
 
 def check_process(config: SampleConfig, card: ModelCard) -> None:
-    """Check that sampler, steps and guidance fit the model's process.
+    """Check that sampler, steps, guidance and labels fit the model.
 
     Raises:
         InputError: they do not fit.
@@ -324,10 +340,23 @@ def check_process(config: SampleConfig, card: ModelCard) -> None:
         raise InputError(f"sample.guidance_interval: {list(interval)} is empty; write the lowest first")
     if edm and config.guidance_schedule == "power_cosine":
         raise InputError("sample.guidance_schedule: power_cosine needs timesteps, which EDM has not; use constant")
+    _check_labels(config, card)
     if isinstance(card.diffusion, DiffusionConfig):
         kept_timesteps(card.diffusion.steps, config.steps)
     else:
         noise_levels(config.steps, config.sigma_min, config.sigma_max, config.rho)
+
+
+def _check_labels(config: SampleConfig, card: ModelCard) -> None:
+    if isinstance(config.labels, str):
+        return
+    if not card.model.num_classes:
+        raise InputError("sample.labels: the model is unconditional, it has no classes to choose from; leave them out")
+    for name in config.labels:
+        try:
+            class_label(name, card.class_names)
+        except InputError as error:
+            raise InputError(f"sample.labels: {error}") from error
 
 
 def check(config: SampleConfig, checkpoint: CheckpointManifest, _: PlanContext) -> None:
@@ -368,7 +397,8 @@ def _conditions(config: SampleConfig, card: ModelCard, vae: Vae | None) -> dict[
     scale = _scale(config, card.model)
     if scale == UNGUIDED:
         unused |= {name for name in SampleConfig.model_fields if name.startswith("guidance_")}
-    conditions: dict[str, Any] = config.model_dump(exclude={"vae", *LAST_BITS, *unused}) | {"guidance_scale": scale}
+    conditions: dict[str, Any] = config.model_dump(exclude={"vae", *LAST_BITS, *unused})
+    conditions |= {"guidance_scale": scale, "labels": described(config.labels)}
     interval = conditions.pop("guidance_interval", None)
     if interval:
         conditions["guidance_interval"] = f"{interval[0]:g} to {interval[1]:g}"

@@ -1,5 +1,6 @@
 """``ditflow sample``: a recipe's stage; or straight from a checkpoint, with no recipe and no server."""
 
+import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -23,6 +24,10 @@ COUNT = 16
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
     STAGE.add_arguments(parser, optional=True)
+    text = "class to draw, by name or number; repeat it for several (default: as sample.labels says)"
+    parser.add_argument("--class", dest="chosen", action="append", metavar="CLASS", help=text)
+    text = f"images to draw, divided among the classes (default with --class: {COUNT})"
+    parser.add_argument("--count", type=int, metavar="IMAGES", help=text)
     group = parser.add_argument_group("without a recipe", "Draw a picture and an npz file from a checkpoint.")
     text = "folder of a trained model, .pt or .safetensors file of a published DiT, or diffusers folder"
     group.add_argument("--checkpoint", metavar="SOURCE", help=text)
@@ -36,11 +41,23 @@ def run(options: Namespace) -> None:
     """Run a recipe's sample stage, or draw straight from a checkpoint."""
     if (options.recipe is None) == (options.checkpoint is None):
         raise InputError("sample: pass either a recipe or --checkpoint")
+    options.set = [*options.set, *_chosen(options.chosen, options.count)]
     if options.recipe:
         STAGE.run(options)
         return
     for place in draw(options.checkpoint, options.set, options.out, vae=options.vae, **hints(options)):
         print(place)
+
+
+def _chosen(classes: Sequence[str] | None, count: int | None) -> list[str]:
+    """The overrides that ``--class`` and ``--count`` stand for. Earlier classes get one image more if they must."""
+    if not classes:
+        return [] if count is None else [f"sample.count={count}"]
+    total = max(COUNT, len(classes)) if count is None else count
+    counts = {name: total // len(classes) + (place < total % len(classes)) for place, name in enumerate(classes)}
+    if len(counts) < len(classes) or not all(counts.values()):
+        raise InputError(f"--class: {len(classes)} classes need to differ, and --count at least one image of each")
+    return [f"sample.labels={json.dumps(counts)}", f"sample.count={total}"]
 
 
 def draw(

@@ -20,6 +20,7 @@ import dit
 from dit.devices import device
 from dit.export import SAMPLING, weights_file
 from dit.sample import SampleConfig, check_process, draw
+from dit.samplers.labels import class_label
 from dit.vae import CONFIG, WEIGHTS, Vae, VaeRef, load_vae
 from storage import uri
 from storage.config import problem
@@ -53,7 +54,7 @@ class Generator(PythonModel):
 
         Args:
             context: unused.
-            model_input: column ``label``, class indices. Row i is sample i of the seed.
+            model_input: column ``label``, class indices, or ``class``, class names. Row i is sample i of the seed.
             params: seed, steps, guidance_scale, guidance_channels, sampler. Defaults: those of the evaluation.
 
         Returns:
@@ -63,17 +64,25 @@ class Generator(PythonModel):
             MlflowException: there is no such class, or a param is wrong; a server answers with status 400.
         """
         try:
-            pngs = [_base64(image) for image in self._images(model_input["label"].to_numpy(), params or {})]
+            pngs = [_base64(image) for image in self._images(self._labels(model_input), params or {})]
         except (InputError, ValidationError) as error:
             message = problem(error) if isinstance(error, ValidationError) else error
             raise MlflowException(str(message), INVALID_PARAMETER_VALUE) from error
         return pd.DataFrame({"png_base64": pngs})
 
-    def _images(self, asked: NDArray[np.int64], params: dict[str, Any]) -> Iterator[NDArray[np.uint8]]:
-        labels, classes = torch.tensor(asked), len(self._trained.card.class_names)
-        if not ((labels >= 0) & (labels < classes)).all():
-            raise InputError(f"label: must lie between 0 and {classes - 1}")
-        config = SampleConfig.model_validate(self._sampling | params | {"count": len(labels)})
+    def _labels(self, asked: pd.DataFrame) -> torch.Tensor:
+        names = self._trained.card.class_names
+        if ("label" in asked) == ("class" in asked):
+            raise InputError("pass either the column label or the column class")
+        if "class" in asked:
+            return torch.tensor([class_label(name, names) for name in asked["class"]])
+        labels = torch.tensor(asked["label"].to_numpy())
+        if not ((labels >= 0) & (labels < len(names))).all():
+            raise InputError(f"label: must lie between 0 and {len(names) - 1}")
+        return labels
+
+    def _images(self, labels: torch.Tensor, params: dict[str, Any]) -> Iterator[NDArray[np.uint8]]:
+        config = SampleConfig.model_validate(self._sampling | params | {"count": len(labels), "labels": "random"})
         check_process(config, self._trained.card)
         for start in range(0, len(labels), config.batch_size):
             indices = range(start, min(start + config.batch_size, len(labels)))

@@ -210,7 +210,7 @@ def _signature(sampling: SampleConfig) -> ModelSignature:
         ("sampler", "string", sampling.sampler),
     ]
     return ModelSignature(
-        inputs=Schema([ColSpec("long", "label")]),
+        inputs=Schema([ColSpec("long", "label", required=False), ColSpec("string", "class", required=False)]),
         outputs=Schema([ColSpec("string", "png_base64")]),
         params=ParamSchema([ParamSpec(name, kind, default) for name, kind, default in params]),
     )

@@ -239,6 +239,24 @@ def test_a_compiled_model_is_another_work_and_makes_the_same_samples(
     assert np.array_equal(images(found), images(samples))
 
 
+def test_chosen_classes(tmp_path: Path, checkpoint: CheckpointManifest) -> None:
+    """The sample of an index and a label is the same whatever chose the label."""
+    values = {name: value for name, value in tiny.SAMPLING.model_dump().items() if name != "count"}
+    config = SampleConfig.model_validate(values | {"labels": {"7": 2, "1": 3}})
+    samples = tiny.run_sample(tmp_path, config, checkpoint)
+    assert RowReader(samples).array("label").tolist() == [2, 2, 1, 1, 1]
+    assert (samples.conditions["labels"], samples.conditions["count"]) == ("2 x 7, 3 x 1", 5)
+    balanced = tiny.run_sample(tmp_path, changed(count=5), checkpoint)
+    same = RowReader(balanced).array("label") == [2, 2, 1, 1, 1]
+    assert same.any()
+    assert_near(images(samples)[same], images(balanced)[same])
+
+
+def test_a_class_that_the_model_has_not_is_named(tmp_path: Path, checkpoint: CheckpointManifest) -> None:
+    with pytest.raises(InputError, match="sample.labels: the model has no class '9'; classes have a name"):
+        tiny.run_sample(tmp_path, changed(labels={"9": 11}), checkpoint)
+
+
 def test_an_unconditional_model_has_no_labels_and_no_guidance(tmp_path: Path, latents: LatentManifest) -> None:
     model = tiny.MODEL.model_copy(update={"conditional": False})
     checkpoint = tiny.run_train(tmp_path, tiny.TRAINING.model_copy(update={"model": model}), latents)
@@ -247,6 +265,8 @@ def test_an_unconditional_model_has_no_labels_and_no_guidance(tmp_path: Path, la
     assert (samples.conditions["labels"], samples.conditions["guidance_scale"]) == ("none", 1.0)
     plain = tiny.run_sample(tmp_path, changed(guidance_scale=1.0), checkpoint)
     assert np.array_equal(images(plain), images(samples))
+    with pytest.raises(InputError, match="sample.labels: the model is unconditional"):
+        tiny.run_sample(tmp_path, changed(labels={"2": COUNT}), checkpoint)
 
 
 def test_another_decoder_of_the_same_latents_may_decode(

@@ -38,6 +38,16 @@ def test_a_picture_and_an_npz_and_no_root(
         assert arrays["arr_0"].shape == (3, 32, 32, 3)
 
 
+def test_chosen_classes(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["sample", "--checkpoint", checkpoint, "--vae", VAE, "--heads", "2", "--set", "sample.steps=2"]
+    assert main([*arguments, "--class", "3", "--class", "7", "--count", "5"]) == 0, capsys.readouterr().err
+    with np.load("samples/samples.npz") as arrays:
+        assert arrays["arr_1"].tolist() == [3, 3, 3, 7, 7]
+
+
 @pytest.mark.parametrize(
     ("more", "line"),
     [
@@ -50,6 +60,9 @@ def test_a_picture_and_an_npz_and_no_root(
         ),
         (["--heads", "2", "--vae", VAE, "--set", "sample.sampler=heun"], "heun does not fit the model's process"),
         (["--heads", "2", "--vae", VAE, "--classes", "11"], "the model has no null label to guide with; use 1"),
+        (["--heads", "2", "--vae", VAE, "--class", "10"], "sample.labels: the model has no class '10'"),
+        (["--heads", "2", "--vae", VAE, "--class", "1", "--class", "1"], "--class: 2 classes need to differ"),
+        (["--heads", "2", "--vae", VAE, "--class", "1", "--count", "0"], "--count at least one image of each"),
         (["demo"], "sample: pass either a recipe or --checkpoint"),
     ],
 )

@@ -137,8 +137,8 @@ def _answers(address: str) -> bool:
         return False
 
 
-def ask(address: str, labels: list[int], **params: Any) -> list[bytes]:
-    body = {"dataframe_split": {"columns": ["label"], "data": [[label] for label in labels]}, "params": params}
+def ask(address: str, labels: list[Any], *, column: str = "label", **params: Any) -> list[bytes]:
+    body = {"dataframe_split": {"columns": [column], "data": [[label] for label in labels]}, "params": params}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{address}/invocations", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=180) as answer:
@@ -153,6 +153,10 @@ def test_a_request_is_answered_with_png_images(endpoint: str) -> None:
     for change in ({"seed": 6}, {"steps": 3}, {"guidance_scale": 3.0}, {"sampler": "ddim"}):
         asked: dict[str, Any] = {"seed": 5, "steps": 2, "guidance_scale": 1.5, "sampler": "ddpm"} | change
         assert ask(endpoint, [3, 7], **asked) != pngs, change
+
+
+def test_a_class_may_be_asked_for_by_name(endpoint: str) -> None:
+    assert ask(endpoint, ["3", "7"], column="class", steps=2) == ask(endpoint, [3, 7], steps=2)
 
 
 def test_without_params_images_are_drawn_as_they_were_evaluated(endpoint: str) -> None:
@@ -170,12 +174,14 @@ def test_without_params_images_are_drawn_as_they_were_evaluated(endpoint: str) -
 @pytest.mark.parametrize(
     ("labels", "params", "said"),
     [
+        (["x"], {"column": "class"}, "the model has no class 'x'"),
+        ([1], {"column": "klass"}, "pass either the column label or the column class"),
         ([10], {}, "label: must lie between 0 and 9"),
         ([1], {"sampler": "heun"}, "sampler"),
         ([1], {"steps": "x"}, "steps"),
     ],
 )
-def test_a_wrong_request_is_refused(endpoint: str, labels: list[int], params: dict[str, Any], said: str) -> None:
+def test_a_wrong_request_is_refused(endpoint: str, labels: list[Any], params: dict[str, Any], said: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
         ask(endpoint, labels, **params)
     assert caught.value.code == 400
