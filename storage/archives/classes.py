@@ -16,6 +16,7 @@ from storage.archives.account import (
 from storage.archives.listing import ListedFile
 
 _NUMBERED = re.compile(r"\d{5,}", re.ASCII)
+_PART = re.compile(r"(\d{5,})/(?:img)?(\d{5,})\.\w+", re.ASCII)
 _EDM_LABELS = "dataset.json"
 
 
@@ -72,18 +73,30 @@ def _check_classes(account: Account, tree: "Tree", files: Iterable[Found]) -> No
     """Check that the folders are classes, as far as the names tell.
 
     Raises:
-        InputError: they are numbered and a file beside them has the labels, or one holds a folder named after another.
+        InputError: they are parts of FFHQ, or of a set that EDM's tools have packed, or one holds a folder named
+            after another.
     """
     top, classes = account.top, tree.below[account.top]
     labels = f"{top}{_EDM_LABELS}"
     if classes and all(map(_NUMBERED.fullmatch, classes)) and any(file.path == labels for file in files):
         raise account.refused(labels, "has the labels, so the folders are no classes; make class folders")
+    inside = [path.removeprefix(top) for path, _, _ in files if path.startswith(top) and "/" in path[len(top) :]]
+    if inside and all(map(_is_part, inside)):
+        name = min(classes)
+        problem = "one of the numbered parts of a set, not a class; for one class, put all parts into one folder"
+        raise account.refused(f"{top}{name}", f"{problem}, and name the folder around it as the archive")
     for name in sorted(classes):
         twins = sorted(tree.below[f"{top}{name}/"] & classes - {name})
         if twins:
             raise account.refused(
                 f"{top}{name}/{twins[0]}", f"in a class, but named after the class {twins[0]!r}; move it"
             )
+
+
+def _is_part(path: str) -> bool:
+    """Whether a file is number N of a set in parts of 1,000, named after their first number or their own."""
+    match = _PART.fullmatch(path)
+    return match is not None and int(match[1]) in ((number := int(match[2]) // 1000), 1000 * number)
 
 
 def _listed(account: Account, files: Iterable[Found], top: str) -> Iterator[ListedFile]:

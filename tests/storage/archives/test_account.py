@@ -139,6 +139,18 @@ def test_numbered_parts_of_one_class_are_one_class(tmp_path: Path, form: Put) ->
     assert "parts" in archive.account.notes[0]
 
 
+@pytest.mark.parametrize("name", ["{first:05d}/{k:05d}.png", "{part:05d}/img{k:08d}.png"])
+def test_numbered_parts_are_not_classes(tmp_path: Path, form: Put, name: str) -> None:
+    """FFHQ as published, and as EDM's tools unpack it."""
+    numbers = [(k, k // 1000) for k in (0, 999, 1000, 2001)]
+    files = {name.format(k=k, first=1000 * part, part=part): b"1" for k, part in numbers}
+    assert "/00000: one of the numbered parts of a set" in refused(form(tmp_path, files | {"LICENSE.txt": b""}))
+    around = {f"faces/{path}": data for path, data in files.items()}
+    assert open_archive(form(tmp_path / "around", around | {"faces/LICENSE.txt": b""})).class_names == ("faces",)
+    classes = {path.replace(".png", "a.png"): data for path, data in files.items()}
+    assert len(open_archive(form(tmp_path / "classes", classes)).class_names) == 3
+
+
 def test_numbered_classes_in_a_folder(tmp_path: Path, form: Put) -> None:
     files = {f"faces/{k // 2:07d}/{k % 2:03d}.png": bytes([k]) for k in range(6)}
     assert open_archive(form(tmp_path, files)).class_names == ("0000000", "0000001", "0000002")
@@ -218,8 +230,8 @@ def test_empty_class_folders(tmp_path: Path) -> None:
         packed.addfile(info)
     with zipfile.ZipFile(zipped(tmp_path, FILES), "a") as opened:
         opened.writestr("c/", b"")
-    for name in ("x", "x.tar", "x.zip"):
-        assert "x" in refused(f"{tmp_path}/{name}")
+    (tmp_path / "all" / "c").mkdir(parents=True)
+    for name in ("x", "x.tar", "x.zip", "all"):
         assert "/c: class folder without files; fill it or remove it" in refused(f"{tmp_path}/{name}")
 
 
