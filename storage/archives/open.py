@@ -114,8 +114,8 @@ def _open_several(urls: list[str], where: str, class_names: tuple[str, ...] | No
     if all(uri.redact(url).lower().endswith(".parquet") for url in urls):
         return open_parquet(urls, Account(where), class_names)
     first, last = uri.redact(urls[0]), uri.redact(urls[-1])
-    files = f"stands for {len(urls):,} files from {first} to {last}"
-    raise InputError(f"{where}: {files}; a pattern is for .tar files alone or .parquet files alone")
+    found = f"stands for {first}" if len(urls) == 1 else f"stands for {len(urls):,} files from {first} to {last}"
+    raise InputError(f"{where}: {found}; a pattern is for .tar files alone or .parquet files alone")
 
 
 def _open_folder(url: str, class_names: tuple[str, ...] | None) -> Archive:

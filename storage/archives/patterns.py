@@ -66,7 +66,7 @@ def _choices(match: re.Match[str], where: str) -> Iterator[str]:
 def _matches(url: str) -> list[str]:
     """The URLs that match wildcards, of which ``*`` does not match a slash."""
     fs, path = uri.filesystem(url)
-    parts = url.split("/")
+    parts = url.rstrip("/").split("/")
     fixed = next(number for number, part in enumerate(parts) if _WILDCARD.search(part))
     try:
         paths = [str(found) for found in fs.glob(path.replace("**", "*"))]

@@ -102,7 +102,8 @@ def test_one_split_of_a_folder(tmp_path: Path) -> None:
     ("pattern", "message"),
     [
         ("x*", r"x\*: stands for 4 files from .*x-0\.tar to .*x\.md; a pattern is for \.tar files alone"),
-        ("*.md", r"stands for 1 files from"),
+        ("*.md", r"stands for .*/x.md; a pattern is for"),
+        ("s*/", r"stands for .*/sub; a pattern is for"),
     ],
 )
 def test_files_of_other_types_are_refused(tmp_path: Path, pattern: str, message: str) -> None:
