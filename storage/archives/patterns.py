@@ -6,8 +6,10 @@ A wildcard needs a store that can be listed; braces need none.
 import re
 from collections.abc import Iterator
 from itertools import islice, pairwise
+from os.path import commonprefix
 
 from storage import uri
+from storage.archives.account import check_splits
 from storage.archives.listing import first_line
 from storage.errors import InputError
 
@@ -24,7 +26,8 @@ def expand(url: str) -> list[str] | None:
     no pattern.
 
     Raises:
-        InputError: a range is descending, no file matches, there are too many files, or one stands twice.
+        InputError: a range is descending, no file matches, there are too many files, one stands twice, or folders
+            that match are the splits of a data set.
         StorageError: the store does not answer.
     """
     is_pattern = _BRACES.search(url) or _WILDCARD.search(uri.redact(url))
@@ -36,7 +39,16 @@ def expand(url: str) -> list[str] | None:
     twice = next((one for one, other in pairwise(sorted(urls)) if one == other), None)
     if twice is not None:
         raise InputError(f"{uri.redact(url)}: names {uri.redact(twice)} twice; name each file once")
+    if _WILDCARD.search(uri.parent(url)):
+        check_splits(uri.redact(url), {folder for name in below(urls) for folder in name.split("/")[:-1]})
     return urls
+
+
+def below(urls: list[str]) -> list[str]:
+    """The paths of files below the folder that holds them all."""
+    parts = [url.split("/") for url in urls]
+    shared = len(commonprefix([part[:-1] for part in parts]))  # noqa: RUF071  of lists
+    return ["/".join(part[shared:]) for part in parts]
 
 
 def _files(url: str) -> Iterator[str]:

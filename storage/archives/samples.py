@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from os.path import commonprefix
 from typing import NamedTuple
 
 from storage.archives.account import FIELD, IMAGE_EXTENSIONS, NO_SAMPLE, Account, is_archive_name, is_image_name
 from storage.archives.listing import ListedFile, class_names_of
+from storage.archives.patterns import below
 from storage.archives.tar_index import Entry, Tar
 from storage.errors import InputError
 
@@ -31,15 +31,14 @@ def samples(account: Account, tars: Iterable[Tar], class_names: tuple[str, ...] 
     Raises:
         InputError: a sample has not one image and one label, or a name with another dot.
     """
-    pairs = [(tar, label, image) for tar in tars for label, image in _pairs(account, tar)]
+    tars = list(tars)
+    places = [name.removesuffix(".tar") for name in below([tar.where for tar in tars])]
+    pairs = [(place, *pair) for place, tar in zip(places, tars, strict=True) for pair in _pairs(account, tar)]
     names = class_names_of({label for _, label, _ in pairs}, class_names)
     starts_anew = len({(label, image.name) for _, label, image in pairs}) < len(pairs)
-    folder = len(commonprefix([tar.where.split("/")[:-1] for tar, _, _ in pairs]))  # noqa: RUF071  of lists
-    for tar, label, image in pairs:
-        inside = "/".join(tar.where.removesuffix(".tar").split("/")[folder:])
-        yield ListedFile(
-            names[label], f"{inside}/{image.name}" if starts_anew else image.name, image.span.size, image.span
-        )
+    for place, label, image in pairs:
+        path = f"{place}/{image.name}" if starts_anew else image.name
+        yield ListedFile(names[label], path, image.span.size, image.span)
 
 
 class _Sample(NamedTuple):

@@ -98,6 +98,19 @@ def test_one_split_of_a_folder(tmp_path: Path) -> None:
     }
 
 
+def test_folders_of_several_splits_are_not_mixed(tmp_path: Path) -> None:
+    """As the hub converts data sets: a folder of Parquet files for each split."""
+    for number, split in enumerate(("train", "test", "x")):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "0000.parquet").write_bytes(packing.parquet([(b"1", f"{number}.png", 0)]))
+        (tmp_path / split / "cat.tar").write_bytes(packing.tar({f"{number}.png": b"1"}))
+    for ending in ("parquet", "tar"):
+        with pytest.raises(InputError, match="'test' and 'train' are splits of a data set"):
+            open_archive(f"{tmp_path}/*/*.{ending}")
+        for pattern in ("{train,test}/*", "t[r]ain/*"):
+            assert open_archive(f"{tmp_path}/{pattern}.{ending}").members
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
