@@ -69,7 +69,12 @@ def unpickled(file: str | IO[bytes], where: str, *, mmap: bool = False) -> Any:
     except pickle.UnpicklingError as error:
         if found := re.search(r"(?<=GLOBAL )\S+|torch\.distributed\.tensor", str(error)):
             raise InputError(f"{where}: contains {_foreign(found[0])}") from error
-        raise InputError(f"{where}: damaged, or no file of torch; fetch it again") from error
+        other = "not as torch.save writes it with its own pickle protocol; fetch it again, or save the weights so"
+        raise InputError(f"{where}: damaged, or {other}") from error
+    except RuntimeError as error:
+        if "TorchScript" not in str(error):
+            raise
+        raise InputError(f"{where}: is a TorchScript archive; save the state_dict of the module") from error
 
 
 def refuse_stand_in(url: str) -> None:

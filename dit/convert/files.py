@@ -21,7 +21,7 @@ from storage.errors import InputError, StorageError, one_line
 
 SAFETENSORS: Final = ".safetensors"
 PICKLES: Final = (".pt", ".pth", ".ckpt", ".bin")
-SHARD: Final = re.compile(r"-\d+-of-\d+\.\w+$|(optim_states|__\d+_\d+)\.\w+$")
+SHARD: Final = re.compile(r"-\d+-of-(?!0*1\.)\d+\.\w+$|(optim_states|__\d+_\d+)\.\w+$")
 
 Option = str | int | float | bool
 
@@ -47,18 +47,17 @@ def read_content(url: str) -> Content:
         InputError: there is no such file, it is damaged, a shard, or contains objects that are not loaded.
     """
     local, where = uri.local_path(url), uri.redact(url)
+    if SHARD.search(where):
+        raise InputError(f"{where}: is one shard of a checkpoint; save the whole model's state_dict in one file")
     try:
         refuse_stand_in(url)
-        content = _of_bytes(uri.read(url), where) if local is None else _of_file(local, where)
+        return _of_bytes(uri.read(url), where) if local is None else _of_file(local, where)
     except (InputError, StorageError) as error:
         raise InputError(str(error)) from error
     except FileNotFoundError as error:
         raise InputError(f"{where}: no such file") from error
     except Exception as error:  # safetensors, torch and stores promise no exception types
         raise InputError(f"{where}: cannot be read ({one_line(error)}); it may be damaged, fetch it again") from error
-    if SHARD.search(where):
-        raise InputError(f"{where}: is one shard of a checkpoint; save the whole model's state_dict in one file")
-    return content
 
 
 def _of_file(path: Path, where: str) -> Content:

@@ -273,10 +273,19 @@ def test_safetensors_by_another_name(tmp_path: Path, weights: Weights, suffix: s
     assert same(read(str(tmp_path / f"x.{suffix}"), heads=4).state, weights)
 
 
+def test_pickles_that_torch_wrote_otherwise(tmp_path: Path, weights: Weights) -> None:
+    torch.save(weights, tmp_path / "x.pt", pickle_protocol=4)
+    assert "not as torch.save writes it with its own pickle protocol" in refusal(tmp_path / "x.pt")
+    torch.jit.save(torch.jit.trace(torch.nn.Identity(), torch.ones(1)), str(tmp_path / "x.pt"))
+    assert "is a TorchScript archive; save the state_dict of the module" in refusal(tmp_path / "x.pt")
+
+
 def test_shards_are_named(tmp_path: Path, weights: Weights) -> None:
     for name in ("model-00001-of-00003.safetensors", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
         (torch.save if name.endswith("pt") else save_file)(weights, tmp_path / name)
         assert f"{name}: is one shard of a checkpoint" in refusal(tmp_path / name)
+    whole = saved(tmp_path, weights, "model-00001-of-00001.bin")
+    assert same(read(whole, heads=4).state, weights)
     empty = saved(tmp_path, {"module": {name: torch.zeros(0) for name in weights}})
     assert "is empty; the file is a shard of DeepSpeed's; run the zero_to_fp32.py" in refusal(empty)
     for name, tool in ((".metadata", "torch.distributed.checkpoint"), ("zero_to_fp32.py", "DeepSpeed")):
