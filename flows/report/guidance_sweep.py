@@ -1,16 +1,13 @@
 """The guidance sweep: evaluations of one checkpoint that differ in nothing but the guidance of its samples."""
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from dit.evaluate import MetricsManifest
 from dit.report.plots import GuidanceLine
 from dit.sample import SampleManifest
 from dit.samplers.guidance import UNGUIDED
-from storage.errors import InputError
-from storage.manifest import finished_outputs
+from flows.report.alike import alike
 
-LOGGER = logging.getLogger(__name__)
 GUIDANCE = "guidance_"
 SETTINGS = ("channels", "schedule", "interval")
 Fixed = tuple[str, int, str, dict[str, str | int | float]]
@@ -27,8 +24,7 @@ def sweep_of(metrics: MetricsManifest, root: str) -> list[MetricsManifest]:
         InputError: the samples of the given one are gone.
         StorageError: the store does not answer.
     """
-    own, others = _fixed(metrics), _evaluations(root, but=metrics.digest)
-    return sorted([metrics, *(each for each, fixed in others if fixed == own)], key=lambda each: each.digest)
+    return alike(metrics, root, _fixed)
 
 
 def lines(evaluations: Sequence[MetricsManifest]) -> list[GuidanceLine]:
@@ -36,18 +32,6 @@ def lines(evaluations: Sequence[MetricsManifest]) -> list[GuidanceLine]:
     settings = sorted({_setting(each) for each in evaluations if each.conditions["guidance_scale"] != UNGUIDED})
     drawn = [_line(setting, evaluations) for setting in settings]
     return [line for line in drawn if len(line.scales) > 1]
-
-
-def _evaluations(root: str, but: str) -> Iterator[tuple[MetricsManifest, Fixed]]:
-    """The finished evaluations except one, each with what must be equal."""
-    excluded = MetricsManifest.folder(root, but)
-    for folder in finished_outputs(root, MetricsManifest.STAGE):
-        if folder != excluded:
-            try:
-                metrics = MetricsManifest.read(folder)
-                yield metrics, _fixed(metrics)
-            except InputError as error:
-                LOGGER.warning("left out of the guidance sweep: %s", error)
 
 
 def _fixed(metrics: MetricsManifest) -> Fixed:

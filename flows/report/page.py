@@ -16,7 +16,7 @@ from dit.report import plots
 from dit.report.by_class import by_class
 from dit.report.neighbours import neighbours
 from dit.sample import PICTURE, SampleManifest
-from flows.report import guidance_sweep
+from flows.report import guidance_sweep, over_training
 from flows.report.html import Figure, Section, Strips, Table, render
 from flows.report.kept import ReportManifest, keep, kept, output
 from flows.tracking import runs
@@ -30,7 +30,7 @@ from storage.tracker import NullTracker
 
 LOGGER = logging.getLogger(__name__)
 REPORT = "report.html"
-VERSION = 3
+VERSION = 4
 """Raised when the same manifests make another page."""
 CLASSES, EACH, WIDE = 10, 16, 1024
 """Number of classes shown, most samples of each, and width of a strip in pixels."""
@@ -52,12 +52,13 @@ class ReportConfig(Config):
 
 
 def page_output(manifests: Sequence[Manifest], root: str) -> StageOutput:
-    """The output of the page of some stages. Its parents are the stages, and what its guidance sweep shows.
+    """The output of the page of some stages. Its parents are the stages, and what its series show.
 
     Raises:
         InputError: a stage's output is gone.
     """
-    swept = [other for manifest in _evaluations(manifests) for other in guidance_sweep.sweep_of(manifest, root)]
+    series = (guidance_sweep.sweep_of, over_training.series_of)
+    swept = [other for manifest in _evaluations(manifests) for found in series for other in found(manifest, root)]
     shown = {f"{manifest.stage} {manifest.folder_name}": manifest for manifest in (*swept, *manifests)}
     return output(ReportManifest, VERSION, ReportConfig(), shown, root)
 
@@ -94,7 +95,7 @@ def publish(name: str, manifests: Sequence[Manifest], root: str, run_id: str | N
 def publish_missing(name: str, manifests: Sequence[Manifest], root: str) -> None:
     """Publish the report of a finished pipeline if it is missing or damaged.
 
-    It is missing if the command was killed before it, or if the guidance sweep has grown since.
+    It is missing if the command was killed before it, or if a series that it shows has grown since.
     """
     if kept(page_output(manifests, root), ReportManifest, REPORT) is None:
         pipeline = manifests[-1].provenance.pipeline_id
@@ -110,6 +111,7 @@ def page(name: str, manifests: Sequence[Manifest], root: str) -> str:
     for manifest in evaluations:
         sections += [
             _papers(manifest),
+            *_trained(over_training.series_of(manifest, root), manifest),
             *_guided(guidance_sweep.sweep_of(manifest, root), manifest.distance),
             _nearest(manifest, root),
         ]
@@ -174,6 +176,26 @@ def _row(row: Row, metrics: MetricsManifest) -> tuple[str, ...]:
     model = f"{row.model}, {steps:,} steps" if steps else row.model
     conditions = f"other: {', '.join(other)}" if other else "the same"
     return (model, *values, *[""] * (len(METRICS) - len(values)), conditions, row.source)
+
+
+def _trained(series: Sequence[MetricsManifest], metrics: MetricsManifest) -> Iterator[Section]:
+    """The metrics over training, if the root has evaluations after other numbers of steps."""
+    if len(series) == 1:
+        return
+    steps, distances = [over_training.steps_of(each) for each in series], [each.estimate for each in series]
+    shares = over_training.shares(series)
+    best = min(series, key=lambda each: each.estimate.value)
+    line = f"Best: step {over_training.steps_of(best):,}, {metrics.distance} {best.estimate}."
+    caption = "The same training and conditions after several numbers of steps; bars are 95 % intervals"
+    plot = plots.over_training(steps, distances, metrics.distance, shares)
+    rows = [
+        (f"{step:,}", str(distance), *(f"{value:.4f}" for value in values))
+        for step, distance, *values in zip(steps, distances, *shares.values(), strict=True)
+    ]
+    table = Table(("training step", f"{metrics.distance} (95 % interval)", *shares), rows)
+    strips = Strips(over_training.strips(series, WIDE))
+    same = "The first samples of each, from the same noise."
+    yield Section("Over training", [line, Figure(plot, caption, plot=True), table, same, strips])
 
 
 def _guided(evaluations: Sequence[MetricsManifest], distance: str) -> Iterator[Section]:

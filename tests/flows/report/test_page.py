@@ -20,7 +20,7 @@ from dit.metrics.published import CIFAR10, ROWS, deviations
 from dit.models.choice import Shape
 from dit.sample import SampleManifest
 from flows.recipe import load_recipe
-from flows.report import guidance_sweep
+from flows.report import guidance_sweep, over_training
 from flows.report import page as pages
 from flows.report.page import page, page_url, write_page
 from storage.latents import LatentManifest
@@ -29,11 +29,12 @@ from storage.shards.shard import ShardManifest
 from storage.verify import faults, outputs
 
 NAME = "<script>alert('digits & co')</script>"
+LATER = 4
 ALIKE = ({"guidance_scale": 1.0}, {"guidance_scale": 3.0})
 OTHER = {"guidance_scale": 3.0, "seed": 1}
 OTHER_SHAPE = Shape(depth=1, width=64, heads=2)
 SECTIONS = (
-    *("Samples by class", "Published results", "Guidance", "Nearest training images"),
+    *("Samples by class", "Published results", "Over training", "Guidance", "Nearest training images"),
     *("Pictures of the stages", "Metrics", "Conditions", "Lineage"),
 )
 
@@ -73,6 +74,8 @@ class Made:
     metrics: MetricsManifest
     alike: list[MetricsManifest]
     """Of the same checkpoint, guided otherwise."""
+    later: MetricsManifest
+    """Of the same training after more steps."""
     url_before: str
     """Of the page before those were made."""
 
@@ -92,7 +95,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> I
         manifests = lineage(metrics)
         before = page_url(manifests, str(root))
         alike = [small.evaluated(checkpoint, SAMPLING.model_copy(update=change)) for change in ALIKE]
-        yield Made(str(root), manifests, metrics, alike, before)
+        later = small.evaluated(small.checkpoint(latents, steps=LATER))
+        yield Made(str(root), manifests, metrics, alike, later, before)
 
 
 def lineage(metrics: MetricsManifest) -> list[Manifest]:
@@ -117,9 +121,12 @@ def test_nothing_runs_and_nothing_is_fetched(read: Reader) -> None:
 def test_it_shows_every_stage(read: Reader, made: Made) -> None:
     sizes = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size for source in read.sources]
     drawn = sum(entry.path.endswith(".png") for manifest in made.manifests for entry in manifest.files)
-    assert len(sizes) == 10 + 1 + 1 + drawn - 1 >= 14  # classes, guidance, neighbours, and all but samples.png
+    assert (
+        len(sizes) == 10 + 3 + 1 + 1 + drawn - 1 >= 17
+    )  # classes, training, guidance, neighbours, and all but samples.png
     assert sizes[:10] == [(3 * 16 + 2 * 2, 16)] * 10  # three samples of each digit
-    assert sizes[11] == (6 * 16 + 5 * 2, 8 * 16 + 7 * 2)  # a sample and five neighbours, eight times
+    assert sizes[11:13] == [(30 * 16 + 29 * 2, 16)] * 2  # the samples of two numbers of steps
+    assert sizes[14] == (6 * 16 + 5 * 2, 8 * 16 + 7 * 2)  # a sample and five neighbours, eight times
     assert [word for word in read.words if word in SECTIONS] == list(SECTIONS)
     text = " ".join(read.words)
     for manifest in made.manifests:
@@ -147,6 +154,23 @@ def test_guidance_scales_of_the_same_checkpoint_are_lined_up(read: Reader, made:
         precision, recall = (found.metrics[f"{name}_fp32"] for name in ("precision", "recall"))
         row = f"{line.name} {scale} {distance:.4g} ({low:.4g} to {high:.4g}) {precision:.4f} {recall:.4f}"
         assert row in text
+
+
+def test_numbers_of_steps_of_the_same_training_are_lined_up(read: Reader, made: Made) -> None:
+    for each in (made.metrics, made.later):
+        found = over_training.series_of(each, made.root)
+        assert [metrics.digest for metrics in found] == [made.metrics.digest, made.later.digest]
+    text = " ".join(read.words)
+    for steps, metrics in ((2, made.metrics), (LATER, made.later)):
+        shares = " ".join(f"{metrics.metrics[name]:.4f}" for name in over_training.shares([metrics]))
+        assert f"{steps} {metrics.estimate} {shares}" in text
+    assert "recognised" in over_training.shares([made.metrics])
+    best = min((made.metrics, made.later), key=lambda metrics: metrics.estimate.value)
+    assert f"Best: step {over_training.steps_of(best)}, {best.distance} {best.estimate}." in text
+
+
+def test_one_number_of_steps_is_no_series(made: Made) -> None:
+    assert over_training.series_of(made.alike[0], made.root) == [made.alike[0]]
 
 
 def test_one_scale_is_no_line(made: Made) -> None:

@@ -1,0 +1,63 @@
+"""The metrics over training: evaluations of runs that differ in nothing but their steps, such as milestones."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dit.evaluate import MetricsManifest
+from dit.export import CheckpointManifest
+from dit.sample import SampleManifest
+from dit.train import TrainConfig
+from flows.report.alike import alike
+from storage.images.grid import image_grid
+from storage.rows.store import RowReader
+
+STEPS = "training_steps"
+SHARES = ("precision", "recall", "recognised")
+"""What metrics from 0 to 1 begin with."""
+
+
+def series_of(metrics: MetricsManifest, root: str) -> list[MetricsManifest]:
+    """All finished evaluations of a root that differ from one in nothing but the steps of training, in their order.
+
+    Raises:
+        InputError: samples or model of the given one are gone.
+        StorageError: the store does not answer.
+    """
+    at = {steps_of(each): each for each in reversed(alike(metrics, root, _fixed))}
+    return [at[steps] for steps in sorted(at)]
+
+
+def steps_of(metrics: MetricsManifest) -> int:
+    """Training steps of the model that was evaluated."""
+    return int(metrics.conditions[STEPS])
+
+
+def shares(series: Sequence[MetricsManifest]) -> dict[str, list[float]]:
+    """The metrics from 0 to 1 that all evaluations of a series have, by name."""
+    names = [name for name in series[0].metrics if name.startswith(SHARES)]
+    common = [name for name in names if all(name in each.metrics for each in series)]
+    return {name: [each.metrics[name] for each in series] for name in common}
+
+
+def strips(series: Sequence[MetricsManifest], width: int) -> list[tuple[str, bytes]]:
+    """The first samples after so many steps, each time from the same noise: a name and a PNG.
+
+    Raises:
+        InputError: samples are gone.
+        StorageError: samples are not what was committed.
+    """
+    return [(f"step {steps_of(each):,}", _strip(each.parent("samples", SampleManifest), width)) for each in series]
+
+
+def _strip(samples: SampleManifest, width: int) -> bytes:
+    count = min(samples.counts["images"], width // samples.resolution)
+    return image_grid(RowReader(samples).take("image", np.arange(count)), count, gap=2)
+
+
+def _fixed(metrics: MetricsManifest) -> object:
+    """What must be equal: distance, version of the stage, conditions and training without the number of steps."""
+    conditions = {name: value for name, value in metrics.conditions.items() if name != STEPS}
+    checkpoint = metrics.parent("samples", SampleManifest).parent("checkpoint", CheckpointManifest)
+    training = TrainConfig.model_validate(checkpoint.config).identity() | {"steps": None}
+    return metrics.distance, metrics.version, conditions, checkpoint.version, checkpoint.inputs, training
