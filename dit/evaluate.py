@@ -19,7 +19,7 @@ from dit.metrics.extractors.base import FeatureExtractor, Images
 from dit.metrics.extractors.load import ExtractorRef, load_extractor, weights_sha256
 from dit.metrics.frechet import Statistics
 from dit.metrics.measure import KEPT_REFERENCE, Measure, conditions, modes, names, title
-from dit.metrics.reference import reference
+from dit.metrics.reference import ReferenceManifest, kept, reference
 from dit.metrics.sets import NOISE_SEED, NoiseImages, SplitImages, StoredImages
 from dit.metrics.summary import Summary, check_counts, compare
 from dit.ranks import joined
@@ -116,7 +116,7 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
                 "distance": title(extractor),
                 "conditions": samples.conditions | conditions(extractor) | _of_sets(sets),
             }
-            _commit(metrics, counts, facts, out, tracker)
+            _commit(metrics, counts, facts, out.using(_references(extractor, sets, counts, out.root)), tracker)
         ranks.wait()
         return MetricsManifest.read(out.uri)
 
@@ -174,6 +174,17 @@ def _summaries(measure: Measure, sets: _Sets, counts: Mapping[str, int], root: s
     noise = measure(NoiseImages(count, sets.samples.side))
     held_out = reference(measure, sets.held_out, root, count=floor, keep=0) if sets.held_out and floor else None
     return _Summaries(training, samples, at_floor, noise, held_out)
+
+
+def _references(
+    extractor: FeatureExtractor, sets: _Sets, counts: Mapping[str, int], root: str
+) -> dict[str, ReferenceManifest]:
+    """The outputs that hold the statistics of the reference images."""
+    count, keep = counts["reference"], counts["reference_kept"]
+    found = {"reference": kept(extractor, sets.training, root, count=count, keep=keep)}
+    if sets.held_out and counts["floor"]:
+        found["held_out"] = kept(extractor, sets.held_out, root, count=counts["floor"], keep=0)
+    return {name: manifest for name, manifest in found.items() if manifest}
 
 
 def _metrics(summaries: _Summaries, extractor: FeatureExtractor) -> dict[str, float]:

@@ -33,6 +33,8 @@ class Parent(Config):
     """Its folder at that time."""
     content: str
     """Its `Manifest.content` at that time."""
+    cached: bool = False
+    """Whether it is kept for others and measured again when it is gone. Its digest is no input."""
 
 
 class Provenance(Config):
@@ -59,6 +61,11 @@ class Header(Config):
     rerun: int = 0
     """Number of this forced repetition of the same work; 0 for the first output."""
     provenance: Provenance = Provenance()
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """`Manifest.content` of each parent, by name."""
+        return {name: parent.content for name, parent in self.parents.items()}
 
     @property
     def folder_name(self) -> str:

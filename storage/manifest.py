@@ -140,15 +140,22 @@ class Manifest(Header):
         if name not in self.parents:
             raise InputError(f"{uri.redact(self.uri)}: has no parent {name!r}")
         recorded = self.parents[name]
-        stage = uri.name(uri.parent(recorded.uri))
-        candidates = (recorded.uri, _folder(self.root, stage, recorded.digest))
-        folder = next((folder for folder in candidates if is_finished(folder)), recorded.uri)
+        folder = self._place_of(recorded) or recorded.uri
         manifest = kind.read(folder)
         if manifest.digest != recorded.digest:
             raise InputError(f"{uri.redact(folder)}: not the {name} that {uri.redact(self.uri)} was made from")
         if manifest.content != recorded.content:
             raise self.other_parent(name, folder)
         return manifest
+
+    def has(self, name: str) -> bool:
+        """Whether a parent is still there."""
+        return self._place_of(self.parents[name]) is not None
+
+    def _place_of(self, parent: Parent) -> str | None:
+        stage = uri.name(uri.parent(parent.uri))
+        places = (parent.uri, _folder(self.root, stage, parent.digest))
+        return next((folder for folder in places if is_finished(folder)), None)
 
     def other_parent(self, name: str, folder: str) -> InputError:
         """The error for a parent that was made again and differs from what this output was made from.
@@ -254,6 +261,12 @@ class StageOutput(Config):
         """The same output with an MLflow run in its provenance."""
         provenance = self.header.provenance.model_copy(update={"mlflow_run_id": run_id})
         return self.model_copy(update={"header": self.header.model_copy(update={"provenance": provenance})})
+
+    def using(self, cached: Mapping[str, Manifest]) -> "StageOutput":
+        """The same output with further parents, which are kept for others too and are no part of its digest."""
+        more = {name: kept.as_parent().model_copy(update={"cached": True}) for name, kept in cached.items()}
+        header = self.header.model_copy(update={"parents": self.header.parents | more})
+        return self.model_copy(update={"header": header})
 
     def with_config(self, config: Config) -> "StageOutput":
         """The first output of the same stage from the same inputs with another config. No MLflow run made it."""

@@ -45,7 +45,7 @@ def load(out: StageOutput, path: str, kind: type[AnyRecord]) -> AnyRecord | None
     except ValueError:
         return None
     matches = all(uri.size(out.url(entry.path)) == entry.size for entry in record.files)
-    return record if matches and record.parents == _parents(out) else None
+    return record if matches and record.parents == out.header.contents else None
 
 
 def parse(data: bytes, kind: type[AnyRecord]) -> AnyRecord:
@@ -71,7 +71,7 @@ def commit(out: StageOutput, path: str, record: Record, *, replace: bool) -> Non
         StorageError: another run has meanwhile committed other bytes for the unit, or the record
             cannot be written.
     """
-    data = sealed(record.model_copy(update={"parents": _parents(out)}).model_dump_json().encode())
+    data = sealed(record.model_copy(update={"parents": out.header.contents}).model_dump_json().encode())
     if replace:
         uri.write(out.url(path), data)
     elif not uri.create(out.url(path), data) and uri.read(out.url(path)) != data:
@@ -92,7 +92,3 @@ def load_all(out: StageOutput, paths: list[str], kind: type[AnyRecord]) -> list[
             raise StorageError(f"{uri.redact(out.url(path))}: not committed; run the same command again")
         committed.append((record, out.describe(path)))
     return committed
-
-
-def _parents(out: StageOutput) -> dict[str, str]:
-    return {name: parent.content for name, parent in out.header.parents.items()}

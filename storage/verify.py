@@ -133,12 +133,17 @@ def _chain(folder: str) -> list[Manifest | DitflowError]:
 
 
 def _parents(output: Manifest | DitflowError) -> list[Manifest | DitflowError]:
-    return [] if isinstance(output, DitflowError) else [_parent(output, name) for name in output.parents]
+    if isinstance(output, DitflowError):
+        return []
+    found = [_parent(output, name) for name in output.parents]
+    return [parent for parent in found if parent is not None]
 
 
-def _parent(output: Manifest, name: str) -> Manifest | DitflowError:
+def _parent(output: Manifest, name: str) -> Manifest | DitflowError | None:
+    """A parent, or why it cannot be read; None if it was only cached and is gone."""
     try:
-        return output.parent(name, Manifest)
+        gone = output.parents[name].cached and not output.has(name)
+        return None if gone else output.parent(name, Manifest)
     except DitflowError as error:
         return error
 

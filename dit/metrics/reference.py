@@ -59,14 +59,21 @@ def reference(measure: Measure, images: ImageSet, root: str, *, count: int, keep
         StorageError: the images are not what was committed, or the disk is full.
     """
     out = _output(measure.extractor, images, root, count, keep)
-    kept = _kept(out) if measure.ranks.first else None
-    if measure.ranks.agreed(kept is not None):
+    found = _kept(out) if measure.ranks.first else None
+    if measure.ranks.agreed(found is not None):
         measure.advance(count)
-        return kept or Summary(measure.extractor.dims)
+        return found or Summary(measure.extractor.dims)
     summary = measure(images, range(count), keep=keep)
     if measure.ranks.first:
         _keep(out, summary, count)
     return summary
+
+
+def kept(
+    extractor: FeatureExtractor, images: ImageSet, root: str, *, count: int, keep: int
+) -> ReferenceManifest | None:
+    """The output that holds the statistics of `reference`; None if it is gone. Arguments as there."""
+    return _output(extractor, images, root, count, keep).committed(ReferenceManifest)
 
 
 def _keep(out: StageOutput, summary: Summary, count: int) -> None:

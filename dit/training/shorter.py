@@ -66,13 +66,14 @@ def _read(folder: str) -> CheckpointManifest | None:
 
 
 def _is_shorter(other: CheckpointManifest, out: StageOutput, config: Config) -> bool:
-    if (other.version, other.inputs) != (out.header.version, out.header.inputs):
+    ours = out.header
+    if (other.version, other.inputs, other.contents) != (ours.version, ours.inputs, ours.contents):
         return False
     try:
-        theirs, ours = type(config).model_validate(other.config).identity(), config.identity()
+        theirs, mine = type(config).model_validate(other.config).identity(), config.identity()
     except ValidationError:  # of an earlier version of this code, with other fields
         return False
-    return theirs["steps"] < ours["steps"] and _without_steps(theirs) == _without_steps(ours)
+    return theirs["steps"] < mine["steps"] and _without_steps(theirs) == _without_steps(mine)
 
 
 def _without_steps(identity: dict[str, Any]) -> dict[str, Any]:

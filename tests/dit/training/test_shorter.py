@@ -135,6 +135,13 @@ def test_a_forced_repetition_does_all_its_work_again(begun: Path, latents: Laten
     assert shorter_runs(forced, LONG, decay="none") == []
 
 
+def test_a_run_on_other_bytes_of_the_latents_is_another_one(begun: Path, latents: LatentManifest) -> None:
+    out = tiny.output(begun, CheckpointManifest, LONG, latents=latents)
+    again = out.header.parents["latents"].model_copy(update={"content": "0" * 64})
+    other = out.model_copy(update={"header": out.header.model_copy(update={"parents": {"latents": again}})})
+    assert shorter_runs(other, LONG, decay="none") == []
+
+
 def test_a_manifest_that_cannot_be_read_is_named(
     begun: Path, latents: LatentManifest, caplog: pytest.LogCaptureFixture
 ) -> None:
