@@ -14,7 +14,7 @@ from torch import Tensor
 from dit import vae as autoencoder
 from dit.convert import diffusers
 from dit.convert.files import SAFETENSORS, suffix
-from dit.convert.pretrained import Pretrained, described
+from dit.convert.pretrained import Pretrained, described, with_null_label
 from dit.convert.source import PIPELINE, TRANSFORMER
 from dit.vae import VaeRef
 from storage import uri
@@ -45,10 +45,11 @@ def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | Non
         raise InputError(f"{uri.redact(destination)}: exists already; name another destination")
     if vae is not None and layout != "pipeline":
         raise InputError("--vae: only a pipeline has an autoencoder; write --to pipeline or remove it")
+    state = with_null_label(model)
     if layout == "reference":
-        uri.write(destination, _file(model.state, destination))
+        uri.write(destination, _file(state, destination))
     else:
-        config, weights = diffusers.to_diffusers(model.config, model.state)
+        config, weights = diffusers.to_diffusers(model.config, state)
         objects = {diffusers.WEIGHTS: _safetensors(weights), diffusers.CONFIG: _json(config)}
         if layout == "pipeline":
             objects = {f"{TRANSFORMER}/{name}": data for name, data in objects.items()} | _pipeline_files(

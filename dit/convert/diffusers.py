@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
-from dit.convert.pretrained import fitted, validated
+from dit.convert.pretrained import fitted, null_is_trained, validated
 from dit.convert.process import NO_FLOW
 from dit.diffusion.config import DiffusionConfig
 from dit.models.config import DiTConfig
@@ -120,7 +120,8 @@ def from_diffusers(config: bytes, tensors: dict[str, Tensor], where: str) -> tup
         state[rule.ours] = _joined(rule, rest, where)
     if rest:
         raise InputError(f"{where}: unknown tensor {min(rest)}; {CONFIG} says {ours.depth} blocks")
-    return ours, fitted(ours, state, where)
+    state = fitted(ours, state, where)
+    return (ours if null_is_trained(state) else ours.model_copy(update={"label_dropout": 0.0})), state
 
 
 def to_diffusers(config: DiTConfig, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

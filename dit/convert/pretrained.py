@@ -107,6 +107,14 @@ def infer(tensors: dict[str, Tensor], hints: Hints, where: str) -> DiTConfig:
     return validated(fields, where)
 
 
+def with_null_label(model: Pretrained) -> dict[str, Tensor]:
+    """The weights to write: a null label that was not trained is zeros, which tells readers so."""
+    if not model.config.num_classes or model.config.label_dropout:
+        return model.state
+    classes = model.state[TABLE][:-1]
+    return model.state | {TABLE: torch.cat([classes, classes.new_zeros(1, model.config.width)])}
+
+
 def completed(config: DiTConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights with the fixed position table and a null label of zeros, where the file lacks them."""
     found = {POSITIONS: grid_sinusoid(config.width, config.grid)} | tensors
@@ -131,7 +139,7 @@ def _labels(config: DiTConfig) -> str:
 
 
 def _classes(tensors: dict[str, Tensor], told: int | None, where: str) -> tuple[int, bool]:
-    """The number of classes, and whether the null label was trained. A null label of zeros was not."""
+    """The number of classes, and whether the null label was trained."""
     if TABLE not in tensors:
         if told:
             raise InputError(f"{where}: no tensor {TABLE}, so it has no classes; remove --classes")
@@ -141,7 +149,12 @@ def _classes(tensors: dict[str, Tensor], told: int | None, where: str) -> tuple[
     if classes < 1 or rows - classes not in (0, 1):
         hint = f"pass --classes {rows}" + (f", or {rows - 1} if the last row is the null label" if rows > 1 else "")
         raise InputError(f"{where}: the label table of {rows} rows does not fit {classes} classes; {hint}")
-    return classes, rows > classes and bool(tensors[TABLE][-1].any())
+    return classes, rows > classes and null_is_trained(tensors)
+
+
+def null_is_trained(tensors: dict[str, Tensor]) -> bool:
+    """Whether the last row of the label table is a null label that was trained. One of zeros was not."""
+    return bool(tensors[TABLE][-1].any())
 
 
 def _latent_size(tensors: dict[str, Tensor], told: int | None, patch: int, where: str) -> int:

@@ -16,7 +16,7 @@ from random_dit import pretrained, random_dit
 from safetensors.torch import load_file, save_file
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from dit.convert import described, read, write
+from dit.convert import Layout, described, read, write
 from dit.diffusion.config import DiffusionConfig
 from dit.models.dit import DiT
 from storage import uri
@@ -438,3 +438,14 @@ def test_a_shard_of_fsdp(tmp_path: Path) -> None:
     done = subprocess.run(found, capture_output=True, text=True, check=False)
     assert "contains torch.distributed" in done.stderr
     assert "so it is one rank's shard; save the full state_dict" in done.stderr
+
+
+@pytest.mark.parametrize("layout", ["reference", "diffusers", "pipeline"])
+def test_a_null_label_without_training_stays_one_in_every_layout(tmp_path: Path, layout: Layout) -> None:
+    model = random_dit(label_dropout=0.0)
+    place = str(tmp_path / ("x.safetensors" if layout == "reference" else "x"))
+    write(pretrained(model), place, layout)
+    found = read(place, heads=4)
+    assert found.config == model.config
+    assert torch.equal(found.state[TABLE][:-1], model.state_dict()[TABLE][:-1])
+    assert "null label 10 (not trained, so sample with guidance_scale 1)" in described(found)[0]
