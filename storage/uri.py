@@ -92,6 +92,15 @@ def absolute(url: str) -> str:
     return url if path is None else str(path)
 
 
+def chain(url: str) -> tuple[str, str]:
+    """What stands before the last part of a chained URL such as ``zip://folder::/data/x.zip``, and that part.
+
+    The first is empty if the URL is no chain; in a path ``::`` is a part of the name.
+    """
+    before, _, last = url.rpartition("::") if "://" in url else ("", "", url)
+    return before, last
+
+
 def local_path(url: str) -> Path | None:
     """The path of a local URL; None for a URL of any other file system."""
     fs, path = filesystem(url)

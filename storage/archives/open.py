@@ -50,8 +50,8 @@ class ArchiveRef(Config):
 
 def _absolute(url: str) -> str:
     """The URL, with an absolute path if it is one, or if its last part in a chain is one."""
-    chain, colons, last = url.rpartition("::") if "://" in url else ("", "", url)
-    return f"{chain}{colons}{uri.absolute(last)}"
+    before, last = uri.chain(url)
+    return f"{before}::{uri.absolute(last)}" if before else uri.absolute(last)
 
 
 def open_splits(ref: ArchiveRef) -> dict[str, Archive]:
@@ -96,7 +96,7 @@ def open_archive(url: str, class_names: tuple[str, ...] | None = None, labels: s
     urls = expand(url)
     if urls is not None:
         return _open_several(urls, where, class_names)
-    if "::" not in url and uri.is_folder(url):
+    if not uri.chain(url)[0] and uri.is_folder(url):
         return _open_folder(url, class_names)
     if name.endswith(".tar"):
         return open_tar(url, class_names)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from itertools import islice, pairwise
 from os.path import commonprefix
 
+import fsspec
+
 from storage import uri
 from storage.archives.account import check_splits
 from storage.archives.listing import first_line
@@ -31,7 +33,7 @@ def expand(url: str) -> list[str] | None:
         StorageError: the store does not answer.
     """
     is_pattern = _BRACES.search(url) or _WILDCARD.search(uri.redact(url))
-    if not is_pattern or "::" in url or uri.exists(url):
+    if not is_pattern or uri.chain(url)[0] or uri.exists(url):
         return None
     urls = list(islice(_files(url), MAX_FILES + 1))
     if len(urls) > MAX_FILES:
@@ -76,16 +78,25 @@ def _choices(match: re.Match[str], where: str) -> Iterator[str]:
 
 
 def _matches(url: str) -> list[str]:
-    """The URLs that match wildcards, of which ``*`` does not match a slash."""
+    """The URLs that match wildcards, of which ``*`` matches no slash. A folder that is there as written is none."""
     fs, path = uri.filesystem(url)
     parts = url.rstrip("/").split("/")
-    fixed = next(number for number, part in enumerate(parts) if _WILDCARD.search(part))
-    try:
-        paths = [str(found) for found in fs.glob(path.replace("**", "*"))]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{uri.redact(url)}: cannot be listed ({first_line(error)})") from error
-    names = ["/".join(parts[:fixed] + found.split("/")[fixed - len(parts) :]) for found in paths]
-    visible = sorted(name for name in names if not name.rpartition("/")[2].startswith("."))
+    wild = [number for number, part in enumerate(parts) if _WILDCARD.search(part)]
+    fixed = next((number for number in wild if not uri.exists("/".join(parts[: number + 1]))), None)
+    if fixed is None:
+        return [url]
+    names = ["/".join(parts[:fixed] + found) for found in _found(fs, path.rstrip("/").split("/"), len(parts) - fixed)]
+    visible = sorted(name for name in names if not uri.name(name).startswith("."))
     if not visible:
         raise InputError(f"{uri.redact(url)}: no such file, and none that matches; correct it, or name a folder")
     return visible
+
+
+def _found(fs: fsspec.AbstractFileSystem, parts: list[str], wild: int) -> list[list[str]]:
+    """The last parts of the paths that match, as many as may have wildcards."""
+    literal = [_WILDCARD.sub(lambda mark: f"[{mark[0]}]", part) for part in parts[:-wild]]
+    pattern = "/".join(literal + parts[-wild:]).replace("**", "*")
+    try:
+        return [str(path).rstrip("/").split("/")[-wild:] for path in fs.glob(pattern)]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{pattern}: cannot be listed ({first_line(error)})") from error

@@ -49,7 +49,7 @@ def open_zip(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
         InputError: the zip is damaged, encrypted or compressed by another method, has unsafe file names, links,
             files that overlap or are too large, or another zip in front, or as `class_folders` or `Archive`.
     """
-    inside, _, outer = url.rpartition("::")
+    inside, outer = uri.chain(url)
     fs, path = uri.filesystem(outer)
     where = uri.redact(outer)
     top = inside_path(where, inside.removeprefix("zip://").lstrip("/"))

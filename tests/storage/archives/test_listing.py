@@ -4,11 +4,11 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import fsspec
 import packing
 import pytest
 
-from storage.archives.open import Archive, ArchiveRef, open_archive
+from storage import uri
+from storage.archives.open import Archive, ArchiveRef, open_archive, open_splits
 from storage.errors import InputError, StorageError
 from storage.manifest import stage_output
 from storage.shards import shard
@@ -20,7 +20,7 @@ Form = Callable[[str, packing.Files], str]
 
 
 def put(url: str, data: bytes) -> str:
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = uri.filesystem(url)
     fs.makedirs(path.rpartition("/")[0], exist_ok=True)
     fs.pipe_file(path, data)
     return url
@@ -84,6 +84,13 @@ def test_the_digest_of_the_same_names_is_the_same(
     assert packed.members == plain.members
     assert packed.digest == plain.digest
     assert content(packed) == content(plain)
+
+
+@pytest.mark.parametrize("form", FORMS | PARQUET)
+def test_places_of_odd_names(tmp_path: Path, files: dict[str, bytes], form: str) -> None:
+    url = (FORMS | PARQUET)[form](f"{tmp_path}/a::b c#?%20/[x] ü", files)
+    archive = open_splits(ArchiveRef(train=url))["train"]
+    assert content(archive) == content(open_archive(str(tmp_path / "plain")))
 
 
 @pytest.mark.parametrize("form", PARQUET)

@@ -6,10 +6,10 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import fsspec
 import packing
 import pytest
 
+from storage import uri
 from storage.archives import patterns
 from storage.archives.open import ArchiveRef, open_archive, open_splits
 from storage.archives.patterns import expand
@@ -17,7 +17,7 @@ from storage.errors import InputError
 
 
 def put(url: str, *names: str) -> str:
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = uri.filesystem(url)
     for name in names:
         fs.makedirs(f"{path}/{name}".rpartition("/")[0], exist_ok=True)
         fs.pipe_file(f"{path}/{name}", name.encode())
@@ -27,7 +27,9 @@ def put(url: str, *names: str) -> str:
 NAMES = ["x-0.tar", "x-1.tar", "x-10.tar", "y-1.tar", ".x-2.tar", "sub/x-3.tar", "sub/y-3.tar", "x.md"]
 
 
-@pytest.mark.parametrize("place", ["{tmp}", "file://{tmp}", "memory://root", "memory://root/{{2024}} a+b%20"])
+@pytest.mark.parametrize(
+    "place", ["{tmp}", "file://{tmp}", "memory://root", "memory://root/{{2024}} a+b%20", "{tmp}/[2024] *::x"]
+)
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
