@@ -3,8 +3,11 @@
 import logging
 from collections.abc import Callable
 
+from pydantic import ValidationError
+
 from dit.evaluate import MetricsManifest
-from storage.errors import InputError
+from storage import uri
+from storage.errors import InputError, one_line
 from storage.manifest import finished_outputs
 
 LOGGER = logging.getLogger(__name__)
@@ -28,6 +31,6 @@ def alike(metrics: MetricsManifest, root: str, fixed: Callable[[MetricsManifest]
             try:
                 other = MetricsManifest.read(folder)
                 found += [other] if fixed(other) == own else []
-            except InputError as error:
-                LOGGER.warning("left out of the report: %s", error)
+            except (InputError, ValidationError) as error:  # or its config is of another version
+                LOGGER.warning("left out of the report: %s: %s", uri.redact(folder), one_line(error))
     return sorted(found, key=lambda each: each.digest)
