@@ -15,7 +15,6 @@ IMAGE_OUTSIDE = "image of no class"
 SPECIAL = "neither a file nor a folder"
 FIELD = "field of a sample that is no label and not its image"
 NO_SAMPLE = "neither an image nor the label of one"
-NO_IMAGE = "no image, by its name and its first bytes"
 
 _SYSTEM = frozenset(
     {

@@ -80,23 +80,26 @@ def _check_classes(account: Account, tree: "Tree", files: Iterable[Found]) -> No
     labels = f"{top}{_EDM_LABELS}"
     if classes and all(map(_NUMBERED.fullmatch, classes)) and any(file.path == labels for file in files):
         raise account.refused(labels, "has the labels, so the folders are no classes; make class folders")
-    inside = [path.removeprefix(top) for path, _, _ in files if path.startswith(top) and "/" in path[len(top) :]]
-    if inside and all(map(_is_part, inside)):
+    if _are_parts(files, top):
         name = min(classes)
         problem = "one of the numbered parts of a set, not a class; for one class, put all parts into one folder"
         raise account.refused(f"{top}{name}", f"{problem}, and name the folder around it as the archive")
     for name in sorted(classes):
-        twins = sorted(tree.below[f"{top}{name}/"] & classes - {name})
+        twins = sorted(twin for twin in tree.below[f"{top}{name}/"] & classes - {name} if not twin.isdecimal())
         if twins:
             raise account.refused(
                 f"{top}{name}/{twins[0]}", f"in a class, but named after the class {twins[0]!r}; move it"
             )
 
 
-def _is_part(path: str) -> bool:
-    """Whether a file is number N of a set in parts of 1,000, named after their first number or their own."""
-    match = _PART.fullmatch(path)
-    return match is not None and int(match[1]) in ((number := int(match[2]) // 1000), 1000 * number)
+def _are_parts(files: Iterable[Found], top: str) -> bool:
+    """Whether the images in folders below one are numbered on through them, 1,000 in each.
+
+    The folders have the number of their first image, as FFHQ's, or their own, as those of EDM's tools.
+    """
+    inside = [path[len(top) :] for path, _, _ in files if path.startswith(top) and "/" in path[len(top) :]]
+    numbers = [(int(match[1]), int(match[2]) // 1000) for match in map(_PART.fullmatch, inside) if match]
+    return 0 < len(numbers) == len(inside) and all(folder in (part, 1000 * part) for folder, part in numbers)
 
 
 def _listed(account: Account, files: Iterable[Found], top: str) -> Iterator[ListedFile]:
@@ -158,7 +161,10 @@ class Tree:
             return ""
         if self._is_numbered(top):
             text = f"one class, {around[1][:-1]!r}: the numbered folders in {top[:-1]!r} are taken as parts of it"
-            account.notes.append(f"{text}; to have a class for each, name {top[:-1]!r} as the archive")
+            advice = (
+                "" if _are_parts(self._files, top) else f"; to have a class for each, name {top[:-1]!r} as the archive"
+            )
+            account.notes.append(text + advice)
             return ""
         if top in self._with_images:
             problem = (

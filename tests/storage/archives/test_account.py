@@ -128,6 +128,7 @@ def test_folders_named_after_other_classes(tmp_path: Path, form: Put) -> None:
     """As when a folder was unpacked into its neighbour."""
     assert "/a/b: in a class, but named after the class 'b'" in refused(form(tmp_path, FILES | {"a/b/1.png": b"1"}))
     assert len(open_archive(form(tmp_path / "own", FILES | {"a/a/1.png": b"1"})).members) == 4
+    assert len(open_archive(form(tmp_path / "numbers", {"0/1/2.png": b"1", "1/2.png": b"2"})).members) == 2
 
 
 def test_numbered_parts_of_one_class_are_one_class(tmp_path: Path, form: Put) -> None:
@@ -146,7 +147,9 @@ def test_numbered_parts_are_not_classes(tmp_path: Path, form: Put, name: str) ->
     files = {name.format(k=k, first=1000 * part, part=part): b"1" for k, part in numbers}
     assert "/00000: one of the numbered parts of a set" in refused(form(tmp_path, files | {"LICENSE.txt": b""}))
     around = {f"faces/{path}": data for path, data in files.items()}
-    assert open_archive(form(tmp_path / "around", around | {"faces/LICENSE.txt": b""})).class_names == ("faces",)
+    archive = open_archive(form(tmp_path / "around", around | {"faces/LICENSE.txt": b""}))
+    assert archive.class_names == ("faces",)
+    assert archive.account.notes[0].endswith("are taken as parts of it")
     classes = {path.replace(".png", "a.png"): data for path, data in files.items()}
     assert len(open_archive(form(tmp_path / "classes", classes)).class_names) == 3
 
