@@ -176,6 +176,18 @@ def test_what_holds_no_images(
         ran(checkpoint.url, shards.url)
 
 
+def test_linked_class_folders_are_part_of_a_reference(
+    ran: Runner, samples: SampleManifest, pictures: Path, tmp_path: Path
+) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for folder in (pictures / "train").iterdir():
+        (linked / folder.name).symlink_to(folder)
+    theirs, ours = ran(samples.url, pictures / "train"), ran(samples.url, linked)
+    assert ours.metrics == theirs.metrics
+    assert ours.counts == theirs.counts
+
+
 def test_reference_statistics_are_kept(ran: Runner, samples: SampleManifest, pictures: Path, tmp_path: Path) -> None:
     reference = tmp_path / "reference"
     shutil.copytree(pictures / "train", reference)
