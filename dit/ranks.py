@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # by a star import
 
+from storage.patience import seconds
 from storage.tracker import NullTracker, Tracker
 
 T = TypeVar("T")
+NCCL_TIMEOUT = timedelta(minutes=10)
+"""Torch's default with NCCL."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class Share(NullTracker):
         self.tracker.progress(self.before + round(done * self.todo / total), self.before + self.todo, unit)
 
 
+def patiently(timeout: timedelta) -> timedelta:
+    """How long ranks wait for one another, of which one may be waiting for a store."""
+    return timeout + timedelta(seconds=seconds())
+
+
 def cores() -> int:
     """Processor cores per rank of this machine."""
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
@@ -76,7 +84,8 @@ def joined(timeout: timedelta | None = None) -> Iterator[Ranks]:
     """Join the ranks that torchrun started, for the length of the block; a single rank without torchrun.
 
     Args:
-        timeout: how long ranks wait for one another; torch's default by default.
+        timeout: how long ranks wait for one another; torch's default by default. To it is added how long one of them
+            may wait for a store.
     """
     # Another launcher's WORLD_SIZE, such as a cluster's, is not about us.
     world_size = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
@@ -87,7 +96,8 @@ def joined(timeout: timedelta | None = None) -> Iterator[Ranks]:
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     rank = int(os.environ["RANK"])
-    store = _loopback_store(rank, world_size, timeout or dist.default_pg_timeout)
+    timeout = patiently(timeout or (NCCL_TIMEOUT if gpu else dist.default_pg_timeout))
+    store = _loopback_store(rank, world_size, timeout)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, store=store, rank=rank, world_size=world_size)
     ranks = Ranks(rank, world_size)
     try:

@@ -32,6 +32,7 @@ from storage.archives.open import ArchiveRef
 from storage.config import Config, Location
 from storage.header import Provenance
 from storage.manifest import Manifest, StageOutput
+from storage.patience import STAGE_SECONDS, patient, seconds
 from storage.stage import Run
 
 LOGGER = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class RunSettings(Config):
     """Folder or fsspec URL of all outputs. Default: DITFLOW_ROOT, else runs."""
     force: bool = False
     """Whether to run a finished stage again, into a new folder beside its old output."""
+    patience: float = Field(STAGE_SECONDS, ge=0)
+    """Seconds for which a stage asks an object store again that does not answer. Then the stage fails."""
     pipeline_id: str | None = None
     """Id of the pipeline that this run belongs to. Default: none."""
 
@@ -72,7 +75,7 @@ def perform(
     terminate_with_prefect_worker()
     temporary.hold()
     processes.note(flow_run.id, settings.root)
-    with listed_once():
+    with listed_once(), patient(settings.patience):
         return _perform(stage, config, given, settings, launcher, run or stage.run)
 
 
@@ -117,7 +120,14 @@ def _run(
         if launcher is not None and not _runs_here(stage, launcher):
             assert isinstance(source, Manifest)
             values = config.model_dump(mode="json")
-            job = WorkerSpec(stage=stage.name, config=values, source=source.uri, output=output, tracking=spec)
+            job = WorkerSpec(
+                stage=stage.name,
+                config=values,
+                source=source.uri,
+                output=output,
+                tracking=spec,
+                patience=seconds(),
+            )
             start.run(job, launcher, progress=progress.update, log=get_run_logger())
             return stage.kind.read(output.uri)
         tracker = sink.StageTracker(sink.MlflowSink(spec.uri, spec.run_id, spec.skip_to), progress.update)

@@ -17,6 +17,7 @@ from flows.stages import HERE, stage_flow
 from flows.tracking import runs
 from storage.archives.open import ArchiveRef
 from storage.manifest import Manifest
+from storage.patience import patient
 
 
 @flow(flow_run_name="{recipe.name}")
@@ -26,7 +27,7 @@ def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
     settings = settings.model_copy(update={"pipeline_id": recipe.pipeline_id})
     outcomes: dict[str, Outcome] = {}
     processes.note(flow_run.id, settings.root)
-    with runs.pipeline_run(recipe.pipeline_id, settings.root) as run_id:
+    with patient(settings.patience), runs.pipeline_run(recipe.pipeline_id, settings.root) as run_id:
         for name in recipe.stages:
             before = STAGES[name].reads
             source = outcomes[before].manifest if before else recipe.archive

@@ -20,6 +20,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from flows.children import set_parent_death_signal
 from flows.runner_packages import runner_package
 from storage.errors import DitflowError, InputError, one_line
+from storage.patience import patient, seconds
 from storage.shards.runners import Dask, Processes, Ray, Runner, Threads
 from storage.shards.shard import Build, BuildResult, Distribute
 
@@ -53,14 +54,16 @@ def _is_worth_a_retry(_: Task[Any, Any], __: TaskRun, state: State[Any]) -> bool
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def build_shards(build: Build, numbers: range) -> BuildResult:
-    """Build one group of shards."""
-    return build(numbers)
+def build_shards(build: Build, numbers: range, patience: float) -> BuildResult:
+    """Build one group of shards, with this patience for stores, in seconds."""
+    with patient(patience):
+        return build(numbers)
 
 
 def _distribute(runner: Runner, build: Build, groups: Sequence[range]) -> Iterator[BuildResult]:
     with _started(runner) as started:
-        futures = [started.submit(build_shards, {"build": build, "numbers": numbers}) for numbers in groups]
+        given = {"build": build, "patience": seconds()}
+        futures = [started.submit(build_shards, given | {"numbers": numbers}) for numbers in groups]
         for future in futures:
             yield _result(future)
 

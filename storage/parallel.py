@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
+from storage import patience
+
 T = TypeVar("T")
 
 
@@ -15,14 +17,19 @@ T = TypeVar("T")
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
     """A thread pool; when its block ends, by an error too, tasks that have not begun are cancelled.
 
+    After an error no task waits for a store any longer.
+
     Args:
         count: threads; 0 means one for each core.
     """
     pool = ThreadPoolExecutor(count or os.cpu_count())
     try:
         yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+    except BaseException:
+        with patience.given_up():
+            pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown(cancel_futures=True)
 
 
 def ahead(items: Iterable[T], depth: int) -> Iterator[T]:

@@ -74,7 +74,7 @@ def commit(out: StageOutput, path: str, record: Record, *, replace: bool) -> Non
     data = sealed(record.model_copy(update={"parents": out.header.contents}).model_dump_json().encode())
     if replace:
         uri.write(out.url(path), data)
-    elif not uri.create(out.url(path), data) and uri.read(out.url(path)) != data:
+    elif not uri.create(out.url(path), data):
         where = uri.redact(out.url(path))
         raise StorageError(f"{where}: another run committed other bytes at the same time; delete it and run again")
 

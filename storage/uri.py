@@ -12,7 +12,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage import magic
 from storage.errors import DitflowError, InputError, StorageError
+from storage.patience import PatientStore
 
 _VERSION_KEYS = ("mtime", "created", "ino", "ETag", "etag", "LastModified", "last_modified", "md5Hash", "generation")
 _SECRET_QUERY = re.compile(
@@ -56,7 +57,8 @@ def file_sha256(url: str) -> str:
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URL, and the path in it.
 
-    Listings are not cached, since other processes write to the same folders.
+    Listings are not cached, since other processes write to the same folders. A remote store is asked again while it
+    does not answer, as `storage.patience` says.
 
     Raises:
         InputError: the scheme is unknown, its package is not installed, or `checked` refuses the URL.
@@ -66,7 +68,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
             path = Path.cwd() / (Path(url).expanduser() if url.startswith("~") else url)
             return LocalFileSystem(use_listings_cache=False), str(path)
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        return fs, str(path)
+        return fs if isinstance(fs, LocalFileSystem) else PatientStore(fs), str(path)
     except (ValueError, RuntimeError, ImportError, OSError) as error:  # RuntimeError: no such user
         raise InputError(f"{printable(redact(url))}: not a usable URL ({error})") from error
 
@@ -225,7 +227,7 @@ def read_ranges(urls: Sequence[str], starts: Sequence[int], stops: Sequence[int]
     fs, _ = filesystem(urls[0])
     paths = [filesystem(url)[1] for url in urls]
     with _explained(urls[0], "read"):
-        results = fs.cat_ranges(paths, list(starts), list(stops), on_error="return")
+        results = fs.cat_ranges(paths, list(starts), list(stops))
     for url, start, stop, result in zip(urls, starts, stops, results, strict=True):
         reason = result if isinstance(result, Exception) else f"only {len(result):,} bytes"
         if isinstance(result, Exception) or len(result) != stop - start:
@@ -269,12 +271,14 @@ def write(url: str, data: bytes) -> None:
 
 
 def create(url: str, data: bytes) -> bool:
-    """Write an object atomically if none exists; return whether it was written.
+    """Write an object atomically if none exists; return whether the object holds these bytes now.
+
+    So it does not matter whether a store that lost its answer to us, and was asked again, has written them before.
 
     Raises:
         StorageError: the disk is full or the store refuses.
     """
-    return _put(url, data, exclusive=True)
+    return _put(url, data, exclusive=True) or read(url) == data
 
 
 @contextmanager
@@ -340,7 +344,8 @@ def remove_tree(url: str, within: str) -> None:
                 fs.rm(path, recursive=True)
             return
         for file in fs.find(path):  # not by a recursive rm, to which * and [ in a name are a pattern
-            fs.rm_file(file)
+            with suppress(FileNotFoundError):  # removed by a call whose answer was lost
+                fs.rm_file(file)
 
 
 def check_no_link(url: str, within: str) -> None:

@@ -4,9 +4,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from until import until
 
@@ -53,6 +54,57 @@ def s3_server() -> Iterator[dict[str, str]]:
             }
         finally:
             process.kill()
+
+
+class Door:
+    """A way to a server that can be shut and opened again: behind a shut one nobody listens.
+
+    Args:
+        address: the server's, as http://host:port.
+    """
+
+    def __init__(self, address: str) -> None:
+        host, port = address.removeprefix("http://").split(":")
+        self._server, self._port = (host, int(port)), 0
+        self._listener: socket.socket | None = None
+        self._ends, self._lock = list[socket.socket](), threading.Lock()
+        self.open()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def open(self) -> None:
+        with self._lock:
+            if self._listener is None:
+                self._listener = socket.create_server(("127.0.0.1", self._port))
+                self._port = self._listener.getsockname()[1]
+                threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def shut(self) -> None:
+        with self._lock:
+            for end in [*self._ends, *([self._listener] if self._listener else [])]:
+                with suppress(OSError):  # not connected any more
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
+            self._ends, self._listener = [], None
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):  # shut
+            while True:
+                client, _ = listener.accept()
+                server = socket.create_connection(self._server)
+                self._ends += [client, server]
+                for source, target in ((client, server), (server, client)):
+                    threading.Thread(target=_pump, args=(source, target), daemon=True).start()
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
 
 
 def _answers(address: str, process: "subprocess.Popen[bytes]") -> bool:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from dit.ranks import Ranks
+from dit.ranks import Ranks, patiently
 from dit.training.checkpoint_files import Index, Piece, Reader, Writer, size
 from dit.training.loop import TrainState
 from dit.training.parallelize import saving_ranks
@@ -73,7 +73,7 @@ class Saver:
         saving = saving_ranks(state.model.parameters())
         self._saves = ranks.rank in saving
         single = ranks.world_size == 1
-        self._group = None if single else dist.new_group(saving, timeout=TIMEOUT, backend="gloo")
+        self._group = None if single else dist.new_group(saving, timeout=patiently(TIMEOUT), backend="gloo")
         self._running: Future[Any] | None = None
 
     def save(self, history: Sequence[LoggedStep]) -> None:

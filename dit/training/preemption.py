@@ -9,7 +9,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from dit.ranks import Ranks
+from dit.ranks import Ranks, patiently
 
 
 class Preemption:
@@ -17,7 +17,8 @@ class Preemption:
 
     def __init__(self, ranks: Ranks) -> None:
         self._signalled = False
-        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        several, timeout = ranks.world_size > 1, patiently(dist.default_pg_timeout)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if several else None
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def handle(self, _number: int, _frame: FrameType | None) -> None:

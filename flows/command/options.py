@@ -1,11 +1,13 @@
 """Arguments that several commands share. Imports nothing heavy, so that help comes at once."""
 
+import math
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from typing import TYPE_CHECKING
 
 from storage import uri
 from storage.errors import InputError
+from storage.patience import STAGE_SECONDS
 
 if TYPE_CHECKING:
     from argparse import _ActionsContainer
@@ -41,8 +43,17 @@ def add_running(parser: ArgumentParser) -> None:
     add_root(parser)
     add_set(parser)
     add_json(parser)
+    text = "seconds for which a stage asks an object store again that does not answer (default: %(default)s)"
+    parser.add_argument("--patience", type=_seconds, default=STAGE_SECONDS, metavar="SECONDS", help=text)
     text = "run finished stages again, into new folders; an interrupted pipeline starts over"
     parser.add_argument("--force", action="store_true", help=text)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise ArgumentTypeError("must be 0 or more")
+    return seconds
 
 
 def add_hints(parser: "_ActionsContainer") -> None:

@@ -56,5 +56,6 @@ def _run(options: Namespace, recipes: "list[Recipe]") -> None:
         from flows.perform import RunSettings
         from flows.pipeline import pipeline
 
+        settings = RunSettings(root=options.root, force=options.force, patience=options.patience)
         for recipe in recipes:
-            show(options, recipe.name, pipeline(recipe, RunSettings(root=options.root, force=options.force)))
+            show(options, recipe.name, pipeline(recipe, settings))

@@ -33,5 +33,5 @@ class StageCommand:
             from flows.perform import RunSettings
             from flows.pipeline import run_stage
 
-            settings = RunSettings(root=options.root, force=options.force)
+            settings = RunSettings(root=options.root, force=options.force, patience=options.patience)
             show(options, recipe.name, [run_stage(self._stage.name, recipe, source, settings)])

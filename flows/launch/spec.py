@@ -140,6 +140,8 @@ class WorkerSpec(Config):
     """The folder that the stage writes."""
     tracking: TrackingSpec
     """The MLflow run that rank 0 writes."""
+    patience: float = 0.0
+    """Seconds to wait for a store that does not answer."""
 
     @property
     def job_name(self) -> str:

@@ -27,6 +27,7 @@ from flows.contract import STAGES
 from flows.launch.rank_log import MARK
 from flows.launch.spec import LAUNCHER, WorkerSpec
 from storage.errors import DitflowError, InputError, PreemptedError
+from storage.patience import patient
 from storage.tracker import NullTracker, Tracker
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def _end_with_launcher() -> None:
 
 def _run(spec: WorkerSpec, rank: int, cleanup: ExitStack) -> None:
     stage = STAGES[spec.stage]
+    cleanup.enter_context(patient(spec.patience))
     config = stage.config.model_validate(spec.config)  # imports torch, after logging is set up
     tracker: Tracker = NullTracker()
     if rank == 0:

@@ -108,14 +108,14 @@ def output(root: Path | str, kind: type[Manifest], config: Any, **parents: Manif
 
 
 def run_encode(
-    root: Path, config: EncodeConfig, shards: ShardManifest, tracker: Tracker | None = None
+    root: Path | str, config: EncodeConfig, shards: ShardManifest, tracker: Tracker | None = None
 ) -> LatentManifest:
     out = output(root, LatentManifest, config, shards=shards)
     return encode.run(config, shards, out=out, tracker=tracker or NullTracker())
 
 
 def run_train(
-    root: Path, config: TrainConfig, latents: LatentManifest, tracker: Tracker | None = None
+    root: Path | str, config: TrainConfig, latents: LatentManifest, tracker: Tracker | None = None
 ) -> CheckpointManifest:
     out = output(root, CheckpointManifest, config, latents=latents)
     return train.run(config, latents, out=out, tracker=tracker or NullTracker())
@@ -137,7 +137,7 @@ def run_evaluate(
 
 def objects(manifest: Manifest) -> dict[str, bytes]:
     """All committed bytes."""
-    return {entry.path: (Path(manifest.uri) / entry.path).read_bytes() for entry in manifest.files}
+    return {entry.path: uri.read(uri.join(manifest.uri, entry.path)) for entry in manifest.files}
 
 
 def commit_model(folder: Path, card: ModelCard) -> None:
