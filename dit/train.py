@@ -41,7 +41,6 @@ from storage.stage import StageDefinition
 from storage.tracker import NullTracker, Tracker, publish
 
 VERSION = 3
-ADAM_EPS = 1e-8
 LOGGER = logging.getLogger(__name__)
 
 
@@ -62,7 +61,14 @@ class TrainConfig(Config):
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps over which the learning rate rises linearly from 0 to its peak. 0: no warm-up."""
     decay: Literal["none", "linear", "cosine"] = "none"
-    """How the learning rate falls after the warm-up, to 0 after the last step. ``none`` keeps it constant."""
+    """How the learning rate falls after the warm-up, to ``decay_to`` after the last step. ``none``: it is constant."""
+    decay_to: float = Field(0.0, ge=0, lt=1)
+    """Learning rate after the last step, as a share of its peak, if ``decay`` is not ``none``."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decays of AdamW's averages of the gradient and of its square, per step."""
+    eps: float = Field(1e-8, gt=0)
+    """What AdamW adds to the root of the averaged square of the gradient. With EDM it is meant for the published loss,
+    a sum over an image's numbers."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of AdamW. 0: none."""
     gradient_clip: float | None = Field(None, gt=0)
@@ -234,12 +240,9 @@ def _decays(config: TrainConfig) -> dict[str, float]:
 
 
 def _adam_eps(config: TrainConfig, model_config: ModelConfig) -> float:
-    """What Adam adds to the root of its second moment: 1e-8 for the papers' losses.
-
-    EDM's published loss is a sum over an image's numbers, here it is their mean, with gradients as many times smaller.
-    """
+    """AdamW's eps for our loss. With EDM it is the mean over an image's numbers; the published one is their sum."""
     numbers = model_config.in_channels * model_config.input_size**2
-    return ADAM_EPS / numbers if isinstance(config.diffusion, EDMConfig) else ADAM_EPS
+    return config.eps / numbers if isinstance(config.diffusion, EDMConfig) else config.eps
 
 
 def _initial_state(config: TrainConfig, model_config: ModelConfig, ranks: Ranks) -> TrainState:
@@ -252,8 +255,14 @@ def _initial_state(config: TrainConfig, model_config: ModelConfig, ranks: Ranks)
         recompute_blocks(model)
     shard(model, config.parallel, ranks, device())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    eps = _adam_eps(config, model_config)
-    optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay, eps=eps, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained,
+        config.learning_rate,
+        config.betas,
+        _adam_eps(config, model_config),
+        config.weight_decay,
+        fused=True,
+    )
     averages = {name: EMA(model, decay, config.ema_ramp) for name, decay in _decays(config).items()}
     return TrainState(model, averages, optimizer)
 
@@ -263,8 +272,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-    factors = {"none": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return config.learning_rate * factors[config.decay]
+    left = {"none": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.decay]
+    return config.learning_rate * (config.decay_to + (1 - config.decay_to) * left)
 
 
 def _step_config(config: TrainConfig) -> StepConfig:

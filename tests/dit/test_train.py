@@ -69,7 +69,9 @@ def by_hand(config: TrainConfig, latents: LatentManifest) -> tuple[list[float], 
         Ranks(),
         torch.device("cpu"),
     )
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.learning_rate, config.betas, config.eps, config.weight_decay
+    )
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
     )
@@ -101,6 +103,18 @@ def test_losses_and_weights_are_those_of_a_plain_loop(
         ):  # softmax does not see the keys' part: its gradient is rounding, which Adam blows up
             continue
         torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4)
+
+
+def test_betas_eps_and_weight_decay_are_adamws(tmp_path: Path, latents: LatentManifest) -> None:
+    fields = {"betas": (0.7, 0.95), "eps": 1e-3, "weight_decay": 0.1, "steps": 6}
+    config = tiny.TRAINING.model_copy(update=fields)
+    recorder, manifest = through(tmp_path, config, latents)
+    losses, weights = by_hand(config, latents)
+    np.testing.assert_allclose([recorder.values[step]["loss"] for step in range(1, 7)], losses, rtol=1e-4)
+    assert abs(losses[-1] - by_hand(config.model_copy(update={"betas": (0.9, 0.999)}), latents)[0][-1]) > 1e-3
+    found = dit.load(manifest.uri).model.state_dict()
+    torch.testing.assert_close(found["pos_embed"], weights["pos_embed"])
+    torch.testing.assert_close(found["x_embedder.proj.weight"], weights["x_embedder.proj.weight"], rtol=1e-3, atol=1e-4)
 
 
 def test_manifest_describes_the_model(
@@ -478,6 +492,11 @@ def test_the_learning_rate_falls_behind_the_warm_up(decay: str, rates: list[floa
     changes = {"learning_rate": 1.0, "warmup_steps": 2, "steps": 6, "decay": decay}
     config = tiny.TRAINING.model_copy(update=changes)
     assert [learning_rate(config, step) for step in range(6)] == pytest.approx([0.5, 1, *rates])
+
+
+def test_the_learning_rate_falls_to_a_share_of_its_peak() -> None:
+    config = tiny.TRAINING.model_copy(update={"learning_rate": 2.0, "steps": 4, "decay": "linear", "decay_to": 0.2})
+    assert [learning_rate(config, step) for step in range(5)] == pytest.approx([2.0, 1.6, 1.2, 0.8, 0.4])
 
 
 def test_flips_need_latents_of_both(tmp_path: Path, shards: ShardManifest, vae: VaeRef) -> None:

@@ -121,9 +121,8 @@ def test_nothing_runs_and_nothing_is_fetched(read: Reader) -> None:
 def test_it_shows_every_stage(read: Reader, made: Made) -> None:
     sizes = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size for source in read.sources]
     drawn = sum(entry.path.endswith(".png") for manifest in made.manifests for entry in manifest.files)
-    assert (
-        len(sizes) == 10 + 3 + 1 + 1 + drawn - 1 >= 17
-    )  # classes, training, guidance, neighbours, and all but samples.png
+    several = 10 + 3 + 1 + 1  # classes, training, guidance, neighbours
+    assert len(sizes) == several + drawn - 1 >= 17  # all but samples.png
     assert sizes[:10] == [(3 * 16 + 2 * 2, 16)] * 10  # three samples of each digit
     assert sizes[11:13] == [(30 * 16 + 29 * 2, 16)] * 2  # the samples of two numbers of steps
     assert sizes[14] == (6 * 16 + 5 * 2, 8 * 16 + 7 * 2)  # a sample and five neighbours, eight times
