@@ -34,7 +34,7 @@ from flows.tracking.runs import tracking_uri
 from flows.tracking.store import DIGEST_TAG, MANIFEST_TAG
 from storage import uri
 from storage.code_version import code_version
-from storage.errors import DitflowError, InputError, one_line
+from storage.errors import DitflowError, InputError
 from storage.estimate import PlanContext
 from storage.latents import LatentManifest
 from storage.manifest import MANIFEST, StageOutput
@@ -107,7 +107,7 @@ def check(config: RegisterConfig, _: MetricsManifest, __: PlanContext) -> None:
             try:
                 validate(getattr(config, name))
             except MlflowException as error:
-                raise InputError(f"registry.{name}: MLflow refuses it: {one_line(error)}") from error
+                raise InputError(f"registry.{name}: MLflow refuses it: {error.message}") from error
 
 
 def emit(event: str, model_name: str, payload: dict[str, Any], once: UUID | None = None) -> None:

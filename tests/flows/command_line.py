@@ -22,7 +22,7 @@ def write_images(folder: Path, classes: int = 3, count: int = 8) -> Path:
     return folder
 
 
-def tiny(images: Path, root: Path, *more: str) -> list[str]:
+def tiny(images: Path, root: Path | str, *more: str) -> list[str]:
     """Options that make the demo's recipe small, on images of one's own."""
     values = [
         f"archive.train={images}",

@@ -32,7 +32,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def recipe_of(images: Path, root: Path, *more: str) -> Recipe:
+def recipe_of(images: Path, root: Path | str, *more: str) -> Recipe:
     return load_recipe("demo", tiny(images, root, *more)[3::2], str(root))
 
 
@@ -60,7 +60,7 @@ def written(root: Path) -> list[Path]:
         (["encode.resolution=18"], "encode.resolution: 18 px is not a multiple of the VAE's 4"),
         (["encode.resolution=64"], "demo-digits: needs square uint8 images of at most 32x32x3"),
         (["registry.alias=latest"], "registry.alias: MLflow refuses it: "),
-        (["registry.alias=v2"], "registry.alias: MLflow refuses it: "),
+        (["registry.alias=v2"], "registry.alias: MLflow refuses it: Version alias name 'v2' is reserved."),
         (["registry.model_name=.."], "registry.model_name: MLflow refuses it: "),
         (["registry.model_name=' '"], "registry.model_name: MLflow refuses it: "),
         (["shard.runner={kind: ray}"], "shard.runner: ray needs prefect-ray here and on its workers; pip install"),
@@ -107,9 +107,9 @@ def test_a_cache_that_is_full(images: Path, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 10))
     there = "memory://preflight"
     with pytest.raises(InputError, match=rf"^{tmp_path / 'cache/ditflow'}: .* of latents to copy here for training"):
-        preflight(recipe_of(images, Path(there)), there)
+        preflight(recipe_of(images, there), there)
     nodes = "launch={kind: nodes, nodes: 2, nproc: 1, address: 'a:1'}"
-    preflight(recipe_of(images, Path(there), nodes), there)  # whose disks are others
+    preflight(recipe_of(images, there, nodes), there)  # whose disks are others
 
 
 def test_every_recipe_of_a_sweep_is_checked_before_the_first_runs(
@@ -165,6 +165,15 @@ def test_pods_need_kubectl(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_that_mlflow_takes(images: Path, root: Path) -> None:
     config = RegisterConfig(model_name="a model.v2 (ü)", alias="latest-1")
     STAGES["register"].definition.check(config, None, None)  # type: ignore[arg-type]
+
+
+def test_the_deployed_pipeline_finds_it_too(images: Path, root: Path, prefect_api: str) -> None:
+    from flows.perform import RunSettings
+    from flows.pipeline import pipeline
+
+    with pytest.raises(InputError, match="use ddpm or ddim"):
+        pipeline(recipe_of(images, root, "sample.sampler=heun"), RunSettings(root=str(root)))
+    assert written(root) == []
 
 
 def test_the_plan_finds_it_too(capsys: pytest.CaptureFixture[str], images: Path, root: Path) -> None:
