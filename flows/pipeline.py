@@ -23,10 +23,10 @@ from storage.patience import patient
 @flow(flow_run_name="{recipe.name}")
 def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
     """Check that every stage can run, and run them in turn. Finished stages are skipped."""
+    processes.note(flow_run.id, settings.root)
     preflight(recipe, settings.root, force=settings.force)
     settings = settings.model_copy(update={"pipeline_id": recipe.pipeline_id})
     outcomes: dict[str, Outcome] = {}
-    processes.note(flow_run.id, settings.root)
     with patient(settings.patience), runs.pipeline_run(recipe.pipeline_id, settings.root) as run_id:
         for name in recipe.stages:
             before = STAGES[name].reads

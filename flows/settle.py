@@ -8,7 +8,7 @@ from uuid import UUID
 
 from flows import processes
 from flows.processes import Processes
-from storage.errors import one_line
+from storage.errors import DitflowError, one_line
 
 if TYPE_CHECKING:
     from prefect.client.schemas.filters import FlowRunFilterState
@@ -20,11 +20,20 @@ PAGE = 200  # the most flow runs that Prefect lists at once
 
 @contextmanager
 def settled(root: str, *, alone: bool) -> Iterator[None]:
-    """For the length of the block, in which this process runs flows, be a process of the root; `settle` before."""
+    """For the length of the block, in which this process runs flows, be a process of the root; `settle` before.
+
+    Raises:
+        DitflowError: a person has deleted a flow, or a flow run, that the block was running.
+    """
+    from prefect.exceptions import ObjectNotFound  # late: Prefect reads its settings when it is imported
+
     if processes.join(root):  # else the locks tell of nobody whether he lives
         settle(root, alone=alone)
     try:
         yield
+    except ObjectNotFound as error:
+        what = "a flow or a flow run of this command was deleted while it ran"
+        raise DitflowError(f"Prefect: {what}; run the same command again to continue") from error
     finally:
         processes.leave(root)
 

@@ -5,15 +5,20 @@ import fcntl
 import shutil
 import socket
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from faults import start
 from mlflow import MlflowClient
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
 from prefect_rest import call
 
 from flows import processes, settle
 from flows.processes import FOLDER
 from flows.tracking import runs
+from storage.errors import DitflowError
 
 RUNNING = """
 import sys, time
@@ -113,6 +118,19 @@ def test_runs_of_no_known_process_are_ended_if_nobody_else_lives(root: Path, pre
     living.kill()
     settle.settle(str(root), alone=True)
     assert [state(prefect_api, each.flow_run) for each in (stray, living)] == ["CRASHED", "CRASHED"]
+
+
+@flow
+def deleted() -> None:
+    with get_client(sync_client=True) as client:
+        client.delete_flow_run(UUID(str(flow_run.id)))
+
+
+def test_a_flow_run_that_a_person_deletes_is_named(root: Path, prefect_api: str) -> None:
+    said = "Prefect: .* was deleted while it ran; run the same command again"
+    with pytest.raises(DitflowError, match=said), settle.settled(str(root), alone=False):
+        deleted()
+    assert names(root) == []
 
 
 def test_without_servers_it_is_left_for_later(
