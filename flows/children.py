@@ -26,19 +26,25 @@ _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 @contextmanager
 def child(
-    command: Sequence[str], *, env: Mapping[str, str | None] | None = None, output: int | IO[bytes] = subprocess.PIPE
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str | None] | None = None,
+    output: int | IO[bytes] = subprocess.PIPE,
+    keep: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[str]]:
     """Run a command for the length of the block.
 
     The output goes to a pipe, because an inherited stdout keeps a Prefect flow run alive until the child ends. The
     child has its own session, so Ctrl-C reaches the parent alone, which ends its children in order. When the block
-    ends, normally or by an exception, and the child still runs, it receives SIGTERM; after `GRACE_SECONDS` it and its
-    whole process group are killed. On Linux the child also receives SIGTERM when the thread that runs the block dies.
+    ends, normally or by an exception, and the child still runs, it receives SIGTERM. When it has ended, or after
+    `GRACE_SECONDS`, what is left of its process group is killed. On Linux the child also receives SIGTERM when the
+    thread that runs the block dies.
 
     Args:
         command: program and arguments.
         env: variables to add to the environment, or with None to leave out.
         output: receives stdout and stderr together.
+        keep: descriptors that stay open in the child.
     """
     variables = {**os.environ, **(env or {})}
     process = subprocess.Popen(
@@ -50,6 +56,7 @@ def child(
         encoding="utf-8",
         errors="replace",
         start_new_session=True,
+        pass_fds=keep,
         preexec_fn=partial(set_parent_death_signal, os.getpid()),
     )
     try:
@@ -78,16 +85,16 @@ def terminate_with_prefect_worker() -> None:
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:
-    if process.poll() is None:
-        try:
+    try:
+        if process.poll() is None:
             with _sigterm_ignored():
                 process.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     process.communicate(timeout=GRACE_SECONDS)  # also reads: a full pipe would block the child
-        finally:  # also after a second Ctrl-C during the wait
-            with suppress(ProcessLookupError, PermissionError):  # macOS raises the latter for a dead group
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    finally:  # also after a second Ctrl-C during the wait, and when the child was killed and its children were not
+        with suppress(ProcessLookupError, PermissionError):  # macOS raises the latter for a dead group
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if process.stdout is not None:
         process.stdout.close()
 

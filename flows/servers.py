@@ -1,8 +1,9 @@
 """The Prefect and MLflow servers, each run on 127.0.0.1 for the length of a ``with`` block.
 
 ``ditflow up`` writes the addresses of its servers to ``servers.json`` in the root, where other commands on this machine
-find them (`use_running`). Without it a command starts a Prefect server of its own, and MLflow's runs go to a sqlite
-file in the root without a server.
+find them (`use_running`). It locks the file, and the system frees the lock when the process ends, however it ends.
+Without ``up`` a command starts a Prefect server of its own, and MLflow's runs go to a sqlite file in the root without a
+server.
 """
 
 import json
@@ -14,15 +15,19 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-
-import psutil
+from typing import IO, Any
 
 from flows.children import child
 from storage import uri
 from storage.errors import DitflowError
+from storage.rows.cache import locked
+
+if sys.platform != "win32":
+    import fcntl
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
@@ -36,9 +41,29 @@ MLFLOW_DATABASE = "mlflow.db"
 _FOR_ANOTHER_SERVER = ("PREFECT_SERVER_", "PREFECT_API_DATABASE_", "PREFECT_UI_", "PREFECT_PROFILE")
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that has answered."""
+
+    name: str
+    address: str
+    process: "subprocess.Popen[str]"
+    log: Path
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process has ended."""
+        return self.process.poll() is not None
+
+    @property
+    def listens(self) -> bool:
+        """Whether it takes a connection. A busy one may refuse some."""
+        return not is_free(int(self.address.rpartition(":")[2]))
+
+
 @contextmanager
-def prefect_server(home: Path, port: int = 0, *, password: str, scheduler: bool = False) -> Iterator[str]:
-    """A Prefect server with its database below ``home``; yields its address.
+def prefect_server(home: Path, port: int = 0, *, password: str, scheduler: bool = False) -> Iterator[Server]:
+    """A Prefect server with its database below ``home``.
 
     It runs code for whoever may create deployments, so it answers nobody without the password (Prefect calls it the
     auth string), and no page of another origin.
@@ -65,13 +90,13 @@ def prefect_server(home: Path, port: int = 0, *, password: str, scheduler: bool 
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{address},http://localhost:{port}",
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
     }
-    with _server("prefect-server", home, command, env, port, "/api/health"):
-        yield address
+    with _server("prefect-server", home, command, env, port, "/api/health") as server:
+        yield server
 
 
 @contextmanager
-def mlflow_server(folder: Path, port: int = 0) -> Iterator[str]:
-    """An MLflow server over ``folder/mlflow.db``; yields its address.
+def mlflow_server(folder: Path, port: int = 0) -> Iterator[Server]:
+    """An MLflow server over ``folder/mlflow.db``.
 
     Raises:
         DitflowError: the port is taken, or the server does not start; the line names its log.
@@ -82,8 +107,8 @@ def mlflow_server(folder: Path, port: int = 0) -> Iterator[str]:
     command += ["--backend-store-uri", sqlite_url(folder / MLFLOW_DATABASE)]
     command += ["--artifacts-destination", (folder / "mlflow-artifacts").as_uri()]
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with _server("mlflow-server", folder, command, env, port, "/health") as address:
-        yield address
+    with _server("mlflow-server", folder, command, env, port, "/health") as server:
+        yield server
 
 
 def sqlite_url(path: Path, driver: str = "pysqlite") -> str:
@@ -106,14 +131,33 @@ def new_password() -> str:
     return f"ditflow:{secrets.token_urlsafe(12)}"
 
 
-def announce(root: str, prefect: str, mlflow: str, password: str) -> Path:
-    """Write the addresses of a root's servers to `SERVERS`, which only this user can read; return its path."""
+@contextmanager
+def announced(root: str, prefect: str, mlflow: str, password: str) -> Iterator[None]:
+    """Keep the addresses of a root's servers in `SERVERS`, which only this user can read, for the length of the block.
+
+    The file is locked as long as this process lives: who finds it unlocked knows that the servers are gone.
+    """
     path = local_home(root) / SERVERS
     path.unlink(missing_ok=True)  # one that is there may be readable by others
-    note = {"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow, "password": password}
+    note = {"host": socket.gethostname(), "prefect": prefect, "mlflow": mlflow, "password": password}
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123  a descriptor
+        fcntl.flock(file, fcntl.LOCK_EX)
         json.dump(note, file)
-    return path
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def running(root: str) -> dict[str, str] | None:
+    """What a ``ditflow up`` that runs on this machine has announced for a root; None if there is none."""
+    try:
+        with (local_home(root) / SERVERS).open("rb") as file:
+            note: Any = json.load(file) if _is_locked(file) else None
+            return {name: str(note[name]) for name in ("host", "prefect", "mlflow", "password")}
+    except (OSError, ValueError, TypeError, KeyError):  # no such file, one that was left behind, or a damaged one
+        return None
 
 
 def use_running(root: str) -> bool:
@@ -121,17 +165,12 @@ def use_running(root: str) -> bool:
 
     If only its MLflow server has died, runs go to the server's database file directly.
     """
-    try:
-        servers = json.loads((local_home(root) / SERVERS).read_bytes())
-        pid, prefect, mlflow = int(servers["pid"]), str(servers["prefect"]), str(servers["mlflow"])
-        password = str(servers["password"])
-    except (OSError, ValueError, TypeError, KeyError):  # no such file, or a damaged one
+    note = running(root)
+    if note is None or note["host"] != socket.gethostname() or not _healthy(f"{note['prefect']}/api/health"):
         return False
-    if not (psutil.pid_exists(pid) and _healthy(f"{prefect}/api/health")):
-        return False
-    os.environ |= {"PREFECT_API_URL": f"{prefect}/api", "PREFECT_API_AUTH_STRING": password}
-    if _healthy(f"{mlflow}/health"):
-        os.environ.setdefault("MLFLOW_TRACKING_URI", mlflow)
+    os.environ |= {"PREFECT_API_URL": f"{note['prefect']}/api", "PREFECT_API_AUTH_STRING": note["password"]}
+    if _healthy(f"{note['mlflow']}/health"):
+        os.environ.setdefault("MLFLOW_TRACKING_URI", note["mlflow"])
     return True
 
 
@@ -163,28 +202,43 @@ def is_free(port: int) -> bool:
         return probe.connect_ex((HOST, port)) != 0
 
 
+def _is_locked(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
 @contextmanager
 def _server(
     name: str, folder: Path, command: list[str], env: Mapping[str, str | None], port: int, health: str
-) -> Iterator[str]:
+) -> Iterator[Server]:
     if not is_free(port):  # else another server there would be taken for ours
         raise DitflowError(f"{name}: port {port} of {HOST} is taken; stop what listens there, or choose another port")
-    folder.mkdir(parents=True, exist_ok=True)
     log, address = folder / f"{name}.log", f"http://{HOST}:{port}"
-    with log.open("wb") as output, child(command, env=env, output=output) as process:
-        _wait_healthy(name, process, address + health, log)
-        yield address
+    with ExitStack() as stack:
+        with locked(folder / name) as lock:  # two servers that migrate one database at once break it
+            log.write_bytes(b"")
+            output = stack.enter_context(log.open("ab"))  # another server may write to the same log
+            process = stack.enter_context(child(command, env=env, output=output, keep=[lock]))
+            server = Server(name, address, process, log)
+            _wait_healthy(server, address + health)
+        yield server
 
 
-def _wait_healthy(name: str, process: "subprocess.Popen[str]", health: str, log: Path) -> None:
+def _wait_healthy(server: Server, health: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise DitflowError(f"{name} ended with code {process.returncode} before it answered; its log is {log}")
+        if server.has_ended:
+            code = server.process.returncode
+            raise DitflowError(f"{server.name} ended with code {code} before it answered; its log is {server.log}")
         if _healthy(health):
             return
         time.sleep(0.1)
-    raise DitflowError(f"{name} did not answer at {health} within {START_SECONDS:.0f} s; its log is {log}")
+    raise DitflowError(
+        f"{server.name} did not answer at {health} within {START_SECONDS:.0f} s; its log is {server.log}"
+    )
 
 
 def _healthy(address: str) -> bool:

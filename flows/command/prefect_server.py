@@ -1,20 +1,26 @@
 """The Prefect server of a command: that of ``PREFECT_API_URL``, else that of ``ditflow up``, else its own.
 
-A server of its own runs for as long as the command does. Before it ends, the logs that Prefect has queued are sent.
+A server of its own runs for as long as the command does, and is started again when it is killed. Before it ends, the
+logs that Prefect has queued are sent.
 """
 
 import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from importlib import import_module
 
 from flows import servers
 from flows.settle import settled
 from flows.tracking import database
 from storage.errors import DitflowError
+
+LOGGER = logging.getLogger(__name__)
+WATCH_SECONDS = 1.0
+"""How often the command looks whether its server runs."""
 
 
 @contextmanager
@@ -44,8 +50,9 @@ def serving_prefect(root: str, *, quiet: bool) -> Iterator[None]:
     os.environ |= servers.prefect_env(home) | address
     warm = threading.Thread(target=_warm_up, args=(root,))
     warm.start()
+    serve = partial(servers.prefect_server, home, port, password=password)
     try:
-        with servers.prefect_server(home, port, password=password):
+        with serve() as server, _started_again(server, serve):
             warm.join()
             _hide_explained_tracebacks()
             try:
@@ -55,6 +62,38 @@ def serving_prefect(root: str, *, quiet: bool) -> Iterator[None]:
                 flush_logs()
     finally:
         warm.join()
+
+
+@contextmanager
+def _started_again(
+    server: servers.Server, serve: Callable[[], AbstractContextManager[servers.Server]]
+) -> Iterator[None]:
+    """Start a server again whenever it ends before the block does. Prefect's clients ask again for a minute."""
+    over = threading.Event()
+
+    def runs(server: servers.Server) -> bool:
+        return not (server.has_ended or over.wait(WATCH_SECONDS))
+
+    def watch(server: servers.Server) -> None:
+        while runs(server):
+            pass
+        while not over.is_set():
+            LOGGER.warning("Prefect's server has stopped; it is started again")
+            try:
+                with serve() as again:
+                    while runs(again):
+                        pass
+            except DitflowError as error:
+                LOGGER.warning("%s", error)
+                over.wait(WATCH_SECONDS)
+
+    watcher = threading.Thread(target=watch, args=(server,))
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def _hide_explained_tracebacks() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 HELP = "serve Prefect, MLflow and a worker, with all flows deployed"
 PORTS = range(1, 65536)
 POOL = "ditflow"
+SILENCE = 10
+"""How often in a row a server may refuse a connection, asked once a second: a busy one refuses some."""
 PROJECT = Path("prefect.yaml")
 
 
@@ -57,7 +60,8 @@ def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> Non
         mlflow_port: port of the MLflow server.
 
     Raises:
-        InputError: MLflow's database is half-made, a port is taken, or this is not the folder with prefect.yaml.
+        InputError: MLflow's database is half-made, a port is taken, another `ditflow up` serves the root, or this is
+            not the folder with prefect.yaml.
         DitflowError: a server, the worker or the deployment fails.
     """
     if not PROJECT.is_file():
@@ -65,6 +69,8 @@ def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> Non
     from flows.recipe import load_recipe  # imports MLflow, which takes seconds
 
     values = load_recipe(recipe, root=root)  # before the servers start, which takes longer
+    if (other := servers.running(root)) is not None:
+        raise InputError(f"{uri.redact(root)}: another `ditflow up` serves this root, on {other['prefect']}")
     for port, option in ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port")):
         if not servers.is_free(port):
             raise InputError(f"port {port} is taken; choose another with {option}")
@@ -76,8 +82,8 @@ def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> Non
             servers.prefect_server(home / "prefect", prefect_port, password=password, scheduler=True)
         )
         mlflow = stack.enter_context(servers.mlflow_server(home, mlflow_port))
-        os.environ |= {"PREFECT_API_URL": f"{prefect}/api", "PREFECT_API_AUTH_STRING": password}
-        os.environ["MLFLOW_TRACKING_URI"] = mlflow
+        os.environ |= {"PREFECT_API_URL": f"{prefect.address}/api", "PREFECT_API_AUTH_STRING": password}
+        os.environ["MLFLOW_TRACKING_URI"] = mlflow.address
         stack.enter_context(settled(root, alone=True))
         _deploy(values)
         flows: list[psutil.Process] = []
@@ -85,11 +91,11 @@ def serve(root: str, recipe: str, *, prefect_port: int, mlflow_port: int) -> Non
         log = stack.enter_context((home / "prefect" / "worker.log").open("wb"))
         start = ["worker", "start", "--pool", POOL, "--name", "ditflow-up"]
         worker = stack.enter_context(child(_prefect(*start), env={"PREFECT_WORKER_QUERY_SECONDS": "2"}, output=log))
-        stack.callback(servers.announce(root, prefect, mlflow, password).unlink)
-        sys.stdout.write(f"Prefect  {prefect}\npassword {password} (Prefect's pages ask for it)\nMLflow   {mlflow}\n")
-        sys.stdout.write(f"root     {uri.absolute(root)}\nCtrl-C stops all.\n")
+        stack.enter_context(servers.announced(root, prefect.address, mlflow.address, password))
+        sys.stdout.write(f"Prefect  {prefect.address}\npassword {password} (Prefect's pages ask for it)\n")
+        sys.stdout.write(f"MLflow   {mlflow.address}\nroot     {uri.absolute(root)}\nCtrl-C stops all.\n")
         sys.stdout.flush()
-        _watch(worker, flows, log.name, (prefect_port, mlflow_port))
+        _watch(worker, flows, log.name, [prefect, mlflow])
 
 
 def _prefect(*arguments: str) -> list[str]:
@@ -126,14 +132,18 @@ def _fill_forms(recipe: "Recipe") -> None:
             client.update_deployment(deployment.id, DeploymentUpdate(parameters=parameters))
 
 
-def _watch(worker: "subprocess.Popen[str]", flows: list[psutil.Process], log: str, ports: Sequence[int]) -> None:
-    """Wait for the end of the worker; keep a list of the flow runs that it has started."""
+def _watch(
+    worker: "subprocess.Popen[str]", flows: list[psutil.Process], log: str, watched: Sequence[servers.Server]
+) -> None:
+    """Wait for the end of the worker or of a server; keep a list of the flow runs that the worker has started."""
+    refused: Counter[str] = Counter()
     while worker.poll() is None:
         with suppress(psutil.NoSuchProcess):
             flows[:] = psutil.Process(worker.pid).children()
-        for port in ports:
-            if servers.is_free(port):
-                raise DitflowError(f"the server on port {port} has stopped; its log lies below {Path(log).parents[1]}")
+        for server in watched:
+            refused[server.name] = 0 if server.listens else refused[server.name] + 1
+            if server.has_ended or refused[server.name] == SILENCE:
+                raise DitflowError(f"{server.name} has stopped; its log is {server.log}")
         time.sleep(1)
     raise DitflowError(f"the worker ended with code {worker.returncode}; its log is {log}")
 

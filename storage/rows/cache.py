@@ -43,11 +43,15 @@ def content_key(files: Sequence[FileEntry]) -> list[list[str]]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[int]:
     """Hold a lock against the other processes of this machine. The system frees the lock of a killed process.
 
     Args:
         path: the cache entry that is locked; the lock file lies beside it.
+
+    Yields:
+        The lock file's descriptor. A child that keeps it open holds the lock too: if this process is killed, or the
+        block raises, the lock is free when the child has ended.
 
     Raises:
         StorageError: the cache folder is not writable.
@@ -67,7 +71,9 @@ def locked(path: Path) -> Iterator[None]:
             except BlockingIOError:
                 LOGGER.info("waiting for another process that is preparing %s", path)
                 fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file.fileno()
+        if sys.platform != "win32":
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 class Progress:

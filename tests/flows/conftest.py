@@ -48,8 +48,8 @@ def prefect(prefect_template: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The address of a Prefect server."""
     home = tmp_path_factory.mktemp("prefect")
     shutil.copy(prefect_template, home)
-    with servers.prefect_server(home, password=PASSWORD) as address:
-        yield address
+    with servers.prefect_server(home, password=PASSWORD) as server:
+        yield server.address
 
 
 @pytest.fixture(scope="module")

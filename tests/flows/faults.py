@@ -38,7 +38,7 @@ def descendants(pid: int | None = None) -> list[int]:
 def start(script: str, *arguments: object) -> "subprocess.Popen[str]":
     """Run a script in a Python of its own; its stdout is a pipe."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @contextmanager

@@ -78,8 +78,8 @@ def world(
     """The Prefect server is one that keeps events."""
     folder = tmp_path_factory.mktemp("world")
     shutil.copy(prefect_template, folder)
-    with servers.prefect_server(folder, password=PASSWORD, scheduler=True) as prefect, prefect_at(prefect):
-        yield World(folder, mlflow_server, prefect)
+    with servers.prefect_server(folder, password=PASSWORD, scheduler=True) as server, prefect_at(server.address):
+        yield World(folder, mlflow_server, server.address)
 
 
 def test_a_registered_version_is_an_event(world: World) -> None:

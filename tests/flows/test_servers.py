@@ -4,10 +4,11 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -52,8 +53,8 @@ def test_servers_are_up_in_the_block_and_gone_after(
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "of:another-server")
     before = set(descendants())
     with ExitStack() as stack:
-        prefect = stack.enter_context(servers.prefect_server(root / "prefect", password=PASSWORD))
-        mlflow = stack.enter_context(servers.mlflow_server(root))
+        prefect = stack.enter_context(servers.prefect_server(root / "prefect", password=PASSWORD)).address
+        mlflow = stack.enter_context(servers.mlflow_server(root)).address
         assert json.loads(get(f"{prefect}/api/health")) is True
         assert get(f"{mlflow}/health") == b"OK"
         assert call(prefect, "/flows/filter", {"limit": 1}) == []
@@ -68,20 +69,21 @@ def test_servers_are_up_in_the_block_and_gone_after(
 
 
 def _use_what_is_announced(root: Path, prefect: str, mlflow: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    note = servers.announce(str(root), prefect, mlflow, PASSWORD)
-    assert note.stat().st_mode & 0o777 == 0o600
-    assert servers.use_running(str(root))
-    assert os.environ["PREFECT_API_URL"] == f"{prefect}/api"
-    assert os.environ["PREFECT_API_AUTH_STRING"] == PASSWORD
-    assert os.environ["MLFLOW_TRACKING_URI"] == mlflow
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")  # what the user set goes before
-    monkeypatch.setenv("http_proxy", dead_address())  # and a proxy has no part in it
-    assert servers.use_running(str(root))
-    assert os.environ["MLFLOW_TRACKING_URI"] == "sqlite:///mine.db"
+    with servers.announced(str(root), prefect, mlflow, PASSWORD):
+        assert (root / servers.SERVERS).stat().st_mode & 0o777 == 0o600
+        assert servers.use_running(str(root))
+        assert os.environ["PREFECT_API_URL"] == f"{prefect}/api"
+        assert os.environ["PREFECT_API_AUTH_STRING"] == PASSWORD
+        assert os.environ["MLFLOW_TRACKING_URI"] == mlflow
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")  # what the user set goes before
+        monkeypatch.setenv("http_proxy", dead_address())  # and a proxy has no part in it
+        assert servers.use_running(str(root))
+        assert os.environ["MLFLOW_TRACKING_URI"] == "sqlite:///mine.db"
+    assert not (root / servers.SERVERS).exists()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    servers.announce(str(root), prefect, dead_address(), PASSWORD)  # MLflow alone is gone: its database is used itself
-    assert servers.use_running(str(root))
-    assert "MLFLOW_TRACKING_URI" not in os.environ
+    with servers.announced(str(root), prefect, dead_address(), PASSWORD):  # MLflow is gone: its database is used itself
+        assert servers.use_running(str(root))
+        assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
 PAGE = {"Origin": "http://elsewhere.example", "Host": "elsewhere.example"}
@@ -153,6 +155,63 @@ with servers.mlflow_server(home), servers.prefect_server(home / "prefect", passw
     until(lambda: all_gone(pids))
 
 
+def test_what_a_killed_launcher_leaves_is_ended(tmp_path: Path, migrated: Callable[[Path], None]) -> None:
+    migrated(tmp_path)
+    before = set(descendants())
+    with servers.mlflow_server(tmp_path) as server:
+        pids = set(descendants()) - before
+        assert len(pids) == 2  # of MLflow and of uvicorn, which keeps the port
+        assert not server.has_ended
+        assert server.listens
+        server.process.kill()
+        until(lambda: server.has_ended)
+    until(lambda: all_gone(pids))
+    assert not server.listens
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from flows import servers
+with servers.prefect_server(Path(sys.argv[1]), password="of:this"):
+    print("up", flush=True)
+"""
+
+
+@pytest.mark.full
+def test_servers_that_start_at_once_make_one_database(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        starting = [stack.enter_context(start(SERVE, tmp_path)) for _ in range(4)]
+        assert [process.communicate()[0] for process in starting] == ["up\n"] * 4
+    assert schema(tmp_path)
+
+
+def schema(home: Path) -> tuple[list[str], str]:
+    """Tables and indexes of a Prefect database, and the last migration."""
+    with closing(sqlite3.connect(home / "prefect.db")) as database:
+        names = [name for (name,) in database.execute("SELECT name FROM sqlite_master ORDER BY name")]
+        return names, str(database.execute("SELECT version_num FROM alembic_version").fetchall())
+
+
+@pytest.mark.full
+def test_killed_while_it_is_migrated_prefects_database_is_made_whole(tmp_path: Path, prefect_template: Path) -> None:
+    """Killed again and again, each time a little later; the next command does not wait for the server to end."""
+    for tables in (1, 60, 100, 120):
+        with start(SERVE, tmp_path) as command:
+            until(lambda count=tables: made(tmp_path) >= count)
+            command.kill()
+    with start(SERVE, tmp_path) as command:
+        assert command.communicate()[0] == "up\n"
+    assert schema(tmp_path) == schema(prefect_template.parent)
+
+
+def made(home: Path) -> int:
+    """How many tables and indexes are there."""
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{home}/prefect.db?mode=ro", uri=True)) as database:
+        return int(database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+    return 0
+
+
 def test_a_server_that_cannot_start_names_its_log(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 100)
     before = set(descendants())
@@ -183,37 +242,56 @@ def test_a_silent_server_is_not_waited_for_without_end(tmp_path: Path, monkeypat
     until(lambda: all_gone(set(descendants()) - before))
 
 
+@contextmanager
+def noted(root: Path, text: str) -> Iterator[None]:
+    """What a command that lives has announced, with another text."""
+    with servers.announced(str(root), "", "", ""):
+        (root / servers.SERVERS).write_text(text)
+        yield
+
+
+NOTE = {"host": socket.gethostname(), "prefect": "DEAD", "mlflow": "DEAD", "password": "p"}
+
+
 @pytest.mark.parametrize(
     "text",
-    [
-        None,
-        "",
-        "{",
-        "[]",
-        "{}",
-        '{"pid": "x", "prefect": "a", "mlflow": "b", "password": "p"}',
-        '{"pid": PID, "prefect": "no address", "mlflow": "b", "password": "p"}',
-        '{"pid": PID, "prefect": null, "mlflow": null, "password": null}',
-        '{"pid": PID, "prefect": "DEAD", "mlflow": "DEAD", "password": "p"}',
-    ],
+    ["", "{", "[]", "{}", *(json.dumps(NOTE | bad) for bad in ({}, {"prefect": "no address"}, {"prefect": None}))],
 )
-def test_a_stale_or_broken_note_is_ignored(text: str | None, tmp_path: Path) -> None:
-    if text is not None:
-        text = text.replace("PID", str(os.getpid())).replace("DEAD", dead_address())
-        (tmp_path / servers.SERVERS).write_text(text)
+def test_a_broken_note_is_ignored(text: str, tmp_path: Path) -> None:
     assert servers.use_running(str(tmp_path)) is False
+    with noted(tmp_path, text.replace("DEAD", dead_address())):
+        assert servers.use_running(str(tmp_path)) is False
     assert "PREFECT_API_URL" not in os.environ
 
 
-def test_another_servers_answer_does_not_make_a_stale_note_good(tmp_path: Path, prefect: str) -> None:
-    """The command that wrote it is gone, and a Prefect server of someone else's took the port."""
-    departed = start("")
-    departed.wait()
-    note = {"pid": departed.pid, "prefect": prefect, "mlflow": prefect, "password": PASSWORD}
-    (tmp_path / servers.SERVERS).write_text(json.dumps(note))
-    assert servers.use_running(str(tmp_path)) is False
+ANNOUNCE = """
+import sys
+from flows import servers
+with servers.announced(sys.argv[1], sys.argv[2], "", "of:this"):
+    print("announced", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_password_of_a_killed_command_goes_to_nobody(tmp_path: Path, prefect: str) -> None:
+    """Its process id may be that of another process by now, and a server of someone else's may have taken the port."""
+    with start(ANNOUNCE, tmp_path, prefect) as announcing:
+        assert announcing.stdout is not None
+        assert announcing.stdout.readline() == "announced\n"
+        assert servers.running(str(tmp_path)) == NOTE | {"prefect": prefect, "mlflow": "", "password": "of:this"}
+        announcing.kill()
+    note = json.loads((tmp_path / servers.SERVERS).read_text())
     (tmp_path / servers.SERVERS).write_text(json.dumps(note | {"pid": os.getpid()}))
-    assert servers.use_running(str(tmp_path)) is True
+    assert servers.running(str(tmp_path)) is None
+    assert servers.use_running(str(tmp_path)) is False
+    assert "PREFECT_API_AUTH_STRING" not in os.environ
+
+
+def test_what_another_machine_announces_is_not_looked_for_here(tmp_path: Path, prefect: str) -> None:
+    with noted(tmp_path, json.dumps(NOTE | {"prefect": prefect})):
+        assert servers.use_running(str(tmp_path)) is True
+    with noted(tmp_path, json.dumps(NOTE | {"prefect": prefect, "host": "elsewhere"})):
+        assert servers.use_running(str(tmp_path)) is False
 
 
 def test_something_that_does_not_speak_http_is_no_server(tmp_path: Path) -> None:
@@ -225,10 +303,8 @@ def test_something_that_does_not_speak_http_is_no_server(tmp_path: Path) -> None
     with socket.create_server((servers.HOST, 0)) as listener:
         greeter = Thread(target=greet)
         greeter.start()
-        address = f"http://{servers.HOST}:{listener.getsockname()[1]}"
-        note = {"pid": os.getpid(), "prefect": address, "mlflow": "", "password": "p"}
-        (tmp_path / servers.SERVERS).write_text(json.dumps(note))
-        assert servers.use_running(str(tmp_path)) is False
+        with servers.announced(str(tmp_path), f"http://{servers.HOST}:{listener.getsockname()[1]}", "", "p"):
+            assert servers.use_running(str(tmp_path)) is False
         greeter.join()
 
 

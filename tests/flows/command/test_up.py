@@ -22,8 +22,11 @@ from prefect_rest import call
 from until import until
 
 from flows import servers
+from flows.children import child
+from flows.command import up as command
 from flows.command.main import main
 from flows.demo.digits import write_digits
+from storage.errors import DitflowError
 
 REPOSITORY = Path(__file__).parents[3]
 FLOWS = {"pipeline", "shard", "encode", "train", "sample", "evaluate", "register", "reevaluate"}
@@ -219,6 +222,26 @@ def test_a_taken_port_is_named(
     assert capsys.readouterr().err == f"error: port {up.api} is taken; choose another with --prefect-port\n"
 
 
+def test_another_up_on_the_root_is_refused(
+    up: Up, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert main(["up", "--root", str(up.root)]) == 2
+    line = f"error: {up.root}: another `ditflow up` serves this root, on http://127.0.0.1:{up.api}\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_busy_server_may_refuse_some_connections(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    refused = [True] * 9 + [False] + [True] * 10
+    monkeypatch.setattr(servers, "is_free", lambda _: refused.pop(0))
+    monkeypatch.setattr(command.time, "sleep", lambda _: None)
+    with child([sys.executable, "-c", "import time; time.sleep(999)"]) as busy:
+        server = servers.Server("prefect-server", "http://127.0.0.1:1", busy, tmp_path / "log")
+        with pytest.raises(DitflowError, match=r"^prefect-server has stopped; its log is .*log$"):
+            command._watch(busy, [], "", [server])
+    assert refused == []
+
+
 def test_up_needs_the_project_file(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -272,6 +295,39 @@ def test_the_end_of_up_ends_a_run_in_progress(up: Up, how: signal.Signals) -> No
         assert once_more.state(run) == "CRASHED"
         once_more.stop()
     assert told(up.root, run) == ("CRASHED", "KILLED")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["mlflow server", "uvicorn", "prefect server"])
+def test_a_killed_server_ends_everything(up: Up, name: str) -> None:
+    """MLflow's own launcher too, which leaves uvicorn behind."""
+    up.stop()
+    again = Up(up.root)
+    again.wait_until_up()
+    family = again.family()
+    next(each for each in family if name in " ".join(each.cmdline())).kill()
+    assert again.process.wait(180) == 1
+    _, alive = psutil.wait_procs(family, timeout=180)
+    assert alive == []
+    assert servers.is_free(again.api)
+    assert servers.is_free(again.mlflow)
+
+
+@pytest.mark.full
+def test_nothing_outlives_a_killed_up_and_the_next_one_starts(up: Up) -> None:
+    up.stop()
+    killed = Up(up.root)
+    killed.wait_until_up()
+    _, ranks = killed.training(killed.manifest("encode"))
+    before, family = killed.saved(), killed.family()
+    assert set(ranks) <= set(family)
+    killed.process.kill()
+    _, alive = psutil.wait_procs(family, timeout=180)
+    assert alive == []
+    assert killed.saved() > before
+    again = Up(up.root)
+    again.wait_until_up()
+    assert again.stop() == 130
 
 
 @pytest.mark.full

@@ -56,16 +56,16 @@ def test_training_goes_on_without_the_prefect_server(
     with ExitStack() as stack:
         before = set(descendants())
         stack.enter_context(servers.prefect_server(tmp_path / "prefect", port, password=PASSWORD))
-        server = [pid for pid in descendants() if pid not in before]
+        pids = [pid for pid in descendants() if pid not in before]
         flow = stack.enter_context(start(FLOW, latents.uri, config.model_dump_json()))
         until(lambda: steps(folder) > 0)
-        for pid in server:
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        until(lambda: all_gone(server))
+        until(lambda: all_gone(pids))
         reached = steps(folder)
         until(lambda: steps(folder) > reached + 50)
-        address = stack.enter_context(servers.prefect_server(tmp_path / "prefect", port, password=PASSWORD))
+        server = stack.enter_context(servers.prefect_server(tmp_path / "prefect", port, password=PASSWORD))
         output, _ = flow.communicate()
         assert flow.returncode == 0, output
-        assert state_of_the_run(address) == "COMPLETED"
+        assert state_of_the_run(server.address) == "COMPLETED"
     assert STAGES["train"].kind.read(str(folder)).counts["steps"] == config.steps

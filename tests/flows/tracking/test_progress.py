@@ -115,18 +115,18 @@ def test_a_killed_prefect_server_does_not_stop_the_work(
             shown.update(1, 9, "images")
             shown._sender.join()
             assert shown._artifact is not None
-            server = [pid for pid in descendants() if pid not in before]
-            for pid in server:
+            pids = [pid for pid in descendants() if pid not in before]
+            for pid in pids:
                 os.kill(pid, 9)
-            until(lambda: all_gone(server))
+            until(lambda: all_gone(pids))
             for done in (2, 3):
                 shown.update(done, 9, "images")
                 shown._sender.join()
         worked.append(True)
 
-    with servers.prefect_server(tmp_path, password=PASSWORD) as address:
+    with servers.prefect_server(tmp_path, password=PASSWORD) as server:
         settings = {
-            PREFECT_API_URL: f"{address}/api",
+            PREFECT_API_URL: f"{server.address}/api",
             PREFECT_API_AUTH_STRING: PASSWORD,
             PREFECT_CLIENT_MAX_RETRIES: 0,
             PREFECT_LOGGING_TO_API_ENABLED: False,
