@@ -6,6 +6,7 @@ Without ``up`` a command starts a Prefect server of its own, and MLflow's runs g
 server.
 """
 
+import fcntl
 import json
 import os
 import secrets
@@ -25,9 +26,6 @@ from flows.children import child
 from storage import uri
 from storage.errors import DitflowError
 from storage.rows.cache import locked
-
-if sys.platform != "win32":
-    import fcntl
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0

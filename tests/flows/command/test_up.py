@@ -314,23 +314,6 @@ def test_a_killed_server_ends_everything(up: Up, name: str) -> None:
 
 
 @pytest.mark.full
-def test_nothing_outlives_a_killed_up_and_the_next_one_starts(up: Up) -> None:
-    up.stop()
-    killed = Up(up.root)
-    killed.wait_until_up()
-    _, ranks = killed.training(killed.manifest("encode"))
-    before, family = killed.saved(), killed.family()
-    assert set(ranks) <= set(family)
-    killed.process.kill()
-    _, alive = psutil.wait_procs(family, timeout=180)
-    assert alive == []
-    assert killed.saved() > before
-    again = Up(up.root)
-    again.wait_until_up()
-    assert again.stop() == 130
-
-
-@pytest.mark.full
 def test_a_killed_worker_ends_everything(up: Up) -> None:
     """Also the flow that it ran, and its ranks: `up` started again begins in order."""
     up.stop()

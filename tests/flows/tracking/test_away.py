@@ -2,18 +2,25 @@
 
 import os
 import signal
+import sqlite3
+import subprocess
+from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
+import psutil
 import pytest
 from faults import all_gone, descendants, start
 from launching import TINY
+from mlflow import MlflowClient
+from pipelines import arguments, ditflow
 from prefect_rest import PASSWORD, call
 from until import until
 
 from flows import servers
 from flows.contract import STAGES
+from flows.tracking import database as tracking
 from storage.latents import LatentManifest
 
 FLOW = """
@@ -25,6 +32,42 @@ from flows.stages import train
 config = TrainConfig.model_validate_json(sys.argv[2])
 train(latents=sys.argv[1], config=config, settings=RunSettings(root=str(Path(sys.argv[1]).parents[1])))
 """
+
+
+@pytest.mark.full
+def test_a_command_starts_its_own_server_again(
+    tmp_path: Path, digits: Path, migrated: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    migrated(tmp_path)
+    with subprocess.Popen(ditflow(*arguments("run", tmp_path, digits, "--set", "train.steps=100"))) as command:
+        until(lambda: any(steps(folder) for folder in tmp_path.glob("train/*")))
+        (server,) = [each for each in psutil.Process(command.pid).children() if "server" in each.cmdline()]
+        server.kill()
+        assert command.wait() == 0
+    assert Counter(flow_runs(tmp_path)) == Counter((name, "COMPLETED") for name in ["demo", *STAGES])
+
+
+@pytest.mark.full
+def test_two_commands_begin_a_root_at_once(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    run = ditflow(*arguments("run", tmp_path, digits))
+    with subprocess.Popen(run) as one, subprocess.Popen(run) as other:
+        assert (one.wait(), other.wait()) == (0, 0)
+    assert Counter(flow_runs(tmp_path)) == Counter(2 * [(name, "COMPLETED") for name in ["demo", *STAGES]])
+    client = MlflowClient(tracking.address(tmp_path))
+    assert [version.version for version in client.search_model_versions()] == [1]
+    runs = client.search_runs([client.get_experiment_by_name("ditflow").experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(runs) == len(STAGES) + 1
+
+
+def flow_runs(root: Path) -> list[tuple[str, str]]:
+    """Names and states of the flow runs in a root's own Prefect database."""
+    with closing(sqlite3.connect(root / "prefect" / "prefect.db")) as database:
+        return database.execute("SELECT name, state_type FROM flow_run").fetchall()
 
 
 def steps(folder: Path) -> int:
