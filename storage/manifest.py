@@ -10,7 +10,7 @@ outputs changes unnoticed.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final, Literal, Self, TypeVar
 
@@ -167,27 +167,17 @@ class Manifest(Header):
         text = f"{uri.redact(self.uri)}: was made from other bytes than its {name} has now, {uri.redact(folder)}"
         return InputError(f"{text}; delete {MANIFEST} there and run {self.stage} again")
 
-    def damaged(self, full: Callable[[FileEntry], bool]) -> Iterator[tuple[FileEntry, str]]:
-        """The damaged objects, each with what is wrong with it.
-
-        Args:
-            full: which objects to read and compare with their hash; of all others only the size is checked.
-
-        Raises:
-            StorageError: the store does not answer.
-        """
-        with threads(16) as pool:
-            damages = pool.map(lambda entry: self.damage(entry, full=full(entry)), self.files)
-            yield from ((entry, damage) for entry, damage in zip(self.files, damages, strict=True) if damage)
-
     def check_sizes(self) -> None:
         """Check that every committed object exists with its size.
 
         Raises:
             StorageError: an object is missing or has another size; the line names the first.
         """
-        for entry, damage in self.damaged(lambda _: False):
-            raise self.fault(entry.path, damage)
+        with threads(16) as pool:
+            damages = pool.map(lambda entry: self.damage(entry, full=False), self.files)
+            for entry, damage in zip(self.files, damages, strict=True):
+                if damage:
+                    raise self.fault(entry.path, damage)
 
     def read_object(self, path: str, most: int | None = None) -> bytes:
         """The bytes of a committed object, compared with its hash.

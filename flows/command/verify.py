@@ -67,7 +67,16 @@ def _check(output: "Manifest", where: str, *, full: bool) -> bool:
     if not found and not output.parents and output.inputs:
         ends = ", ".join(f"{name} {digest}" for name, digest in output.inputs.items())
         print(f"{where}: the chain ends in {'the archive: ' if output.stage == 'shard' else ''}{ends}", flush=True)
-    return not found
+    return not found and not (full and output.stage == "register" and _export_faults(output))
+
+
+def _export_faults(output: "Manifest") -> bool:
+    """Print what is wrong with the files of a registered model; return whether anything is."""
+    from flows.registry.exported import export_faults  # imports MLflow, which takes seconds
+
+    found = export_faults(output.uri)
+    print("\n".join(found or [f"{uri.redact(output.uri)}: the registered files are those of the checkpoint"]))
+    return bool(found)
 
 
 def _withdrawn(output: "Manifest", found: "list[Fault]") -> str:

@@ -24,6 +24,7 @@ from small import SAMPLING, Small
 from dit.evaluate import MetricsManifest
 from flows import servers
 from flows.children import child
+from flows.registry import exported
 from flows.registry.config import ModelManifest, PromotionRule, RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation
 from storage.errors import DitflowError
@@ -86,6 +87,30 @@ def test_a_registered_model_that_was_changed_does_not_load(
     path.write_bytes(data)
     with pytest.raises(DitflowError, match=rf"{name}: does not hold the bytes that were committed"):
         mlflow.pyfunc.load_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "sample.json", "manifest.json"])
+def test_a_changed_file_of_a_version_is_named(
+    models: list[ModelManifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert exported.export_faults(models[1].uri) == []
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}/2", dst_path=str(tmp_path)))
+    monkeypatch.setattr(exported, "download_artifacts", lambda *_, **__: str(folder))
+    assert exported.export_faults(models[1].uri) == []
+    (path,) = folder.rglob(name)
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    (fault,) = exported.export_faults(models[1].uri)
+    assert fault.startswith(f"{NAME} 2: ") and f"{name}: does not hold the bytes that were committed" in fault
+
+
+def test_a_version_that_is_gone_cannot_be_checked(
+    models: list[ModelManifest], tmp_path: Path, tracking_template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = shutil.copy(tracking_template, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    (fault,) = exported.export_faults(models[1].uri)
+    assert fault.startswith(f"{NAME} 2: cannot be checked: ")
 
 
 def test_no_flip_in_what_was_registered_goes_unnoticed(models: list[ModelManifest]) -> None:
