@@ -193,18 +193,19 @@ def check_one_split(where: str, names: Iterable[str]) -> None:
     Several splits may be named in braces, as ``{train,val}-*.tar``.
 
     Raises:
-        InputError: files are named after different splits, as ``train-00000.tar`` and ``val-00000.tar``.
+        InputError: files are named after different splits, as ``train-00000.tar`` and ``val-00000.tar``, or only some
+            after a split.
     """
     found: dict[object, tuple[str, str]] = {}
     for name in sorted(names):
         split, pattern = _split_in(name)
-        if split:
-            found.setdefault(split, (name, pattern))
+        found.setdefault(split, (name, pattern))
     named = [word for choice in _CHOICE.findall(where) for word in choice.split(",")]
     if len(found) > 1 and not all(any(word in name for word in named) for name, _ in found.values()):
-        (one, pattern), (other, _), *_ = found.values()
+        (one, _), (other, _), *_ = found.values()
+        pattern = next(pattern for split, (_, pattern) in found.items() if split is not None)
         folder = where.rpartition("/")[0] if "*" in where else where
-        text = f"{one} and {other} are of different splits, which must not be mixed"
+        text = f"{one} and {other} may be of different splits, which must not be mixed"
         raise InputError(f"{where}: {text}; name one split, such as {folder}/{pattern}")
 
 

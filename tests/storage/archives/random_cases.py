@@ -120,7 +120,7 @@ def _placed(rng: random.Random, root: Path, data: list[bytes], ending: str, part
     """Files in a folder, named by the folder, a range, a list or a wildcard; one file by itself."""
     root.mkdir()
     mixed = part.refused == OTHER_SPLIT
-    stem = "train" if mixed else rng.choice(["train", "x", "part"])
+    stem = rng.choice(["train", "x", "part"])
     names = [f"{stem}-{number:05d}" for number in range(len(data))]
     part.paths = [root / f"{name}.{ending}" for name in names]
     for path, content in zip(part.paths, data, strict=True):

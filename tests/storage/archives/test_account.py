@@ -333,6 +333,8 @@ def test_folders_of_mixed_archives(tmp_path: Path) -> None:
         ("train-00000-of-00001", "unsupervised-00000-of-00001"),
         ("train", "test"),
         ("set-train-0000", "set-val-0000"),
+        ("part-0000", "val-0000"),
+        ("a", "test-00000-of-00001"),
     ],
 )
 def test_splits_in_one_folder(tmp_path: Path, first: str, second: str) -> None:
