@@ -205,3 +205,11 @@ def test_samples_may_be_numbered_anew_in_each_tar(tmp_path: Path) -> None:
         "dog/sub/00/1.png",
     ]
     assert [member.name for member in open_archive(f"{tmp_path}/00.tar").members] == ["cat/0.png", "dog/1.png"]
+
+
+def test_a_class_tar_may_have_the_mark_of_a_chain_in_its_name(tmp_path: Path) -> None:
+    put(tmp_path, packing.tar({"1.png": b"1"}), "x::y.tar")
+    for place in (str(tmp_path), f"{tmp_path}/*.tar"):
+        archive = open_archive(place)
+        assert archive.class_names == ("x::y",)
+        assert archive.read(archive.members[0]) == b"1"
