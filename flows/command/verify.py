@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 HELP = "check that outputs are what was committed, and withdraw damaged ones"
 SHOWN = 10
 """Most uncommitted files of an output that are named."""
-_SERVERS = ("mlflow.db", "mlflow.db-shm", "mlflow.db-wal", "mlflow-artifacts", "mlflow-server.log", "prefect")
-OURS = frozenset([*_SERVERS, "prefect-server.log", "servers.json", "slurm"])
-"""What servers and launchers keep in a root."""
+_MLFLOW = ("mlflow.db", "mlflow.db-journal", "mlflow.db-shm", "mlflow.db-wal", "mlflow-artifacts")
+_SERVERS = ("mlflow-server.log", "mlflow-server.lock", "prefect-server.log", "servers.json", "prefect")
+OURS = frozenset([*_MLFLOW, *_SERVERS, ".mlflow-being-made-.lock", "running", "slurm"])
+"""What commands, servers and launchers keep in a root."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -90,6 +90,7 @@ def test_a_run_that_another_process_has_taken_up_is_its_own(root: Path, client: 
     processes.leave(str(root))
 
 
+@pytest.mark.full
 def test_what_a_person_was_cancelling_is_cancelled(root: Path, prefect_api: str) -> None:
     killed = Running(root)
     killed.kill()
@@ -98,6 +99,7 @@ def test_what_a_person_was_cancelling_is_cancelled(root: Path, prefect_api: str)
     assert state(prefect_api, killed.flow_run) == "CANCELLED"
 
 
+@pytest.mark.full
 def test_a_process_of_another_machine_is_left_alone(root: Path, client: MlflowClient, prefect_api: str) -> None:
     killed = Running(root)
     killed.kill()
@@ -108,6 +110,7 @@ def test_a_process_of_another_machine_is_left_alone(root: Path, client: MlflowCl
     assert elsewhere.exists()
 
 
+@pytest.mark.full
 def test_runs_of_no_known_process_are_ended_if_nobody_else_lives(root: Path, prefect_api: str) -> None:
     stray = Running(root)
     stray.kill()
@@ -133,6 +136,7 @@ def test_a_flow_run_that_a_person_deletes_is_named(root: Path, prefect_api: str)
     assert names(root) == []
 
 
+@pytest.mark.full
 def test_without_servers_it_is_left_for_later(
     root: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -147,6 +151,7 @@ def test_without_servers_it_is_left_for_later(
     assert names(root) == []
 
 
+@pytest.mark.full
 def test_where_locks_do_not_work_nobody_is_taken_for_killed(
     root: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

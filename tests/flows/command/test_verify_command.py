@@ -40,6 +40,7 @@ def test_damage_is_named_withdrawn_and_mended_by_the_same_command(
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith("bytes: sizes and records as committed")
     assert re.search(r": the chain ends in the archive: train [0-9a-f]{64}$", said[1])
+    assert len(said) == 2
 
     tar = output / "train" / "00001.tar"
     whole, mtime = tar.read_bytes(), (output / "train" / "00000.tar").stat().st_mtime_ns
