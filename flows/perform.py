@@ -24,6 +24,7 @@ from flows.children import terminate_with_prefect_worker
 from flows.contract import Source, Stage
 from flows.launch import start
 from flows.launch.spec import LaunchSpec, LocalLaunch, WorkerSpec
+from flows.report.html import markdown
 from flows.tracking import runs, sink
 from flows.tracking.progress import StageProgress
 from flows.tracking.spec import TrackingSpec
@@ -167,7 +168,7 @@ def _create_artifacts(stage: Stage, manifest: Manifest) -> None:
     run_id = manifest.provenance.mlflow_run_id
     facts = manifest.metrics | manifest.counts
     rows = "".join(f"| {name} | {value:,.6g} |\n" for name, value in facts.items())
-    text = f"`{manifest.url}`\n\nMLflow run `{run_id}`\n\n| | |\n|---|---|\n{rows}"
+    text = f"{markdown(manifest.url)}\n\nMLflow run `{run_id}`\n\n| | |\n|---|---|\n{rows}"
     create_markdown_artifact(text, key=f"{stage.name}-manifest", description=f"Output of {stage.name}")
     for entry in manifest.files:
         if entry.path.startswith("artifacts/") and entry.path.endswith(".png") and entry.size <= MAX_PICTURE_BYTES:

@@ -30,8 +30,10 @@ from flows.perform import SKIPPED, RunSettings
 from flows.registry.config import CANDIDATE, CHAMPION
 from flows.registry.promotion import Evaluation, check_comparable, evaluation
 from flows.registry.register import METRICS_DIGEST_TAG, emit
+from flows.report.html import markdown
 from flows.stages import HERE, stage_flow
 from flows.tracking import runs
+from flows.tracking.store import tagged
 from storage import uri
 from storage.errors import InputError
 
@@ -163,7 +165,7 @@ def _report(name: str, window: Window, results: list[_Reevaluation]) -> None:
             once = uuid5(NAMESPACE_URL, f"{DRIFTED}/{name}/{each.version}/{metric}/{window.label}")
             emit(DRIFTED, name, facts | numbers, once)
     drifted = any(each.drifts() for each in results)
-    title = f"# {name}, {window.label}: {'**drifted**' if drifted else 'within its intervals'}\n\n"
+    title = f"# {markdown(name)}, {window.label}: {'**drifted**' if drifted else 'within its intervals'}\n\n"
     key = re.sub(r"[^a-z0-9]+", "-", f"reevaluation-{name}".lower()).strip("-")
     create_markdown_artifact(title + _table(results), key=key, description=f"Seed {window.seed}")
 
@@ -185,7 +187,7 @@ def _table(results: list[_Reevaluation]) -> str:
 def _series(client: MlflowClient, experiment_id: str, name: str, version: int) -> str:
     """Find or create the run that holds a version's series."""
     which = f"{name}/{version}"
-    series = client.search_runs([experiment_id], f"tags.`{SERIES_TAG}` = '{which}'", max_results=1)
+    series = client.search_runs([experiment_id], tagged(SERIES_TAG, which), max_results=1)
     if series:
         return str(series[0].info.run_id)
     run_id = str(

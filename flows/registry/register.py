@@ -31,7 +31,7 @@ from dit.vae import fetch
 from flows.registry.config import VERSION, ModelManifest, RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, Evaluation, apply_rule
 from flows.tracking.runs import tracking_uri
-from flows.tracking.store import DIGEST_TAG, MANIFEST_TAG
+from flows.tracking.store import DIGEST_TAG, MANIFEST_TAG, tagged
 from storage import uri
 from storage.code_version import code_version
 from storage.errors import DitflowError, InputError
@@ -119,7 +119,7 @@ def emit(event: str, model_name: str, payload: dict[str, Any], once: UUID | None
 
 
 def _registered(client: MlflowClient, name: str, digest: str) -> int | None:
-    versions = client.search_model_versions(f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'")
+    versions = client.search_model_versions(f'name = "{name}" and {tagged(DIGEST_TAG, digest)}')
     return min((int(version.version) for version in versions), default=None)
 
 

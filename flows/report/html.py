@@ -1,6 +1,8 @@
-"""A page as data, rendered to one HTML file: text is escaped, pictures are embedded."""
+"""A page as data, rendered to one HTML file: text is escaped, pictures are embedded. Also text in Markdown."""
 
 import base64
+import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,11 @@ def render(title: str, leads: Sequence[tuple[str, str]], sections: Sequence[Sect
     )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return environment.get_template(TEMPLATE).render(title=title, leads=leads, sections=sections).lstrip() + "\n"
+
+
+def markdown(text: str) -> str:
+    """The text for Markdown, in which it has no tags, links or other meaning."""
+    return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", html.escape(text, quote=False))
 
 
 def _is_number(text: str) -> bool:

@@ -35,6 +35,7 @@ from flows.tracking.store import (
     finish,
     is_finished,
     stage_tags,
+    tagged,
 )
 from storage import uri
 from storage.errors import DitflowError, InputError, one_line
@@ -223,7 +224,7 @@ def end_killed(names: Iterable[str], root: str) -> None:
     """End the runs of killed processes, whose names `flows.processes` has given. Raises what MLflow raises."""
     client, experiment_id = open_client(root)
     for name in names:
-        selector = f"attributes.status = 'RUNNING' and tags.`{PROCESS_TAG}` = '{name}'"
+        selector = f"attributes.status = 'RUNNING' and {tagged(PROCESS_TAG, name)}"
         for run in client.search_runs([experiment_id], selector):
             end(client, run.info.run_id, "KILLED")
 

@@ -24,16 +24,21 @@ STAGE_TAG = "ditflow.stage"
 PROCESS_TAG = "ditflow.process"
 
 
+def tagged(tag: str, value: str) -> str:
+    """MLflow's search expression for a value of a tag, which may hold single quotes, but no double ones."""
+    return f'tags.`{tag}` = "{value}"'
+
+
 def find(client: MlflowClient, experiment_id: str, tag: str, value: str, also: str = "") -> str | None:
     """The run with a tag; of several one that is not finished, and always the same."""
-    selector = f"tags.`{tag}` = '{value}'" + (f" and {also}" if also else "")
+    selector = tagged(tag, value) + (f" and {also}" if also else "")
     runs = client.search_runs([experiment_id], selector)
     return min(((is_finished(run), str(run.info.run_id)) for run in runs), default=(True, None))[1]
 
 
 def find_pipeline(client: MlflowClient, experiment_id: str, pipeline_id: str) -> str | None:
     """The run of a pipeline."""
-    return find(client, experiment_id, PIPELINE_TAG, pipeline_id, f"tags.`{STAGE_TAG}` = 'pipeline'")
+    return find(client, experiment_id, PIPELINE_TAG, pipeline_id, tagged(STAGE_TAG, "pipeline"))
 
 
 def find_or_create_pipeline(client: MlflowClient, experiment_id: str, pipeline_id: str, process: str = "") -> str:

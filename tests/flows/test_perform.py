@@ -1,10 +1,12 @@
 """Where a stage runs."""
 
+import html
 import logging
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import markdown_it
 import pytest
 from faults import dead_address
 
@@ -50,6 +52,17 @@ def test_torchrun_is_for_several_ranks_and_for_training(
     made = perform._run(stage, Config(), source, output, tracking, launcher, stage.run)
     assert made.stage == name
     assert started == ([ranks] if ranks else [])
+
+
+def test_a_path_has_no_meaning_in_prefects_markdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(perform, "create_markdown_artifact", lambda text, **_: sent.append(text))
+    root = str(tmp_path / "`<script>alert(1)<" / "script>[a](b)*&lt;")
+    manifest = stage_output(root, "shard", 1, Config(), parents={}, inputs={}).commit(Manifest, [])
+    perform._create_artifacts(STAGES["shard"], manifest)
+    page = markdown_it.MarkdownIt().render(sent[0])
+    assert "<script" not in page
+    assert html.unescape(page).startswith(f"<p>{manifest.url}</p>")
 
 
 def test_stages_that_ranks_share() -> None:

@@ -30,7 +30,7 @@ from flows.registry.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation
 from storage.errors import DitflowError
 from storage.manifest import Manifest
 
-NAME = "digits"
+NAME = "it's <b>50 %20< é #1"
 
 
 @pytest.fixture(scope="module")
