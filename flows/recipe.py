@@ -1,5 +1,6 @@
 """A recipe: everything a pipeline needs to know, in one file."""
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -249,6 +250,5 @@ def _placed(value: Any, places: Mapping[str, str]) -> Any:
     if isinstance(value, list):
         return [_placed(item, places) for item in value]
     if isinstance(value, str):
-        for name, place in places.items():
-            value = value.replace(name, place)
+        return re.sub("|".join(map(re.escape, places)), lambda found: places[found[0]], value)
     return value

@@ -25,6 +25,7 @@ _CORE = {
     "tag:yaml.org,2002:float": re.compile(rf"(?![-+]?0\d){_NUMBER}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", re.ASCII),
 }
 _YAML11 = yaml.resolver.Resolver()
+_HASH = re.compile(r"#|[ \t]+#(?![ \t\r\n#\0]|$)")
 _YAML12_ALONE = re.compile(r"[-+]?0\d+|0o[0-7]+", re.ASCII)
 _YAML11_NAMES = {
     "int": "a number in another notation",
@@ -81,6 +82,11 @@ class _Loader(yaml.SafeLoader):
             raise _RefusedError(f"nested deeper than {MAX_DEPTH} levels", mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
+        if isinstance(node, yaml.ScalarNode):  # JSON writes some letters as two escapes, which PyYAML leaves apart
+            node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+        is_flow = isinstance(node, yaml.CollectionNode) and node.flow_style
+        if is_flow or (isinstance(node, yaml.ScalarNode) and node.style not in ("|", ">")):
+            _check_extent(node)
         if isinstance(node, yaml.ScalarNode) and node.style is None:
             _check_notation(node)
         return node
@@ -100,6 +106,15 @@ class _Loader(yaml.SafeLoader):
                 raise _RefusedError(twice, key.start_mark)
             lines[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
+
+
+def _check_extent(node: yaml.Node) -> None:
+    """Refuse a value that may end elsewhere than its writer believes: at a ``#``, or on the next line."""
+    end = node.end_mark
+    if isinstance(node, yaml.ScalarNode) and node.start_mark.line != end.line:
+        raise _RefusedError("the text goes on in the next line; write it in one line, or below a |", node.start_mark)
+    if _HASH.match(end.buffer, end.pointer):
+        raise _RefusedError("# begins a comment here; put the value in quotes, or a space before and behind the #", end)
 
 
 def _check_notation(node: yaml.ScalarNode) -> None:

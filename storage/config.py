@@ -1,11 +1,13 @@
 """The base class of every config: immutable, strict, with an identity that enters a stage's digest."""
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from storage import uri
 
@@ -23,6 +25,21 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, values: Any) -> Any:
+        """Refuse what pydantic would turn into another type: text or a truth value in a number's place, and so on."""
+        for name, field in cls.model_fields.items():
+            value = values.get(name) if isinstance(values, dict) else None
+            expected = _other_type(value, field.annotation)
+            if expected:
+                said = f"must be {expected}, not {'the text ' * isinstance(value, str)}{json.dumps(value)}"
+                error = PydanticCustomError("as_written", "{said}", {"said": said})
+                raise ValidationError.from_exception_data(
+                    cls.__name__, [{"type": error, "loc": (name,), "input": value}]
+                )
+        return values
 
     def identity(self) -> dict[str, Any]:
         """The JSON values that determine the stage's output: all fields except the operational ones."""
@@ -68,6 +85,15 @@ def _members(kind: Any) -> Iterator[Any]:
         yield from map(type, arguments)
     else:
         yield kind
+
+
+def _other_type(value: Any, kind: Any) -> str:
+    """What belongs in the place of a value that has another type than a number or truth value; empty if it fits."""
+    kinds = set(_members(kind)) - {NoneType}
+    if not kinds or not kinds <= {int, float, bool} or not isinstance(value, str | bool | int | float):
+        return ""
+    fits = not isinstance(value, str) and isinstance(value, bool) == (bool in kinds)
+    return "" if fits else "true or false" if bool in kinds else "a number"
 
 
 def _fields(kind: Any, key: str) -> Iterator[Any]:

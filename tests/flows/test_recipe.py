@@ -89,11 +89,11 @@ def test_the_pipeline_id_follows_the_content() -> None:
     [
         (["train.stepz=3"], "--set train.stepz=3: train.stepz: no such key"),
         (["trian.steps=3"], "--set trian.steps=3: trian: no such key"),
-        (["train.model.patch_size=x"], "--set train.model.patch_size=x: train.model.patch_size: Input should be"),
+        (["train.model.patch_size=x"], "--set train.model.patch_size=x: train.model.patch_size: must be a number"),
         (["train.model={size: B}"], "--set train.model={size: B}: train.model: say which with `kind`"),
         (["train.model.size=M"], "--set train.model.size=M: train.model.size: Input should be 'S', 'B', 'L' or 'XL'"),
         (["train.steps=0"], "train.steps: Input should be greater than or equal to 1"),
-        (["train.steps=many"], "train.steps: Input should be a valid integer"),
+        (["train.steps=many"], 'train.steps: must be a number, not the text "many"'),
         (["train.steps"], "--set train.steps: write key=value"),
         (["name.x=1"], "--set name.x=1: name is a value"),
         (["train.steps=[1"], "--set train.steps=[1: not YAML"),

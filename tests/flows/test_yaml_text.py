@@ -46,6 +46,24 @@ def test_tags_are_refused(text: str) -> None:
         parse(text, "mine.yaml")
 
 
+@pytest.mark.parametrize("text", ["a: /b #1", "{a: /b/}#c}", "a: 'b'#c", "a: [b]# c"])
+def test_a_value_that_a_hash_cuts_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"^mine\.yaml: line 1: # begins a comment here; put the value in quotes"):
+        parse(text, "mine.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: /b\n  c", "a: 'b\n  c'", "{a: b\n c}"])
+def test_a_text_that_goes_on_in_the_next_line_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"^mine\.yaml: line 1: the text goes on in the next line"):
+        parse(text, "mine.yaml")
+
+
+def test_a_letter_that_json_writes_as_two_escapes() -> None:
+    assert parse('"\\ud83d\\ude42"', "mine.yaml") == "🙂"
+    with pytest.raises(InputError, match=r"^mine\.yaml: not YAML"):
+        parse('"\\ud83d"', "mine.yaml")
+
+
 def test_infinity_is_a_number() -> None:
     assert parse("[.inf, -.inf]", "mine.yaml") == [math.inf, -math.inf]
 

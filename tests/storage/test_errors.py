@@ -28,7 +28,7 @@ class Outer(Config):
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"inner": {"kind": "inner", "side": "x"}}, "inner.side: Input should be a valid integer"),
+        ({"inner": {"kind": "inner", "side": "x"}}, "inner.side: must be a number"),
         ({"inner": {}, "other": 1}, "other: no such key"),
         ("words", "Input should be a valid dictionary or instance of Outer"),
     ],
