@@ -84,8 +84,9 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if isinstance(node, yaml.ScalarNode):  # JSON writes some letters as two escapes, which PyYAML leaves apart
             node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
-        is_flow = isinstance(node, yaml.CollectionNode) and node.flow_style
-        if is_flow or (isinstance(node, yaml.ScalarNode) and node.style not in ("|", ">")):
+            if node.style not in ("|", ">"):
+                _check_extent(node)
+        elif isinstance(node, yaml.CollectionNode) and node.flow_style:
             _check_extent(node)
         if isinstance(node, yaml.ScalarNode) and node.style is None:
             _check_notation(node)
@@ -113,7 +114,7 @@ def _check_extent(node: yaml.Node) -> None:
     end = node.end_mark
     if isinstance(node, yaml.ScalarNode) and node.start_mark.line != end.line:
         raise _RefusedError("the text goes on in the next line; write it in one line, or below a |", node.start_mark)
-    if _HASH.match(end.buffer, end.pointer):
+    if _HASH.match(str(end.buffer), end.pointer):
         raise _RefusedError("# begins a comment here; put the value in quotes, or a space before and behind the #", end)
 
 
