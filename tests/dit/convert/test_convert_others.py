@@ -1,30 +1,22 @@
-"""Checkpoints as other projects save them: which process, where the weights are, and what lies beside them."""
+"""Checkpoints as other projects save them: where the weights are, and what lies beside them."""
 
-import argparse
-import json
 import pathlib
 import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from other_checkpoints import Weights, options, refusal, same, saved
 from random_dit import pretrained, random_dit
 from safetensors.torch import load_file, save_file
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from dit.convert import Layout, described, read, write
-from dit.diffusion.config import DiffusionConfig
 from dit.models.dit import DiT
-from storage import uri
 from storage.errors import InputError
-
-Weights = dict[str, torch.Tensor]
-ASSUMED = "assumed: it predicts noise of 1000 linear steps, as the published DiT; SiT, REPA and LightningDiT"
-NO_FLOW = "trained by flow matching, which does not exist here; only DiTs that predict noise are read"
 
 
 @pytest.fixture(scope="module")
@@ -35,118 +27,6 @@ def model() -> DiT:
 @pytest.fixture
 def weights(model: DiT) -> Weights:
     return dict(model.state_dict())
-
-
-def saved(tmp_path: Path, content: object, name: str = "x.pt") -> str:
-    torch.save(content, tmp_path / name)
-    return str(tmp_path / name)
-
-
-def same(left: Weights, right: Weights) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def refusal(source: Path | str, **hints: Any) -> str:
-    with pytest.raises(InputError) as caught:
-        read(str(source), heads=4, **hints)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def options(**values: object) -> argparse.Namespace:
-    return argparse.Namespace(global_seed=0, **values)
-
-
-@pytest.mark.parametrize(
-    ("beside", "reason"),
-    [
-        (
-            {"args": options(model="SiT-XL/2", path_type="Linear", prediction="velocity")},
-            "args.model is SiT-XL/2, so it was",
-        ),
-        ({"args": options(path_type="Linear")}, "args.path_type is Linear, so it was"),
-        ({"args": options(prediction="v")}, "its args.prediction is v, so it was"),
-        ({"args": {"model": "SiT-B/2"}}, "its args.model is SiT-B/2, so it was"),
-        ({"config": {"transport": {"path_type": "Linear"}}}, "its config.transport.path_type is Linear, so it was"),
-        ({"hyper_parameters": {"model_type": "LightningDiT-XL/1"}}, "model_type is LightningDiT-XL/1, so it was"),
-    ],
-)
-@pytest.mark.parametrize("hints", [{}, {"process": "gaussian"}])
-def test_a_flow_that_says_so_is_refused(
-    tmp_path: Path, weights: Weights, beside: dict[str, Any], reason: str, hints: Any
-) -> None:
-    message = refusal(saved(tmp_path, {"ema": weights} | beside), **hints)
-    assert reason in message
-    assert message.endswith(NO_FLOW)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("prediction_type", "v_prediction"),
-        ("predict_xstart", True),
-        ("noise_schedule", "squaredcos_cap_v2"),
-        ("diffusion-steps", 4000),
-    ],
-)
-def test_another_diffusion_is_refused(tmp_path: Path, weights: Weights, key: str, value: object) -> None:
-    message = refusal(saved(tmp_path, {"ema": weights, "args": {key: value}}))
-    assert f"x.pt: its args.{key} is {value}, another process" in message
-
-
-def test_metadata_of_safetensors_is_read_too(tmp_path: Path, weights: Weights) -> None:
-    save_file(weights, tmp_path / "x.safetensors", metadata={"path_type": "Linear"})
-    assert "its path_type is Linear" in refusal(tmp_path / "x.safetensors")
-    memory = "memory://convert-metadata/x.safetensors"
-    uri.write(memory, (tmp_path / "x.safetensors").read_bytes())
-    assert "its path_type is Linear" in refusal(memory)
-    save_file(weights, tmp_path / "x.safetensors", metadata={"format": "pt", "prediction": "noise"})
-    assert read(str(tmp_path / "x.safetensors"), heads=4).notes == ()
-
-
-def test_without_a_word_of_the_process_the_assumption_is_named(tmp_path: Path, weights: Weights) -> None:
-    source = saved(tmp_path, weights)
-    found = read(source, heads=4)
-    assert found.diffusion == DiffusionConfig()
-    assert [note for note in found.notes if note.startswith(ASSUMED)] == list(found.notes)
-    assert read(source, heads=4, process="gaussian").notes == ()
-    named = saved(tmp_path, {"ema": weights, "args": options(model="DiT-XL/2")})
-    assert read(named, heads=4).notes == ("read from ema",)
-
-
-@pytest.mark.parametrize("name", ["SiT-XL-2-256x256.pt", "repa_last.pt", "lightningdit-xl.pt"])
-def test_a_flows_name_is_refused_unless_the_user_knows_better(tmp_path: Path, weights: Weights, name: str) -> None:
-    source = saved(tmp_path, weights, name)
-    assert "flow matching" in refusal(source)
-    assert read(source, heads=4, process="gaussian").notes == ()
-    read(saved(tmp_path, weights, "sitting-dit.pt"), heads=4)
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("blocks.0.mlp.w12.weight", f"LightningDiT's or the like, {NO_FLOW}"),
-        ("feat_rope.freqs_cos", f"LightningDiT's or the like, {NO_FLOW}"),
-        ("projectors.0.0.weight", f"is REPA's, whose model was {NO_FLOW}"),
-        ("blocks.0.attn.qkv_temb.weight", "is a DiffiT's"),
-    ],
-)
-def test_tensors_of_other_networks(tmp_path: Path, weights: Weights, name: str, reason: str) -> None:
-    assert f"tensor {name} " in (message := refusal(saved(tmp_path, weights | {name: torch.ones(1)})))
-    assert reason in message
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("transformer_blocks.0.attn1.to_q.weight", "is diffusers'; name the folder of this file"),
-        ("encoder.conv_in.weight", "is an autoencoder's; pass that as --vae"),
-        ("model.diffusion_model.input_blocks.0.0.weight", "is a U-Net's"),
-        ("joint_blocks.0.weight", "no tensor x_embedder.proj.weight, but such as joint_blocks.0.weight"),
-    ],
-)
-def test_files_without_a_dit(tmp_path: Path, name: str, reason: str) -> None:
-    assert reason in refusal(saved(tmp_path, {name: torch.ones(1)}))
 
 
 @pytest.mark.parametrize(
@@ -328,34 +208,6 @@ def test_tensors_that_share_memory(tmp_path: Path, weights: Weights, name: str) 
     back = torch.load(tmp_path / name, weights_only=True) if name == "y.pt" else load_file(tmp_path / name)
     assert same(back, views)
     assert (tmp_path / name).stat().st_size < 1.1 * buffer.nbytes
-
-
-def pipeline(tmp_path: Path, **scheduler: object) -> Path:
-    folder = tmp_path / "pipeline"
-    write(pretrained(random_dit()), str(folder), "pipeline")
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
-    return folder
-
-
-def test_the_scheduler_of_a_pipeline_names_its_process(tmp_path: Path) -> None:
-    found = read(str(pipeline(tmp_path, beta_end=0.03, num_train_timesteps=500)))
-    assert (found.diffusion, found.notes) == (DiffusionConfig(beta_end=0.03, steps=500), ())
-
-
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, NO_FLOW.removeprefix("trained by ")),
-        ({"prediction_type": "v_prediction"}, "prediction_type: Input should be 'epsilon'"),
-        ({"beta_schedule": "scaled_linear"}, "beta_schedule: Input should be 'linear'"),
-    ],
-)
-def test_schedulers_of_other_processes(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
-    folder = pipeline(tmp_path, **fields)
-    with pytest.raises(InputError) as caught:
-        read(str(folder))
-    assert reason in str(caught.value)
 
 
 def test_a_folder_is_checked_against_the_hints(tmp_path: Path) -> None:
