@@ -46,6 +46,7 @@ from storage.tracker import Tracker, publish
 REGISTERED = "ditflow.model.registered"
 """The Prefect event of a new version; its resource is ``ditflow.model.<name>``."""
 METRICS_DIGEST_TAG = "digest.metrics"
+CONTENT_TAG = "content.metrics"
 
 
 def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, tracker: Tracker) -> ModelManifest:
@@ -66,13 +67,18 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
     checkpoint = samples.parent("checkpoint", CheckpointManifest)
     store = tracking_uri(out.root)
     client = MlflowClient(store)
-    number = _registered(client, config.model_name, out.header.digest)
+    number = _registered(client, config.model_name, out)
     if number is None:
-        tags = {DIGEST_TAG: out.header.digest, **_numbers(metrics), **_lineage(metrics, samples, checkpoint)}
+        tags = {
+            DIGEST_TAG: out.header.digest,
+            CONTENT_TAG: metrics.content,
+            **_numbers(metrics),
+            **_lineage(metrics, samples, checkpoint),
+        }
         with _fluent(store):
             model_uri = _log(checkpoint, samples, metrics, run_id)
             made = mlflow.register_model(model_uri, config.model_name, tags=tags).version
-        number = _registered(client, config.model_name, out.header.digest) or int(made)
+        number = _registered(client, config.model_name, out) or int(made)
         if number != int(made):  # another run of the same pipeline was first
             client.delete_model_version(config.model_name, made)
     client.set_registered_model_alias(config.model_name, config.alias, str(number))
@@ -118,8 +124,10 @@ def emit(event: str, model_name: str, payload: dict[str, Any], once: UUID | None
     emit_event(event, resource, payload={"model_name": model_name} | payload, id=once)
 
 
-def _registered(client: MlflowClient, name: str, digest: str) -> int | None:
-    versions = client.search_model_versions(f'name = "{name}" and {tagged(DIGEST_TAG, digest)}')
+def _registered(client: MlflowClient, name: str, out: StageOutput) -> int | None:
+    """The version that was registered for an output, from the same bytes of the metrics."""
+    tags = f"{tagged(DIGEST_TAG, out.header.digest)} and {tagged(CONTENT_TAG, out.header.contents['metrics'])}"
+    versions = client.search_model_versions(f'name = "{name}" and {tags}')
     return min((int(version.version) for version in versions), default=None)
 
 

@@ -27,8 +27,9 @@ from flows.children import child
 from flows.registry import exported
 from flows.registry.config import ModelManifest, PromotionRule, RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation
+from flows.registry.register import _registered as registered
 from storage.errors import DitflowError
-from storage.manifest import Manifest
+from storage.manifest import Manifest, StageOutput
 
 NAME = "it's <b>50 %20< é #1"
 
@@ -111,6 +112,16 @@ def test_a_version_that_is_gone_cannot_be_checked(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     (fault,) = exported.export_faults(models[1].uri)
     assert fault.startswith(f"{NAME} 2: cannot be checked: ")
+
+
+def test_metrics_that_were_made_again_otherwise_make_another_version(
+    models: list[ModelManifest], client: MlflowClient
+) -> None:
+    out = StageOutput(uri=models[1].uri, header=models[1])
+    other = models[1].parents["metrics"].model_copy(update={"content": "0" * 64})
+    header = models[1].model_copy(update={"parents": {"metrics": other}})
+    assert registered(client, NAME, out) == 2
+    assert registered(client, NAME, out.model_copy(update={"header": header})) is None
 
 
 def test_no_flip_in_what_was_registered_goes_unnoticed(models: list[ModelManifest]) -> None:
