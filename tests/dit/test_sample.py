@@ -24,7 +24,7 @@ from dit.vae import Vae, VaeRef, load_vae
 from storage.errors import DitflowError, InputError, StorageError
 from storage.latents import LatentManifest
 from storage.rows.store import RowReader
-from storage.verify import faults
+from storage.verify import faults, uncommitted
 
 COUNT = tiny.SAMPLING.count
 
@@ -359,3 +359,9 @@ def test_samples_that_are_no_numbers_are_refused(checkpoint: CheckpointManifest)
     vae = load_vae(checkpoint.card.vae_ref)
     with pytest.raises(DitflowError, match="samples 5 to 6 are not finite"):
         draw(tiny.SAMPLING, replace(trained), vae, range(5, 7), torch.tensor([0, 1]))
+
+
+def test_all_that_stages_leave_is_committed(
+    latents: LatentManifest, checkpoint: CheckpointManifest, samples: SampleManifest
+) -> None:
+    assert [uncommitted(manifest) for manifest in (latents, checkpoint, samples)] == [[], [], []]

@@ -96,7 +96,7 @@ def test_what_servers_keep_in_a_root_is_not_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, committed: Callable[..., Manifest]
 ) -> None:
     committed(tmp_path)
-    for name in ("mlflow.db", "servers.json", "prefect"):
+    for name in ("mlflow.db", "servers.json", "prefect", "running"):
         (tmp_path / name).touch()
     assert main(["verify", str(tmp_path)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
