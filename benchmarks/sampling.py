@@ -17,7 +17,8 @@ from dit.diffusion.config import DiffusionConfig
 from dit.export import ModelCard, Trained
 from dit.models.config import DiTConfig, dit_config
 from dit.models.dit import DiT
-from dit.sample import SampleConfig, compiled, draw
+from dit.sample import compiled, draw
+from dit.samplers.config import SampleConfig
 from dit.vae import Vae
 from storage.latents import VaeInfo
 

@@ -16,7 +16,7 @@ from benchmarks.common import Measured, Result
 from dit import train
 from dit.export import CheckpointManifest
 from dit.models.choice import DiTChoice
-from dit.train import TrainConfig
+from dit.training.config import TrainConfig
 from storage.latents import LatentManifest
 from storage.manifest import stage_output
 from storage.tracker import NullTracker

@@ -8,7 +8,8 @@ from dit.convert import Hints, Pretrained, described, read
 from dit.devices import device
 from dit.export import MODEL, ModelCard, Trained, load
 from dit.metrics import npz
-from dit.sample import SampleConfig, compiled, generate, open_decoder, picture
+from dit.sample import compiled, generate, open_decoder, picture
+from dit.samplers.config import SampleConfig
 from dit.vae import VaeRef, info
 from storage import uri
 from storage.errors import InputError

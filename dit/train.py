@@ -4,35 +4,35 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Annotated, Literal, Self
 from uuid import uuid4
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 
-from dit.devices import Arithmetic, arithmetic, device, dtype
+from dit.devices import arithmetic, device, dtype
 from dit.diffusion.build import build_process
-from dit.diffusion.config import DiffusionConfig, EDMConfig, ProcessConfig
+from dit.diffusion.config import DiffusionConfig, EDMConfig
 from dit.export import RAW_WEIGHTS, CheckpointManifest, ModelCard, export, weights_file
-from dit.models.build import AnyModelChoice, build
-from dit.models.choice import DataSpec, DiTChoice
+from dit.models.build import build
+from dit.models.choice import DataSpec
 from dit.models.config import ModelConfig
 from dit.models.cost import activations, cost
 from dit.ranks import Ranks, joined
 from dit.rates import at_once, training_rate
-from dit.training.data import Batches, Order, open_data
+from dit.training.config import TrainConfig
+from dit.training.data import Batches, open_data
 from dit.training.divergence import DivergedError, check_compilation, skipped_in_a_row
 from dit.training.ema import EMA
 from dit.training.loop import StepConfig, StepResult, TrainState, eager_loss, train
 from dit.training.milestones import Milestones, milestone_steps
-from dit.training.parallelize import Parallel, gathered, shard
+from dit.training.parallelize import gathered, shard
 from dit.training.per_block import compile_blocks, recompute_blocks
 from dit.training.preemption import preemption
 from dit.training.prefetch import prefetched
 from dit.training.sample_grid import SampleGrid
 from dit.training.shorter import newest_step, shorter_runs
 from dit.training.throughput import LoggedStep, ThroughputMeter
-from storage.config import Config, operational, problem
+from storage.config import problem
 from storage.errors import InputError, PreemptedError
 from storage.estimate import PlanContext, StageCost
 from storage.latents import LatentManifest, bytes_to_stage
@@ -42,107 +42,6 @@ from storage.tracker import NullTracker, Tracker, publish
 
 VERSION = 3
 LOGGER = logging.getLogger(__name__)
-
-
-class TrainConfig(Config):
-    """Settings of the training stage."""
-
-    model: AnyModelChoice = DiTChoice()
-    """Model to train. Image size, channels and number of classes are taken from the data."""
-    diffusion: ProcessConfig = DiffusionConfig()
-    """Diffusion process that the model learns to reverse."""
-    steps: int = Field(400_000, ge=1)
-    """Number of optimizer steps. A run that differs from a finished one in more steps alone goes on from its last
-    checkpoint, unless ``decay`` makes the learning rate depend on their number."""
-    batch_size: int = Field(256, ge=1)
-    """Images per optimizer step, over all ranks. Must be divisible by the number of ranks."""
-    learning_rate: float = Field(1e-4, gt=0)
-    """Peak learning rate of AdamW."""
-    warmup_steps: int = Field(0, ge=0)
-    """Optimizer steps over which the learning rate rises linearly from 0 to its peak. 0: no warm-up."""
-    decay: Literal["none", "linear", "cosine"] = "none"
-    """How the learning rate falls after the warm-up, to ``decay_to`` after the last step. ``none``: it is constant."""
-    decay_to: float = Field(0.0, ge=0, lt=1)
-    """Learning rate after the last step, as a share of its peak, if ``decay`` is not ``none``."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Decays of AdamW's averages of the gradient and of its square, per step."""
-    eps: float = Field(1e-8, gt=0)
-    """What AdamW adds to the root of the averaged square of the gradient. With EDM it is meant for the published loss,
-    a sum over an image's numbers."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Weight decay of AdamW. 0: none."""
-    gradient_clip: float | None = Field(None, gt=0)
-    """Largest norm of the gradient; longer gradients are scaled down to it. Null: no clipping."""
-    ema_decay: float = Field(0.9999, ge=0, le=1)
-    """Decay per step of the exponential moving average (EMA) of the weights, from which samples are drawn."""
-    ema_decays: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
-    """Decays of further EMAs, exported beside the first. ``sample.weights`` selects one by name, such as
-    ``ema-0.999``."""
-    ema_ramp: float | None = Field(None, gt=0)
-    """Upper bound of an EMA's half-life, as a share of the steps taken so far (EDM: 0.05). Null: no bound."""
-    flips: bool = True
-    """Train on images and their mirror images, with equal probability. Latents must have been encoded with flips."""
-    augmentation: float = Field(0.0, ge=0, le=1)
-    """Probability of each transformation in EDM's augmentation, of which the model is informed. Only for diffit_image
-    on pixels. 0: none."""
-    precision: Arithmetic = "float32"
-    """Arithmetic of the forward pass. Weights are always float32. Use tf32 on GPUs only."""
-    micro_batch: int | None = operational(None, ge=1)
-    """Images that a rank passes through the model at once; smaller values save memory. Null: the rank's whole share of
-    the batch."""
-    compile: bool = False
-    """Compile the model block by block: takes minutes at the start, then training is faster. The last bits of the
-    numbers differ."""
-    checkpoint_activations: bool = operational(False)
-    """Keep only the inputs of each block, and recompute the rest in the backward pass: about a third more work, much
-    less memory, the same numbers."""
-    parallel: Parallel = operational("ddp")
-    """How ranks hold weights, optimizer state and averages: ``ddp`` each a copy, ``fsdp`` sharded over all ranks,
-    ``hsdp`` sharded over the ranks of each machine. It changes only the order of sums. A run can resume with another
-    choice."""
-    seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of initial weights, order of images, noise and label dropout."""
-    order: Order = "shuffled"
-    """``shuffled`` permutes all images anew in every epoch. ``pooled`` permutes the chunks of the store
-    (``encode.chunk_rows``), then the images within each group of 16 chunks, and mirrors a chunk as a whole. Its batches
-    are slightly less independent, but each chunk is fetched once an epoch, so the store can be remote."""
-    reading: Literal["auto", "streamed"] = operational("auto")
-    """``auto`` reads a local store in place, and first copies a remote one to this machine. ``streamed`` fetches each
-    chunk when it is needed, on every rank; it needs ``order: pooled`` and no local disk."""
-    verify: Literal["once", "every_start"] = operational("once")
-    """When the data are compared with their hashes. ``once``: before their first use on this machine. Later starts
-    trust files of the same size and times, so bits that flip on the disk go unnoticed. ``every_start``: whenever
-    training starts, which reads all data."""
-    milestones: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] | None = operational(None)
-    """Steps at which to keep the model: their distance, or a list. Each becomes an output of its own, that of a run
-    with so many steps, and is named by ``train.steps`` or by its manifest. Null: none. Needs ``decay: none``."""
-    log_every: int = operational(100, ge=1)
-    """Optimizer steps between two log records. Milestones are logged, too."""
-    sample_every: int | None = operational(None, ge=1)
-    """Optimizer steps between two grids of samples, drawn with the EMA from the same noise each time. Null: no
-    grids."""
-    checkpoint_every: int = operational(5_000, ge=1)
-    """Optimizer steps between two checkpoints; another one is saved after the last step. A killed run repeats the steps
-    since its last complete one, and a run of more steps goes on from it."""
-    keep_checkpoints: int = operational(2, ge=1)
-    """Number of newest checkpoints to keep."""
-    keep_every: int | None = operational(None, ge=1)
-    """Also keep checkpoints of steps that are multiples of this number. Null: keep only the newest."""
-    max_skipped: int = operational(10, ge=1)
-    """Training restarts from the last checkpoint after this many steps in a row were skipped, because loss or gradient
-    was not finite. The second time it fails."""
-
-    @model_validator(mode="after")
-    def _milestones_are_shorter_runs(self) -> Self:
-        if self.milestones and self.decay != "none":
-            raise ValueError(f"milestones: need decay: none; with {self.decay} a run of fewer steps is another one")
-        return self
-
-    @model_validator(mode="after")
-    def _streams_in_order(self) -> Self:
-        if self.reading == "streamed" and self.order == "shuffled":
-            raise ValueError("reading: streamed fetches a chunk for each image if order is shuffled; set order: pooled")
-        return self
 
 
 def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, tracker: Tracker) -> CheckpointManifest:

@@ -10,8 +10,8 @@ from pydantic import Field, ValidationError
 
 from dit.encode import EncodeConfig
 from dit.evaluate import EvaluateConfig
-from dit.sample import SampleConfig
-from dit.train import TrainConfig
+from dit.samplers.config import SampleConfig
+from dit.training.config import TrainConfig
 from flows import yaml_text
 from flows.contract import STAGES
 from flows.launch.spec import LaunchSpec, LocalLaunch

@@ -24,7 +24,8 @@ from pydantic import Field
 from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.export import CheckpointManifest
 from dit.metrics.comparison import Gain, gain
-from dit.sample import SampleConfig, SampleManifest
+from dit.sample import SampleManifest
+from dit.samplers.config import SampleConfig
 from flows import processes
 from flows.perform import SKIPPED, RunSettings
 from flows.registry.config import CANDIDATE, CHAMPION

@@ -10,7 +10,8 @@ from torch import Tensor
 from dit.devices import Arithmetic, device
 from dit.diffusion.config import EDMConfig
 from dit.export import ModelCard, Trained, rebuilt
-from dit.sample import SampleConfig, generate, open_decoder, picture
+from dit.sample import generate, open_decoder, picture
+from dit.samplers.config import SampleConfig
 from dit.samplers.guidance import UNGUIDED
 from dit.vae import Vae
 from storage.errors import DitflowError

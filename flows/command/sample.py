@@ -14,7 +14,7 @@ from storage.errors import InputError
 if TYPE_CHECKING:
     from dit.convert import Hints
     from dit.export import ModelCard
-    from dit.sample import SampleConfig
+    from dit.samplers.config import SampleConfig
 
 STAGE = StageCommand(STAGES["sample"])
 HELP = f"{STAGE.HELP}; or draw from any checkpoint"
@@ -91,7 +91,7 @@ def draw(
 
 def _config(card: "ModelCard", overrides: Sequence[str]) -> "SampleConfig":
     from dit.diffusion.config import EDMConfig
-    from dit.sample import SampleConfig
+    from dit.samplers.config import SampleConfig
     from flows.recipe import config_alone
 
     fitting = {"sampler": "heun", "steps": 18} if isinstance(card.diffusion, EDMConfig) else {}

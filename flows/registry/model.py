@@ -19,7 +19,8 @@ from pydantic import ValidationError
 import dit
 from dit.devices import device
 from dit.export import SAMPLING, weights_file
-from dit.sample import SampleConfig, check_process, draw
+from dit.sample import check_process, draw
+from dit.samplers.config import SampleConfig
 from dit.samplers.labels import class_label
 from dit.vae import CONFIG, WEIGHTS, Vae, VaeRef, load_vae
 from storage import uri

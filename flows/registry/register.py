@@ -26,7 +26,8 @@ from packaging.requirements import Requirement
 
 from dit.evaluate import MetricsManifest
 from dit.export import MODEL, SAMPLING, CheckpointManifest, weights_file
-from dit.sample import PICTURE, SampleConfig, SampleManifest
+from dit.sample import PICTURE, SampleManifest
+from dit.samplers.config import SampleConfig
 from dit.vae import fetch
 from flows.registry.config import VERSION, ModelManifest, RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, Evaluation, apply_rule

@@ -7,7 +7,7 @@ import numpy as np
 from dit.evaluate import MetricsManifest
 from dit.export import CheckpointManifest
 from dit.sample import SampleManifest
-from dit.train import TrainConfig
+from dit.training.config import TrainConfig
 from flows.report.alike import alike
 from storage.images.grid import image_grid
 from storage.rows.store import RowReader

@@ -29,8 +29,9 @@ from dit import encode, evaluate, sample, train
 from dit.encode import EncodeConfig
 from dit.evaluate import EvaluateConfig
 from dit.export import CheckpointManifest
-from dit.sample import SampleConfig, SampleManifest
-from dit.train import TrainConfig
+from dit.sample import SampleManifest
+from dit.samplers.config import SampleConfig
+from dit.training.config import TrainConfig
 from dit.training.data import Batch, Batches
 from storage.archives.open import ArchiveRef
 from storage.code_version import code_version

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from dit.convert import read, write
 from dit.draw import open_checkpoint, preview
 from dit.export import CheckpointManifest
-from dit.sample import SampleConfig, SampleManifest
+from dit.sample import SampleManifest
+from dit.samplers.config import SampleConfig
 from dit.vae import VaeRef
 from storage.errors import InputError
 from storage.rows.store import RowReader

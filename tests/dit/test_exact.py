@@ -11,7 +11,7 @@ import tiny
 from forked import Faults, Job, Template
 
 from dit.export import CheckpointManifest
-from dit.train import TrainConfig
+from dit.training.config import TrainConfig
 from storage.latents import LatentManifest
 
 CONFIG = tiny.TRAINING.model_copy(update={"checkpoint_every": 2, "keep_checkpoints": 9})

@@ -16,7 +16,7 @@ import torch
 
 from dit.diffusion.config import EDMConfig
 from dit.models.choice import DiffiTImageChoice, ImageShape
-from dit.train import TrainConfig
+from dit.training.config import TrainConfig
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 STEPS = 20

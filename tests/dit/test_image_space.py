@@ -16,12 +16,13 @@ from dit.export import CheckpointManifest
 from dit.models.build import build
 from dit.models.choice import DataSpec, DiffiTImageChoice, ImageShape
 from dit.ranks import Ranks
-from dit.sample import SampleConfig, SampleManifest
+from dit.sample import SampleManifest
+from dit.samplers.config import SampleConfig
 from dit.samplers.heun import heun
 from dit.samplers.noise import SampleNoise
 from dit.samplers.state import last
-from dit.train import TrainConfig
 from dit.training.augment import augmented
+from dit.training.config import TrainConfig
 from dit.training.data import Batches, Pixels, open_data
 from dit.training.draws import StepDraws
 from storage.errors import InputError

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 import dit
 from dit.export import RAW_WEIGHTS, CheckpointManifest
 from dit.pixels import Rounding
-from dit.sample import SampleConfig, SampleManifest, draw
+from dit.sample import SampleManifest, draw
+from dit.samplers.config import SampleConfig
 from dit.samplers.noise import SampleNoise
 from dit.vae import Vae, VaeRef, load_vae
 from storage.errors import DitflowError, InputError, StorageError

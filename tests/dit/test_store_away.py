@@ -9,7 +9,7 @@ import tiny
 from s3_endpoint import BUCKET, Door, s3_server
 
 from dit.encode import EncodeConfig
-from dit.train import TrainConfig
+from dit.training.config import TrainConfig
 from dit.vae import VaeRef
 from storage import patience, uri
 from storage.errors import StorageError

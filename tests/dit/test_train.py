@@ -27,8 +27,9 @@ from dit.export import CheckpointManifest
 from dit.models.build import build
 from dit.models.choice import Shape
 from dit.ranks import Ranks
-from dit.sample import SampleConfig
-from dit.train import TrainConfig, learning_rate, model_for
+from dit.samplers.config import SampleConfig
+from dit.train import learning_rate, model_for
+from dit.training.config import TrainConfig
 from dit.training.data import Batch, Batches, open_data
 from dit.vae import VaeRef
 from storage import uri

@@ -14,8 +14,9 @@ from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.export import EMA_WEIGHTS, CheckpointManifest, ModelCard
 from dit.export import MODEL as MODEL_CARD
 from dit.models.choice import DiTChoice, Shape
-from dit.sample import SampleConfig, SampleManifest
-from dit.train import TrainConfig
+from dit.sample import SampleManifest
+from dit.samplers.config import SampleConfig
+from dit.training.config import TrainConfig
 from dit.vae import VaeRef
 from storage import uri
 from storage.header import Header

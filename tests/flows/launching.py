@@ -7,7 +7,7 @@ import numpy as np
 from faults import dead_address
 
 from dit.models.choice import DiTChoice, Shape
-from dit.train import TrainConfig
+from dit.training.config import TrainConfig
 from flows.contract import STAGES
 from flows.launch.spec import WorkerSpec
 from flows.tracking.spec import TrackingSpec

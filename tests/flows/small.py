@@ -7,8 +7,8 @@ from dit.encode import EncodeConfig
 from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.metrics.extractors.load import ExtractorRef
 from dit.models.choice import DiTChoice, Shape
-from dit.sample import SampleConfig
-from dit.train import TrainConfig
+from dit.samplers.config import SampleConfig
+from dit.training.config import TrainConfig
 from flows.contract import STAGES, Source
 from flows.demo import CLASSIFIER
 from flows.demo.digits import write_digits

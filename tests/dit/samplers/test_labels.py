@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from dit.sample import SampleConfig
+from dit.samplers.config import SampleConfig
 from dit.samplers.labels import class_label, described, sample_labels
 from storage.errors import InputError
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from dit import train
 from dit.export import CheckpointManifest
-from dit.train import TrainConfig
+from dit.training.config import TrainConfig
 from dit.training.milestones import milestone_steps
 from storage.errors import StorageError
 from storage.latents import LatentManifest

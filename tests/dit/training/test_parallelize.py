@@ -13,7 +13,7 @@ from forked import Faults, Job, Template
 from safetensors.torch import load
 
 from dit.export import CheckpointManifest
-from dit.train import TrainConfig
+from dit.training.config import TrainConfig
 from storage.latents import LatentManifest
 
 RANKS = 2

@@ -10,7 +10,7 @@ import tiny
 from forked import Faults, Job, Template
 
 from dit.export import CheckpointManifest
-from dit.train import TrainConfig
+from dit.training.config import TrainConfig
 from dit.training.shorter import newest_step, shorter_runs
 from storage.latents import LatentManifest
 from storage.manifest import MANIFEST

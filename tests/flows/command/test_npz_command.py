@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dit.sample import SampleConfig, SampleManifest, layout
+from dit.sample import SampleManifest, layout
+from dit.samplers.config import SampleConfig
 from flows.command.main import main
 from storage.manifest import stage_output
 from storage.rows.store import RowWriter

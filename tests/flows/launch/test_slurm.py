@@ -12,7 +12,7 @@ from launching import ENDLESS, LOG, TINY, Noted, job
 from slurm_cluster import reason_not_to, slurm_cluster
 from until import until
 
-from dit.train import TrainConfig
+from dit.training.config import TrainConfig
 from flows.contract import STAGES
 from flows.launch import start as launcher
 from flows.launch.spec import LocalLaunch, SlurmLaunch, WorkerSpec

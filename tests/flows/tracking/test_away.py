@@ -26,7 +26,7 @@ from storage.latents import LatentManifest
 FLOW = """
 import sys
 from pathlib import Path
-from dit.train import TrainConfig
+from dit.training.config import TrainConfig
 from flows.perform import RunSettings
 from flows.stages import train
 config = TrainConfig.model_validate_json(sys.argv[2])

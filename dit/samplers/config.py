@@ -1,0 +1,83 @@
+"""The config of sampling."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dit.devices import Arithmetic
+from dit.pixels import Rounding
+from dit.samplers.guidance import Channels, Schedule
+from dit.samplers.labels import Labels
+from dit.vae import VaeRef
+from storage.config import Config, operational
+
+
+class SampleConfig(Config):
+    """Settings of the sampling stage."""
+
+    count: int = Field(50_000, ge=1)
+    """Number of images to generate."""
+    labels: Labels = "random"
+    """Class of each image: ``random`` draws it uniformly, ``balanced`` takes the classes in turn, and a mapping such as
+    ``{cat: 8, "3": 4}`` has the number of images of each class, by its name or number."""
+    sampler: Literal["ddpm", "ddim", "heun"] = "ddpm"
+    """``ddpm`` is ancestral sampling with the learned variance. ``ddim`` is the implicit sampler, deterministic with
+    ``eta`` 0. Models trained with EDM's process need ``heun``."""
+    steps: int = Field(250, ge=2)
+    """Sampling steps per image. Each is one pass of the network; with heun two, and one in the last step."""
+    eta: float = Field(0.0, ge=0, le=1)
+    """For ddim: share of the ancestral noise added at each step. 0: deterministic."""
+    sigma_min: float = Field(0.002, gt=0)
+    """For heun: smallest noise level, before the last step goes to 0."""
+    sigma_max: float = Field(80.0, gt=0)
+    """For heun: noise level at which sampling starts."""
+    rho: float = Field(7.0, gt=0)
+    """For heun: exponent of the noise levels; larger values make steps shorter near the data."""
+    guidance_scale: float = Field(1.5, ge=0)
+    """Scale of classifier-free guidance. 1: no guidance. Ignored for unconditional models."""
+    guidance_channels: Channels = "first3"
+    """Latent channels that are guided: the first three, as in the published results of DiT and DiffiT, or all."""
+    guidance_schedule: Schedule = "constant"
+    """``constant`` uses the same scale at every timestep; ``power_cosine`` (DiffiT) lets it grow from 1 at pure noise
+    to the scale at the data."""
+    guidance_interval: tuple[float, float] | None = None
+    """Lowest and highest timestep of the full process (for EDM: noise level) at which to guide; outside of it the
+    second pass is saved. Null: at all timesteps."""
+    rounding: Rounding = "nearest"
+    """How the image's numbers become levels: ``nearest``, as in DiT, or ``down``, as in the published code of latent
+    DiffiT, whose images are half a level darker."""
+    weights: str = Field("ema", pattern=r"^(raw|ema(-[0-9.e-]+)?)$")
+    """Which weights to sample from: ``ema`` for the moving average, ``raw`` for those of the last step, or a further
+    average of ``train.ema_decays``, such as ``ema-0.999``."""
+    vae: VaeRef | None = operational(None)
+    """Decoder to use instead of the autoencoder that made the latents. Null: that autoencoder. Not for models on
+    pixels."""
+    precision: Arithmetic = "float32"
+    """Arithmetic of model and decoder. Use tf32 on GPUs only."""
+    compile: bool = False
+    """Compile the model: takes minutes at the start, then sampling is faster. The last bits of the images differ."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of noise and random labels. Sample i depends only on the seed and i."""
+    batch_size: int = Field(128, ge=1)
+    """Images in one pass of the model; guidance doubles the rows. It can change the last bits of the images."""
+    decode_batch_size: int = Field(8, ge=1)
+    """Images in one pass of the decoder, which needs more memory per image than the model. It can change the last bits
+    of the images."""
+    block_rows: int = Field(1024, ge=1)
+    """Images in one object of the store, the unit of work and resume."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _counts(cls, values: Any) -> Any:
+        """Counts of classes say how many images there are."""
+        labels = values.get("labels") if isinstance(values, dict) else None
+        if isinstance(labels, dict) and all(type(count) is int for count in labels.values()):
+            return {"count": sum(labels.values())} | values
+        return values
+
+    @model_validator(mode="after")
+    def _count_is_that_of_labels(self) -> Self:
+        chosen = self.count if isinstance(self.labels, str) else sum(self.labels.values())
+        if chosen != self.count:
+            raise ValueError(f"count: {self.count} images, but the labels are {chosen}; leave out count")
+        return self
