@@ -23,7 +23,7 @@ from flows.command.options import add_root
 from flows.settle import end_flow_runs, open_states, settle, settled
 from flows.tracking import database
 from storage import uri
-from storage.errors import DitflowError, InputError
+from storage.errors import DitflowError, InputError, one_line
 
 if TYPE_CHECKING:
     from flows.recipe import Recipe
@@ -149,7 +149,20 @@ def _watch(
 
 
 def _report_ends(flows: Sequence[psutil.Process], port: int, root: str) -> None:
-    """Tell Prefect and MLflow that the worker's flow runs have ended: nothing else does once the worker has."""
+    """Tell Prefect and MLflow that the worker's flow runs have ended: nothing else does once the worker has.
+
+    What cannot be told now, `settle` tells at the next start.
+    """
+    psutil.wait_procs(flows, timeout=GRACE_SECONDS + 5)
+    if not servers.is_free(port):  # else the server has died
+        try:
+            _end_flow_runs_of_the_pool()
+        except Exception as error:  # Prefect and its HTTP client raise exceptions of many types
+            sys.stderr.write(f"Prefect does not know yet that its flow runs have ended: {one_line(error)}\n")
+        settle(root, alone=True)
+
+
+def _end_flow_runs_of_the_pool() -> None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
         FlowRunFilter,
@@ -158,13 +171,9 @@ def _report_ends(flows: Sequence[psutil.Process], port: int, root: str) -> None:
         WorkPoolFilterName,
     )
 
-    psutil.wait_procs(flows, timeout=GRACE_SECONDS + 5)
-    if servers.is_free(port):  # the server has died, and the next start tells it
-        return
     with get_client(sync_client=True) as client:
         pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
         runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=open_states()), work_pool_filter=pool)
         of_these = FlowRunFilterParentFlowRunId(any_=[run.id for run in runs])
         runs += client.read_flow_runs(flow_run_filter=FlowRunFilter(state=open_states(), parent_flow_run_id=of_these))
     end_flow_runs(runs, "ditflow up has ended")
-    settle(root, alone=True)

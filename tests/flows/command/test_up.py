@@ -269,10 +269,10 @@ def test_ctrl_c_ends_everything(up: Up) -> None:
 
 def told(root: Path, run: str) -> tuple[str, str]:
     """The state of a training in Prefect, and that of its run in MLflow, as their databases say."""
-    with sqlite3.connect(f"file:{root}/prefect/prefect.db?mode=ro", uri=True) as database:
+    with sqlite3.connect(root / "prefect" / "prefect.db") as database:
         (prefect,) = database.execute("SELECT state_type FROM flow_run WHERE id = ?", (run,)).fetchone()
     of_run = "SELECT status FROM runs JOIN tags USING (run_uuid) WHERE tags.key = ? AND tags.value = ?"
-    with sqlite3.connect(f"file:{root}/mlflow.db?mode=ro", uri=True) as database:
+    with sqlite3.connect(root / "mlflow.db") as database:
         (mlflow,) = database.execute(of_run, ("prefect.flow_run_id", run)).fetchone()
     return prefect, mlflow
 
@@ -328,6 +328,6 @@ def test_a_killed_worker_ends_everything(up: Up) -> None:
     _, alive = psutil.wait_procs(family, timeout=180)
     assert alive == []
     assert again.saved() > before
-    with sqlite3.connect(f"file:{next(up.root.rglob('prefect.db'))}?mode=ro", uri=True) as database:
+    with sqlite3.connect(next(up.root.rglob("prefect.db"))) as database:
         (state,) = database.execute("SELECT state_type FROM flow_run WHERE id = ?", (run,)).fetchone()
     assert state == "CRASHED"
