@@ -9,6 +9,7 @@ server.
 import fcntl
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -36,6 +37,7 @@ SERVERS = "servers.json"
 """File in the root with the addresses of the servers of a running ``ditflow up``."""
 MLFLOW_DATABASE = "mlflow.db"
 """File in the root with MLflow's runs and models."""
+_DATABASES = {"prefect-server": "prefect.db", "mlflow-server": MLFLOW_DATABASE}
 _FOR_ANOTHER_SERVER = ("PREFECT_SERVER_", "PREFECT_API_DATABASE_", "PREFECT_UI_", "PREFECT_PROFILE")
 
 
@@ -229,14 +231,24 @@ def _wait_healthy(server: Server, health: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.has_ended:
-            code = server.process.returncode
-            raise DitflowError(f"{server.name} ended with code {code} before it answered; its log is {server.log}")
+            raise DitflowError(
+                f"{server.name} ended with code {server.process.returncode} before it answered{_reason(server)}; "
+                f"its log is {server.log}"
+            )
         if _healthy(health):
             return
         time.sleep(0.1)
     raise DitflowError(
         f"{server.name} did not answer at {health} within {START_SECONDS:.0f} s; its log is {server.log}"
     )
+
+
+def _reason(server: Server) -> str:
+    """What a server's log says of its database, with the remedy; empty if it says nothing of it."""
+    found = re.findall(r"^\S*sqlite3\.\w+: (.*)$", server.log.read_text(errors="replace"), re.MULTILINE)
+    if not found:
+        return ""
+    return f" ({found[-1]}); if its database is damaged, move {server.log.with_name(_DATABASES[server.name])} away"
 
 
 def _healthy(address: str) -> bool:

@@ -59,14 +59,14 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
         DitflowError: MLflow has no run for this stage, because it did not answer when the stage started.
         InputError: a stage that the metrics come from is gone.
     """
-    run_id = out.header.provenance.mlflow_run_id
+    run_id, store = out.header.provenance.mlflow_run_id, tracking_uri(out.root)
     if run_id is None:
-        raise DitflowError(
-            "register: the MLflow server, which holds the registry, does not answer; start it and run register again"
+        problem = (
+            "does not answer; start it" if store.startswith("http") else "cannot be used; the log says why. Mend it"
         )
+        raise DitflowError(f"register: {uri.redact(store)}, which holds the registry, {problem} and run register again")
     samples = metrics.parent("samples", SampleManifest)
     checkpoint = samples.parent("checkpoint", CheckpointManifest)
-    store = tracking_uri(out.root)
     client = MlflowClient(store)
     number = _registered(client, config.model_name, out)
     if number is None:

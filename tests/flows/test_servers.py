@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -155,6 +156,17 @@ with servers.mlflow_server(home), servers.prefect_server(home / "prefect", passw
     until(lambda: all_gone(pids))
 
 
+def test_a_half_migrated_prefect_database_is_named(tmp_path: Path, prefect_template: Path) -> None:
+    """As two servers of earlier versions left it, that migrated it at once."""
+    shutil.copy(prefect_template, tmp_path)
+    with closing(sqlite3.connect(tmp_path / "prefect.db")) as database:
+        database.execute("UPDATE alembic_version SET version_num = '9725c1cbee35'")
+        database.commit()
+    remedy = r"\(.*\); if its database is damaged, move .*/prefect\.db away; its log is .*/prefect-server\.log$"
+    with pytest.raises(DitflowError, match=rf"^prefect-server ended with code 3 before it answered {remedy}"):
+        servers.prefect_server(tmp_path, password=PASSWORD).__enter__()
+
+
 def test_what_a_killed_launcher_leaves_is_ended(tmp_path: Path, migrated: Callable[[Path], None]) -> None:
     migrated(tmp_path)
     before = set(descendants())
@@ -212,10 +224,11 @@ def made(home: Path) -> int:
     return 0
 
 
-def test_a_server_that_cannot_start_names_its_log(tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_names_its_database_and_its_log(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 100)
     before = set(descendants())
-    with pytest.raises(DitflowError, match=r"^mlflow-server ended with code \d+ .*; its log is (.*)$") as failure:
+    remedy = r"\(file is not a database\); if its database is damaged, move .*/mlflow\.db away; its log is (.*)$"
+    with pytest.raises(DitflowError, match=rf"^mlflow-server ended with code \d+ .*{remedy}") as failure:
         servers.mlflow_server(tmp_path).__enter__()
     log = Path(str(failure.value).rpartition(" ")[2])
     assert log == tmp_path / "mlflow-server.log"

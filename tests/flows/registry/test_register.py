@@ -24,12 +24,13 @@ from small import SAMPLING, Small
 from dit.evaluate import MetricsManifest
 from flows import servers
 from flows.children import child
-from flows.registry import exported
+from flows.registry import exported, register
 from flows.registry.config import ModelManifest, PromotionRule, RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation
 from flows.registry.register import _registered as registered
 from storage.errors import DitflowError
-from storage.manifest import Manifest, StageOutput
+from storage.manifest import Manifest, StageOutput, stage_output
+from storage.tracker import NullTracker
 
 NAME = "it's <b>50 %20< é #1"
 
@@ -126,6 +127,22 @@ def test_metrics_that_were_made_again_otherwise_make_another_version(
 
 def test_no_flip_in_what_was_registered_goes_unnoticed(models: list[ModelManifest]) -> None:
     assert unnoticed(models[1], each=20) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ("", r"sqlite:.*/mlflow\.db, which holds the registry, cannot be used; the log says why\. Mend it and run"),
+        ("http://127.0.0.1:9", r"http://127\.0\.0\.1:9, which holds the registry, does not answer; start it and run"),
+    ],
+)
+def test_a_registry_without_a_run_is_called_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, line: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    out = stage_output(str(tmp_path), "register", 1, RegisterConfig(model_name="x"), parents={}, inputs={})
+    with pytest.raises(DitflowError, match=f"^register: {line} register again$"):
+        register.run(RegisterConfig(model_name="x"), MetricsManifest.model_construct(), out=out, tracker=NullTracker())
 
 
 def test_the_rule_decides_who_is_champion(models: list[ModelManifest], client: MlflowClient) -> None:
