@@ -40,19 +40,19 @@ def shares(series: Sequence[MetricsManifest]) -> dict[str, list[float]]:
     return {name: [each.metrics[name] for each in series] for name in common}
 
 
-def strips(series: Sequence[MetricsManifest], width: int) -> list[tuple[str, bytes]]:
+def strips(series: Sequence[MetricsManifest], each: int) -> list[tuple[str, bytes]]:
     """The first samples after so many steps, each time from the same noise: a name and a PNG.
 
     Raises:
         InputError: samples are gone.
         StorageError: samples are not what was committed.
     """
-    return [(f"step {steps_of(each):,}", _strip(each.parent("samples", SampleManifest), width)) for each in series]
+    return [(f"step {steps_of(made):,}", _strip(made.parent("samples", SampleManifest), each)) for made in series]
 
 
-def _strip(samples: SampleManifest, width: int) -> bytes:
-    count = min(samples.counts["images"], width // samples.resolution)
-    return image_grid(RowReader(samples).take("image", np.arange(count)), count, gap=2)
+def _strip(samples: SampleManifest, each: int) -> bytes:
+    first = np.arange(min(samples.counts["images"], each))
+    return image_grid(RowReader(samples).take("image", first), len(first), gap=2)
 
 
 def _fixed(metrics: MetricsManifest) -> object:

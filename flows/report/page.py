@@ -138,12 +138,16 @@ def _lead(metrics: MetricsManifest) -> tuple[str, str]:
 
 def _samples(samples: SampleManifest) -> Section:
     """A strip of samples for each of some classes; one picture of samples if they have no classes."""
-    rows = by_class(samples, classes=CLASSES, each=max(4, min(EACH, WIDE // samples.resolution)))
+    rows = by_class(samples, classes=CLASSES, each=_in_a_strip(samples))
     if not rows:
         return Section("Samples", [Figure(samples.read_object(f"artifacts/{PICTURE}"), CAPTIONS[PICTURE])])
     total = len(samples.class_names)
     which = f"{len(rows)} of {total:,} classes" if len(rows) < total else "every class"
     return Section("Samples by class", [f"The first samples of {which}.", Strips(rows)])
+
+
+def _in_a_strip(samples: SampleManifest) -> int:
+    return max(4, min(EACH, WIDE // samples.resolution))
 
 
 def _papers(metrics: MetricsManifest) -> Section:
@@ -193,7 +197,7 @@ def _trained(series: Sequence[MetricsManifest], metrics: MetricsManifest) -> Ite
         for step, distance, *values in zip(steps, distances, *shares.values(), strict=True)
     ]
     table = Table(("training step", f"{metrics.distance} (95 % interval)", *shares), rows)
-    strips = Strips(over_training.strips(series, WIDE))
+    strips = Strips(over_training.strips(series, _in_a_strip(metrics.parent("samples", SampleManifest))))
     same = "The first samples of each, from the same noise."
     yield Section("Over training", [line, Figure(plot, caption, plot=True), table, same, strips])
 

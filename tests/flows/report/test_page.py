@@ -124,7 +124,7 @@ def test_it_shows_every_stage(read: Reader, made: Made) -> None:
     several = 10 + 3 + 1 + 1  # classes, training, guidance, neighbours
     assert len(sizes) == several + drawn - 1 >= 17  # all but samples.png
     assert sizes[:10] == [(3 * 16 + 2 * 2, 16)] * 10  # three samples of each digit
-    assert sizes[11:13] == [(30 * 16 + 29 * 2, 16)] * 2  # the samples of two numbers of steps
+    assert sizes[11:13] == [(16 * 16 + 15 * 2, 16)] * 2  # the samples of two numbers of steps
     assert sizes[14] == (6 * 16 + 5 * 2, 8 * 16 + 7 * 2)  # a sample and five neighbours, eight times
     assert [word for word in read.words if word in SECTIONS] == list(SECTIONS)
     text = " ".join(read.words)
