@@ -32,7 +32,7 @@ class PromotionRule(Config):
 class RegisterConfig(Config):
     """How a model is registered in MLflow."""
 
-    model_name: str = Field("ditflow", pattern=r'^[^/:?"\\\p{Cc}]+$', max_length=256)
+    model_name: str = Field("ditflow", pattern=r'^[^/:?"\\\x00-\x1f\x7f-\x9f]+$', max_length=256)
     """Name of the registered model. It is part of MLflow's URIs and searches, so it has no / : ? " or backslash."""
     alias: str = Field(CANDIDATE, pattern=r"^[A-Za-z0-9_-]+$")
     """Alias that the new version receives."""

@@ -1,8 +1,15 @@
+from functools import partial
+from typing import Any
+
 import pytest
+from jsonschema import Draft202012Validator
+from prefect import Flow
 from prefect.utilities.callables import parameter_schema
 
 from flows import stages
 from flows.contract import STAGES, Stage
+from flows.pipeline import pipeline
+from flows.reevaluate import reevaluate
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
@@ -19,3 +26,12 @@ def test_the_form_of_a_stage_explains_itself(stage: Stage) -> None:
 def test_what_is_no_stage_is_not_there() -> None:
     with pytest.raises(AttributeError):
         stages.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "flow", [*map(partial(getattr, stages), STAGES), pipeline, reevaluate], ids=lambda flow: flow.name
+)
+def test_prefect_takes_the_schema_of_every_form(flow: Flow[..., Any]) -> None:
+    """Its validator reads patterns with Python's `re`, pydantic with Rust's."""
+    schema = parameter_schema(flow.fn).model_dump()
+    Draft202012Validator.check_schema(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
