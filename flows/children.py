@@ -84,19 +84,32 @@ def terminate_with_prefect_worker() -> None:
         set_parent_death_signal(os.getppid())
 
 
+def has_ended(process: "subprocess.Popen[str]") -> bool:
+    """Whether a child has ended. What is left of its group is killed at once, before the number is another group's."""
+    if process.returncode is None and process.poll() is not None:
+        _kill_group(process)
+    return process.returncode is not None
+
+
 def _stop(process: "subprocess.Popen[str]") -> None:
     try:
-        if process.poll() is None:
+        if not has_ended(process):
             with _sigterm_ignored():
                 process.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     process.communicate(timeout=GRACE_SECONDS)  # also reads: a full pipe would block the child
-    finally:  # also after a second Ctrl-C during the wait, and when the child was killed and its children were not
-        with suppress(ProcessLookupError, PermissionError):  # macOS raises the latter for a dead group
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+                _kill_group(process)
+    finally:  # also after a second Ctrl-C during the wait
+        if process.returncode is None:
+            _kill_group(process)
+            process.wait()
     if process.stdout is not None:
         process.stdout.close()
+
+
+def _kill_group(process: "subprocess.Popen[str]") -> None:
+    with suppress(ProcessLookupError, PermissionError):  # macOS raises the latter for a dead group
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager

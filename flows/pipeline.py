@@ -24,16 +24,17 @@ from storage.patience import patient
 def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
     """Check that every stage can run, and run them in turn. Finished stages are skipped."""
     processes.note(flow_run.id, settings.root)
-    preflight(recipe, settings.root, force=settings.force)
     settings = settings.model_copy(update={"pipeline_id": recipe.pipeline_id})
     outcomes: dict[str, Outcome] = {}
-    with patient(settings.patience), runs.pipeline_run(recipe.pipeline_id, settings.root) as run_id:
-        for name in recipe.stages:
-            before = STAGES[name].reads
-            source = outcomes[before].manifest if before else recipe.archive
-            outcomes[name] = run_stage(name, recipe, source, settings)
-        manifests = [Manifest.read(outcome.manifest) for outcome in outcomes.values()]
-        publish(recipe.name, manifests, settings.root, run_id)
+    with patient(settings.patience):
+        preflight(recipe, settings.root, force=settings.force)
+        with runs.pipeline_run(recipe.pipeline_id, settings.root) as run_id:
+            for name in recipe.stages:
+                before = STAGES[name].reads
+                source = outcomes[before].manifest if before else recipe.archive
+                outcomes[name] = run_stage(name, recipe, source, settings)
+            manifests = [Manifest.read(outcome.manifest) for outcome in outcomes.values()]
+            publish(recipe.name, manifests, settings.root, run_id)
     done = list(outcomes.values())
     create_table_artifact([asdict(outcome) for outcome in done], key="pipeline-stages", description=recipe.name)
     return done

@@ -65,7 +65,7 @@ def others(root: str) -> Processes:
     """The other processes of a root. One counts as living unless the locks of this machine tell that it was killed."""
     folder, processes = local_home(root) / FOLDER, Processes({}, {})
     mine, _ = _mine.get(folder, (None, None))
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in _files(folder):
         name, _, host = path.name.partition("@")
         if path == mine or not name:
             continue
@@ -73,12 +73,22 @@ def others(root: str) -> Processes:
             file = path.open("rb")
         except FileNotFoundError:  # it has just ended
             continue
+        except OSError:  # another user's
+            processes.living[path] = set()
+            continue
         with file:
             killed = host == socket.gethostname() and _locked(file.fileno(), fcntl.LOCK_SH)
             if os.fstat(file.fileno()).st_nlink:
                 runs = {line for line in file.read().decode().split() if len(line) == UUID_LENGTH}
                 (processes.killed if killed else processes.living)[path] = runs
     return processes
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:  # there is none, or it is another user's
+        return []
 
 
 def _join(folder: Path) -> tuple[Path, int]:

@@ -8,6 +8,7 @@ server.
 
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
@@ -23,11 +24,12 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
 
-from flows.children import child
+from flows.children import child, has_ended
 from storage import uri
 from storage.errors import DitflowError
 from storage.rows.cache import locked
 
+LOGGER = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
 """How long a server may take to start."""
@@ -53,7 +55,7 @@ class Server:
     @property
     def has_ended(self) -> bool:
         """Whether its process has ended."""
-        return self.process.poll() is not None
+        return has_ended(self.process)
 
     @property
     def listens(self) -> bool:
@@ -141,7 +143,10 @@ def announced(root: str, prefect: str, mlflow: str, password: str) -> Iterator[N
     path.unlink(missing_ok=True)  # one that is there may be readable by others
     note = {"host": socket.gethostname(), "prefect": prefect, "mlflow": mlflow, "password": password}
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123  a descriptor
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            LOGGER.warning("%s: no locks here (%s); other commands will not find these servers", path, error.strerror)
         json.dump(note, file)
         file.flush()
         try:

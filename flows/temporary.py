@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -76,7 +77,11 @@ def outside() -> str:
 
 @contextmanager
 def folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A temporary folder for the length of the block; those of killed processes with the same prefix are removed."""
+    """A temporary folder for the length of the block; those of killed processes with the same prefix are removed.
+
+    The name holds that of this machine: another one cannot tell whether a folder in a shared place is in use.
+    """
+    prefix = f"{prefix}{socket.gethostname()}-"
     _remove_abandoned(parent, prefix)
     made, lock = _make(parent, prefix)
     try:

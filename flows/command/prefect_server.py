@@ -16,7 +16,7 @@ from importlib import import_module
 from flows import servers
 from flows.settle import settled
 from flows.tracking import database
-from storage.errors import DitflowError
+from storage.errors import DitflowError, one_line
 
 LOGGER = logging.getLogger(__name__)
 WATCH_SECONDS = 1.0
@@ -83,8 +83,8 @@ def _started_again(
                 with serve() as again:
                     while runs(again):
                         pass
-            except DitflowError as error:
-                LOGGER.warning("%s", error)
+            except (DitflowError, OSError) as error:
+                LOGGER.warning("Prefect's server does not start: %s", one_line(error))
                 over.wait(WATCH_SECONDS)
 
     watcher = threading.Thread(target=watch, args=(server,))

@@ -48,9 +48,11 @@ def _skip(options: Namespace, recipe: "Recipe", done: "list[Manifest]") -> None:
 
 def _run(options: Namespace, recipes: "list[Recipe]") -> None:
     from flows.plan.preflight import preflight
+    from storage.patience import patient
 
-    for recipe in recipes:  # all, before a server or the first of them writes anything
-        preflight(recipe, options.root, force=options.force)
+    with patient(options.patience):
+        for recipe in recipes:  # all, before a server or the first of them writes anything
+            preflight(recipe, options.root, force=options.force)
     with serving_prefect(options.root, quiet=options.json):
         from flows.command.outcomes import show
         from flows.perform import RunSettings

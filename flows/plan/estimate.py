@@ -144,15 +144,16 @@ def copied(stages: list[StageEstimate]) -> Copy | None:
 
 
 def free(root: str) -> int | None:
-    """Free bytes on the disk of a root; None if it is remote."""
+    """Free bytes on the disk of a root; None if it is remote or does not tell."""
     path = uri.local_path(root)
     return None if path is None else _room(path)
 
 
-def _room(path: Path) -> int:
-    """Free bytes on the disk of a folder, which need not exist yet."""
+def _room(path: Path) -> int | None:
+    """Free bytes on the disk of a folder, which need not exist yet; None if its file system does not tell."""
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free
+    usage = shutil.disk_usage(there)
+    return usage.free if usage.total else None
 
 
 def _memory() -> int:
@@ -180,7 +181,7 @@ def _no_memory(stages: list[StageEstimate], recipe: Recipe, there: int) -> Itera
 
 def no_room(copy: Copy | None) -> Iterator[str]:
     """The problem, if the latents do not fit into the cache."""
-    if copy and copy.size > copy.there:
+    if copy and copy.there is not None and copy.size > copy.there:
         need = f"{copy.size / 1e9:,.1f} GB of latents to copy here for training, {copy.there / 1e9:,.1f} GB are free"
         change = "set XDG_CACHE_HOME to a folder on a larger disk, or train.order=pooled with train.reading=streamed"
         yield f"{copy.folder}: {need}; {change}"

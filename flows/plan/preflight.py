@@ -13,7 +13,8 @@ from storage.errors import InputError
 def preflight(recipe: Recipe, root: str, *, force: bool = False) -> None:
     """Check a recipe on this machine: what it names, whether it fits together, and the disks.
 
-    Nothing is written and nothing measured. In a block of `listed_once` a recipe that passed is not checked again.
+    Nothing is written and nothing measured. A recipe that passed is not checked again until a stage has run, which
+    drops the lists of `listed_once`.
     Outputs that are begun are not counted for the disk, so a recipe is refused only if it cannot fit.
 
     Args:

@@ -29,7 +29,7 @@ class Copy:
     """Folder of the cache."""
     size: int
     """Bytes that are not copied yet."""
-    there: int
+    there: int | None
     """Free bytes on the disk of the cache."""
 
 
@@ -71,11 +71,15 @@ class Plan:
 
     def needs(self) -> list[str]:
         """One line each for disk, cache and memory."""
-        there = "free space unknown" if self.disk_there is None else f"{self.disk_there / 1e9:,.1f} GB free"
+        there = _free(self.disk_there)
         copy = self.copy and f"{self.copy.size / 1e9:,.2f} GB of latents to copy to {self.copy.folder}, "
         need, available = f"{self.memory / 2**30:,.1f} GiB", f"{self.memory_there / 2**30:,.1f} GiB"
         return [
             f"disk    {self.disk / 1e9:,.2f} GB to write, {there}",
-            *([f"cache   {copy}{self.copy.there / 1e9:,.1f} GB free"] if self.copy else []),
+            *([f"cache   {copy}{_free(self.copy.there)}"] if self.copy else []),
             f"memory  {need} on each rank in training, {available} available",
         ]
+
+
+def _free(there: int | None) -> str:
+    return "free space unknown" if there is None else f"{there / 1e9:,.1f} GB free"

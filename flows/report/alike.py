@@ -2,35 +2,59 @@
 
 import logging
 from collections.abc import Callable
-
-from pydantic import ValidationError
+from typing import NamedTuple
 
 from dit.evaluate import MetricsManifest
+from dit.export import CheckpointManifest
+from dit.sample import SampleManifest
 from storage import uri
+from storage.archives.once import listed
 from storage.errors import InputError, one_line
 from storage.manifest import finished_outputs
+from storage.parallel import threads
 
 LOGGER = logging.getLogger(__name__)
 
 
-def alike(metrics: MetricsManifest, root: str, fixed: Callable[[MetricsManifest], object]) -> list[MetricsManifest]:
+class Evaluation(NamedTuple):
+    """A finished evaluation and what it was made from."""
+
+    metrics: MetricsManifest
+    samples: SampleManifest
+    checkpoint: CheckpointManifest
+
+
+def alike(metrics: MetricsManifest, root: str, fixed: Callable[[Evaluation], object]) -> list[MetricsManifest]:
     """The finished evaluations of a root for which ``fixed`` is the same as for a given one, that one included.
 
     Returns:
-        They are in the order of their digests. One that cannot be read, or whose parents are gone, is left out with a
-        warning.
+        The given one, then the others in the order of their digests. One that cannot be read, or whose parents are
+        gone, is left out with a warning.
 
     Raises:
         InputError: what the given one was made from is gone.
         StorageError: the store does not answer.
     """
-    own, excluded = fixed(metrics), MetricsManifest.folder(root, metrics.digest)
-    found = [metrics]
-    for folder in finished_outputs(root, MetricsManifest.STAGE):
-        if folder != excluded:
-            try:
-                other = MetricsManifest.read(folder)
-                found += [other] if fixed(other) == own else []
-            except (InputError, ValidationError) as error:  # or its config is of another version
-                LOGGER.warning("left out of the report: %s: %s", uri.redact(folder), one_line(error))
-    return sorted(found, key=lambda each: each.digest)
+    own = fixed(_evaluation(metrics))
+    others = [each for each in listed(root, _all_of) if each.metrics.digest != metrics.digest]
+    found = [each.metrics for each in others if fixed(each) == own]
+    return [metrics, *sorted(found, key=lambda each: each.digest)]
+
+
+def _all_of(root: str) -> list[Evaluation]:
+    with threads(16) as pool:
+        found = pool.map(_read, finished_outputs(root, MetricsManifest.STAGE))
+        return [each for each in found if each is not None]
+
+
+def _read(folder: str) -> Evaluation | None:
+    try:
+        return _evaluation(MetricsManifest.read(folder))
+    except InputError as error:
+        LOGGER.warning("left out of the report: %s: %s", uri.redact(folder), one_line(error))
+        return None
+
+
+def _evaluation(metrics: MetricsManifest) -> Evaluation:
+    samples = metrics.parent("samples", SampleManifest)
+    return Evaluation(metrics, samples, samples.parent("checkpoint", CheckpointManifest))

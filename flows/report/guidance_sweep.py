@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 from dit.evaluate import MetricsManifest
 from dit.report.plots import GuidanceLine
-from dit.sample import SampleManifest
 from dit.samplers.guidance import UNGUIDED
-from flows.report.alike import alike
+from flows.report.alike import Evaluation, alike
 
 GUIDANCE = "guidance_"
 SETTINGS = ("channels", "schedule", "interval")
@@ -18,7 +17,7 @@ def sweep_of(metrics: MetricsManifest, root: str) -> list[MetricsManifest]:
     """All finished evaluations of a root that differ from one in nothing but guidance, that one included.
 
     Returns:
-        They are in the order of their digests.
+        The given one, then the others in the order of their digests.
 
     Raises:
         InputError: the samples of the given one are gone.
@@ -34,10 +33,10 @@ def lines(evaluations: Sequence[MetricsManifest]) -> list[GuidanceLine]:
     return [line for line in drawn if len(line.scales) > 1]
 
 
-def _fixed(metrics: MetricsManifest) -> Fixed:
+def _fixed(evaluation: Evaluation) -> Fixed:
+    metrics = evaluation.metrics
     conditions = {name: value for name, value in metrics.conditions.items() if not name.startswith(GUIDANCE)}
-    checkpoint = metrics.parent("samples", SampleManifest).parents["checkpoint"]
-    return metrics.distance, metrics.version, checkpoint.digest, conditions
+    return metrics.distance, metrics.version, evaluation.checkpoint.digest, conditions
 
 
 def _setting(metrics: MetricsManifest) -> str:
@@ -47,7 +46,7 @@ def _setting(metrics: MetricsManifest) -> str:
 
 def _line(setting: str, evaluations: Sequence[MetricsManifest]) -> GuidanceLine:
     on_it = [each for each in evaluations if each.conditions["guidance_scale"] == UNGUIDED or _setting(each) == setting]
-    at = {float(each.conditions["guidance_scale"]): each for each in on_it}
+    at = {float(each.conditions["guidance_scale"]): each for each in reversed(on_it)}
     scales = sorted(at)
     return GuidanceLine(
         name=setting,

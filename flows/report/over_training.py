@@ -1,14 +1,15 @@
 """The metrics over training: evaluations of runs that differ in nothing but their steps, such as milestones."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from dit.evaluate import MetricsManifest
-from dit.export import CheckpointManifest
 from dit.sample import SampleManifest
 from dit.training.config import TrainConfig
-from flows.report.alike import alike
+from flows.report.alike import Evaluation, alike
 from storage.images.grid import image_grid
 from storage.rows.store import RowReader
 
@@ -24,7 +25,7 @@ def series_of(metrics: MetricsManifest, root: str) -> list[MetricsManifest]:
         InputError: samples or model of the given one are gone.
         StorageError: the store does not answer.
     """
-    at = {steps_of(each): each for each in reversed(alike(metrics, root, _fixed))}
+    at = {steps_of(each): each for each in reversed(alike(metrics, root, _fixed))}  # so the given one is in it
     return [at[steps] for steps in sorted(at)]
 
 
@@ -55,9 +56,16 @@ def _strip(samples: SampleManifest, each: int) -> bytes:
     return image_grid(RowReader(samples).take("image", first), len(first), gap=2)
 
 
-def _fixed(metrics: MetricsManifest) -> object:
+def _fixed(evaluation: Evaluation) -> object:
     """What must be equal: distance, version of the stage, conditions and training without the number of steps."""
+    metrics, _, checkpoint = evaluation
     conditions = {name: value for name, value in metrics.conditions.items() if name != STEPS}
-    checkpoint = metrics.parent("samples", SampleManifest).parent("checkpoint", CheckpointManifest)
-    training = TrainConfig.model_validate(checkpoint.config).identity() | {"steps": None}
+    training = _identity(checkpoint.config) | {"steps": None}
     return metrics.distance, metrics.version, conditions, checkpoint.version, checkpoint.inputs, training
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return TrainConfig.model_validate(config).identity()
+    except ValidationError:  # of another version, with other fields
+        return config

@@ -46,6 +46,8 @@ def content_key(files: Sequence[FileEntry]) -> list[list[str]]:
 def locked(path: Path) -> Iterator[int]:
     """Hold a lock against the other processes of this machine. The system frees the lock of a killed process.
 
+    On a file system without locks there is only a warning.
+
     Args:
         path: the cache entry that is locked; the lock file lies beside it.
 
@@ -54,14 +56,15 @@ def locked(path: Path) -> Iterator[int]:
         block raises, the lock is free when the child has ended.
 
     Raises:
-        StorageError: the cache folder is not writable.
+        StorageError: the folder is not writable.
     """
     lock = path.with_name(f"{path.name}.lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = lock.open("ab")
     except OSError as error:
-        raise StorageError(f"{lock}: cannot be written ({error}); set XDG_CACHE_HOME to a writable folder") from error
+        remedy = "choose a writable folder; for the cache set XDG_CACHE_HOME"
+        raise StorageError(f"{lock}: cannot be written ({error}); {remedy}") from error
     with file:
         if sys.platform != "win32":
             import fcntl
@@ -71,6 +74,8 @@ def locked(path: Path) -> Iterator[int]:
             except BlockingIOError:
                 LOGGER.info("waiting for another process that is preparing %s", path)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                LOGGER.warning("%s: no locks here (%s); do not start two commands at once", lock, error.strerror)
         yield file.fileno()
         if sys.platform != "win32":
             fcntl.flock(file, fcntl.LOCK_UN)

@@ -94,6 +94,22 @@ def test_a_child_that_ignores_sigterm_is_killed_with_all_of_its_group(monkeypatc
     until(lambda: gone(grandchild))
 
 
+def test_what_a_killed_child_leaves_is_ended_once_and_its_number_never_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    killed: list[int] = []
+    real = os.killpg
+    script = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}])\n{STUBBORN}"
+    with child(python(script)) as running:
+        assert [first_line(running), first_line(running)] == ["up", "up"]
+        (grandchild,) = descendants(running.pid)
+        running.kill()
+        monkeypatch.setattr(os, "killpg", lambda *given: (killed.append(given[0]), real(*given)))
+        until(lambda: children.has_ended(running))
+        until(lambda: gone(grandchild))
+    assert killed == [running.pid]
+
+
 def test_a_second_ctrl_c_does_not_leave_a_stubborn_child() -> None:
     script = f"""
 import sys

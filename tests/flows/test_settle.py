@@ -181,3 +181,20 @@ for _ in range(300):
     running = [start(script, root) for _ in range(4)]
     assert [each.wait() for each in running] == [0] * 4
     assert names(root) == []
+
+
+def test_a_file_that_another_user_keeps_to_himself_counts_as_living(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = root / FOLDER / f"{32 * '0'}@elsewhere"
+    path.parent.mkdir()
+    path.touch()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        assert processes.others(str(root)) == processes.Processes({}, {path: set()})
+        patch.setattr(Path, "iterdir", refuse)
+        assert processes.others(str(root)) == processes.Processes({}, {})

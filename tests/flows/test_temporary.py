@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from until import until
 from flows import temporary
 from storage.errors import InputError
 
+PREFIX = f"{temporary.PREFIX}{socket.gethostname()}-"
 COMMAND = """
 import subprocess, sys, tempfile, time
 from flows import temporary
@@ -73,15 +75,22 @@ def test_what_a_killed_command_left_is_removed_when_its_children_have_ended(plac
 def test_nothing_behind_a_link_is_removed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     mine = tmp_path_factory.mktemp("mine")
     (mine / "file").touch()
-    (place / f"{temporary.PREFIX}link").symlink_to(mine)
-    (place / f"{temporary.PREFIX}file").touch()
-    (place / f"{temporary.PREFIX}abandoned").mkdir()
-    (place / f"{temporary.PREFIX}abandoned" / "link").symlink_to(mine)
+    (place / f"{PREFIX}link").symlink_to(mine)
+    (place / f"{PREFIX}file").touch()
+    (place / f"{PREFIX}abandoned").mkdir()
+    (place / f"{PREFIX}abandoned" / "link").symlink_to(mine)
     (place / "other").mkdir()
     with temporary.of_command():
         pass
     assert (mine / "file").exists()
-    assert {path.name.removeprefix(temporary.PREFIX) for path in place.iterdir()} == {"link", "file", "other"}
+    assert {path.name.removeprefix(PREFIX) for path in place.iterdir()} == {"link", "file", "other"}
+
+
+def test_a_folder_of_another_machine_stays(place: Path) -> None:
+    (place / f"{temporary.PREFIX}another-x").mkdir()
+    with temporary.of_command():
+        pass
+    assert [path.name for path in place.iterdir()] == [f"{temporary.PREFIX}another-x"]
 
 
 def test_commands_at_once_leave_each_other_alone(place: Path) -> None:

@@ -112,6 +112,11 @@ def test_a_cache_that_is_full(images: Path, monkeypatch: pytest.MonkeyPatch, tmp
     preflight(recipe_of(images, there, nodes), there)  # whose disks are others
 
 
+def test_a_disk_that_does_not_tell_its_size(images: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
+    preflight(recipe_of(images, root), str(root))
+
+
 def test_every_recipe_of_a_sweep_is_checked_before_the_first_runs(
     capsys: pytest.CaptureFixture[str], images: Path, root: Path, tmp_path: Path
 ) -> None:

@@ -168,6 +168,16 @@ def test_numbers_of_steps_of_the_same_training_are_lined_up(read: Reader, made: 
     assert f"Best: step {over_training.steps_of(best)}, {best.distance} {best.estimate}." in text
 
 
+def test_of_evaluations_with_equal_steps_the_page_has_its_own(made: Made) -> None:
+    small = Small(Path(made.root))
+    checkpoint = made.manifests[2]
+    again = [small.evaluated(checkpoint, SAMPLING.model_copy(update={"batch_size": size})) for size in (15, 10)]
+    for each in again:
+        assert each.digest in [found.digest for found in over_training.series_of(each, made.root)]
+        (line,) = guidance_sweep.lines(guidance_sweep.sweep_of(each, made.root))
+        assert each.estimate in line.distances
+
+
 def test_one_number_of_steps_is_no_series(made: Made) -> None:
     assert over_training.series_of(made.alike[0], made.root) == [made.alike[0]]
 
