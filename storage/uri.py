@@ -410,7 +410,10 @@ def _put(url: str, data: bytes, *, exclusive: bool) -> bool:
 @contextmanager
 def _local_file(path: Path, *, exclusive: bool) -> Iterator[IO[bytes]]:
     """A temporary file that is renamed to the path if the block ends without an error, and removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from error
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:

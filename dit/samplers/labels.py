@@ -14,7 +14,7 @@ from storage.errors import InputError
 ClassName = Annotated[str, BeforeValidator(lambda key: str(key) if type(key) is int else key)]
 Counts = Annotated[dict[ClassName, Annotated[int, Field(ge=1)]], Field(min_length=1)]
 Labels = Literal["balanced", "random"] | Counts
-"""How classes are chosen; a mapping has the number of images of each class, which come class after class."""
+"""How classes are chosen; a mapping has the number of images of each class, which come in the order of the classes."""
 
 
 def class_label(name: str, class_names: Sequence[str]) -> int:
@@ -49,8 +49,11 @@ def sample_labels(labels: Labels, indices: range, seed: int, class_names: Sequen
 
 def described(labels: Labels) -> str:
     """The choice in one line."""
-    return labels if isinstance(labels, str) else ", ".join(f"{count} x {name}" for name, count in labels.items())
+    return labels if isinstance(labels, str) else ", ".join(f"{labels[name]} x {name}" for name in sorted(labels))
 
 
 def _chosen(counts: Mapping[str, int], class_names: Sequence[str]) -> Tensor:
-    return torch.tensor([class_label(name, class_names) for name, count in counts.items() for _ in range(count)])
+    """All labels in rising order, since the order of a mapping is no part of a config's identity."""
+    pairs = sorted((class_label(name, class_names), count) for name, count in counts.items())
+    labels, repeats = torch.tensor(pairs).unbind(1)
+    return labels.repeat_interleave(repeats)

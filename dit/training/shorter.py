@@ -5,6 +5,7 @@ depend on their number. So it takes the shorter run's newest checkpoint, and end
 """
 
 import logging
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,7 +24,7 @@ LOGGER = logging.getLogger(__name__)
 
 def newest_step(out: StageOutput) -> int:
     """The step of an output's newest checkpoint, complete or not; 0 if there is none."""
-    return int(max(uri.names(out.url(FOLDER)), default="step-0").rpartition("-")[2])
+    return max((int(name[5:]) for name in uri.names(out.url(FOLDER)) if re.fullmatch(r"step-\d+", name)), default=0)
 
 
 def shorter_runs(out: StageOutput, config: Config, *, decay: str) -> list[StageOutput]:

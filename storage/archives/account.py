@@ -211,7 +211,7 @@ def check_one_split(where: str, names: Iterable[str]) -> None:
 
 def _split_in(name: str) -> tuple[object, str]:
     """What tells the split of a file from others, None if nothing does; and a pattern for the names of one split."""
-    ending = name[name.rindex(".") :]
+    ending = name[name.rfind(".") :] if "." in name else ""
     words = [match for match in _WORD.finditer(name) if split_of(match[0])]
     if words:
         return frozenset(split_of(match[0]) for match in words), f"{name[: words[-1].end()]}*{ending}"

@@ -245,10 +245,10 @@ def test_chosen_classes(tmp_path: Path, checkpoint: CheckpointManifest) -> None:
     values = {name: value for name, value in tiny.SAMPLING.model_dump().items() if name != "count"}
     config = SampleConfig.model_validate(values | {"labels": {"7": 2, "1": 3}})
     samples = tiny.run_sample(tmp_path, config, checkpoint)
-    assert RowReader(samples).array("label").tolist() == [2, 2, 1, 1, 1]
-    assert (samples.conditions["labels"], samples.conditions["count"]) == ("2 x 7, 3 x 1", 5)
+    assert RowReader(samples).array("label").tolist() == [1, 1, 1, 2, 2]
+    assert (samples.conditions["labels"], samples.conditions["count"]) == ("3 x 1, 2 x 7", 5)
     balanced = tiny.run_sample(tmp_path, changed(count=5), checkpoint)
-    same = RowReader(balanced).array("label") == [2, 2, 1, 1, 1]
+    same = RowReader(balanced).array("label") == [1, 1, 1, 2, 2]
     assert same.any()
     assert_near(images(samples)[same], images(balanced)[same])
 

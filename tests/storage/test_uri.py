@@ -2,6 +2,7 @@ import errno
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,6 +70,13 @@ def test_a_full_disk_is_named_with_what_was_to_be_written(tmp_path: Path) -> Non
     with pytest.raises(StorageError, match=said), uri.writing(str(tmp_path / "big"), 5000):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("put", [uri.write, uri.create])
+def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path: Path, put: Callable[[str, bytes], object]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file/object: .*Not a directory"):
+        put(str(tmp_path / "file" / "object"), b"data")
 
 
 def test_only_one_of_many_creators_wins(tmp_path: Path) -> None:

@@ -24,12 +24,15 @@ def test_a_class_that_is_none(name: str, hint: str) -> None:
         class_label(name, NAMES)
 
 
-def test_counts_class_after_class_and_in_any_batches() -> None:
+def test_counts_class_after_class_in_any_batches_and_in_whatever_order_they_are_written() -> None:
     counts = {"dog": 3, "cat": 1, "3": 2}
     whole = sample_labels(counts, range(6), 0, NAMES).tolist()
-    assert whole == [1, 1, 1, 0, 3, 3]
+    assert whole == [0, 1, 1, 1, 3, 3]
+    other = dict(reversed(counts.items()))
+    assert sample_labels(other, range(6), 0, NAMES).tolist() == whole
+    assert described(other) == described(counts)
     assert [*sample_labels(counts, range(2), 0, NAMES), *sample_labels(counts, range(2, 6), 0, NAMES)] == whole
-    assert described(counts) == "3 x dog, 1 x cat, 2 x 3"
+    assert described(counts) == "2 x 3, 1 x cat, 3 x dog"
 
 
 def test_counts_say_how_many_images() -> None:

@@ -118,6 +118,12 @@ def test_operational_fields_may_differ(begun: Path, latents: LatentManifest) -> 
     assert newest_step(found) == 6
 
 
+def test_other_files_beside_checkpoints_are_none(begun: Path, latents: LatentManifest) -> None:
+    out = tiny.output(begun, CheckpointManifest, SHORT, latents=latents)
+    Path(out.url("checkpoints", ".DS_Store")).touch()
+    assert newest_step(out) == 6
+
+
 def test_a_rate_that_depends_on_the_number_of_steps_is_said(
     tmp_path: Path, latents: LatentManifest, caplog: pytest.LogCaptureFixture
 ) -> None:
