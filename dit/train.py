@@ -211,7 +211,7 @@ def _train(
     steps = range(state.step, config.steps)
     with preemption(ranks) as stop, closing(saver), closing(milestones), prefetched(batches, steps) as next_batch:
         meter.begin(state.step)
-        if state.step in milestones:  # a kill came between its checkpoint and its commit
+        if state.step in milestones and history:  # a kill came between its checkpoint and its commit
             milestones.begin(state.step, history)
         for result in train(state, process, next_batch, step_config, stop=config.steps, ranks=ranks):
             saver.check()
@@ -301,7 +301,7 @@ def _resume(
         checkpoint.clean(out, state.step)
         if state.step:
             LOGGER.info("resuming after step %d", state.step)
-        for logged in history if shorter else ():  # this run's curve begins at step 1, too
+        for logged in history if newest_step(out) < state.step else ():  # a shorter run's: this curve has them, too
             tracker.metrics(logged.values, step=logged.step)
     return history
 
@@ -316,6 +316,8 @@ def _commit(
 ) -> None:
     from dit.report.plots import curve  # imports Matplotlib, which takes a second
 
+    if is_finished(out.uri):  # by a run of other steps, at the same time; its curve may have other points
+        return
     losses = [logged.values["loss"] for logged in history]
     picture = publish(out, tracker, "loss.png", curve([logged.step for logged in history], losses))
     card, files = export(out, card, weights)

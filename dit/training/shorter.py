@@ -28,20 +28,20 @@ def newest_step(out: StageOutput) -> int:
 
 
 def shorter_runs(out: StageOutput, config: Config, *, decay: str) -> list[StageOutput]:
-    """The finished runs below the same root that a run which begins goes on from.
+    """The finished runs below the same root that a run goes on from.
 
-    They differ from it in nothing but fewer ``steps``. A run that has a checkpoint of its own needs none, and a forced
-    repetition is to do all its work again.
+    They differ from it in nothing but fewer ``steps``. A forced repetition has none, since it is to do all its work
+    again.
 
     Args:
-        out: the output of the run that begins.
+        out: the output of the run.
         config: its config.
         decay: how its learning rate falls; unless it is ``none``, the rate of a step depends on the number of steps.
 
     Raises:
         StorageError: the store does not answer.
     """
-    if out.header.rerun or newest_step(out):
+    if out.header.rerun:
         return []
     found = _shorter(out, config)
     if found and decay != "none":

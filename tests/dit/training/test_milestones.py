@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from dit import train
 from dit.export import CheckpointManifest
+from dit.training import checkpoint
 from dit.training.config import TrainConfig
 from dit.training.milestones import milestone_steps
 from storage.errors import StorageError
@@ -92,6 +93,43 @@ def test_a_milestone_is_skipped_as_a_finished_run_and_not_made_again(
     first = tiny.run_train(tmp_path, config_of(4), latents)
     tiny.run_train(tmp_path, CONFIG, latents)
     assert CheckpointManifest.read(first.uri).created == first.created
+
+
+def test_a_run_that_finds_its_output_finished_meanwhile_leaves_it_whole(
+    tmp_path: Path, latents: LatentManifest, shorter: dict[int, CheckpointManifest]
+) -> None:
+    """As a run of as many steps does, if its curve has other points."""
+    tiny.run_train(tmp_path, CONFIG, latents)
+    found = tiny.run_train(tmp_path, config_of(7).model_copy(update={"log_every": 1}), latents)
+    assert_same(found, shorter[7])
+
+
+def test_points_of_the_curve_are_no_content(tmp_path: Path, latents: LatentManifest) -> None:
+    one, other = (
+        tiny.run_train(tmp_path / str(every), config_of(7).model_copy(update={"log_every": every}), latents)
+        for every in (1, 7)
+    )
+    assert one.read_object("artifacts/loss.png") != other.read_object("artifacts/loss.png")
+    assert one.content == other.content
+
+
+def test_a_run_that_resumes_at_a_milestone_with_nothing_logged_goes_on(
+    tmp_path: Path, latents: LatentManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = {"log_every": 100, "checkpoint_every": 3}
+    with pytest.raises(tiny.Killed), monkeypatch.context() as patched:
+        patched.setattr(train, "_log", lambda *_: None)  # as if all steps had been skipped
+        patched.setattr(checkpoint.Saver, "check", lambda saver: _kill_after(saver, 3))
+        tiny.run_train(tmp_path, PLAIN.model_copy(update=quiet), latents)
+    made = tiny.run_train(tmp_path, PLAIN.model_copy(update=quiet | {"milestones": (3,)}), latents)
+    assert made.counts["steps"] == 12
+    assert not is_finished(output(tmp_path, 3, latents).uri)
+
+
+def _kill_after(saver: checkpoint.Saver, step: int) -> None:
+    if saver._state.step > step:
+        saver.wait()
+        raise tiny.Killed
 
 
 def test_a_disk_that_is_full_ends_the_run_with_one_line(

@@ -90,6 +90,18 @@ def test_through_a_kill(
     assert tiny.objects(manifest) == tiny.objects(whole[1])
 
 
+def test_a_checkpoint_that_a_kill_left_incomplete_costs_no_steps(
+    begun: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
+) -> None:
+    out = tiny.output(begun, CheckpointManifest, LONG, latents=latents)
+    Path(out.url("checkpoints", "step-000000008")).mkdir(parents=True)
+    Path(out.url("checkpoints", "step-000000008", "state-00000-000.safetensors")).write_bytes(b"half")
+    recorder, manifest = through(begun, LONG, latents)
+    assert trained_steps(recorder)[0] == 7
+    assert list(recorder.values) == list(range(1, 13))
+    assert tiny.objects(manifest) == tiny.objects(whole[1])
+
+
 def test_a_damaged_checkpoint_costs_steps_but_no_bits(
     begun: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
 ) -> None:
