@@ -299,6 +299,7 @@ def _resume(
     ranks.wait()
     if ranks.first:
         checkpoint.clean(out, state.step)
+        checkpoint.prune(out, state.step, keep=config.keep_checkpoints, keep_every=config.keep_every)
         if state.step:
             LOGGER.info("resuming after step %d", state.step)
         for logged in history if newest_step(out) < state.step else ():  # a shorter run's: this curve has them, too

@@ -133,10 +133,7 @@ class Saver:
         frozen = {tensor: tuple(pieces) for tensor, pieces in index.items()}
         record = CheckpointRecord(files=files, index=frozen, step=step, skipped=skipped, history=history)
         records.commit(self._out, _record(name), record, replace=True)
-        older = [other for other in _names(self._out) if _step(other) <= step]  # a later one is left from a killed run
-        for other in older[: -self._keep]:
-            if self._keep_every is None or _step(other) % self._keep_every:
-                uri.remove_tree(self._out.url(FOLDER, other), self._out.uri)
+        prune(self._out, step, keep=self._keep, keep_every=self._keep_every)
 
 
 class DamagedError(DitflowError):
@@ -230,6 +227,14 @@ def _reason(error: CheckpointException) -> BaseException:
     """The error of a rank, preferably one of ours: others may only follow from it."""
     reasons = [reason for reason, _ in error.failures.values()]
     return next((reason for reason in reasons if isinstance(reason, DitflowError)), reasons[0])
+
+
+def prune(out: StageOutput, step: int, *, keep: int, keep_every: int | None) -> None:
+    """Remove the checkpoints up to ``step`` that are neither among the ``keep`` newest nor kept for their step."""
+    older = [name for name in _names(out) if _step(name) <= step]  # a later one is left from a killed run
+    for name in older[:-keep]:
+        if keep_every is None or _step(name) % keep_every:
+            uri.remove_tree(out.url(FOLDER, name), out.uri)
 
 
 def clean(out: StageOutput, step: int) -> None:
