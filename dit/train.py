@@ -11,9 +11,8 @@ from pydantic import ValidationError
 
 from dit.devices import arithmetic, device, dtype
 from dit.diffusion.build import build_process
-from dit.diffusion.config import DiffusionConfig, EDMConfig
+from dit.diffusion.config import DiffusionConfig
 from dit.export import RAW_WEIGHTS, CheckpointManifest, ModelCard, export, weights_file
-from dit.models.build import build
 from dit.models.choice import DataSpec
 from dit.models.config import ModelConfig
 from dit.models.cost import activations, cost
@@ -22,15 +21,15 @@ from dit.rates import at_once, training_rate
 from dit.training.config import TrainConfig
 from dit.training.data import Batches, open_data
 from dit.training.divergence import DivergedError, check_compilation, skipped_in_a_row
-from dit.training.ema import EMA
-from dit.training.loop import StepConfig, StepResult, TrainState, eager_loss, train
+from dit.training.loop import StepResult, TrainState, eager_loss, train
 from dit.training.milestones import Milestones, milestone_steps
-from dit.training.parallelize import gathered, shard
-from dit.training.per_block import compile_blocks, recompute_blocks
+from dit.training.parallelize import gathered
+from dit.training.per_block import recompute_blocks
 from dit.training.preemption import preemption
 from dit.training.prefetch import prefetched
 from dit.training.sample_grid import SampleGrid
 from dit.training.shorter import newest_step, shorter_runs
+from dit.training.start import autocast, decays, initial_state, learning_rate, step_config
 from dit.training.throughput import LoggedStep, ThroughputMeter
 from storage.config import problem
 from storage.errors import InputError, PreemptedError
@@ -133,62 +132,6 @@ def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentMani
     )
 
 
-def _decays(config: TrainConfig) -> dict[str, float]:
-    """The decays of the averages of the weights, by name."""
-    return {"ema": config.ema_decay} | {f"ema-{decay}": decay for decay in config.ema_decays}
-
-
-def _adam_eps(config: TrainConfig, model_config: ModelConfig) -> float:
-    """AdamW's eps for our loss. With EDM it is the mean over an image's numbers; the published one is their sum."""
-    numbers = model_config.in_channels * model_config.input_size**2
-    return config.eps / numbers if isinstance(config.diffusion, EDMConfig) else config.eps
-
-
-def _initial_state(config: TrainConfig, model_config: ModelConfig, ranks: Ranks) -> TrainState:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = build(model_config).to(device())
-    if config.compile:
-        compile_blocks(model)
-    if config.checkpoint_activations:
-        recompute_blocks(model)
-    shard(model, config.parallel, ranks, device())
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained,
-        config.learning_rate,
-        config.betas,
-        _adam_eps(config, model_config),
-        config.weight_decay,
-        fused=True,
-    )
-    averages = {name: EMA(model, decay, config.ema_ramp) for name, decay in _decays(config).items()}
-    return TrainState(model, averages, optimizer)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of the step with that number."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-    left = {"none": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.decay]
-    return config.learning_rate * (config.decay_to + (1 - config.decay_to) * left)
-
-
-def _step_config(config: TrainConfig) -> StepConfig:
-    return StepConfig(
-        learning_rate=lambda step: learning_rate(config, step),
-        gradient_clip=config.gradient_clip,
-        autocast=_autocast(config),
-        micro_batch=config.micro_batch,
-    )
-
-
-def _autocast(config: TrainConfig) -> torch.dtype | None:
-    lower = dtype(config.precision)
-    return None if lower == torch.float32 else lower
-
-
 def _train(
     config: TrainConfig,
     card: ModelCard,
@@ -200,10 +143,10 @@ def _train(
     """Train from the newest checkpoint to the last step, log and save; return the state and what was logged."""
     from dit.training import checkpoint  # imports torch.distributed.checkpoint, which takes seconds
 
-    state = _initial_state(config, card.model, ranks)
+    state = initial_state(config, card.model, ranks)
     history = _resume(config, state, ranks, out, tracker)
     process = build_process(config.diffusion, batches.device)
-    step_config = _step_config(config)
+    how = step_config(config)
     saver = checkpoint.Saver(out, state, ranks, keep=config.keep_checkpoints, keep_every=config.keep_every)
     milestones = _milestones(config, card, state, ranks, out)
     grid = SampleGrid(card, config.precision)
@@ -213,11 +156,11 @@ def _train(
         meter.begin(state.step)
         if state.step in milestones and history:  # a kill came between its checkpoint and its commit
             milestones.begin(state.step, history)
-        for result in train(state, process, next_batch, step_config, stop=config.steps, ranks=ranks):
+        for result in train(state, process, next_batch, how, stop=config.steps, ranks=ranks):
             saver.check()
             milestones.check()
             if config.compile and result.step == steps.start + 1 and not result.terms["loss"].isfinite():
-                check_compilation(eager_loss(state.model, process, result.batch, step_config, ranks))
+                check_compilation(eager_loss(state.model, process, result.batch, how, ranks))
             last = result.step == config.steps
             stops = stop.requested() and not last
             logs = result.step % config.log_every == 0 or last or result.step in milestones
@@ -338,8 +281,8 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
     share = -(-config.batch_size // ranks)
     batch = min(share, config.micro_batch or share)
     work, images = cost(card.model), config.steps * config.batch_size
-    decays, saved = _decays(config), min(config.keep_checkpoints, -(-config.steps // config.checkpoint_every))
-    held = work.memory | {"ema": len(decays) * work.memory["ema"]}
+    averages, saved = decays(config), min(config.keep_checkpoints, -(-config.steps // config.checkpoint_every))
+    held = work.memory | {"ema": len(averages) * work.memory["ema"]}
     whole = held["gradients"] if batch < share else 0  # every rank accumulates all of them
     checkpoint, model = held["weights"] + held["adamw"] + held["ema"], held["weights"] + held["ema"]
     models = 1 + len(milestone_steps(config.milestones, config.steps))
@@ -351,7 +294,7 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
         units=config.steps,
         done=max(map(newest_step, [plan.out, *shorter_runs(plan.out, config, decay=config.decay)])),
         seconds=images * work.training_flops / rate / at_once(ranks),
-        leaves={"card": card.model_copy(update={"weights": dict.fromkeys(map(weights_file, ("raw", *decays)), "")})},
+        leaves={"card": card.model_copy(update={"weights": dict.fromkeys(map(weights_file, ("raw", *averages)), "")})},
         unit="steps",
         memory=(sum(held.values()) - whole) // _parts(config, plan) + whole + _activations(config, card.model, batch),
         copied=None if config.reading == "streamed" else bytes_to_stage(latents),
@@ -366,7 +309,7 @@ def _parts(config: TrainConfig, plan: PlanContext) -> int:
 
 
 def _activations(config: TrainConfig, model: ModelConfig, batch: int) -> int:
-    return activations(model, batch, _autocast(config), recompute_blocks if config.checkpoint_activations else None)
+    return activations(model, batch, autocast(config), recompute_blocks if config.checkpoint_activations else None)
 
 
 DEFINITION = StageDefinition(

@@ -7,6 +7,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from storage import uri
@@ -42,11 +43,16 @@ class Config(BaseModel):
         return values
 
     def identity(self) -> dict[str, Any]:
-        """The JSON values that determine the stage's output: all fields except the operational ones."""
+        """The JSON values that determine the stage's output.
+
+        Operational fields are left out, and so are fields of later versions that have their default.
+        """
         return {
-            name: _identity(getattr(self, name))
+            name: _identity(value)
             for name, field in type(self).model_fields.items()
-            if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational"))
+            if not _is(field, "operational")
+            for value in [getattr(self, name)]
+            if not (_is(field, "added") and value == field.default)
         }
 
 
@@ -57,6 +63,19 @@ def operational(default: Any = ..., **kwargs: Any) -> Any:
     """
     extra: dict[str, Any] | Callable[..., None] = {"operational": True}
     return Field(default, json_schema_extra=extra, **kwargs)
+
+
+def added(default: Any, **kwargs: Any) -> Any:
+    """A field that the config did not have in an earlier version, whose behaviour is its default.
+
+    It enters the identity only with another value, so the outputs of that version keep their names.
+    """
+    extra: dict[str, Any] | Callable[..., None] = {"added": True}
+    return Field(default, json_schema_extra=extra, **kwargs)
+
+
+def _is(field: FieldInfo, mark: str) -> bool:
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get(mark))
 
 
 def is_text(kind: Any, keys: Sequence[str]) -> bool:

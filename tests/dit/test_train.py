@@ -28,9 +28,10 @@ from dit.models.build import build
 from dit.models.choice import Shape
 from dit.ranks import Ranks
 from dit.samplers.config import SampleConfig
-from dit.train import learning_rate, model_for
+from dit.train import model_for
 from dit.training.config import TrainConfig
 from dit.training.data import Batch, Batches, open_data
+from dit.training.start import learning_rate
 from dit.vae import VaeRef
 from storage import uri
 from storage.errors import DitflowError, InputError, PreemptedError, StorageError

@@ -3,7 +3,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from storage.config import Config, is_text
+from storage.config import Config, added, is_text, operational
 
 
 class Inner(Config):
@@ -32,3 +32,24 @@ def test_a_field_that_holds_text_alone(key: str) -> None:
 @pytest.mark.parametrize("key", ["size", "inner", "inner.count", "options.any", "labels", "nothing", "name.below"])
 def test_a_field_that_holds_something_else(key: str) -> None:
     assert not is_text(Outer, key.split("."))
+
+
+class Before(Config):
+    kind: Literal["a"] = "a"
+    steps: int = 1
+
+
+class After(Config):
+    kind: Literal["a"] = "a"
+    steps: int = 1
+    norm: str = added("layer")
+    inner: Inner | None = added(None)
+    threads: int = operational(1)
+
+
+def test_an_added_field_changes_the_identity_only_with_another_value() -> None:
+    assert After(threads=2).identity() == Before().identity()
+    assert After(norm="rms", inner=Inner()).identity() == Before().identity() | {
+        "norm": "rms",
+        "inner": {"path": None, "count": 1},
+    }

@@ -1,0 +1,75 @@
+"""The state in which training starts, and how its steps are taken."""
+
+import math
+
+import torch
+
+from dit.devices import device, dtype
+from dit.diffusion.config import EDMConfig
+from dit.models.build import build
+from dit.models.config import ModelConfig
+from dit.ranks import Ranks
+from dit.training.config import TrainConfig
+from dit.training.ema import EMA
+from dit.training.loop import StepConfig, TrainState
+from dit.training.parallelize import shard
+from dit.training.per_block import compile_blocks, recompute_blocks
+
+
+def decays(config: TrainConfig) -> dict[str, float]:
+    """The decays of the averages of the weights, by name."""
+    return {"ema": config.ema_decay} | {f"ema-{decay}": decay for decay in config.ema_decays}
+
+
+def _adam_eps(config: TrainConfig, model_config: ModelConfig) -> float:
+    """AdamW's eps for our loss. With EDM it is the mean over an image's numbers; the published one is their sum."""
+    numbers = model_config.in_channels * model_config.input_size**2
+    return config.eps / numbers if isinstance(config.diffusion, EDMConfig) else config.eps
+
+
+def initial_state(config: TrainConfig, model_config: ModelConfig, ranks: Ranks) -> TrainState:
+    """The state before the first step: the model on the device, shared among the ranks, its averages and AdamW."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build(model_config).to(device())
+    if config.compile:
+        compile_blocks(model)
+    if config.checkpoint_activations:
+        recompute_blocks(model)
+    shard(model, config.parallel, ranks, device())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained,
+        config.learning_rate,
+        config.betas,
+        _adam_eps(config, model_config),
+        config.weight_decay,
+        fused=True,
+    )
+    averages = {name: EMA(model, decay, config.ema_ramp) for name, decay in decays(config).items()}
+    return TrainState(model, averages, optimizer)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of the step with that number."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    left = {"none": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.decay]
+    return config.learning_rate * (config.decay_to + (1 - config.decay_to) * left)
+
+
+def step_config(config: TrainConfig) -> StepConfig:
+    """How the steps of a run are taken."""
+    return StepConfig(
+        learning_rate=lambda step: learning_rate(config, step),
+        gradient_clip=config.gradient_clip,
+        autocast=autocast(config),
+        micro_batch=config.micro_batch,
+    )
+
+
+def autocast(config: TrainConfig) -> torch.dtype | None:
+    """The lower precision of the forward pass; None computes in that of the weights."""
+    lower = dtype(config.precision)
+    return None if lower == torch.float32 else lower
