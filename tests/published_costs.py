@@ -16,6 +16,9 @@ BLOCKS = {
     "adaln_zero": (675.1, 118.64),
 }
 
+# LightningDiT-XL/1 (arXiv 2501.01423), with the fixed position table as DiT's.
+LIGHTNING_XL1 = (674_961_824 + 294_912) / 1e6
+
 # Latent DiffiT (arXiv 2312.02139), trainable parameters alone, by size and side of the latent. The paper has XL/2;
 # the others have DiT's depths and widths.
 DIFFIT = {

@@ -134,6 +134,8 @@ def to_diffusers(config: DiTConfig, state: dict[str, Tensor]) -> tuple[dict[str,
         raise InputError("--to: diffusers has no unconditional DiT; use --to reference")
     if config.mlp_ratio != MLP_RATIO:
         raise InputError(f"--to: diffusers' DiT has mlp_ratio 4, not {config.mlp_ratio:g}; use --to reference")
+    if config.options:
+        raise InputError(f"--to: diffusers' DiT does not have these options: {', '.join(config.options)}")
     weights: dict[str, Tensor] = {}
     for rule in _rules(config.depth):
         count, whole = len(rule.theirs), state[rule.ours]

@@ -106,6 +106,9 @@ def _ours(source: str) -> Pretrained:
     config, card = trained.card.model, trained.card
     if not isinstance(config, DiTConfig) or config.block != "adaln_zero":
         raise InputError(f"{uri.redact(source)}: {MODEL} describes another model; {LAYOUT}")
+    if config.options:
+        options = ", ".join(config.options)
+        raise InputError(f"{uri.redact(source)}: was trained with options that these layouts do not have: {options}")
     if not isinstance(card.diffusion, DiffusionConfig):
         raise InputError(f"{uri.redact(source)}: was trained with EDM's process, which these layouts do not have")
     return Pretrained(config, trained.model.state_dict(), card.diffusion, card.vae)

@@ -9,6 +9,7 @@ from pydantic import Field
 from dit.models.config import (
     IMAGE_SIZES,
     SIZES,
+    BackboneOptions,
     BlockKind,
     DiffiTConfig,
     DiffiTImageConfig,
@@ -86,7 +87,7 @@ class _PatchChoice(ModelChoice, ABC):
         return {**self._common(data), **shape, "patch_size": self.patch_size, "learn_variance": data.learn_variance}
 
 
-class DiTChoice(_PatchChoice):
+class DiTChoice(BackboneOptions, _PatchChoice):
     """A diffusion transformer (Peebles & Xie, arXiv 2212.09748)."""
 
     kind: Literal["dit"] = "dit"
@@ -100,7 +101,8 @@ class DiTChoice(_PatchChoice):
         Raises:
             InputError, ValidationError: choice and data do not fit each other.
         """
-        return DiTConfig(**self._patches(data), block=self.block)
+        options = {name: getattr(self, name) for name in BackboneOptions.model_fields}
+        return DiTConfig(**self._patches(data), block=self.block, **options)
 
 
 class DiffiTChoice(_PatchChoice):

@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from storage.config import Config
+from storage.config import Config, added
 from storage.errors import InputError
 
 HEAD_WIDTH = 32
 """Channels of an attention head of the image-space DiffiT."""
 
 BlockKind = Literal["in_context", "cross_attention", "adaln", "adaln_zero"]
+NormKind = Literal["layer", "rms"]
+MlpKind = Literal["gelu", "swiglu"]
 Size = Literal["S", "B", "L", "XL"]
 ImageSize = Literal["cifar10", "ffhq64", "digits16"]
 
@@ -92,13 +94,40 @@ class PatchTransformerConfig(TransformerShape, ModelConfig, ABC):
         return self.grid**2
 
 
-class DiTConfig(PatchTransformerConfig):
+class BackboneOptions(Config, ABC):
+    """Later changes of DiT's block, as LightningDiT (Yao et al., arXiv 2501.01423) has them. The defaults are DiT's."""
+
+    norm: NormKind = added("layer")
+    """Norm before attention, MLP and head: ``layer`` norm, or root mean square (``rms``) with a learned weight."""
+    mlp: MlpKind = added("gelu")
+    """Hidden units of a block's MLP: ``gelu``, or gated (``swiglu``), two thirds as many."""
+    rope: bool = added(False)
+    """Whether queries and keys are rotated by row and column of their token (RoPE), besides the position table."""
+    qk_norm: bool = added(False)
+    """Whether each head's queries and keys are normed (RMS, with a learned weight), which keeps bfloat16 stable."""
+
+
+class DiTConfig(BackboneOptions, PatchTransformerConfig):
     """A diffusion transformer (Peebles & Xie, arXiv 2212.09748). See `dit_config` for the published sizes."""
 
     kind: Literal["dit"] = "dit"
     """Model family."""
     block: BlockKind = "adaln_zero"
     """How a block is conditioned on time and class."""
+
+    @model_validator(mode="after")
+    def _rotates(self) -> Self:
+        if self.rope and self.block == "in_context":
+            raise ValueError("rope: the condition's tokens of an in_context block have no row; use another block")
+        if self.rope and self.width // self.heads % 4:
+            raise ValueError(f"rope: heads of {self.width // self.heads} channels are not a multiple of 4")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The backbone options that are not DiT's own, by name."""
+        fields = BackboneOptions.model_fields.items()
+        return {name: getattr(self, name) for name, field in fields if getattr(self, name) != field.default}
 
 
 class DiffiTConfig(PatchTransformerConfig):
@@ -170,6 +199,11 @@ SIZES: dict[Size, dict[str, int]] = {
 }
 """The published sizes (arXiv 2212.09748, table 1)."""
 
+LIGHTNING: dict[str, Any] = {
+    "input_size": 16, "in_channels": 32, "learn_variance": False, "norm": "rms", "mlp": "swiglu", "rope": True,
+}  # fmt: skip
+"""What LightningDiT (arXiv 2501.01423) has otherwise than DiT. Published is XL/1, at 256 pixels."""
+
 IMAGE_SIZES: dict[ImageSize, dict[str, Any]] = {
     "cifar10": {
         "input_size": 32, "widths": (128, 256, 256), "depths": (4, 4, 4), "window": 4, "dropout": 0.13,
@@ -194,6 +228,15 @@ def dit_config(name: str, **fields: Any) -> DiTConfig:
         InputError: there is no such size.
     """
     return DiTConfig.model_validate(_sized(name) | fields)
+
+
+def lightning_config(name: str, **fields: Any) -> DiTConfig:
+    """The config of a LightningDiT such as ``"XL/1"`` (size, patch size), with other fields as given.
+
+    Raises:
+        InputError: there is no such size.
+    """
+    return dit_config(name, **LIGHTNING | fields)
 
 
 def diffit_config(name: str, **fields: Any) -> DiffiTConfig:

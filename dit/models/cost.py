@@ -18,6 +18,7 @@ from dit.models.config import (
     diffit_config,
     diffit_image_config,
     dit_config,
+    lightning_config,
 )
 from storage.errors import InputError
 
@@ -101,10 +102,11 @@ def activations(
 
 
 def catalogue(latent: int) -> Iterator[tuple[str, ModelConfig]]:
-    """Every size, patch size and block of DiT, latent DiffiT's sizes and image DiffiT's models, each with a name.
+    """Every size, patch size and block of DiT, and the sizes of the other models, each with a name.
 
     Args:
-        latent: side of the latent, in latent pixels; the models on images keep their own size.
+        latent: side of the latent, in latent pixels. That of a LightningDiT is half as long, as its autoencoder
+            halves images once more; the models on images keep their own size.
 
     Raises:
         InputError: the latent does not divide into the largest patches.
@@ -115,6 +117,8 @@ def catalogue(latent: int) -> Iterator[tuple[str, ModelConfig]]:
     for block in get_args(BlockKind):
         for name in names:
             yield f"DiT-{name} {block}", dit_config(name, input_size=latent, block=block)
+    for size in SIZES:
+        yield f"LightningDiT-{size}/1", lightning_config(f"{size}/1", input_size=latent // 2)
     for name in names:
         yield f"DiffiT-{name}", diffit_config(name, input_size=latent)
     for name in IMAGE_SIZES:

@@ -8,6 +8,9 @@ Linear layer makes each token a patch again: C channels of noise, and C of the v
 
 Cost: a block takes 12 D^2 multiply-accumulates a token in Linear layers and 2 N D in attention. Halving p makes four
 times as many tokens with hardly any more parameters, and the paper finds that quality follows compute.
+
+LightningDiT (arXiv 2501.01423) is the same network with some of `dit.models.config.BackboneOptions`: RMS norms, gated
+MLPs, and queries and keys rotated by the place of their token.
 """
 
 # B = batch, C = latent channels, H = W = input_size, N = tokens, K = tokens of the condition, D = width
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 
 from dit.models.blocks import BLOCKS
 from dit.models.config import DiTConfig
-from dit.models.layers import unpatchify
+from dit.models.layers import grid_rotation, unpatchify
 from dit.models.patch_transformer import PatchTransformer
 
 
@@ -32,18 +35,20 @@ class DiT(PatchTransformer):
         super().__init__(config)
         self.config = config
         block = BLOCKS[config.block]
-        self.blocks = nn.ModuleList(block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
-        self.final_layer = block.FINAL_LAYER(config.width, config.patch_size**2 * config.out_channels)
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
+        self.final_layer = block.FINAL_LAYER(config)
         self.init_weights()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """See `PatchTransformer.forward`."""
         tokens, c = self.tokens(x), self.conditions(t, y, x.dtype)
+        head_width = self.config.width // self.config.heads
+        rotation = grid_rotation(head_width, self.config.grid, x.device) if self.config.rope else None
         if self.config.block in ("adaln", "adaln_zero"):
             c = c.sum(1)
         elif self.config.block == "in_context":
             tokens = torch.cat([tokens, c], dim=1)
         for block in self.blocks:
-            tokens = block(tokens, c)
+            tokens = block(tokens, c, rotation)
         patches = self.final_layer(tokens[:, : self.config.grid**2], c)
         return unpatchify(patches, self.config.grid, self.config.patch_size)

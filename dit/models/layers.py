@@ -1,4 +1,4 @@
-"""Layers of the transformers. Parameter names are those of the published DiT checkpoints."""
+"""Layers of the transformers. Parameter names are those of the published checkpoints of DiT and LightningDiT."""
 
 # B = batch, C = channels, H, W = latent height and width, N = tokens, K = tokens of the condition, D = width, h = heads
 
@@ -82,15 +82,19 @@ class LabelEmbedding(SelfInitialised):
 class Attention(nn.Module):
     """Multi-head self-attention over tokens (B, N, D), with queries, keys and values in one Linear."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = head_norms(width // heads, qk_norm)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """(B, N, D) to (B, N, D); queries and keys are rotated by a `grid_rotation` (2, N, D/h / 2), if given."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, h, N, D/h)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out
 
@@ -98,17 +102,19 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of tokens (B, N, D) to the condition's tokens (B, K, D)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
+        self.q_norm, self.k_norm = head_norms(width // heads, qk_norm)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B, N, D) and (B, K, D) to (B, N, D)."""
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, N, D/h)
         k, v = self.kv(c).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, h, K, D/h)
+        q, k = self.q_norm(q), self.k_norm(k)
         out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out
 
@@ -127,48 +133,45 @@ class Mlp(nn.Module):
         return out
 
 
-class FinalLayer(SelfInitialised):
-    """Tokens (B, N, D) to patches (B, N, patch numbers), shifted and scaled by the condition."""
+class SwiGLU(nn.Module):
+    """A gated MLP on each token: w3 (silu(a) b), where a and b are the halves of w12 (arXiv 2002.05202)."""
 
-    def __init__(self, width: int, out_features: int) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.norm_final = layer_norm(width)
-        self.linear = nn.Linear(width, out_features)
-        self.adaLN_modulation = modulation(width, 2)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, N, D) and (B, D) to (B, N, out_features)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        a, b = self.w12(x).chunk(2, dim=-1)
+        out: Tensor = self.w3(F.silu(a) * b)
         return out
 
-    def init_weights(self) -> None:
-        """Zero, so that an untrained model predicts zero."""
-        zero_modulation(self.adaLN_modulation)
-        zero(self.linear.weight, self.linear.bias)
 
+class RMSNorm(SelfInitialised):
+    """x / sqrt(mean(x^2) + eps) times a learned weight, over the last dimension (arXiv 1910.07467)."""
 
-class PlainFinalLayer(SelfInitialised):
-    """Tokens (B, N, D) to patches (B, N, patch numbers), without the condition, which the blocks have used."""
-
-    def __init__(self, width: int, out_features: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm_final = layer_norm(width, affine=True)
-        self.linear = nn.Linear(width, out_features)
+        self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, out_features). The condition is not used."""
-        out: Tensor = self.linear(self.norm_final(x))
-        return out
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to the same, computed in float32 and returned in the dtype of x."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), NORM_EPS).to(x.dtype)
 
     def init_weights(self) -> None:
-        """Zero, so that an untrained model predicts zero."""
-        zero(self.linear.weight, self.linear.bias)
+        """One."""
+        nn.init.ones_(self.weight)
 
 
 def layer_norm(width: int, *, affine: bool = False) -> nn.LayerNorm:
     """Layer norm; without learned scale and shift where they come from the condition."""
     return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=affine)
+
+
+def head_norms(head_width: int, normed: bool) -> tuple[nn.Module, nn.Module]:
+    """The norms of each head's queries and keys (Dehghani et al., arXiv 2302.05442); without parameters if none."""
+    return (RMSNorm(head_width), RMSNorm(head_width)) if normed else (nn.Identity(), nn.Identity())
 
 
 def modulation(width: int, parts: int) -> nn.Sequential:
@@ -204,6 +207,27 @@ def grid_sinusoid(width: int, side: int) -> Tensor:
     line = torch.cat([angle.sin(), angle.cos()], dim=1)
     column, row = line.repeat(side, 1), line.repeat_interleave(side, dim=0)
     return torch.cat([column, row], dim=1)[None].float()
+
+
+def grid_rotation(head_width: int, side: int, device: torch.device) -> Tensor:
+    """Cosines and sines of the angles by which a head's pairs of channels are rotated: float32 (2, N, D/h / 2).
+
+    The first half of the pairs turns with the row of the token and the second with its column, by
+    position * 10000^(-4 i / head_width), i = 0 .. head_width / 4 - 1 (Su et al., arXiv 2104.09864, for each axis).
+    """
+    i = torch.arange(head_width // 4, dtype=torch.float32, device=device)
+    line = torch.arange(side, device=device)[:, None] * 10000.0 ** (-i / (head_width // 4))
+    row, column = line.repeat_interleave(side, dim=0), line.repeat(side, 1)
+    angle = torch.cat([row, column], dim=1)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate neighbouring channels (2i, 2i + 1) of x (B, h, N, D/h) by a `grid_rotation`, computed in float32."""
+    cos, sin = rotation
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return pairs.flatten(-2).to(x.dtype)
 
 
 def check_labels(y: Tensor | None, num_classes: int) -> None:

@@ -151,7 +151,11 @@ def test_config_that_is_no_json(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
-    [({"num_classes": 0}, "diffusers has no unconditional DiT"), ({"mlp_ratio": 3.0}, "mlp_ratio 4, not 3")],
+    [
+        ({"num_classes": 0}, "diffusers has no unconditional DiT"),
+        ({"mlp_ratio": 3.0}, "mlp_ratio 4, not 3"),
+        ({"norm": "rms", "rope": True}, "does not have these options: norm, rope"),
+    ],
 )
 @pytest.mark.parametrize("layout", ["diffusers", "pipeline"])
 def test_what_diffusers_cannot_hold_is_refused(tmp_path: Path, fields: Any, reason: str, layout: Any) -> None:

@@ -247,6 +247,12 @@ def test_our_own_trained_model(tmp_path: Path, model: DiT, weights: Weights) -> 
     assert "has heads 4, not 8; remove --heads" in refusal(tmp_path / "ours", heads=8)
 
 
+def test_our_own_models_with_other_norms_and_mlps_are_refused(tmp_path: Path) -> None:
+    model = random_dit(norm="rms", rope=True)
+    exported(tmp_path / "ours", model.config, model.state_dict())
+    assert refusal(tmp_path / "ours").endswith("was trained with options that these layouts do not have: norm, rope")
+
+
 def test_our_own_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
     other = random_dit(block="adaln")
     exported(tmp_path / "ours", other.config, other.state_dict())

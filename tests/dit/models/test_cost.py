@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit.models.build import build
-from dit.models.config import DiTConfig, ModelConfig, diffit_image_config, dit_config
+from dit.models.config import SIZES, DiTConfig, ModelConfig, diffit_image_config, dit_config, lightning_config
 from dit.models.cost import activations, catalogue, cost
 from storage.errors import InputError
 
@@ -31,9 +31,16 @@ def test_labels_of_a_model_on_images_are_counted() -> None:
 
 def test_catalogue_has_every_model_once_and_the_latent_is_theirs() -> None:
     models = dict(catalogue(64))
-    assert len(models) == len(list(catalogue(32))) == 4 * 12 + 12 + 3
-    assert {"DiT-XL/2 adaln_zero", "DiT-S/8 in_context", "DiffiT-B/4", "DiffiT cifar10"} <= models.keys()
-    assert {c.input_size for name, c in models.items() if "/" in name} == {64}
+    assert len(models) == len(list(catalogue(32))) == 4 * 12 + 12 + 4 + 3
+    assert {
+        "DiT-XL/2 adaln_zero",
+        "DiT-S/8 in_context",
+        "DiffiT-B/4",
+        "DiffiT cifar10",
+        "LightningDiT-XL/1",
+    } <= models.keys()
+    assert {c.input_size for name, c in models.items() if "/" in name} == {64, 32}
+    assert {name for name, c in models.items() if c.input_size == 32} >= {f"LightningDiT-{size}/1" for size in SIZES}
     assert len({config.model_dump_json() for config in models.values()}) == len(models)
 
 
@@ -44,7 +51,14 @@ def test_latent_that_does_not_divide(latent: int) -> None:
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize("config", [dit_config("S/8", input_size=16, num_classes=3), diffit_image_config("digits16")])
+@pytest.mark.parametrize(
+    "config",
+    [
+        dit_config("S/8", input_size=16, num_classes=3),
+        lightning_config("S/4", qk_norm=True),
+        diffit_image_config("digits16"),
+    ],
+)
 def test_activations_are_what_a_real_forward_pass_keeps(config: ModelConfig, autocast: torch.dtype | None) -> None:
     model, kept = build(config), list[torch.Tensor]()
     y = torch.zeros(3, dtype=torch.long) if config.num_classes else None

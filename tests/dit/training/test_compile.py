@@ -14,10 +14,12 @@ from dit.models.config import BlockKind, DiffiTConfig, DiffiTImageConfig, DiTCon
 from dit.training.per_block import blocks, compile_blocks
 
 SMALL = {"input_size": 16, "width": 64, "depth": 1, "heads": 2, "num_classes": 4}
+LIGHTNING = {"norm": "rms", "mlp": "swiglu", "rope": True, "qk_norm": True}
 KINDS = get_args(BlockKind)
 IMAGE = DiffiTImageConfig(input_size=8, stem_width=32, widths=(32,), depths=(1,), window=8, time_width=32, dropout=0.5)
 CONFIGS: dict[str, ModelConfig] = {
     **{kind: DiTConfig.model_validate(SMALL | {"block": kind}) for kind in KINDS},
+    "lightning": DiTConfig.model_validate(SMALL | LIGHTNING),
     "diffit": DiffiTConfig.model_validate(SMALL),
     "diffit_image": IMAGE,
 }

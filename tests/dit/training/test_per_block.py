@@ -12,6 +12,7 @@ from dit.models.diffit_image import ResBlock
 from dit.training.per_block import blocks, compile_blocks, recompute_blocks
 
 DIT = DiTConfig(input_size=8, width=32, depth=3, heads=2, num_classes=4)
+LIGHTNING = DIT.model_copy(update={"norm": "rms", "mlp": "swiglu", "rope": True, "qk_norm": True})
 IMAGE = DiffiTImageConfig(
     input_size=16, stem_width=32, widths=(32, 64), depths=(2, 1), window=4, time_width=32, dropout=0.5
 )
@@ -52,7 +53,7 @@ def test_blocks_of_every_model() -> None:
     assert [type(block) for block in blocks(image)] == [ResBlock] * 5
 
 
-@pytest.mark.parametrize("config", [DIT, IMAGE], ids=["dit", "image"])
+@pytest.mark.parametrize("config", [DIT, LIGHTNING, IMAGE], ids=["dit", "lightning", "image"])
 def test_going_through_blocks_twice_changes_no_bit_and_keeps_less(config: ModelConfig) -> None:
     plain, twice = drawn(config), drawn(config)
     recompute_blocks(twice)
@@ -66,7 +67,9 @@ def test_going_through_blocks_twice_changes_no_bit_and_keeps_less(config: ModelC
     assert less < kept / 2
 
 
-@pytest.mark.parametrize(("config", "graphs"), [(DIT, 1), (ONE_STAGE, 2)], ids=["dit", "image"])
+@pytest.mark.parametrize(
+    ("config", "graphs"), [(DIT, 1), (LIGHTNING, 1), (ONE_STAGE, 2)], ids=["dit", "lightning", "image"]
+)
 def test_blocks_are_compiled_for_both_sizes_of_micro_batches(
     config: ModelConfig, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
