@@ -24,6 +24,7 @@ from dit.ranks import Ranks, Share, cores, joined
 from dit.rates import at_once, encoder_rate
 from dit.vae import Vae, VaeRef, info, load_vae, vae_inputs
 from storage import uri
+from storage.archives.open import HELD_OUT
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError, StorageError
 from storage.estimate import PlanContext, StageCost, store_objects
@@ -81,6 +82,11 @@ class EncodeConfig(Config):
     """Images in one chunk of an object, the unit of reading. 256 latents of 32 x 32 are 2 MiB, as are 64 of 64 x 64."""
     threads: int = operational(0, ge=0)
     """Threads that decode images. 0: one for each core, shared among the ranks of a machine."""
+
+
+def held_out_config(config: EncodeConfig) -> EncodeConfig:
+    """How the held-out images are encoded beside training images: in the same way, but never mirrored."""
+    return config.model_copy(update={"split": HELD_OUT, "flips": False})
 
 
 def run(config: EncodeConfig, shards: ShardManifest, *, out: StageOutput, tracker: Tracker) -> LatentManifest:

@@ -25,6 +25,7 @@ from dit.metrics.summary import Summary, check_counts, compare
 from dit.ranks import joined
 from dit.rates import at_once, extractor_rate
 from dit.sample import SampleManifest
+from storage.archives.open import HELD_OUT
 from storage.config import Config, operational
 from storage.estimate import PlanContext, StageCost
 from storage.images import transforms
@@ -36,7 +37,6 @@ from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
 
 VERSION = 4
-HELD_OUT = "held_out"
 TIMEOUT = timedelta(days=7)
 """How long ranks wait for one another: features of a million images can take days on a CPU."""
 

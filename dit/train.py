@@ -1,10 +1,8 @@
 """Latents to a checkpoint."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from uuid import uuid4
 
 import torch
 from pydantic import ValidationError
@@ -19,9 +17,10 @@ from dit.models.cost import activations, cost
 from dit.ranks import Ranks, joined
 from dit.rates import at_once, training_rate
 from dit.training.config import TrainConfig
-from dit.training.data import Batches, open_data
+from dit.training.data import Batches
 from dit.training.divergence import DivergedError, check_compilation, skipped_in_a_row
-from dit.training.loop import StepResult, TrainState, eager_loss, train
+from dit.training.held_out import HeldOut, bytes_to_copy, open_held_out, passes
+from dit.training.loop import TrainState, eager_loss, train
 from dit.training.milestones import Milestones, milestone_steps
 from dit.training.parallelize import gathered
 from dit.training.per_block import recompute_blocks
@@ -29,12 +28,13 @@ from dit.training.preemption import preemption
 from dit.training.prefetch import prefetched
 from dit.training.sample_grid import SampleGrid
 from dit.training.shorter import newest_step, shorter_runs
-from dit.training.start import autocast, decays, initial_state, learning_rate, step_config
+from dit.training.start import autocast, decays, initial_state, open_for, step_config
+from dit.training.step_log import StepLog
 from dit.training.throughput import LoggedStep, ThroughputMeter
 from storage.config import problem
 from storage.errors import InputError, PreemptedError
 from storage.estimate import PlanContext, StageCost
-from storage.latents import LatentManifest, bytes_to_stage
+from storage.latents import LatentManifest
 from storage.manifest import StageOutput, is_finished
 from storage.stage import StageDefinition
 from storage.tracker import NullTracker, Tracker, publish
@@ -55,16 +55,17 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
     with joined() as ranks, arithmetic(config.precision):
         card = _card(config, latents)
         batches = _batches(config, card.model, latents, ranks)
+        held_out = open_held_out(config, card.model, latents, ranks)
         trained = None
         try:
-            trained = _train(config, card, batches, ranks, out, tracker)
+            trained = _train(config, card, batches, held_out, ranks, out, tracker)
         except DivergedError as error:
             LOGGER.warning("%s; restarting from the last checkpoint", error)
         # A transient fault does not return. The restart is outside the except block: the error holds the old state.
-        state, history = trained or _train(config, card, batches, ranks, out, tracker)
+        state, history = trained or _train(config, card, batches, held_out, ranks, out, tracker)
         weights = _weights(state, ranks)
         if ranks.first:
-            _commit(config, card, weights, history, out, tracker)
+            _commit(config, card, weights, history, held_out, out, tracker)
         ranks.wait()
         return CheckpointManifest.read(out.uri)
 
@@ -114,9 +115,8 @@ def _check(config: TrainConfig, latents: LatentManifest, ranks: int) -> None:
 
 def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentManifest, ranks: Ranks) -> Batches:
     _check(config, latents, ranks.world_size)
-    start = ranks.agreed(uuid4().hex) if config.verify == "every_start" else None
     return Batches(
-        data=open_data(latents, streamed=config.reading == "streamed", start=start),
+        data=open_for(config, latents, ranks),
         shape=latents.latent_shape,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -136,6 +136,7 @@ def _train(
     config: TrainConfig,
     card: ModelCard,
     batches: Batches,
+    held_out: HeldOut | None,
     ranks: Ranks,
     out: StageOutput,
     tracker: Tracker,
@@ -148,9 +149,10 @@ def _train(
     process = build_process(config.diffusion, batches.device)
     how = step_config(config)
     saver = checkpoint.Saver(out, state, ranks, keep=config.keep_checkpoints, keep_every=config.keep_every)
-    milestones = _milestones(config, card, state, ranks, out)
+    milestones = _milestones(config, card, state, held_out, ranks, out)
     grid = SampleGrid(card, config.precision)
     meter = ThroughputMeter(card.model, config.batch_size, ranks.world_size, batches.device, dtype(config.precision))
+    log = StepLog(config, history, held_out, meter, tracker)
     steps = range(state.step, config.steps)
     with preemption(ranks) as stop, closing(saver), closing(milestones), prefetched(batches, steps) as next_batch:
         meter.begin(state.step)
@@ -163,12 +165,12 @@ def _train(
                 check_compilation(eager_loss(state.model, process, result.batch, how, ranks))
             last = result.step == config.steps
             stops = stop.requested() and not last
-            logs = result.step % config.log_every == 0 or last or result.step in milestones
+            logs = log.due(result.step) or result.step in milestones
             saves = result.step % config.checkpoint_every == 0 or last or stops
             if logs or saves or result.step % config.max_skipped == 0:
                 skipped = skipped_in_a_row(result, batches, config.max_skipped)
             if logs:
-                _log(config, result, history, meter.measure(result.step, next_batch.waited), tracker)
+                log.write(state, result, next_batch.waited)
             if config.sample_every and result.step % config.sample_every == 0:
                 _sample(grid, state, ranks, tracker)
             if result.step in milestones and history:
@@ -188,7 +190,14 @@ def _train(
     return state, history
 
 
-def _milestones(config: TrainConfig, card: ModelCard, state: TrainState, ranks: Ranks, out: StageOutput) -> Milestones:
+def _milestones(
+    config: TrainConfig,
+    card: ModelCard,
+    state: TrainState,
+    held_out: HeldOut | None,
+    ranks: Ranks,
+    out: StageOutput,
+) -> Milestones:
     """What commits the milestones that are still missing."""
 
     def output(step: int) -> tuple[TrainConfig, StageOutput]:
@@ -198,7 +207,7 @@ def _milestones(config: TrainConfig, card: ModelCard, state: TrainState, ranks: 
     def copy(step: int, history: Sequence[LoggedStep]) -> Callable[[], object]:
         shorter, place = output(step)
         its_card, weights = card.model_copy(update={"steps": step}), _weights(state, ranks)
-        return lambda: _commit(shorter, its_card, weights, history, place, NullTracker())
+        return lambda: _commit(shorter, its_card, weights, history, held_out, place, NullTracker())
 
     steps = milestone_steps(config.milestones, config.steps)
     missing = ranks.agreed([step for step in steps if ranks.first and not is_finished(output(step)[1].uri)])
@@ -206,21 +215,6 @@ def _milestones(config: TrainConfig, card: ModelCard, state: TrainState, ranks: 
     if passed and ranks.first:
         LOGGER.warning("milestones before step %d, where this run begins, are not made: %s", state.step, passed)
     return Milestones(missing, copy, first=ranks.first)
-
-
-def _log(
-    config: TrainConfig, result: StepResult, history: list[LoggedStep], rates: dict[str, float], tracker: Tracker
-) -> None:
-    """Send a step to the tracker, and add it to the history unless it was skipped."""
-    values = {name: term.item() for name, term in result.terms.items()}
-    values |= {"gradient_norm": result.gradient_norm.item()}
-    if not result.skipped_in_a_row:
-        history.append(LoggedStep(step=result.step, values=values))
-    values |= {f"loss_quartile_{number}": loss for number, loss in enumerate(result.quartiles.tolist(), start=1)}
-    finite = {name: value for name, value in values.items() if math.isfinite(value)}
-    others = {"learning_rate": learning_rate(config, result.step - 1), "skipped_steps": float(result.skipped)}
-    tracker.metrics(finite | others | rates, step=result.step)
-    tracker.progress(result.step, config.steps, "steps")
 
 
 def _sample(grid: SampleGrid, state: TrainState, ranks: Ranks, tracker: Tracker) -> None:
@@ -246,7 +240,7 @@ def _resume(
         if state.step:
             LOGGER.info("resuming after step %d", state.step)
         for logged in history if newest_step(out) < state.step else ():  # a shorter run's: this curve has them, too
-            tracker.metrics(logged.values, step=logged.step)
+            tracker.metrics(logged.values | logged.held_out, step=logged.step)
     return history
 
 
@@ -255,6 +249,7 @@ def _commit(
     card: ModelCard,
     weights: dict[str, dict[str, torch.Tensor]],
     history: Sequence[LoggedStep],
+    held_out: HeldOut | None,
     out: StageOutput,
     tracker: Tracker,
 ) -> None:
@@ -263,12 +258,15 @@ def _commit(
     if is_finished(out.uri):  # by a run of other steps, at the same time; its curve may have other points
         return
     losses = [logged.values["loss"] for logged in history]
-    picture = publish(out, tracker, "loss.png", curve([logged.step for logged in history], losses))
+    measured = held_out.series(history) if held_out else {}
+    pictures = [publish(out, tracker, "loss.png", curve([logged.step for logged in history], losses, measured))]
+    if held_out:
+        pictures.append(publish(out, tracker, "held_out_loss.json", held_out.report(history)))
     card, files = export(out, card, weights)
     counts = {"steps": config.steps, "images_seen": config.steps * config.batch_size}
     counts["parameters"] = sum(tensor.numel() for tensor in weights[RAW_WEIGHTS].values())
     metrics = {f"final_{name}": value for name, value in history[-1].values.items()}
-    out.commit(CheckpointManifest, [*files, picture], counts=counts, metrics=metrics, card=card)
+    out.commit(CheckpointManifest, [*files, *pictures], counts=counts, metrics=metrics, card=card)
 
 
 def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) -> StageCost:
@@ -293,11 +291,11 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
         size=saved * checkpoint + models * model,
         units=config.steps,
         done=max(map(newest_step, [plan.out, *shorter_runs(plan.out, config, decay=config.decay)])),
-        seconds=images * work.training_flops / rate / at_once(ranks),
+        seconds=(images + passes(config, plan) / 3) * work.training_flops / rate / at_once(ranks),
         leaves={"card": card.model_copy(update={"weights": dict.fromkeys(map(weights_file, ("raw", *averages)), "")})},
         unit="steps",
         memory=(sum(held.values()) - whole) // _parts(config, plan) + whole + _activations(config, card.model, batch),
-        copied=None if config.reading == "streamed" else bytes_to_stage(latents),
+        copied=None if config.reading == "streamed" else bytes_to_copy(config, latents, plan),
         save_memory="train.micro_batch, train.checkpoint_activations, train.parallel=fsdp or more ranks (launch)",
     )
 

@@ -1,6 +1,7 @@
 """The pipeline: images become tars, latents, a checkpoint, samples, metrics, and a model version."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from prefect import flow
@@ -32,12 +33,25 @@ def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
             for name in recipe.stages:
                 before = STAGES[name].reads
                 source = outcomes[before].manifest if before else recipe.archive
+                if name == "train":
+                    encode_held_out(recipe, outcomes, settings)
                 outcomes[name] = run_stage(name, recipe, source, settings)
             manifests = [Manifest.read(outcome.manifest) for outcome in outcomes.values()]
             publish(recipe.name, manifests, settings.root, run_id)
     done = list(outcomes.values())
     create_table_artifact([asdict(outcome) for outcome in done], key="pipeline-stages", description=recipe.name)
     return done
+
+
+def encode_held_out(recipe: Recipe, outcomes: Mapping[str, Outcome], settings: RunSettings) -> None:
+    """Encode the held-out images on which training measures its loss, if it does.
+
+    Not again if they are there: they belong to the tars, which a forced pipeline has made anew.
+    """
+    latents = Manifest.read(outcomes["encode"].manifest)
+    encoding = recipe.encoding_held_out(latents, settings.root, force=settings.force)
+    if encoding is not None:
+        run_stage("encode", encoding, outcomes["shard"].manifest, settings.model_copy(update={"force": False}))
 
 
 def run_stage(name: str, recipe: Recipe, source: ArchiveRef | str, settings: RunSettings) -> Outcome:

@@ -4,11 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from dit.encode import EncodeConfig
+from dit.encode import EncodeConfig, held_out_config
 from dit.evaluate import EvaluateConfig
 from dit.samplers.config import SampleConfig
 from dit.training.config import TrainConfig
@@ -51,6 +51,12 @@ class Recipe(Config):
     """Generated images to metrics. Default: none, and the pipeline ends with the generated images."""
     registry: RegisterConfig = RegisterConfig()
     """A checkpoint to a version in the model registry."""
+
+    @model_validator(mode="after")
+    def _has_held_out_images(self) -> Self:
+        if self.train.held_out is not None and self.archive.held_out is None:
+            raise ValueError("train.held_out: needs held-out images; name them in archive.held_out")
+        return self
 
     @property
     def pipeline_id(self) -> str:
@@ -104,6 +110,21 @@ class Recipe(Config):
                 return None
             manifests[name] = manifest
         return list(manifests.values())
+
+    def encoding_held_out(self, latents: Manifest, root: str, *, force: bool) -> Self | None:
+        """This recipe with the held-out images to encode, if training is still to measure its loss on them.
+
+        Args:
+            latents: manifest of the latents to train on, or an estimate of it.
+            root: folder or URL of all outputs.
+            force: whether training runs again if it is done.
+        """
+        train = STAGES["train"]
+        if self.train.held_out is None:
+            return None
+        if not force and train.output(root, self.train, latents).committed(train.kind) is not None:
+            return None
+        return self.model_copy(update={"encode": held_out_config(self.encode)})
 
     def source_of(self, stage: str, given: str | None, root: str) -> ArchiveRef | str:
         """The input of a stage: the given reference, or the recipe's own earlier output.

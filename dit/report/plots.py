@@ -14,11 +14,24 @@ from dit.metrics.comparison import Estimate
 from dit.metrics.power_law import PowerLaw
 
 
-def curve(steps: Sequence[int], losses: Sequence[float]) -> bytes:
-    """The loss against the training step, on a logarithmic axis."""
+def curve(
+    steps: Sequence[int], losses: Sequence[float], held_out: Mapping[str, Sequence[tuple[int, float, float]]]
+) -> bytes:
+    """The loss against the training step, on a logarithmic axis.
+
+    Args:
+        steps: the steps.
+        losses: the training loss of each.
+        held_out: step, loss on held-out images and its standard error, by the name of the weights.
+    """
     figure = Figure(figsize=(6, 3.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(steps, losses, linewidth=1, marker=".", markersize=2)
+    axes.plot(steps, losses, linewidth=1, marker=".", markersize=2, label="training")
+    for name, points in held_out.items():
+        at, values, errors = zip(*points, strict=True) if points else ((), (), ())
+        axes.errorbar(at, values, errors, fmt="o-", capsize=2, markersize=3, linewidth=1, label=f"held out, {name}")
+    if held_out:
+        axes.legend(fontsize=8)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(visible=True, which="both", alpha=0.3)
     return _png(figure)

@@ -13,6 +13,18 @@ from dit.training.parallelize import Parallel
 from storage.config import Config, operational
 
 
+class HeldOutLoss(Config):
+    """How the loss on held-out images is measured. It changes no bit of the model."""
+
+    every: int = Field(1_000, ge=1)
+    """Optimizer steps between two measurements; another one follows the last step."""
+    images: int = Field(2_048, ge=1)
+    """Number of held-out images, the first of the store, where they lie in random order; or all, if there are fewer.
+    Each passes eight times through the model: at four noise levels, with the EMA and with the weights themselves."""
+    batch_size: int = Field(64, ge=1)
+    """Images in one pass, on one rank. It can change the last bits of the numbers."""
+
+
 class TrainConfig(Config):
     """Settings of the training stage."""
 
@@ -85,6 +97,9 @@ class TrainConfig(Config):
     milestones: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] | None = operational(None)
     """Steps at which to keep the model: their distance, or a list. Each becomes an output of its own, that of a run
     with so many steps, and is named by ``train.steps`` or by its manifest. Null: none. Needs ``decay: none``."""
+    held_out: HeldOutLoss | None = operational(None)
+    """Also measure the loss on held-out images (``archive.held_out``), which a recipe encodes for it, at four noise
+    levels with the same noise each time. It changes no bit of the model. Null: not measured."""
     log_every: int = operational(100, ge=1)
     """Optimizer steps between two log records. Milestones are logged, too."""
     sample_every: int | None = operational(None, ge=1)

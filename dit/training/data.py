@@ -46,6 +46,13 @@ class Batch:
         kwargs = {"augment": self.augment, "dropout": self.dropout}
         return {name: value for name, value in kwargs.items() if value is not None}
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        parts: dict[str, Any] = {
+            name: value if value is None else value.to(device) for name, value in vars(self).items()
+        }
+        return Batch(**parts)
+
     def split(self, size: int | None) -> list["Batch"]:
         """Micro-batches of at most ``size`` rows, in order; None does not split."""
         size = size or len(self.x0)

@@ -12,7 +12,8 @@ appendix F.2) therefore bounds the half-life by a share of the k steps taken bef
     d_k = min(d, 0.5^(1 / (r k)))    for k > 0, and d_0 = 0
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,27 @@ class EMA:
         parameters = [local(p.detach()).float() for p in model.parameters()]
         weight = torch.full((), 1 - self.decay_at(step), device=parameters[0].device) * enabled
         torch._foreach_lerp_(averages, parameters, [weight] * len(parameters))
+
+    @contextmanager
+    def exchanged(self, model: nn.Module) -> Iterator[None]:
+        """For the length of the block the model has the average, and this holds its weights. No bit changes.
+
+        Args:
+            model: the model given at the start, whose parameters are float32.
+        """
+        self._exchange(model)
+        try:
+            yield
+        finally:
+            self._exchange(model)
+
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module) -> None:
+        for held, parameter in zip(self._averages.values(), model.parameters(), strict=True):
+            average, weights = local(held), local(parameter.detach())
+            kept = weights.clone()
+            weights.copy_(average)
+            average.copy_(kept)
 
     def decay_at(self, step: int) -> float:
         """The decay d_k of step k, counted from 0."""

@@ -105,7 +105,7 @@ def train(
 def eager_loss(model: nn.Module, process: Process, batch: Batch, config: StepConfig, ranks: Ranks) -> float:
     """The mean loss over the global batch, computed without compiled code."""
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        losses = [_terms(model, process, part, config)["loss"].double() for part in batch.split(config.micro_batch)]
+        losses = [loss_terms(model, process, part, config)["loss"].double() for part in batch.split(config.micro_batch)]
     mean = torch.cat(losses).mean() / ranks.world_size
     if ranks.world_size > 1:
         dist.all_reduce(mean)
@@ -137,7 +137,7 @@ def _accumulate(
     losses = []
     for number, part in enumerate(parts, start=1):
         with gradient_sync(model, number == len(parts)):  # once a step
-            terms = _terms(model, process, part, config)
+            terms = loss_terms(model, process, part, config)
             share = len(part.x0) / len(batch.x0)
             means = {name: term.mean() * share for name, term in terms.items()}
             means["loss"].backward()
@@ -161,7 +161,8 @@ def _mean_over_ranks(sums: dict[str, Tensor], by_quartile: Tensor, ranks: Ranks)
     return dict(zip(sums, means / ranks.world_size, strict=True)), losses / counts
 
 
-def _terms(model: nn.Module, process: Process, batch: Batch, config: StepConfig) -> dict[str, Tensor]:
+def loss_terms(model: nn.Module, process: Process, batch: Batch, config: StepConfig) -> dict[str, Tensor]:
+    """The loss of each image of a batch, (B,), and its parts, by name."""
     with torch.autocast(batch.x0.device.type, config.autocast, enabled=config.autocast is not None):
         denoiser = partial(model, **batch.model_kwargs)
         return process.training_terms(denoiser, batch.x0, batch.noise, process.sample_t(batch.u), batch.y)

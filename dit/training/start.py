@@ -1,6 +1,7 @@
 """The state in which training starts, and how its steps are taken."""
 
 import math
+from uuid import uuid4
 
 import torch
 
@@ -10,10 +11,12 @@ from dit.models.build import build
 from dit.models.config import ModelConfig
 from dit.ranks import Ranks
 from dit.training.config import TrainConfig
+from dit.training.data import Data, open_data
 from dit.training.ema import EMA
 from dit.training.loop import StepConfig, TrainState
 from dit.training.parallelize import shard
 from dit.training.per_block import compile_blocks, recompute_blocks
+from storage.latents import LatentManifest
 
 
 def decays(config: TrainConfig) -> dict[str, float]:
@@ -48,6 +51,12 @@ def initial_state(config: TrainConfig, model_config: ModelConfig, ranks: Ranks) 
     )
     averages = {name: EMA(model, decay, config.ema_ramp) for name, decay in decays(config).items()}
     return TrainState(model, averages, optimizer)
+
+
+def open_for(config: TrainConfig, latents: LatentManifest, ranks: Ranks) -> Data:
+    """The images of a store, as the config says how to read and to check them. Errors as `open_data`."""
+    start = ranks.agreed(uuid4().hex) if config.verify == "every_start" else None
+    return open_data(latents, streamed=config.reading == "streamed", start=start)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import psutil
 import torch
+from pydantic import Field
 
 from dit.models.config import ModelConfig
 from dit.models.cost import cost
@@ -21,6 +22,10 @@ class LoggedStep(Config):
     """Optimizer steps taken, this one included."""
     values: dict[str, float]
     """Loss, its parts and gradient norm, over the global batch."""
+    held_out: dict[str, float] = Field(default_factory=dict)
+    """Loss on held-out images and standard errors, if they were measured; see `dit.training.held_out`."""
+    conditions: str = ""
+    """Digest of how ``held_out`` was measured, and on what."""
 
 
 @dataclass
@@ -41,9 +46,9 @@ class ThroughputMeter:
         gpu = self.device.type == "cuda"
         self._peak = self.world_size * matmul_speed(self.dtype, self.device) if gpu else None
 
-    def begin(self, step: int) -> None:
-        """Start the clock after ``step`` steps."""
-        self._began = step, time.perf_counter(), 0.0
+    def begin(self, step: int, waited: float = 0.0) -> None:
+        """Start the clock after ``step`` steps, which have ``waited`` so many seconds for their batches."""
+        self._began = step, time.perf_counter(), waited
         psutil.cpu_percent()  # the next call reports the load since this one
 
     def measure(self, step: int, waited: float) -> dict[str, float]:

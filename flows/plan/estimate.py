@@ -6,7 +6,7 @@ seconds each (`dit.rates`).
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class StageEstimate:
     """A stage's own estimate."""
 
     stage: str
+    """Its name, or ``encode held_out`` for images that training measures its loss on."""
     cost: StageCost
     manifest: Manifest
     """The manifest of its output, an estimate if it is not committed."""
@@ -119,22 +120,31 @@ def estimates(recipe: Recipe, root: str, rates: dict[str, float], *, force: bool
         InputError: something would stop a stage.
     """
     before: dict[str, Manifest] = {}
-    launch = recipe.launch
-    nodes = 1 if isinstance(launch, LocalLaunch) else launch.nodes
     for name in recipe.stages:
-        stage, config = STAGES[name], recipe.config_of(name)
-        definition = stage.definition
-        source = before[stage.reads] if stage.reads else recipe.archive
-        out = stage.output(root, config, source, force=force)
-        context = PlanContext(out, rates, launch.world_size if stage.ranked else 1, nodes, before)
-        made = out.committed(stage.kind)
-        if made is None:
-            definition.check(config, source, context)
-        if definition.estimate is None:
-            continue
+        encoding = recipe.encoding_held_out(before["encode"], root, force=force) if name == "train" else None
+        if encoding is not None:
+            held_out = _estimate("encode", encoding, root, rates, before, force=False)
+            yield from (replace(each, stage="encode held_out") for each in held_out)
+        for each in _estimate(name, recipe, root, rates, before, force=force):
+            before[name] = each.manifest
+            yield each
+
+
+def _estimate(
+    name: str, recipe: Recipe, root: str, rates: dict[str, float], before: Mapping[str, Manifest], *, force: bool
+) -> Iterator[StageEstimate]:
+    """Check a stage if it is not done; its estimate, if it has one, from those ``before``."""
+    launch, stage, config = recipe.launch, STAGES[name], recipe.config_of(name)
+    nodes, definition = 1 if isinstance(launch, LocalLaunch) else launch.nodes, stage.definition
+    source = before[stage.reads] if stage.reads else recipe.archive
+    out = stage.output(root, config, source, force=force)
+    context = PlanContext(out, rates, launch.world_size if stage.ranked else 1, nodes, before)
+    made = out.committed(stage.kind)
+    if made is None:
+        definition.check(config, source, context)
+    if definition.estimate is not None:
         cost = definition.estimate(config, source, context)
-        before[name] = made or out.manifest(stage.kind, **cost.leaves)
-        yield StageEstimate(name, cost, before[name], made is not None)
+        yield StageEstimate(name, cost, made or out.manifest(stage.kind, **cost.leaves), made is not None)
 
 
 def copied(stages: list[StageEstimate]) -> Copy | None:

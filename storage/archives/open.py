@@ -17,6 +17,8 @@ from storage.archives.zips import open_zip
 from storage.config import Config, Location, operational
 from storage.errors import InputError
 
+HELD_OUT = "held_out"
+"""The split of images that no model is trained on."""
 __all__ = ["Archive", "ArchiveRef", "Member", "open_archive", "open_splits"]
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -67,7 +69,7 @@ def _open_splits(ref: ArchiveRef) -> dict[str, Archive]:
     train = open_archive(ref.train)
     if ref.held_out is None:
         return {"train": train}
-    return {"train": train, "held_out": open_archive(ref.held_out, train.class_names, ref.held_out_labels)}
+    return {"train": train, HELD_OUT: open_archive(ref.held_out, train.class_names, ref.held_out_labels)}
 
 
 def open_archive(url: str, class_names: tuple[str, ...] | None = None, labels: str | None = None) -> Archive:

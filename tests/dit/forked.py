@@ -21,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import measuring
 import torch
 from torch.distributed import TCPStore
 from until import LIMIT, until
@@ -48,6 +49,7 @@ STAGES: dict[str, tuple[Any, type[Config], Callable[[str], Any]]] = {
     "train": (train.run, TrainConfig, LatentManifest.read),
     "sample": (sample.run, SampleConfig, CheckpointManifest.read),
     "evaluate": (evaluate.run, EvaluateConfig, SampleManifest.read),
+    "measure": (measuring.run, TrainConfig, LatentManifest.read),
 }
 LATE = ("dit.training.checkpoint", "dit.report.plots", "diffusers.models.autoencoders.autoencoder_kl", "torch._dynamo")
 """What stages, diffusers and torch import when they need it."""

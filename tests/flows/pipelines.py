@@ -14,6 +14,7 @@ SMALL = {
     "train.model.size": "{depth: 1, width: 32, heads: 2}",
     "train.checkpoint_every": 2,
     "train.log_every": 5,
+    "train.held_out": "{every: 10, images: 40}",
     "sample.count": 40,
     "sample.steps": 4,
     "sample.block_rows": 10,

@@ -103,8 +103,9 @@ def test_an_archive_is_listed_once_and_weights_are_read_once_for_each_use(
     read = Counter(Path(path).resolve() for (event, path), n in events.items() for _ in range(n) if event == "open")
     demo = REPOSITORY / "flows" / "demo"
     first = 2  # its first bytes, and its hash
-    checked = 2  # by the preflight, as encode and sample would use it
-    assert read[demo / "vae" / "diffusion_pytorch_model.safetensors"] == first + checked + 3  # encode, sample, register
+    checked = 3  # by the preflight, as encode, for either split, and sample would use it
+    used = 4  # by encode, for either split, by sample and register
+    assert read[demo / "vae" / "diffusion_pytorch_model.safetensors"] == first + checked + used
     assert read[demo / "classifier" / "model.safetensors"] == first + 1 + 2  # the preflight; evaluate, report
 
 
@@ -135,6 +136,22 @@ def test_the_documented_stage_is_all_that_a_new_stage_needs(
     assert {line["stage"]: line["state"] for line in lines} == dict.fromkeys([*STAGES[:-1], "mean"], "done")
     deployed = yaml.safe_load((tmp_path / "prefect.yaml").read_text())["deployments"]
     assert "flows.stages.mean" in [deployment["entrypoint"] for deployment in deployed]
+
+
+def test_held_out_images_are_encoded_and_measured(report: dict[str, Any], root: Path) -> None:
+    """By a stage of their own, with a run in MLflow below that of the pipeline."""
+    client, ids, train = MlflowClient(), report["mlflow_run_ids"], manifests(report)["train"]
+    for kind in ("held_out_loss", "held_out_loss_raw_level_4", "held_out_loss_se"):
+        assert [metric.step for metric in client.get_metric_history(ids["train"], kind)] == [10, 20, 30]
+    assert "held_out_loss.json" in {entry.path for entry in client.list_artifacts(ids["train"])}
+    made = [json.loads(path.read_text()) for path in (root / "encode").glob("*/manifest.json")]
+    (held_out,) = (manifest for manifest in made if manifest["split"] == "held_out")
+    assert (held_out["counts"]["images"], held_out["flips"]) == (10 * KEPT["held_out"], 1)
+    run = client.get_run(held_out["provenance"]["mlflow_run_id"])
+    assert (run.data.tags["mlflow.parentRunId"], run.info.status) == (ids["pipeline"], "FINISHED")
+    said = json.loads(Path(root, "train", train["digest"][:16], "artifacts", "held_out_loss.json").read_text())
+    assert said["conditions"]["latents"] == held_out["digest"]
+    assert held_out["digest"] not in [parent["digest"] for parent in train["parents"].values()]
 
 
 def test_a_second_run_skips_every_stage(report: dict[str, Any], root: Path, digits: Path) -> None:

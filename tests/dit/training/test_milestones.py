@@ -13,6 +13,7 @@ from dit.export import CheckpointManifest
 from dit.training import checkpoint
 from dit.training.config import TrainConfig
 from dit.training.milestones import milestone_steps
+from dit.training.step_log import StepLog
 from storage.errors import StorageError
 from storage.latents import LatentManifest
 from storage.manifest import StageOutput, is_finished
@@ -118,7 +119,7 @@ def test_a_run_that_resumes_at_a_milestone_with_nothing_logged_goes_on(
 ) -> None:
     quiet = {"log_every": 100, "checkpoint_every": 3}
     with pytest.raises(tiny.Killed), monkeypatch.context() as patched:
-        patched.setattr(train, "_log", lambda *_: None)  # as if all steps had been skipped
+        patched.setattr(StepLog, "write", lambda *_: None)  # as if all steps had been skipped
         patched.setattr(checkpoint.Saver, "check", lambda saver: _kill_after(saver, 3))
         tiny.run_train(tmp_path, PLAIN.model_copy(update=quiet), latents)
     made = tiny.run_train(tmp_path, PLAIN.model_copy(update=quiet | {"milestones": (3,)}), latents)

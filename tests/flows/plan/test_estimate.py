@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 import psutil
 import pytest
-from command_line import SIDE, refused, tiny
+from command_line import SIDE, refused, tiny, write_images
 
 from dit.models.cost import cost
 from flows.command.main import main
@@ -65,6 +65,32 @@ def test_hours_follow_from_the_rates(images: Path, root: Path, rates: Path) -> N
     assert lines["evaluate"].hours * 3600 == pytest.approx((24 + 2 * 6) / 20)
     unguided = planned(recipe_of(images, root, "sample.guidance_scale=1"), root, rates)
     assert unguided.lines[3].hours * 3600 == pytest.approx(6 * 2 * 2 * work.macs / 2e9 + 6 / 5)
+
+
+def test_held_out_images_are_encoded_and_passed_through_the_model(images: Path, root: Path, rates: Path) -> None:
+    held_out = write_images(root.parent / "held_out", count=2)
+    more = ("train.held_out={every: 3, images: 5}", "train.steps=7", f"archive.held_out={held_out}")
+    recipe = recipe_of(images, root, *more)
+    lines = {line.stage: line for line in planned(recipe, root, rates).lines}
+    assert list(lines) == ["shard", "encode", "encode held_out", "train", "sample", "evaluate"]
+    assert lines["encode held_out"].images == 6
+    work = cost(recipe.train.model.config(_given()))
+    passes = 3 * 5 * 4 * 2  # after the steps 3, 6 and 7, at four levels, of the EMA and of the weights
+    assert lines["train"].hours * 3600 == pytest.approx((7 * 4 * 6 + passes * 2) * work.macs / 1e9)
+    shards, latents = perform(recipe, root, "shard", "encode")
+    encoding = recipe.encoding_held_out(latents, str(root), force=False)
+    assert encoding is not None
+    out = STAGES["encode"].output(str(root), encoding.encode, shards)
+    made = STAGES["encode"].run(encoding.encode, shards, out=out, tracker=NullTracker())
+    assert lines["encode held_out"].objects == len(made.files) + 1
+    assert lines["encode held_out"].size == sum(entry.size for entry in made.files if "/c/" in entry.path)
+    states = {line.stage: line.state for line in planned(recipe, root, rates).lines}
+    assert (states["encode held_out"], states["train"]) == ("done", "to do")
+    stage = STAGES["train"]
+    stage.run(recipe.train, latents, out=stage.output(str(root), recipe.train, latents), tracker=NullTracker())
+    lines = {line.stage: line for line in planned(recipe, root, rates).lines}
+    assert "encode held_out" not in lines  # nobody will measure
+    assert recipe.encoding_held_out(latents, str(root), force=True) is not None
 
 
 def test_the_archive_is_accounted_for(

@@ -56,6 +56,7 @@ def written(root: Path) -> list[Path]:
         (["train.augmentation=0.1"], "train.augmentation"),
         (["train.batch_size=5", "launch.nproc=2"], "train.batch_size: 5 is not a multiple of the 2 ranks"),
         (["train.model.patch_size=3"], "train.model: does not fit the latents"),
+        (["train.held_out={}"], "train.held_out: needs held-out images; name them in archive.held_out"),
         (["encode.split=test"], "encode.split: the data has no split 'test'"),
         (["encode.resolution=18"], "encode.resolution: 18 px is not a multiple of the VAE's 4"),
         (["encode.resolution=64"], "demo-digits: needs square uint8 images of at most 32x32x3"),
