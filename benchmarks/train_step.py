@@ -1,6 +1,6 @@
 """A training step of DiT, against diffusers' DiT in a plain training loop with the same data and weights.
 
-Also what a whole run costs beside its steps: see `benchmarks.training`.
+Also what LightningDiT's options cost in a step, and what a whole run costs beside its steps: see `benchmarks.training`.
 """
 
 # B = batch, C = channels, H = W = side of the latent
@@ -11,6 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from benchmarks.peer import diffusers_dit, set_differences
 from dit.devices import device
 from dit.diffusion.config import DiffusionConfig
 from dit.diffusion.gaussian import GaussianDiffusion
-from dit.models.config import DiTConfig, dit_config
+from dit.models.config import LIGHTNING, BackboneOptions, DiTConfig, dit_config
 from dit.models.cost import cost
 from dit.models.dit import DiT
 from dit.ranks import Ranks
@@ -47,6 +48,8 @@ class Task:
     rounds: int
 
 
+S1 = dit_config("S/1", input_size=16, in_channels=32, learn_variance=False)
+"""As LightningDiT-S/1, without its options."""
 CPU_TASKS = {"S/2": Task(dit_config("S/2"), 2, 5), "B/2": Task(dit_config("B/2"), 1, 2)}
 GPU_TASKS = {
     name: Task(dit_config(name), size, 20) for name, size in {"S/2": 128, "B/2": 64, "L/2": 24, "XL/2": 16}.items()
@@ -110,7 +113,16 @@ def ours(model: DiT, batch: Batch, dtype: torch.dtype, compiled: bool) -> Contes
     return Contestant(lambda: next(steps).terms["loss"], model, optimizer, averages)
 
 
-CONTESTANTS: dict[str, tuple[torch.dtype, Callable[[DiT, Batch, torch.dtype], Contestant]]] = {
+def with_options(model: DiT, batch: Batch, dtype: torch.dtype, *, compiled: bool = True, **options: Any) -> Contestant:
+    """Our steps of a model with other backbone options, and weights of its own."""
+    return ours(_model(model.config.model_copy(update=options)), batch, dtype, compiled)
+
+
+Contestants = dict[str, tuple[torch.dtype, Callable[[DiT, Batch, torch.dtype], Contestant]]]
+Ratios = dict[str, tuple[str, str]]
+"""Ratio name to two contestants: images per second of the second, divided by those of the first."""
+
+CONTESTANTS: Contestants = {
     "plain_fp32": (torch.float32, plain),
     "plain_autocast": (torch.bfloat16, plain),
     "ours_fp32_eager": (torch.float32, partial(ours, compiled=False)),
@@ -119,47 +131,74 @@ CONTESTANTS: dict[str, tuple[torch.dtype, Callable[[DiT, Batch, torch.dtype], Co
 }
 """Those of ours are compiled unless the name says otherwise."""
 
-RATIOS = {
+RATIOS: Ratios = {
     "vs_fp32": ("plain_fp32", "ours_bf16"),
     "vs_autocast": ("plain_autocast", "ours_bf16"),
     "fp32_vs_fp32": ("plain_fp32", "ours_fp32"),
     "fp32_vs_autocast": ("plain_autocast", "ours_fp32"),
     "fp32_eager_vs_fp32": ("plain_fp32", "ours_fp32_eager"),
 }
-"""Ratio name to two contestants: images per second of the second, divided by those of the first."""
+
+OF_LIGHTNING = {name: value for name, value in LIGHTNING.items() if name in BackboneOptions.model_fields}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "rms": {"norm": "rms"},
+    "swiglu": {"mlp": "swiglu"},
+    "rope": {"rope": True},
+    "qk_norm": {"qk_norm": True},
+    "lightning": OF_LIGHTNING,
+    "lightning_eager": {**OF_LIGHTNING, "compiled": False},
+}
+BACKBONES: dict[torch.dtype, Contestants] = {
+    dtype: {
+        "plain": (dtype, plain),
+        "dit": (dtype, partial(ours, compiled=True)),
+        "dit_eager": (dtype, partial(ours, compiled=False)),
+        **{name: (dtype, partial(with_options, **options)) for name, options in OPTIONS.items()},
+    }
+    for dtype in TOLERANCE
+}
+BACKBONE_RATIOS: Ratios = {
+    "dit_vs_plain": ("plain", "dit"),
+    "lightning_vs_plain": ("plain", "lightning"),
+    **{f"{name}_vs_dit": ("dit_eager" if name.endswith("eager") else "dit", name) for name in OPTIONS},
+}
 
 
 def measure() -> Measured:
-    """Measure every size that this machine trains in minutes, then whole runs of the smallest."""
+    """Measure every size that this machine trains in minutes, the options, then whole runs of the smallest."""
     results: list[Result] = []
     ratios: dict[str, float] = {}
-    for name, task in (GPU_TASKS if torch.cuda.is_available() else CPU_TASKS).items():
+    gpu = torch.cuda.is_available()
+    contests = [(name, task, CONTESTANTS, RATIOS) for name, task in (GPU_TASKS if gpu else CPU_TASKS).items()]
+    options = Task(S1, 128, 20) if gpu else Task(S1, 2, 5)
+    contests += [(f"S/1_{_short(dtype)}", options, those, BACKBONE_RATIOS) for dtype, those in BACKBONES.items()]
+    for name, task, contestants, those in contests:
         label = name.replace("/", "").lower()
-        found, compared = contest(task)
+        found, compared = contest(task, contestants, those)
         results += [Result(f"{label}_{result.name}", result.value, result.unit) for result in found]
         ratios |= {f"{label}_{ratio}": value for ratio, value in compared.items()}
     beside, scaling = training.measure()
     return results + beside, ratios | scaling
 
 
-def contest(task: Task) -> Measured:
+def contest(task: Task, contestants: Contestants = CONTESTANTS, ratios: Ratios = RATIOS) -> Measured:
     """Time every contestant: in turns on a CPU, one after another on a GPU, whose memory does not hold them all.
 
     Ratios and rates use the fastest step of each, because other work on the machine only adds time. The peak of the
     machine is that of matrix products timed in between.
 
     Raises:
-        ValueError: the first loss of a contestant is not that of the plain step.
+        ValueError: the first loss of a contestant with the same network is not that of the first contestant.
     """
     torch.compiler.reset()  # else all sizes together exceed the limit of recompilations
-    model, batch = _model(task), _batch(task)
-    names = list(CONTESTANTS)
+    model, batch = _model(task.config), _batch(task)
+    names = list(contestants)
     peaks = dict.fromkeys(TOLERANCE, 0.0)
     seconds: dict[str, list[float]] = {}
     memory: dict[str, int] = {}
     losses: dict[str, float] = {}
     for group in [[name] for name in names] if torch.cuda.is_available() else [names]:
-        running = {name: CONTESTANTS[name][1](model, batch, CONTESTANTS[name][0]) for name in group}
+        running = {name: make(model, batch, dtype) for name in group for dtype, make in [contestants[name]]}
         losses |= {name: contestant.step().item() for name, contestant in running.items()}
         memory |= {name: peak_memory(contestant) for name, contestant in running.items()}
         for _ in range(task.rounds):
@@ -167,24 +206,24 @@ def contest(task: Task) -> Measured:
                 seconds.setdefault(name, []).append(common.seconds(contestant.step))
             peaks = {dtype: max(peak, matmul_speed(dtype, device())) for dtype, peak in peaks.items()}
         del running, contestant  # frees memory before the next is made
-    check_losses(losses)
+    check_losses({name: loss for name, loss in losses.items() if name not in OPTIONS}, contestants)
     results = [Result(f"matmul_{_short(dtype)}", peak / TERA, "TFLOP/s") for dtype, peak in peaks.items()]
     results += [Result(f"{name}_loss", loss, "first step") for name, loss in losses.items()]
     for name in names:
-        results += _figures(name, task, seconds[name], memory[name], peaks)
+        results += _figures(name, task, seconds[name], memory[name], peaks[contestants[name][0]])
     best = {name: min(times) for name, times in seconds.items()}
-    return results, {ratio: best[peer] / best[mine] for ratio, (peer, mine) in RATIOS.items()}
+    return results, {ratio: best[peer] / best[mine] for ratio, (peer, mine) in ratios.items()}
 
 
-def check_losses(losses: dict[str, float]) -> None:
+def check_losses(losses: dict[str, float], contestants: Contestants = CONTESTANTS) -> None:
     """Check that all contestants computed the same first loss.
 
     Raises:
         ValueError: one differs by more than the tolerance of its precision.
     """
-    expected = losses["plain_fp32"]
+    expected = next(iter(losses.values()))
     for name, loss in losses.items():
-        tolerance = TOLERANCE[CONTESTANTS[name][0]]
+        tolerance = TOLERANCE[contestants[name][0]]
         if not abs(loss - expected) <= tolerance * abs(expected):
             raise ValueError(f"{name}: first loss {loss} is not within {tolerance:g} of {expected}")
 
@@ -203,7 +242,7 @@ def peak_memory(contestant: Contestant) -> int:
     return contestant.held() + max(accumulate(changes))
 
 
-def _figures(name: str, task: Task, times: list[float], memory: int, peaks: dict[torch.dtype, float]) -> list[Result]:
+def _figures(name: str, task: Task, times: list[float], memory: int, peak: float) -> list[Result]:
     best = min(times)
     flops = cost(task.config).training_flops * task.batch_size / best
     return [
@@ -211,17 +250,17 @@ def _figures(name: str, task: Task, times: list[float], memory: int, peaks: dict
         Result(f"{name}_best", best, "s"),
         Result(f"{name}_speed", task.batch_size / best, "images/s"),
         Result(f"{name}_work", flops / TERA, "TFLOP/s"),
-        Result(f"{name}_mfu", 100 * flops / peaks[CONTESTANTS[name][0]], "%"),
+        Result(f"{name}_mfu", 100 * flops / peak, "%"),
         Result(f"{name}_memory", memory / GIB, "GiB"),
     ]
 
 
-def _model(task: Task) -> DiT:
+def _model(config: DiTConfig) -> DiT:
     """With random weights where training starts at zero: models that predict zero would have equal losses anyway."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = DiT(task.config)
+        model = DiT(config)
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1, generator=generator)

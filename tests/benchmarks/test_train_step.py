@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import train_step
 from benchmarks.peer import diffusers_dit
-from benchmarks.train_step import CONTESTANTS, RATIOS, Task, check_losses, contest
+from benchmarks.train_step import BACKBONE_RATIOS, BACKBONES, CONTESTANTS, OPTIONS, RATIOS, Task, check_losses, contest
 from dit.models.config import DiTConfig
 from dit.models.cost import cost
 
@@ -28,8 +28,22 @@ def test_contest_in_small() -> None:
     assert values["ours_bf16_mfu"] == pytest.approx(100 * flops / (1e12 * values["matmul_bf16"]))
 
 
+def test_options_in_small() -> None:
+    with torch.compiler.set_stance("force_eager"):
+        results, ratios = contest(TASK, BACKBONES[torch.float32], BACKBONE_RATIOS)
+    values = {result.name: result.value for result in results}
+    assert ratios.keys() == BACKBONE_RATIOS.keys()
+    assert ratios["rope_vs_dit"] == pytest.approx(values["rope_speed"] / values["dit_speed"])
+    assert ratios["lightning_eager_vs_dit"] == pytest.approx(
+        values["lightning_eager_speed"] / values["dit_eager_speed"]
+    )
+    assert values["dit_loss"] == pytest.approx(values["plain_loss"], rel=1e-5)
+    assert all(abs(values[f"{name}_loss"] - values["dit_loss"]) > 1e-4 for name in OPTIONS)  # they are other networks
+    assert values["lightning_loss"] == pytest.approx(values["lightning_eager_loss"], rel=1e-5)
+
+
 def test_memory_holds_weights_gradients_moments_and_average_at_least() -> None:
-    model, batch = train_step._model(TASK), train_step._batch(TASK)
+    model, batch = train_step._model(TASK.config), train_step._batch(TASK)
     contestant = train_step.ours(model, batch, torch.float32, compiled=False)
     contestant.step()
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
@@ -38,7 +52,7 @@ def test_memory_holds_weights_gradients_moments_and_average_at_least() -> None:
 
 
 def test_contestants_train() -> None:
-    model, batch = train_step._model(TASK), train_step._batch(TASK)
+    model, batch = train_step._model(TASK.config), train_step._batch(TASK)
     for _, (dtype, make) in CONTESTANTS.items():
         with torch.compiler.set_stance("force_eager"):
             contestant = make(model, batch, dtype)
