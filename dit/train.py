@@ -111,6 +111,8 @@ def _check(config: TrainConfig, latents: LatentManifest, ranks: int) -> None:
         raise InputError("train.flips: the latents have no mirror images; set encode.flips=true or train.flips=false")
     if config.augmentation and latents.vae:
         raise InputError("train.augmentation: works on pixels, and the data are latents; set it to 0")
+    if config.dispersive:
+        config.dispersive.numbers(model_for(config, latents))
 
 
 def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentManifest, ranks: Ranks) -> Batches:
@@ -284,6 +286,7 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
     whole = held["gradients"] if batch < share else 0  # every rank accumulates all of them
     checkpoint, model = held["weights"] + held["adamw"] + held["ema"], held["weights"] + held["ema"]
     models = 1 + len(milestone_steps(config.milestones, config.steps))
+    again = 2 * work.macs if config.dispersive and batch < share else 0  # a forward pass more, before the first part
     rate = plan.rate("train", lambda: training_rate(card.model, batch, config.precision))
     return StageCost(
         images=images,
@@ -291,7 +294,7 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
         size=saved * checkpoint + models * model,
         units=config.steps,
         done=max(map(newest_step, [plan.out, *shorter_runs(plan.out, config, decay=config.decay)])),
-        seconds=(images + passes(config, plan) / 3) * work.training_flops / rate / at_once(ranks),
+        seconds=((images + passes(config, plan) / 3) * work.training_flops + images * again) / rate / at_once(ranks),
         leaves={"card": card.model_copy(update={"weights": dict.fromkeys(map(weights_file, ("raw", *averages)), "")})},
         unit="steps",
         memory=(sum(held.values()) - whole) // _parts(config, plan) + whole + _activations(config, card.model, batch),
@@ -307,7 +310,8 @@ def _parts(config: TrainConfig, plan: PlanContext) -> int:
 
 
 def _activations(config: TrainConfig, model: ModelConfig, batch: int) -> int:
-    return activations(model, batch, autocast(config), recompute_blocks if config.checkpoint_activations else None)
+    kept = activations(model, batch, autocast(config), recompute_blocks if config.checkpoint_activations else None)
+    return kept + (config.dispersive.memory(model, config.batch_size) if config.dispersive else 0)
 
 
 DEFINITION = StageDefinition(

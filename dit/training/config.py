@@ -9,8 +9,9 @@ from dit.diffusion.config import DiffusionConfig, ProcessConfig
 from dit.models.build import AnyModelChoice
 from dit.models.choice import DiTChoice
 from dit.training.data import Order
+from dit.training.dispersive import Dispersive
 from dit.training.parallelize import Parallel
-from storage.config import Config, operational
+from storage.config import Config, added, operational
 
 
 class HeldOutLoss(Config):
@@ -66,6 +67,8 @@ class TrainConfig(Config):
     augmentation: float = Field(0.0, ge=0, le=1)
     """Probability of each transformation in EDM's augmentation, of which the model is informed. Only for diffit_image
     on pixels. 0: none."""
+    dispersive: Dispersive | None = added(None)
+    """A term of the loss that pushes apart what a block makes of a batch's images. Null: none."""
     precision: Arithmetic = "float32"
     """Arithmetic of the forward pass. Weights are always float32. Use tf32 on GPUs only."""
     micro_batch: int | None = operational(None, ge=1)

@@ -2,7 +2,7 @@
 
 # B = rows of a micro-batch or of this rank's batch
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dit.diffusion.process import Process
 from dit.ranks import Ranks
 from dit.training.data import Batch
+from dit.training.dispersive import Dispersive, outputs
 from dit.training.ema import EMA
 from dit.training.parallelize import data_parallel, full_tensor, gradient_sync
 
@@ -64,6 +65,8 @@ class StepConfig:
     """Lower precision of the forward pass; None computes in the precision of the parameters."""
     micro_batch: int | None = None
     """Images that a rank passes through the model at once; None passes its whole batch."""
+    dispersive: Dispersive | None = None
+    """A term of the loss on a block's outputs for the whole batch; None for none."""
 
 
 def train(
@@ -134,17 +137,35 @@ def _accumulate(
     """
     parts = batch.split(config.micro_batch)
     sums: dict[str, Tensor] = {}
-    losses = []
+    losses, apart, pulls = [], config.dispersive, None
+    if apart and len(parts) > 1:
+        pulls = apart.pulls(_outputs(model, process, parts, config), ranks)
     for number, part in enumerate(parts, start=1):
-        with gradient_sync(model, number == len(parts)):  # once a step
+        with gradient_sync(model, number == len(parts)), outputs(model, apart) as found:  # the sync: once a step
             terms = loss_terms(model, process, part, config)
             share = len(part.x0) / len(batch.x0)
             means = {name: term.mean() * share for name, term in terms.items()}
-            means["loss"].backward()
+            objective = means["loss"]
+            if apart:
+                pulls = pulls or apart.pulls(found, ranks)
+                objective = objective + (pulls.of_parts[number - 1] * found[0]).sum()
+            objective.backward()
         for name, mean in means.items():
             sums[name] = sums.get(name, 0) + mean.detach().double()
         losses.append(terms["loss"].detach().double())
+    if pulls:
+        sums["dispersive"] = pulls.term
     return _mean_over_ranks(sums, _by_quartile(batch.u, torch.cat(losses)), ranks)
+
+
+def _outputs(model: nn.Module, process: Process, parts: Sequence[Batch], config: StepConfig) -> list[Tensor]:
+    """What the block of the dispersive loss returns for each part: a pass that leaves no gradients."""
+    every = []
+    for part in parts:  # with gradients, so compiled blocks compute the bits of the pass that follows
+        with gradient_sync(model, enabled=False), outputs(model, config.dispersive) as found:
+            loss_terms(model, process, part, config)
+        every.append(found[0].detach())
+    return every
 
 
 def _by_quartile(u: Tensor, losses: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ def step_config(config: TrainConfig) -> StepConfig:
         gradient_clip=config.gradient_clip,
         autocast=autocast(config),
         micro_batch=config.micro_batch,
+        dispersive=config.dispersive,
     )
 
 

@@ -183,6 +183,20 @@ def test_micro_batches_and_recomputed_blocks_keep_less(images: Path, root: Path,
     assert kept("train.checkpoint_activations=true") < kept() / 2
 
 
+def test_the_dispersive_loss_takes_memory_and_in_micro_batches_a_pass(images: Path, root: Path, rates: Path) -> None:
+    def train_of(*more: str) -> tuple[int, float]:
+        found = planned(recipe_of(images, root, "train.batch_size=6", *more), root, rates)
+        return found.memory, found.lines[2].hours
+
+    config = recipe_of(images, root).train.model.config(_given())
+    memory, hours = train_of()
+    with_it, as_long = train_of("train.dispersive={block: 1}")
+    assert with_it - memory == 3 * 4 * 6 * config.tokens * config.width
+    assert as_long == hours
+    _, longer = train_of("train.dispersive={block: 1}", "train.micro_batch=2")
+    assert longer == pytest.approx(4 / 3 * hours)
+
+
 def test_what_does_not_fit_is_refused_with_what_to_change(
     capsys: pytest.CaptureFixture[str],
     images: Path,
