@@ -27,6 +27,7 @@ from dit.rates import at_once, decoder_rate, forward_rate
 from dit.samplers.config import SampleConfig
 from dit.samplers.ddim import ddim
 from dit.samplers.ddpm import ddpm
+from dit.samplers.dpm import dpm, solver_timesteps
 from dit.samplers.guidance import UNGUIDED, Guided
 from dit.samplers.heun import heun, noise_levels
 from dit.samplers.labels import class_label, described, sample_labels
@@ -191,7 +192,10 @@ def _states(
     if isinstance(diffusion, EDMConfig):
         levels = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max, "rho": config.rho}
         return heun(EDM.from_config(diffusion), model, x, y, steps=config.steps, **levels)
-    process = GaussianDiffusion.from_config(diffusion).respaced(config.steps).to(device())
+    full = GaussianDiffusion.from_config(diffusion)
+    if config.sampler == "dpm++":
+        return dpm(full.to(device()), model, x, y, steps=config.steps)
+    process = full.respaced(config.steps).to(device())
     step_noise = _prefetched(noise, config.steps)
     if config.sampler == "ddim":
         return ddim(process, model, x, y, step_noise, eta=config.eta)
@@ -258,7 +262,7 @@ def check_process(config: SampleConfig, card: ModelCard) -> None:
     """
     edm = isinstance(card.diffusion, EDMConfig)
     if edm != (config.sampler == "heun"):
-        fitting = "heun" if edm else "ddpm or ddim"
+        fitting = "heun" if edm else "ddpm, ddim or dpm++"
         raise InputError(f"sample.sampler: {config.sampler} does not fit the model's process; use {fitting}")
     if _scale(config, card.model) != UNGUIDED and not card.model.label_dropout:
         reason = "without label dropout in training, the model has no null label to guide with"
@@ -269,7 +273,9 @@ def check_process(config: SampleConfig, card: ModelCard) -> None:
     if edm and config.guidance_schedule == "power_cosine":
         raise InputError("sample.guidance_schedule: power_cosine needs timesteps, which EDM has not; use constant")
     _check_labels(config, card)
-    if isinstance(card.diffusion, DiffusionConfig):
+    if isinstance(card.diffusion, DiffusionConfig) and config.sampler == "dpm++":
+        solver_timesteps(card.diffusion.steps, config.steps)
+    elif isinstance(card.diffusion, DiffusionConfig):
         kept_timesteps(card.diffusion.steps, config.steps)
     else:
         noise_levels(config.steps, config.sigma_min, config.sigma_max, config.rho)

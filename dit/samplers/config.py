@@ -20,9 +20,10 @@ class SampleConfig(Config):
     labels: Labels = "random"
     """Class of each image: ``random`` draws it uniformly, ``balanced`` takes the classes in turn, and a mapping such as
     ``{cat: 8, "3": 4}`` has the number of images of each class, by its name or number."""
-    sampler: Literal["ddpm", "ddim", "heun"] = "ddpm"
+    sampler: Literal["ddpm", "ddim", "dpm++", "heun"] = "ddpm"
     """``ddpm`` is ancestral sampling with the learned variance. ``ddim`` is the implicit sampler, deterministic with
-    ``eta`` 0. Models trained with EDM's process need ``heun``."""
+    ``eta`` 0. ``dpm++`` is DPM-Solver++(2M), deterministic too, for 10 to 50 steps. Models trained with EDM's process
+    need ``heun``."""
     steps: int = Field(250, ge=2)
     """Sampling steps per image. Each is one pass of the network; with heun two, and one in the last step."""
     eta: float = Field(0.0, ge=0, le=1)

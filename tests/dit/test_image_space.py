@@ -254,7 +254,7 @@ def test_a_decoder_is_refused(tmp_path: Path, trained: CheckpointManifest, vae: 
 
 
 def test_heun_does_not_fit_a_model_of_timesteps(tmp_path: Path, checkpoint: CheckpointManifest) -> None:
-    with pytest.raises(InputError, match="heun does not fit the model's process; use ddpm or ddim"):
+    with pytest.raises(InputError, match="heun does not fit the model's process; use ddpm, ddim or dpm"):
         tiny.run_sample(tmp_path, SAMPLING, checkpoint)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from forked import Faults, Job, Template
 from PIL import Image
 from pydantic import ValidationError
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 import dit
 from dit.export import RAW_WEIGHTS, CheckpointManifest
 from dit.pixels import Rounding
-from dit.sample import SampleManifest, draw
+from dit.sample import SampleManifest, check_process, draw
 from dit.samplers.config import SampleConfig
 from dit.samplers.noise import SampleNoise
 from dit.vae import Vae, VaeRef, load_vae
@@ -57,6 +57,13 @@ def ddim_by_hand(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, kept:
     return x.float()
 
 
+def decoded(vae: VaeRef, latents: torch.Tensor) -> np.ndarray:
+    decoder = AutoencoderKL.from_pretrained(vae.source, low_cpu_mem_usage=False).eval()
+    with torch.no_grad():
+        raw = decoder.decode(latents / tiny.SCALE + tiny.SHIFT).sample.permute(0, 2, 3, 1).double().numpy()
+    return np.clip(127.5 * raw + 128, 0, 255).astype(int)
+
+
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_samples_are_the_sampler_then_the_decoder(
     tmp_path: Path, checkpoint: CheckpointManifest, vae: VaeRef, weights: str
@@ -67,10 +74,29 @@ def test_samples_are_the_sampler_then_the_decoder(
     model = dit.load(checkpoint.uri, weights=file).model
     noise = SampleNoise(config.seed, range(COUNT), (4, 8, 8)).initial()
     latents = ddim_by_hand(model, noise, torch.arange(COUNT) % 3, [0, 250, 500, 749, 999])
-    decoder = AutoencoderKL.from_pretrained(vae.source, low_cpu_mem_usage=False).eval()
-    with torch.no_grad():
-        raw = decoder.decode(latents / tiny.SCALE + tiny.SHIFT).sample.permute(0, 2, 3, 1).double().numpy()
-    assert_near(found, np.clip(127.5 * raw + 128, 0, 255).astype(int))
+    assert_near(found, decoded(vae, latents))
+
+
+def dpm_by_hand(model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor, steps: int) -> torch.Tensor:
+    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            eps = model(x, t.repeat(len(x)), labels)[:, :4]
+        x = scheduler.step(eps, t, x).prev_sample
+    return x
+
+
+def test_dpm_is_diffusers_scheduler(tmp_path: Path, checkpoint: CheckpointManifest, vae: VaeRef) -> None:
+    config = changed(sampler="dpm++", steps=20, guidance_scale=1.0)
+    samples = tiny.run_sample(tmp_path, config, checkpoint)
+    noise = SampleNoise(config.seed, range(COUNT), (4, 8, 8)).initial()
+    latents = dpm_by_hand(dit.load(checkpoint.uri).model, noise, torch.arange(COUNT) % 3, 20)
+    assert_near(images(samples), decoded(vae, latents))
+    assert samples.conditions["sampler"] == "dpm++"
+    assert "eta" not in samples.conditions
+    with pytest.raises(InputError, match=r"sample.steps: dpm\+\+ takes 2 to 999 steps"):
+        check_process(changed(sampler="dpm++", steps=1000), checkpoint.card)
 
 
 def test_manifest_says_how_they_were_made(samples: SampleManifest, checkpoint: CheckpointManifest) -> None:

@@ -44,7 +44,7 @@ def written(root: Path) -> list[Path]:
     ("values", "said"),
     [
         (["sample.count=3"], "evaluate: metrics need at least 4 reference images and samples, not 24 and 3"),
-        (["sample.sampler=heun"], "sample.sampler: heun does not fit the model's process; use ddpm or ddim"),
+        (["sample.sampler=heun"], "sample.sampler: heun does not fit the model's process; use ddpm, ddim or dpm"),
         (["sample.steps=1001"], "steps: '1001' is neither a number from 2 to 1000"),
         (
             ["sample.guidance_interval=[600, 100]"],
@@ -177,10 +177,10 @@ def test_the_deployed_pipeline_finds_it_too(images: Path, root: Path, prefect_ap
     from flows.perform import RunSettings
     from flows.pipeline import pipeline
 
-    with pytest.raises(InputError, match="use ddpm or ddim"):
+    with pytest.raises(InputError, match="use ddpm, ddim or dpm"):
         pipeline(recipe_of(images, root, "sample.sampler=heun"), RunSettings(root=str(root)))
     assert [path.parent.name for path in written(root)] == ["running"]  # which this process leaves at its end
 
 
 def test_the_plan_finds_it_too(capsys: pytest.CaptureFixture[str], images: Path, root: Path) -> None:
-    assert "use ddpm or ddim" in refused(capsys, ["plan", "demo", *tiny(images, root, "sample.sampler=heun")])
+    assert "use ddpm, ddim or dpm" in refused(capsys, ["plan", "demo", *tiny(images, root, "sample.sampler=heun")])
