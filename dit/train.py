@@ -16,6 +16,7 @@ from dit.models.config import ModelConfig
 from dit.models.cost import activations, cost
 from dit.ranks import Ranks, joined
 from dit.rates import at_once, training_rate
+from dit.training import origin
 from dit.training.config import TrainConfig
 from dit.training.data import Batches
 from dit.training.divergence import DivergedError, check_compilation, skipped_in_a_row
@@ -28,7 +29,7 @@ from dit.training.preemption import preemption
 from dit.training.prefetch import prefetched
 from dit.training.sample_grid import SampleGrid
 from dit.training.shorter import newest_step, shorter_runs
-from dit.training.start import autocast, decays, initial_state, open_for, step_config
+from dit.training.start import autocast, check_start, decays, initial_state, open_for, step_config
 from dit.training.step_log import StepLog
 from dit.training.throughput import LoggedStep, ThroughputMeter
 from storage.config import problem
@@ -53,7 +54,7 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
         PreemptedError: SIGTERM arrived; the state is saved.
     """
     with joined() as ranks, arithmetic(config.precision):
-        card = _card(config, latents)
+        card = card_for(config, latents)
         batches = _batches(config, card.model, latents, ranks)
         held_out = open_held_out(config, card.model, latents, ranks)
         trained = None
@@ -91,7 +92,7 @@ def model_for(config: TrainConfig, latents: LatentManifest) -> ModelConfig:
         raise InputError(f"train.model: does not fit the latents: {problem(error)}") from error
 
 
-def _card(config: TrainConfig, latents: LatentManifest) -> ModelCard:
+def card_for(config: TrainConfig, latents: LatentManifest) -> ModelCard:
     """The model card, without hashes of weights."""
     return ModelCard(
         model=model_for(config, latents),
@@ -101,6 +102,16 @@ def _card(config: TrainConfig, latents: LatentManifest) -> ModelCard:
         class_names=latents.class_names,
         steps=config.steps,
     )
+
+
+def check(config: TrainConfig, latents: LatentManifest, plan: PlanContext) -> None:
+    """Check what would stop training.
+
+    Raises:
+        InputError: config, latents and what training starts from do not fit each other.
+    """
+    _check(config, latents, plan.world_size)
+    check_start(config, card_for(config, latents))
 
 
 def _check(config: TrainConfig, latents: LatentManifest, ranks: int) -> None:
@@ -146,7 +157,7 @@ def _train(
     """Train from the newest checkpoint to the last step, log and save; return the state and what was logged."""
     from dit.training import checkpoint  # imports torch.distributed.checkpoint, which takes seconds
 
-    state = initial_state(config, card.model, ranks)
+    state = initial_state(config, card, ranks)
     history = _resume(config, state, ranks, out, tracker)
     process = build_process(config.diffusion, batches.device)
     how = step_config(config)
@@ -277,7 +288,7 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
     Raises:
         InputError: model and latents do not fit each other.
     """
-    card, ranks = _card(config, latents), plan.world_size
+    card, ranks = card_for(config, latents), plan.world_size
     share = -(-config.batch_size // ranks)
     batch = min(share, config.micro_batch or share)
     work, images = cost(card.model), config.steps * config.batch_size
@@ -319,7 +330,9 @@ DEFINITION = StageDefinition(
     CheckpointManifest,
     VERSION,
     run,
+    inputs=lambda config, _: origin.inputs(config.init),
     estimate=estimate,
     rates={"train": "FLOP of training steps in a second, on one rank"},
-    check=lambda config, latents, plan: _check(config, latents, plan.world_size),
+    check=check,
+    parents=lambda config, _: origin.parents(config.init),
 )

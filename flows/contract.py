@@ -80,7 +80,8 @@ class Stage:
             self.name,
             self.definition.version,
             config,
-            parents={self.role: source} if isinstance(source, Manifest) else {},
+            parents=({self.role: source} if isinstance(source, Manifest) else {})
+            | self.definition.parents(config, source),
             inputs=self.definition.inputs(config, source),
             force=force,
             provenance=provenance or Provenance(),

@@ -27,6 +27,7 @@ from flows.launch.spec import LaunchSpec, LocalLaunch, WorkerSpec
 from flows.report.html import markdown
 from flows.tracking import runs, sink
 from flows.tracking.progress import StageProgress
+from flows.tracking.references import located
 from flows.tracking.spec import TrackingSpec
 from storage.archives.once import listed_once
 from storage.archives.open import ArchiveRef
@@ -89,6 +90,7 @@ def _perform(
     run: Run[Any, Any, Manifest],
 ) -> State[str]:
     source = stage.source(runs.resolve(given, settings.root) if isinstance(given, str) else given)
+    config = located(config, settings.root)
     provenance = Provenance(
         pipeline_id=settings.pipeline_id,
         prefect_flow_run_id=flow_run.id,

@@ -17,7 +17,7 @@ from flows.contract import STAGES
 from flows.launch.spec import LaunchSpec, LocalLaunch
 from flows.registry.config import RegisterConfig
 from flows.servers import local_home
-from flows.tracking import runs
+from flows.tracking import references, runs
 from storage import uri
 from storage.archives.open import ArchiveRef
 from storage.config import Config, is_text, operational, problem
@@ -105,7 +105,8 @@ class Recipe(Config):
                 break
             stage = STAGES[name]
             source = manifests[stage.reads] if stage.reads else self.archive
-            manifest = stage.output(root, self.config_of(name), source).committed(stage.kind)
+            config = references.located(self.config_of(name), root)
+            manifest = stage.output(root, config, source).committed(stage.kind)
             if manifest is None:
                 return None
             manifests[name] = manifest

@@ -21,7 +21,9 @@ from storage.manifest import Manifest
 from storage.shards import shard as tars
 from storage.shards.shard import ShardConfig
 
-_MANIFEST = "URL or folder of the manifest of the stage before, or its MLflow run id"
+_MANIFEST = (
+    "URL or folder of the manifest of the stage before, its MLflow run id, or models:/name@alias of a checkpoint"
+)
 StageFlow = Flow[..., State[str]]
 
 HERE = RunSettings()

@@ -40,6 +40,11 @@ def no_inputs(_: Any, __: Any) -> dict[str, str]:
     return {}
 
 
+def no_parents(_: Any, __: Any) -> dict[str, Manifest]:
+    """No outputs besides the source."""
+    return {}
+
+
 @dataclass(frozen=True)
 class StageDefinition(Generic[ConfigT, SourceT, MadeT]):
     """A stage.
@@ -49,11 +54,12 @@ class StageDefinition(Generic[ConfigT, SourceT, MadeT]):
         manifest: its type of manifest, whose ``STAGE`` is the stage's name.
         version: raised when the same config and inputs give other bytes than before.
         run: does the work.
-        inputs: digests by name of all inputs besides config and source, such as weights.
+        inputs: digests by name of all inputs besides config, source and ``parents``, such as weights.
         estimate: estimates the cost; None for a stage that costs too little to be planned.
         rates: the rates that the estimate asks for, by name, each with a description and its unit.
         check: raises an `InputError` for what would stop the stage, known before its source exists: the source and
             the manifests before it may be estimates. What it calls, ``run`` calls too. Runs on the CPU.
+        parents: manifests by name of further outputs that the config names.
     """
 
     config: type[ConfigT]
@@ -64,3 +70,4 @@ class StageDefinition(Generic[ConfigT, SourceT, MadeT]):
     estimate: Callable[[ConfigT, SourceT, PlanContext], StageCost] | None = None
     rates: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[ConfigT, SourceT, PlanContext], None] = no_check
+    parents: Callable[[ConfigT, SourceT], dict[str, Manifest]] = no_parents

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dit.devices import Arithmetic
 from dit.diffusion.config import DiffusionConfig, ProcessConfig
@@ -11,7 +11,29 @@ from dit.models.choice import DiTChoice
 from dit.training.data import Order
 from dit.training.dispersive import Dispersive
 from dit.training.parallelize import Parallel
+from storage import uri
 from storage.config import Config, added, operational
+
+
+def _reference(text: str) -> str:
+    """A location without secrets; or ``models:/name@alias``, which is none."""
+    return text if text.startswith("models:/") else uri.checked(text)
+
+
+class Init(Config):
+    """The weights that training starts from. The optimizer starts anew, and the averages start from these weights."""
+
+    source: Annotated[str, AfterValidator(_reference)] = operational()
+    """A trained model, by its manifest or folder, its MLflow run id, or ``models:/name@champion`` or
+    ``models:/name/3`` of the registry; or a file or folder of others that ``ditflow convert`` reads. It is no part of
+    the identity: its content is, by its digest."""
+    weights: str = Field("ema", pattern=r"^(raw|ema(-[0-9.e-]+)?)$")
+    """Which weights of a model trained here: as ``sample.weights``."""
+    mismatch: Literal["refuse", "reinitialise"] = operational("refuse")
+    """What becomes of weights that do not fit: classes that the source does not have, by name where it has names, and
+    the first and last layer of other channels. ``refuse`` names them and ends; ``reinitialise`` draws new ones.
+    Position and bias tables of another latent size fit: they are computed anew and interpolated. Another depth, width
+    or kind of model is always refused."""
 
 
 class HeldOutLoss(Config):
@@ -33,6 +55,12 @@ class TrainConfig(Config):
     """Model to train. Image size, channels and number of classes are taken from the data."""
     diffusion: ProcessConfig = DiffusionConfig()
     """Diffusion process that the model learns to reverse."""
+    init: Init | None = added(None)
+    """Weights to start from. Null: random ones."""
+    freeze: tuple[Annotated[str, Field(min_length=1)], ...] = added(())
+    """Parameters that are not trained, by patterns of their names such as ``blocks.*``. A pattern after ``!`` is
+    trained after all; the last pattern that fits a name decides. ``["*", "!*.bias", "!y_embedder.*"]`` trains biases
+    and classes only."""
     steps: int = Field(400_000, ge=1)
     """Number of optimizer steps. A run that differs from a finished one in more steps alone goes on from its last
     checkpoint, unless ``decay`` makes the learning rate depend on their number."""
@@ -118,6 +146,12 @@ class TrainConfig(Config):
     max_skipped: int = operational(10, ge=1)
     """Training restarts from the last checkpoint after this many steps in a row were skipped, because loss or gradient
     was not finite. The second time it fails."""
+
+    @model_validator(mode="after")
+    def _freezes(self) -> Self:
+        if self.freeze and self.freeze[0].startswith("!"):
+            raise ValueError(f"freeze: {self.freeze[0]} comes first; begin with what to freeze, such as '*'")
+        return self
 
     @model_validator(mode="after")
     def _milestones_are_shorter_runs(self) -> Self:

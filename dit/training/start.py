@@ -1,22 +1,30 @@
 """The state in which training starts, and how its steps are taken."""
 
+import logging
 import math
 from uuid import uuid4
 
 import torch
+from torch import nn
 
 from dit.devices import device, dtype
 from dit.diffusion.config import EDMConfig
+from dit.export import ModelCard
 from dit.models.build import build
 from dit.models.config import ModelConfig
 from dit.ranks import Ranks
+from dit.training import origin
 from dit.training.config import TrainConfig
 from dit.training.data import Data, open_data
 from dit.training.ema import EMA
 from dit.training.loop import StepConfig, TrainState
 from dit.training.parallelize import shard
 from dit.training.per_block import compile_blocks, recompute_blocks
+from dit.training.trainable import freeze
+from storage.errors import InputError
 from storage.latents import LatentManifest
+
+LOGGER = logging.getLogger(__name__)
 
 
 def decays(config: TrainConfig) -> dict[str, float]:
@@ -30,11 +38,56 @@ def _adam_eps(config: TrainConfig, model_config: ModelConfig) -> float:
     return config.eps / numbers if isinstance(config.diffusion, EDMConfig) else config.eps
 
 
-def initial_state(config: TrainConfig, model_config: ModelConfig, ranks: Ranks) -> TrainState:
-    """The state before the first step: the model on the device, shared among the ranks, its averages and AdamW."""
+def check_start(config: TrainConfig, card: ModelCard) -> None:
+    """Check that the model can start as the config says.
+
+    Raises:
+        InputError: what it is to start from is absent or does not fit, or ``train.freeze`` does not fit the model.
+    """
+    if config.init or config.freeze:
+        with torch.device("meta"):
+            model = build(card.model)
+        freeze(model, config.freeze)
+        _found(config, card, model)
+
+
+def _found(config: TrainConfig, card: ModelCard, model: nn.Module) -> tuple[origin.Origin, origin.Fit] | None:
+    """What the model, frozen as it will be, starts from, and what of it fits; None for random weights."""
+    if config.init is None:
+        return None
+    source = origin.open_origin(config.init, card.model)
+    found = origin.fit(source, card.model, card.class_names)
+    origin.check_fit(found, config.init)
+    idle = [name for name, p in model.named_parameters() if name in found.other and not p.requires_grad]
+    if idle:
+        raise InputError(f'train.freeze: {idle[0]} is made new and must be trained; add the pattern "!{idle[0]}"')
+    return source, found
+
+
+def _begin(config: TrainConfig, card: ModelCard, model: nn.Module, ranks: Ranks) -> None:
+    """Freeze what is not trained, and take the weights to start from."""
+    freeze(model, config.freeze)
+    begun = _found(config, card, model)
+    if begun is None:
+        return
+    source, found = begun
+    origin.take(model, source, found)
+    if ranks.first and found.other:
+        LOGGER.warning("train.init: new or unused, as it does not fit %s: %s", source.where, origin.described(found))
+    if ranks.first and source.diffusion != config.diffusion:
+        LOGGER.warning("train.init: %s was trained for another process than train.diffusion", source.where)
+
+
+def initial_state(config: TrainConfig, card: ModelCard, ranks: Ranks) -> TrainState:
+    """The state before the first step: the model on the device, shared among the ranks, its averages and AdamW.
+
+    Raises:
+        InputError: as `check_start`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build(model_config).to(device())
+        model = build(card.model).to(device())
+    _begin(config, card, model, ranks)
     if config.compile:
         compile_blocks(model)
     if config.checkpoint_activations:
@@ -45,7 +98,7 @@ def initial_state(config: TrainConfig, model_config: ModelConfig, ranks: Ranks) 
         trained,
         config.learning_rate,
         config.betas,
-        _adam_eps(config, model_config),
+        _adam_eps(config, card.model),
         config.weight_decay,
         fused=True,
     )

@@ -18,7 +18,8 @@ class StageCommand:
         """Add the recipe, which may be optional, the stage's input, and the options of a run."""
         add_recipe(parser, optional=optional)
         if self._stage.reads is not None:
-            text = f"manifest or MLflow run id of the {self._stage.reads} stage (default: the recipe's own)"
+            other = " or models:/name@alias" if self._stage.reads == "train" else ""
+            text = f"manifest or MLflow run id of the {self._stage.reads} stage{other} (default: the recipe's own)"
             parser.add_argument("--from", dest="source", metavar="MANIFEST", help=text)
         add_running(parser)
 

@@ -21,6 +21,7 @@ from flows.contract import STAGES
 from flows.launch.spec import LocalLaunch
 from flows.plan.table import Copy, Line, Plan
 from flows.recipe import Recipe
+from flows.tracking.references import located
 from storage import uri
 from storage.config import Config, problem
 from storage.errors import InputError
@@ -134,7 +135,7 @@ def _estimate(
     name: str, recipe: Recipe, root: str, rates: dict[str, float], before: Mapping[str, Manifest], *, force: bool
 ) -> Iterator[StageEstimate]:
     """Check a stage if it is not done; its estimate, if it has one, from those ``before``."""
-    launch, stage, config = recipe.launch, STAGES[name], recipe.config_of(name)
+    launch, stage, config = recipe.launch, STAGES[name], located(recipe.config_of(name), root)
     nodes, definition = 1 if isinstance(launch, LocalLaunch) else launch.nodes, stage.definition
     source = before[stage.reads] if stage.reads else recipe.archive
     out = stage.output(root, config, source, force=force)

@@ -18,6 +18,7 @@ from mlflow.entities import LifecycleStage, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
+from dit.export import CheckpointManifest
 from flows import processes
 from flows.servers import local_home
 from flows.tracking import database
@@ -40,10 +41,13 @@ from flows.tracking.store import (
 from storage import uri
 from storage.errors import DitflowError, InputError, one_line
 from storage.header import Header
-from storage.manifest import Manifest, StageOutput
+from storage.manifest import Manifest, StageOutput, output_folder
+from storage.manifest import is_finished as finished
 
 LOGGER = logging.getLogger(__name__)
 EXPERIMENT = "ditflow"
+MODELS = "models:/"
+"""What references to registered models begin with."""
 
 
 def tracking_uri(root: str) -> str:
@@ -104,12 +108,16 @@ def mlflow_errors(root: str) -> Iterator[None]:
 
 
 def resolve(reference: str, root: str) -> str:
-    """The manifest URL of a reference, which is a URL already or the id of an MLflow run.
+    """The manifest URL of a reference, which is a URL already, the id of an MLflow run, or a registered model's.
+
+    A model is ``models:/name@alias`` or ``models:/name/version``, and its manifest that of its training.
 
     Raises:
-        InputError: the run is unknown, or wrote no manifest.
+        InputError: run, model or version is unknown, or there is no manifest.
         DitflowError: MLflow does not answer.
     """
+    if reference.startswith(MODELS):
+        return _training_of(reference, root)
     if not re.fullmatch(r"[0-9a-f]{32}", reference):
         return reference
     with mlflow_errors(root):
@@ -118,6 +126,25 @@ def resolve(reference: str, root: str) -> str:
     if url is None:
         raise InputError(f"MLflow run {reference}: not that of a finished stage; name one that has a manifest")
     return url
+
+
+def _training_of(reference: str, root: str) -> str:
+    """The manifest URL of the training of a registered model, also in a root that was moved as a whole."""
+    found = re.fullmatch(rf"{MODELS}([^/]+)(?:@([^/@]+)|/([0-9]+))", reference)
+    if found is None:
+        raise InputError(f"{reference}: write {MODELS}name@alias or {MODELS}name/version")
+    name, alias, version = found.groups()
+    with mlflow_errors(root):
+        client, _ = open_client(root)
+        aliases = {} if version else client.get_registered_model(name).aliases
+        if not version and alias not in aliases:
+            raise InputError(f"{reference}: {name} has no alias {alias}; it has {', '.join(aliases) or 'none'}")
+        tags = client.get_model_version(name, str(version or aliases[alias])).tags
+    places = (tags.get(MANIFEST_TAG, ""), CheckpointManifest.folder(root, tags.get("digest.checkpoint", "")))
+    place = next((place for place in places if place and finished(output_folder(place))), None)
+    if place is None:
+        raise InputError(f"{reference}: its training is no longer at {places[0] or 'any place'}")
+    return place
 
 
 def pipeline_run_id(pipeline_id: str, root: str) -> str | None:

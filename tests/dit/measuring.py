@@ -6,7 +6,7 @@ import torch
 
 from dit.devices import arithmetic
 from dit.ranks import joined
-from dit.train import model_for
+from dit.train import card_for
 from dit.training.config import TrainConfig
 from dit.training.held_out import open_held_out
 from dit.training.parallelize import local
@@ -21,9 +21,9 @@ NUMBERS = "numbers.json"
 def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, tracker: Tracker) -> None:
     """Write the numbers of two measurements."""
     with joined() as ranks, arithmetic(config.precision):
-        model = model_for(config, latents)
-        state = initial_state(config, model, ranks)
-        held_out = open_held_out(config, model, latents, ranks)
+        card = card_for(config, latents)
+        state = initial_state(config, card, ranks)
+        held_out = open_held_out(config, card.model, latents, ranks)
         assert held_out is not None
         with torch.no_grad():
             for number, parameter in enumerate(state.model.parameters()):

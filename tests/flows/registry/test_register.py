@@ -22,13 +22,17 @@ from PIL import Image
 from small import SAMPLING, Small
 
 from dit.evaluate import MetricsManifest
+from dit.export import CheckpointManifest
+from dit.sample import SampleManifest
 from flows import servers
 from flows.children import child
 from flows.registry import exported, register
 from flows.registry.config import ModelManifest, PromotionRule, RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation
 from flows.registry.register import _registered as registered
-from storage.errors import DitflowError
+from flows.tracking import runs
+from flows.tracking.store import MANIFEST_TAG
+from storage.errors import DitflowError, InputError
 from storage.manifest import Manifest, StageOutput, stage_output
 from storage.tracker import NullTracker
 
@@ -64,6 +68,36 @@ def test_a_version_tells_its_numbers_and_where_they_come_from(
         assert tags[f"digest.{name}"] in {Manifest.read(str(path)).digest for path in (root / stage).iterdir()}
     shards = Manifest.read(str(next((root / "shard").iterdir())))
     assert {split: tags[f"digest.archive.{split}"] for split in ("train", "held_out")} == shards.inputs
+
+
+def test_a_version_leads_to_the_manifest_of_its_training(models: list[ModelManifest], tmp_path: Path) -> None:
+    root = models[0].root
+    trained = [one.parent("metrics", MetricsManifest).parent("samples", SampleManifest) for one in models]
+    urls = [samples.parent("checkpoint", CheckpointManifest).url for samples in trained]
+    assert [runs.resolve(f"models:/{NAME}/{number}", root) for number in (1, 2)] == urls
+    assert runs.resolve(f"models:/{NAME}@champion", root) == urls[0]
+    for reference, line in {
+        f"models:/{NAME}": "write models:/name@alias or models:/name/version",
+        f"models:/{NAME}@chmpion": "has no alias chmpion; it has candidate, champion",
+        f"models:/{NAME}/9": "Model Version .* not found",
+        "models:/other@champion": "Registered Model with name=other not found",
+    }.items():
+        with pytest.raises(InputError, match=line):
+            runs.resolve(reference, root)
+
+
+def test_a_version_of_a_root_that_was_moved_leads_there(
+    models: list[ModelManifest], tmp_path: Path, client: MlflowClient
+) -> None:
+    moved = Path(shutil.copytree(Path(models[0].root) / "train", tmp_path / "train"))
+    tag = client.get_model_version(NAME, "1").tags[MANIFEST_TAG]
+    client.set_model_version_tag(NAME, "1", MANIFEST_TAG, str(tmp_path / "gone" / "manifest.json"))
+    try:
+        assert runs.resolve(f"models:/{NAME}/1", str(tmp_path)) == str(moved / Path(tag).parent.name)
+        with pytest.raises(InputError, match=r"models:/.*/1: its training is no longer at .*gone/manifest\.json"):
+            runs.resolve(f"models:/{NAME}/1", str(tmp_path / "other"))
+    finally:
+        client.set_model_version_tag(NAME, "1", MANIFEST_TAG, tag)
 
 
 def test_the_run_shows_the_samples_and_the_model_has_the_metrics(

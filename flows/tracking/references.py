@@ -1,0 +1,23 @@
+"""Configs that name a model by its run or version in MLflow, which the stages do not know."""
+
+from typing import TypeVar
+
+from dit.training.config import TrainConfig
+from flows.tracking import runs
+from storage import uri
+from storage.config import Config
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def located(config: AnyConfig, root: str) -> AnyConfig:
+    """The config with an absolute location in the place of what training starts from.
+
+    Raises:
+        InputError: there is no such run or version, or its output is gone.
+        DitflowError: MLflow does not answer.
+    """
+    if not isinstance(config, TrainConfig) or config.init is None:
+        return config
+    place = uri.absolute(runs.resolve(config.init.source, root))
+    return config.model_copy(update={"init": config.init.model_copy(update={"source": place})})
