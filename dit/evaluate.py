@@ -244,12 +244,14 @@ def _planned(samples: SampleManifest, plan: PlanContext) -> dict[str, int]:
 
 
 def estimate(config: EvaluateConfig, samples: SampleManifest, plan: PlanContext) -> StageCost:
-    """What it takes to measure the samples.
+    """What it takes to measure the samples. An earlier evaluation keeps the statistics of the training images.
 
     Raises:
         InputError: the extractor cannot be loaded.
     """
     counts = _planned(samples, plan)
+    earlier, ours = plan.before.get(MetricsManifest.STAGE), plan.out.header.inputs
+    kept = counts["reference"] if earlier and earlier.inputs["extractor"] == ours["extractor"] else 0
     rate = plan.rate("evaluate", lambda: extractor_rate(config.extractor, samples.resolution))
     return StageCost(
         images=counts["reference_kept"] + counts["samples"],
@@ -257,7 +259,7 @@ def estimate(config: EvaluateConfig, samples: SampleManifest, plan: PlanContext)
         size=10_000,
         units=1,
         done=0,
-        seconds=_total(counts) / rate / at_once(plan.world_size),
+        seconds=(_total(counts) - kept) / rate / at_once(plan.world_size),
         leaves={"distance": "", "conditions": {}},
     )
 

@@ -97,6 +97,8 @@ class Outcome:
     seconds: float
     manifest: str
     """URL of its manifest."""
+    step: int | None = None
+    """The training step, if the stage evaluates a milestone."""
 
 
 STAGES = {

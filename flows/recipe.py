@@ -9,12 +9,13 @@ from typing import Any, Self, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from dit.encode import EncodeConfig, held_out_config
-from dit.evaluate import EvaluateConfig
+from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.samplers.config import SampleConfig
 from dit.training.config import TrainConfig
 from flows import yaml_text
-from flows.contract import STAGES
+from flows.contract import STAGES, Source, Stage
 from flows.launch.spec import LaunchSpec, LocalLaunch
+from flows.over_training import MilestonesConfig, OverTraining, best, model_of
 from flows.registry.config import RegisterConfig
 from flows.servers import local_home
 from flows.tracking import references, runs
@@ -49,6 +50,8 @@ class Recipe(Config):
     """A checkpoint to generated images."""
     evaluate: EvaluateConfig | None = None
     """Generated images to metrics. Default: none, and the pipeline ends with the generated images."""
+    evaluate_milestones: MilestonesConfig | None = None
+    """Evaluation of the milestones of training, and of its last step. Default: none."""
     registry: RegisterConfig = RegisterConfig()
     """A checkpoint to a version in the model registry."""
 
@@ -57,6 +60,18 @@ class Recipe(Config):
         if self.train.held_out is not None and self.archive.held_out is None:
             raise ValueError("train.held_out: needs held-out images; name them in archive.held_out")
         return self
+
+    @model_validator(mode="after")
+    def _milestones_can_be_evaluated(self) -> Self:
+        if self.over_training is None and self.registry.checkpoint == "best":
+            raise ValueError("registry.checkpoint: best needs evaluate_milestones")
+        return self
+
+    @property
+    def over_training(self) -> OverTraining | None:
+        """The evaluation of the milestones; None if the recipe asks for none."""
+        asked = self.evaluate_milestones
+        return None if asked is None else OverTraining.of(asked, self.train, self.sample, self.evaluate)
 
     @property
     def pipeline_id(self) -> str:
@@ -98,19 +113,51 @@ class Recipe(Config):
         return {"config": self.config_of(stage), **launcher, **archive}
 
     def finished(self, root: str, before: str | None = None) -> list[Manifest] | None:
-        """The manifests of all stages, or of those before one; None if any of them is not done."""
-        manifests: dict[str, Manifest] = {}
+        """The manifests of all stages, or of those before one; None if any of them is not done.
+
+        With all stages, the milestones must be evaluated too.
+        """
+        made: dict[str, Manifest] = {}
         for name in self.stages:
             if name == before:
                 break
-            stage = STAGES[name]
-            source = manifests[stage.reads] if stage.reads else self.archive
+            stage, source = STAGES[name], self.source(STAGES[name], made, root)
+            if source is None:
+                return None
             config = references.located(self.config_of(name), root)
             manifest = stage.output(root, config, source).committed(stage.kind)
             if manifest is None:
                 return None
-            manifests[name] = manifest
-        return list(manifests.values())
+            made[name] = manifest
+        everything = list(made.values())
+        return None if before is None and None in self.evaluations(root, everything).values() else everything
+
+    def evaluations(self, root: str, made: Sequence[Manifest]) -> dict[int, MetricsManifest | None]:
+        """The metrics over training by step, None for a step that is not evaluated; empty if the recipe asks for none.
+
+        Args:
+            root: folder or URL of all outputs.
+            made: manifests of the recipe's stages, at least up to the latents.
+        """
+        latents = next(manifest for manifest in made if manifest.stage == STAGES["train"].reads)
+        return self.over_training.evaluations(root, latents) if self.over_training else {}
+
+    def chosen(self, trained: Manifest, evaluations: Mapping[int, MetricsManifest]) -> Manifest:
+        """The model to sample, evaluate and register: that of the last step, or the best one over training."""
+        if self.registry.checkpoint == "last":
+            return trained
+        return model_of(evaluations[best(evaluations, self.registry.rule)])
+
+    def source(self, stage: Stage, made: Mapping[str, Manifest], root: str) -> "Source | None":
+        """What a stage reads, of the manifests before it; None if milestones to choose from are not evaluated yet."""
+        if stage.reads is None:
+            return self.archive
+        if stage.reads == "train" and self.registry.checkpoint == "best":
+            found = self.evaluations(root, list(made.values()))
+            known = {step: metrics for step, metrics in found.items() if metrics is not None}
+            whole = self.train.steps in known and len(known) == len(found)
+            return self.chosen(made["train"], known) if whole else None
+        return made[stage.reads]
 
     def encoding_held_out(self, latents: Manifest, root: str, *, force: bool) -> Self | None:
         """This recipe with the held-out images to encode, if training is still to measure its loss on them.
@@ -138,9 +185,12 @@ class Recipe(Config):
             return self.archive
         if given is None:
             before = self.finished(root, before=stage)
-            if before is None:
+            made = {manifest.stage: manifest for manifest in before or ()}
+            source = self.source(STAGES[stage], made, root) if before else None
+            if source is None:
                 raise InputError(f"{stage}: the stages before it are not done; run the recipe first, or give --from")
-            return next(manifest.url for manifest in before if manifest.stage == STAGES[stage].reads)
+            assert isinstance(source, Manifest)
+            return source.url
         url = runs.resolve(given, root)
         STAGES[stage].source(url)
         return url

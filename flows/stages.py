@@ -5,6 +5,7 @@ input by its role, with ``config`` and ``settings`` and, where ranks can share t
 the URL of its manifest. A stage that was done before ends in the state ``Skipped``.
 """
 
+import time
 from functools import cache
 from inspect import Parameter, Signature
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 from prefect import Flow
 from prefect.client.schemas.objects import State
 
-from flows.contract import STAGES, Stage
+from flows.contract import STAGES, Outcome, Stage
 from flows.launch.spec import LaunchSpec, LocalLaunch
-from flows.perform import RunSettings, perform
+from flows.perform import SKIPPED, RunSettings, perform
+from flows.recipe import Recipe
 from flows.shard_tasks import distribute
 from storage.archives.open import ArchiveRef
+from storage.config import Config
 from storage.manifest import Manifest
 from storage.shards import shard as tars
 from storage.shards.shard import ShardConfig
@@ -49,6 +52,34 @@ def stage_flow(name: str) -> StageFlow:
     work.__doc__ = f"{about}\n\nArgs:\n    {stage.role}: {_MANIFEST}." if stage.reads else about  # texts of the form
     work.__signature__ = Signature(_parameters(stage), return_annotation=State[str])  # type: ignore[attr-defined]
     return Flow(work, name=name, flow_run_name=name, description=about)
+
+
+def run_stage(
+    name: str,
+    recipe: Recipe,
+    source: ArchiveRef | str,
+    settings: RunSettings,
+    *,
+    config: Config | None = None,
+    step: int | None = None,
+) -> Outcome:
+    """Run one stage of a recipe on any earlier output.
+
+    Args:
+        name: of the stage.
+        recipe: the recipe.
+        source: the archive, or the manifest of the stage before.
+        settings: of the run.
+        config: replaces the recipe's config of the stage.
+        step: the training step of the milestone that the stage evaluates.
+    """
+    begin, run = time.monotonic(), stage_flow(name)
+    if step is not None:
+        run = run.with_options(flow_run_name=f"{name} at step {step:,}")
+    given = recipe.form(name) | {STAGES[name].role: source} | ({} if config is None else {"config": config})
+    state = run(**given, settings=settings, return_state=True)
+    skipped = state.name == SKIPPED
+    return Outcome(name, "skipped" if skipped else "ran", round(time.monotonic() - begin, 1), state.result(), step)
 
 
 def _parameters(stage: Stage) -> list[Parameter]:

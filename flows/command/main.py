@@ -14,7 +14,22 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 from flows import servers, temporary
-from flows.command import convert, demo, evaluate, models, npz, plan, promote, report, run, sample, scaling, up, verify
+from flows.command import (
+    convert,
+    demo,
+    evaluate,
+    milestones,
+    models,
+    npz,
+    plan,
+    promote,
+    report,
+    run,
+    sample,
+    scaling,
+    up,
+    verify,
+)
 from flows.command.options import check_root
 from flows.command.stage import StageCommand
 from flows.contract import STAGES
@@ -45,6 +60,7 @@ COMMANDS: dict[str, Command] = {
     **{name: StageCommand(stage) for name, stage in STAGES.items()},
     "sample": sample,
     "evaluate": evaluate,
+    "milestones": milestones,
     "up": up,
     "npz": npz,
     "report": report,

@@ -11,6 +11,7 @@ from typing import Any
 from dit.evaluate import MetricsManifest
 from flows.command.tables import aligned
 from flows.contract import Outcome
+from flows.over_training import evaluations_of
 from flows.registry.config import ModelManifest
 from flows.report.page import page_url
 from flows.tracking.runs import pipeline_run_id, tracking_uri
@@ -29,12 +30,18 @@ def show(options: Namespace, recipe: str, outcomes: list[Outcome]) -> None:
 
 
 def _as_json(outcomes: list[Outcome], root: str) -> dict[str, Any]:
-    """Stages, metrics, and the ids of the MLflow runs by stage and of the pipeline's."""
-    manifests = [Manifest.read(outcome.manifest) for outcome in outcomes]
+    """Stages, metrics, and the ids of the MLflow runs by stage and of the pipeline's; the milestones by themselves."""
+    manifests = [Manifest.read(outcome.manifest) for outcome in outcomes if outcome.step is None]
     runs = {manifest.stage: manifest.provenance.mlflow_run_id for manifest in manifests}
-    pipeline = manifests[-1].provenance.pipeline_id
+    pipeline = Manifest.read(outcomes[-1].manifest).provenance.pipeline_id
+    milestones = [
+        asdict(outcome) | {"metrics": Manifest.read(outcome.manifest).metrics}
+        for outcome in outcomes
+        if outcome.step is not None
+    ]
     return {
-        "stages": [asdict(outcome) for outcome in outcomes],
+        "stages": [asdict(outcome) for outcome in outcomes if outcome.step is None],
+        **({"milestones": milestones} if milestones else {}),
         "metrics": _metrics(manifests),
         "mlflow_run_ids": runs | ({"pipeline": pipeline_run_id(pipeline, root)} if pipeline else {}),
     }
@@ -43,11 +50,16 @@ def _as_json(outcomes: list[Outcome], root: str) -> dict[str, Any]:
 def _show(recipe: str, outcomes: list[Outcome], root: str) -> None:
     """Print a recipe's name, a table of the stages, the metrics, and where to look."""
     print(recipe)
-    manifests = [Manifest.read(outcome.manifest) for outcome in outcomes]
+    manifests = [Manifest.read(outcome.manifest) for outcome in outcomes if outcome.step is None]
+    milestones = evaluations_of(outcomes)
     for manifest in manifests:
         if manifest.stage == ShardManifest.STAGE:
             _print_table([list(line) for line in summary(ShardManifest.read(manifest.uri))])
-    _print_table([[o.name, o.state, f"{o.seconds:.1f} s", o.manifest] for o in outcomes])
+    if milestones:
+        _print_table([[f"step {step:,}", m.distance, str(m.estimate), m.url] for step, m in milestones.items()])
+    if not manifests:
+        return
+    _print_table([[o.name, o.state, f"{o.seconds:.1f} s", o.manifest] for o in outcomes if o.step is None])
     _print_table([[name, f"{value:.4g}"] for name, value in _metrics(manifests).items()])
     distances = [
         ["distance", MetricsManifest.read(m.uri).distance] for m in manifests if m.stage == MetricsManifest.STAGE
@@ -63,7 +75,7 @@ def _show(recipe: str, outcomes: list[Outcome], root: str) -> None:
         for version in (ModelManifest.read(m.uri) for m in manifests if m.stage == ModelManifest.STAGE)
         if version.promotion
     ]
-    page = page_url(manifests, root)
+    page = page_url(manifests, root, list(milestones.values()))
     pictures += [["report", page]] if uri.exists(page) else []
     up = f"{_installed('ditflow')} up --root {quote(uri.redact(root))}"
     _print_table([*distances, *decisions, *pictures, ["runs, models", _tracking_hint(root)], ["flows, forms", up]])

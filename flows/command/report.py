@@ -24,5 +24,6 @@ def run(options: Namespace) -> None:
     done = recipe.finished(options.root)
     if done is None:
         raise InputError(f"report: recipe {recipe.name} is not finished; run it first")
-    write_page(recipe.name, done, options.root)
-    print(page_url(done, options.root))
+    milestones = [each for each in recipe.evaluations(options.root, done).values() if each]
+    write_page(recipe.name, done, options.root, milestones)
+    print(page_url(done, options.root, milestones))

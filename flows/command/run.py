@@ -36,14 +36,20 @@ def run(options: Namespace) -> None:
 
 
 def _skip(options: Namespace, recipe: "Recipe", done: "list[Manifest]") -> None:
+    from dit.sample import SampleManifest
     from flows.command.outcomes import show
     from flows.contract import Outcome
     from flows.report import page
-    from flows.tracking import runs
+    from flows.tracking import over_training, runs
 
-    runs.sync_pipeline(recipe.pipeline_id, done, options.root)
-    page.publish_missing(recipe.name, done, options.root)
-    show(options, recipe.name, [Outcome(manifest.stage, "skipped", 0.0, manifest.url) for manifest in done])
+    evaluations = {step: each for step, each in recipe.evaluations(options.root, done).items() if each}
+    samples = [each.parent("samples", SampleManifest) for each in evaluations.values()]
+    runs.sync_pipeline(recipe.pipeline_id, [*samples, *evaluations.values(), *done], options.root)
+    over_training.log(next(each for each in done if each.stage == "train"), evaluations, options.root)
+    page.publish_missing(recipe.name, done, options.root, list(evaluations.values()))
+    outcomes = [Outcome(each.stage, "skipped", 0.0, each.url) for each in done]
+    milestones = [Outcome(each.stage, "skipped", 0.0, each.url, step) for step, each in evaluations.items()]
+    show(options, recipe.name, [*milestones, *outcomes])
 
 
 def _run(options: Namespace, recipes: "list[Recipe]") -> None:

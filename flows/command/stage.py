@@ -32,7 +32,7 @@ class StageCommand:
         with serving_prefect(options.root, quiet=options.json):
             from flows.command.outcomes import show
             from flows.perform import RunSettings
-            from flows.pipeline import run_stage
+            from flows.stages import run_stage
 
             settings = RunSettings(root=options.root, force=options.force, patience=options.patience)
             show(options, recipe.name, [run_stage(self._stage.name, recipe, source, settings)])

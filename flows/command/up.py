@@ -125,7 +125,7 @@ def _fill_forms(recipe: "Recipe") -> None:
         for stage in recipe.stages
     }
     values["reevaluate"] = {"model_name": recipe.registry.model_name}
-    values["pipeline"] = {"recipe": recipe.model_dump(mode="json")}
+    values["pipeline"] = values["milestones"] = {"recipe": recipe.model_dump(mode="json")}
     with get_client(sync_client=True) as client:
         for flow, parameters in values.items():
             deployment = client.read_deployment_by_name(f"{flow}/{flow}")

@@ -6,7 +6,7 @@ seconds each (`dit.rates`).
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import torch
 from pydantic import Field, ValidationError, create_model
 
 from dit.devices import device
+from dit.export import CheckpointManifest
 from dit.rates import at_once
 from flows import yaml_text
-from flows.contract import STAGES
+from flows.contract import STAGES, Source
 from flows.launch.spec import LocalLaunch
+from flows.over_training import OverTraining
 from flows.plan.table import Copy, Line, Plan
 from flows.recipe import Recipe
 from flows.tracking.references import located
@@ -120,32 +122,91 @@ def estimates(recipe: Recipe, root: str, rates: dict[str, float], *, force: bool
     Raises:
         InputError: something would stop a stage.
     """
-    before: dict[str, Manifest] = {}
+    planner = _Planner(recipe, root, rates, force)
     for name in recipe.stages:
-        encoding = recipe.encoding_held_out(before["encode"], root, force=force) if name == "train" else None
+        reads = STAGES[name].reads
+        source: Source = planner.before[reads] if reads else recipe.archive
+        encoding = recipe.encoding_held_out(planner.before["encode"], root, force=force) if name == "train" else None
         if encoding is not None:
-            held_out = _estimate("encode", encoding, root, rates, before, force=False)
+            held_out = planner.stage("encode", encoding.encode, planner.before["shard"], force=False)
             yield from (replace(each, stage="encode held_out") for each in held_out)
-        for each in _estimate(name, recipe, root, rates, before, force=force):
-            before[name] = each.manifest
+        for each in planner.stage(name, recipe.config_of(name), source, force=force):
+            planner.before[name] = each.manifest
             yield each
+        if name == "train" and recipe.over_training:
+            yield from _milestones(planner, recipe.over_training)
+            chosen = recipe.source(STAGES["sample"], planner.before, root)
+            planner.before[name] = chosen if isinstance(chosen, Manifest) else planner.before[name]
 
 
-def _estimate(
-    name: str, recipe: Recipe, root: str, rates: dict[str, float], before: Mapping[str, Manifest], *, force: bool
-) -> Iterator[StageEstimate]:
-    """Check a stage if it is not done; its estimate, if it has one, from those ``before``."""
-    launch, stage, config = recipe.launch, STAGES[name], located(recipe.config_of(name), root)
-    nodes, definition = 1 if isinstance(launch, LocalLaunch) else launch.nodes, stage.definition
-    source = before[stage.reads] if stage.reads else recipe.archive
-    out = stage.output(root, config, source, force=force)
-    context = PlanContext(out, rates, launch.world_size if stage.ranked else 1, nodes, before)
-    made = out.committed(stage.kind)
-    if made is None:
-        definition.check(config, source, context)
-    if definition.estimate is not None:
-        cost = definition.estimate(config, source, context)
-        yield StageEstimate(name, cost, made or out.manifest(stage.kind, **cost.leaves), made is not None)
+@dataclass
+class _Planner:
+    """Estimates one stage after the other."""
+
+    recipe: Recipe
+    root: str
+    rates: dict[str, float]
+    force: bool
+    before: dict[str, Manifest] = field(default_factory=dict)
+    """Manifests of the stages so far, by name."""
+
+    def stage(
+        self, name: str, config: Config, source: Source, *, force: bool, check: bool = True
+    ) -> Iterator[StageEstimate]:
+        """Check a stage unless it is done; its estimate, if it has one."""
+        stage, launch, config = STAGES[name], self.recipe.launch, located(config, self.root)
+        nodes, definition = 1 if isinstance(launch, LocalLaunch) else launch.nodes, stage.definition
+        out = stage.output(self.root, config, source, force=force)
+        context = PlanContext(out, self.rates, launch.world_size if stage.ranked else 1, nodes, self.before)
+        made = out.committed(stage.kind)
+        if made is None and check:
+            definition.check(config, source, context)
+        if definition.estimate is not None:
+            cost = definition.estimate(config, source, context)
+            yield StageEstimate(name, cost, made or out.manifest(stage.kind, **cost.leaves), made is not None)
+
+
+def _milestones(planner: _Planner, asked: OverTraining) -> Iterator[StageEstimate]:
+    """The evaluations over training: one estimate for the samples of all steps, and one for their metrics."""
+    found: dict[str, list[StageEstimate]] = {"sample": [], "evaluate": []}
+    for model in _models(planner, asked):
+        source = model
+        for name, config in (("sample", asked.sample), ("evaluate", asked.evaluate)):
+            for made in planner.stage(name, config, source, force=planner.force, check=not found[name]):  # same for all
+                found[name].append(made)
+                planner.before[name] = source = made.manifest
+    yield from (_together(f"{name} x {len(made)}", made) for name, made in found.items())
+
+
+def _models(planner: _Planner, asked: OverTraining) -> Iterator[Manifest]:
+    """The models over training. Once training is finished, those that it has not kept will not come."""
+    latents, last = planner.before["encode"], planner.before["train"]
+    assert isinstance(last, CheckpointManifest)
+    kept = asked.checkpoints(planner.root, latents)
+    stage, finished = STAGES["train"], asked.train.steps in kept
+    for step in asked.steps:
+        if step == asked.train.steps:
+            yield last
+        elif step in kept:
+            yield kept[step]
+        elif not finished:
+            out = stage.output(planner.root, asked.config_at(step, planner.root), latents)
+            yield out.manifest(stage.kind, card=last.card.model_copy(update={"steps": step}))
+
+
+def _together(name: str, made: list[StageEstimate]) -> StageEstimate:
+    """Several estimates of one stage as one."""
+    costs = [each.cost for each in made]
+    done = sum(each.cost.units if each.finished else min(each.cost.done, each.cost.units) for each in made)
+    cost = StageCost(
+        images=sum(cost.images for cost in costs),
+        objects=sum(cost.objects for cost in costs),
+        size=sum(cost.size for cost in costs),
+        units=sum(cost.units for cost in costs),
+        done=done,
+        seconds=sum(cost.seconds for cost in costs),
+    )
+    return StageEstimate(name, cost, made[-1].manifest, all(each.finished for each in made))
 
 
 def copied(stages: list[StageEstimate]) -> Copy | None:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from dit.metrics.comparison import Direction
-from storage.config import Config
+from storage.config import Config, operational
 from storage.manifest import Manifest
 
 VERSION = 2
@@ -36,6 +36,9 @@ class RegisterConfig(Config):
     """Name of the registered model. It is part of MLflow's URIs and searches, so it has no / : ? " or backslash."""
     alias: str = Field(CANDIDATE, pattern=r"^[A-Za-z0-9_-]+$")
     """Alias that the new version receives."""
+    checkpoint: Literal["last", "best"] = operational("last")
+    """Which model is sampled, evaluated and registered: that of the last step, or the best of ``evaluate_milestones``
+    by the metric and the direction of the rule."""
     promote: Literal["manual", "automatic"] = "manual"
     """Who makes a version champion: manual, a person with ditflow promote; automatic, the rule."""
     rule: PromotionRule = PromotionRule()

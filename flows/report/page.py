@@ -30,7 +30,7 @@ from storage.tracker import NullTracker
 
 LOGGER = logging.getLogger(__name__)
 REPORT = "report.html"
-VERSION = 4
+VERSION = 5
 """Raised when the same manifests make another page."""
 CLASSES, EACH, WIDE = 10, 16, 1024
 """Number of classes shown, most samples of each, and width of a strip in pixels."""
@@ -51,67 +51,88 @@ class ReportConfig(Config):
     """A page depends on the outputs that it shows; its title does not count."""
 
 
-def page_output(manifests: Sequence[Manifest], root: str) -> StageOutput:
+def page_output(manifests: Sequence[Manifest], root: str, milestones: Sequence[MetricsManifest] = ()) -> StageOutput:
     """The output of the page of some stages. Its parents are the stages, and what its series show.
+
+    Args:
+        manifests: of the stages.
+        root: folder or URL of all outputs.
+        milestones: the evaluations over training that the recipe asks for.
 
     Raises:
         InputError: a stage's output is gone.
     """
-    series = (guidance_sweep.sweep_of, over_training.series_of)
-    swept = [other for manifest in _evaluations(manifests) for found in series for other in found(manifest, root)]
-    shown = {f"{manifest.stage} {manifest.folder_name}": manifest for manifest in (*swept, *manifests)}
+    evaluations = _evaluations(manifests)
+    swept = [other for manifest in evaluations for other in guidance_sweep.sweep_of(manifest, root)]
+    trained = [other for series in _over_training(evaluations, root, milestones) for other in series]
+    shown = {f"{manifest.stage} {manifest.folder_name}": manifest for manifest in (*swept, *trained, *manifests)}
     return output(ReportManifest, VERSION, ReportConfig(), shown, root)
 
 
-def page_url(manifests: Sequence[Manifest], root: str) -> str:
-    """The URL of the page of some stages. Errors as `page_output`."""
-    return page_output(manifests, root).url(REPORT)
+def page_url(manifests: Sequence[Manifest], root: str, milestones: Sequence[MetricsManifest] = ()) -> str:
+    """The URL of the page of some stages. Arguments and errors as `page_output`."""
+    return page_output(manifests, root, milestones).url(REPORT)
 
 
-def write_page(name: str, manifests: Sequence[Manifest], root: str) -> bytes:
+def write_page(
+    name: str, manifests: Sequence[Manifest], root: str, milestones: Sequence[MetricsManifest] = ()
+) -> bytes:
     """Write the report of a pipeline's stages, in their order, and return it; one that is there is kept.
+
+    Arguments as `page_output`.
 
     Raises:
         InputError: a stage's output is gone, or the extractor cannot be loaded.
         StorageError: a picture is not what was committed, or the disk is full.
     """
-    out = page_output(manifests, root)
-    return keep(out, ReportManifest, REPORT, lambda: page(name, manifests, root).encode())
+    out = page_output(manifests, root, milestones)
+    return keep(out, ReportManifest, REPORT, lambda: page(name, manifests, root, milestones).encode())
 
 
-def publish(name: str, manifests: Sequence[Manifest], root: str, run_id: str | None) -> None:
+def publish(
+    name: str,
+    manifests: Sequence[Manifest],
+    root: str,
+    run_id: str | None,
+    milestones: Sequence[MetricsManifest] = (),
+) -> None:
     """Write the report and log it to the pipeline's MLflow run, if there is one.
 
     An error becomes a warning: the stages are committed, and the report must not fail them.
     """
     try:
-        written = write_page(name, manifests, root)
+        written = write_page(name, manifests, root, milestones)
         if run_id is not None:
             log_file(MlflowClient(runs.tracking_uri(root)), run_id, REPORT, written)
     except Exception as error:
         LOGGER.warning("no report: %s", one_line(error))
 
 
-def publish_missing(name: str, manifests: Sequence[Manifest], root: str) -> None:
+def publish_missing(
+    name: str, manifests: Sequence[Manifest], root: str, milestones: Sequence[MetricsManifest] = ()
+) -> None:
     """Publish the report of a finished pipeline if it is missing or damaged.
 
     It is missing if the command was killed before it, or if a series that it shows has grown since.
     """
-    if kept(page_output(manifests, root), ReportManifest, REPORT) is None:
+    if kept(page_output(manifests, root, milestones), ReportManifest, REPORT) is None:
         pipeline = manifests[-1].provenance.pipeline_id
-        publish(name, manifests, root, runs.pipeline_run_id(pipeline, root) if pipeline else None)
+        publish(name, manifests, root, runs.pipeline_run_id(pipeline, root) if pipeline else None, milestones)
 
 
-def page(name: str, manifests: Sequence[Manifest], root: str) -> str:
-    """The report as HTML: the same bytes for the same manifests. Errors as `write_page`."""
+def page(name: str, manifests: Sequence[Manifest], root: str, milestones: Sequence[MetricsManifest] = ()) -> str:
+    """The report as HTML: the same bytes for the same manifests. Arguments and errors as `write_page`."""
     evaluations = _evaluations(manifests)
     sections = [
         _samples(SampleManifest.read(manifest.uri)) for manifest in manifests if manifest.stage == SampleManifest.STAGE
     ]
+    own = "Registered and" if any(manifest.stage == "register" for manifest in manifests) else "Samples"
+    shown = [f"{own} shown in the other sections: step {over_training.steps_of(each):,}." for each in evaluations]
+    trained = [_trained(series, *shown) for series in _over_training(evaluations, root, milestones)]
     for manifest in evaluations:
         sections += [
             _papers(manifest),
-            *_trained(over_training.series_of(manifest, root), manifest),
+            *trained,
             *_guided(guidance_sweep.sweep_of(manifest, root), manifest.distance),
             _nearest(manifest, root),
         ]
@@ -123,6 +144,15 @@ def page(name: str, manifests: Sequence[Manifest], root: str) -> str:
 
 def _evaluations(manifests: Sequence[Manifest]) -> list[MetricsManifest]:
     return [MetricsManifest.read(manifest.uri) for manifest in manifests if manifest.stage == MetricsManifest.STAGE]
+
+
+def _over_training(
+    evaluations: Sequence[MetricsManifest], root: str, milestones: Sequence[MetricsManifest]
+) -> list[list[MetricsManifest]]:
+    """The series over training: that of the milestones, and that of the evaluation itself if it is another one."""
+    found = [over_training.series_of(each, root) for each in (*milestones[-1:], *evaluations)]
+    distinct = {tuple(each.digest for each in series): series for series in found if len(series) > 1}
+    return list(distinct.values())
 
 
 def _lead(metrics: MetricsManifest) -> tuple[str, str]:
@@ -182,14 +212,13 @@ def _row(row: Row, metrics: MetricsManifest) -> tuple[str, ...]:
     return (model, *values, *[""] * (len(METRICS) - len(values)), conditions, row.source)
 
 
-def _trained(series: Sequence[MetricsManifest], metrics: MetricsManifest) -> Iterator[Section]:
-    """The metrics over training, if the root has evaluations after other numbers of steps."""
-    if len(series) == 1:
-        return
+def _trained(series: Sequence[MetricsManifest], *notes: str) -> Section:
+    """The metrics over training: evaluations after several numbers of steps."""
     steps, distances = [over_training.steps_of(each) for each in series], [each.estimate for each in series]
-    shares = over_training.shares(series)
+    shares, (metrics, *_) = over_training.shares(series), series
     best = min(series, key=lambda each: each.estimate.value)
     line = f"Best: step {over_training.steps_of(best):,}, {metrics.distance} {best.estimate}."
+    line = " ".join([line, f"Each point is from {metrics.counts['samples']:,} samples.", *notes])
     caption = "The same training and conditions after several numbers of steps; bars are 95 % intervals"
     plot = plots.over_training(steps, distances, metrics.distance, shares)
     rows = [
@@ -199,7 +228,7 @@ def _trained(series: Sequence[MetricsManifest], metrics: MetricsManifest) -> Ite
     table = Table(("training step", f"{metrics.distance} (95 % interval)", *shares), rows)
     strips = Strips(over_training.strips(series, _in_a_strip(metrics.parent("samples", SampleManifest))))
     same = "The first samples of each, from the same noise."
-    yield Section("Over training", [line, Figure(plot, caption, plot=True), table, same, strips])
+    return Section("Over training", [line, Figure(plot, caption, plot=True), table, same, strips])
 
 
 def _guided(evaluations: Sequence[MetricsManifest], distance: str) -> Iterator[Section]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage, RunTag
+from mlflow.entities import LifecycleStage, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
@@ -27,6 +27,7 @@ from flows.tracking.spec import TrackingSpec
 from flows.tracking.store import (
     DIGEST_TAG,
     MANIFEST_TAG,
+    MILESTONE,
     PROCESS_TAG,
     create,
     end,
@@ -86,7 +87,7 @@ def open_client(root: str) -> tuple[MlflowClient, str]:
 
 def prepare(root: str) -> None:
     """Create the tracking store if there is none, which takes seconds. An error is only logged."""
-    with _BestEffort():
+    with BestEffort():
         open_client(root)
 
 
@@ -149,7 +150,7 @@ def _training_of(reference: str, root: str) -> str:
 
 def pipeline_run_id(pipeline_id: str, root: str) -> str | None:
     """The id of a pipeline's run; None if there is none or MLflow does not answer."""
-    with _BestEffort():
+    with BestEffort():
         client, experiment_id = open_client(root)
         return find_pipeline(client, experiment_id, pipeline_id)
     return None
@@ -159,7 +160,7 @@ def run_url(run_id: str, root: str) -> str | None:
     """The web page of a run; None if the tracking store is not a server or does not answer."""
     address = tracking_uri(root)
     if address.startswith("http"):
-        with _BestEffort():
+        with BestEffort():
             _, experiment_id = open_client(root)
             return f"{uri.redact(address)}/#/experiments/{experiment_id}/runs/{run_id}"
     return None
@@ -190,14 +191,14 @@ def stage_run(output: StageOutput, root: str, *, here: bool = True) -> Iterator[
     client = MlflowClient(spec.uri)
     with _end_on_error(client, run_id):
         yield output.with_mlflow_run(run_id), spec
-    with _BestEffort():
+    with BestEffort():
         finish(client, run_id, Manifest.read(output.uri))
 
 
 def skip_recorded(spec: TrackingSpec, output: StageOutput) -> TrackingSpec:
     """The same run, with the steps to skip that earlier attempts have recorded."""
     last = _last_unsent(output)
-    with _BestEffort():
+    with BestEffort():
         if spec.run_id is not None:
             last = max([last, *_last_steps(MlflowClient(spec.uri), spec.run_id).values()])
     return spec.model_copy(update={"skip_to": max(last, spec.skip_to)})
@@ -211,7 +212,7 @@ def pipeline_run(pipeline_id: str, root: str) -> Iterator[str | None]:
         InputError: the experiment was deleted.
     """
     run_id = None
-    with _BestEffort(InputError):
+    with BestEffort(InputError):
         client, experiment_id = open_client(root)
         process = processes.join(root)
         run_id = find_or_create_pipeline(client, experiment_id, pipeline_id, process)
@@ -222,7 +223,7 @@ def pipeline_run(pipeline_id: str, root: str) -> Iterator[str | None]:
         return
     with _end_on_error(client, run_id):
         yield run_id
-    with _BestEffort():
+    with BestEffort():
         end(client, run_id, "FINISHED")
 
 
@@ -232,13 +233,13 @@ def sync_run(manifest: Manifest, root: str) -> None:
     A stage that had no run at all gets one now. Its manifest, which is never changed, does not name it. A run that a
     person deleted stays so.
     """
-    with _BestEffort():
+    with BestEffort():
         _sync(*open_client(root), manifest)
 
 
 def sync_pipeline(pipeline_id: str, manifests: Iterable[Manifest], root: str) -> None:
     """`sync_run` for every stage of a finished pipeline, whose own run is ended too if a kill left it open."""
-    with _BestEffort():
+    with BestEffort():
         client, experiment_id = open_client(root)
         for manifest in manifests:
             _sync(client, experiment_id, manifest)
@@ -256,7 +257,7 @@ def end_killed(names: Iterable[str], root: str) -> None:
             end(client, run.info.run_id, "KILLED")
 
 
-class _BestEffort:
+class BestEffort:
     """Logs what MLflow raises in the block and goes on behind it, except for errors of the types ``passing``."""
 
     def __init__(self, *passing: type[Exception]) -> None:
@@ -278,7 +279,7 @@ def _end_on_error(client: MlflowClient, run_id: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with _BestEffort():
+        with BestEffort():
             end(client, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
 
@@ -286,7 +287,7 @@ def _end_on_error(client: MlflowClient, run_id: str) -> Iterator[None]:
 def _open_run(output: StageOutput, root: str, process: str) -> tuple[str | None, TrackingSpec]:
     """Find or create the run of an output, and send what earlier attempts could not send."""
     address = tracking_uri(root)
-    with _BestEffort(InputError):
+    with BestEffort(InputError):
         client, experiment_id = open_client(root)
         run_id = _reopen(client, experiment_id, output.header, process)
         run_id = run_id or create(client, experiment_id, output.header, process)
@@ -308,17 +309,23 @@ def _reopen(client: MlflowClient, experiment_id: str, header: Header, process: s
 def _sync(client: MlflowClient, experiment_id: str, manifest: Manifest) -> None:
     run_id = manifest.provenance.mlflow_run_id or find(client, experiment_id, DIGEST_TAG, manifest.digest)
     run_id = run_id or create(client, experiment_id, manifest)
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if _is(error, RESOURCE_DOES_NOT_EXIST):  # it is in another store, or was removed for good
-            return
-        raise
-    if run.info.lifecycle_stage == LifecycleStage.DELETED:
+    run = living_run(client, run_id)
+    if run is None:
         return
     _send_unsent(client, run_id, manifest.uri, manifest.read_object)
     if not is_finished(run):
         finish(client, run_id, manifest)
+
+
+def living_run(client: MlflowClient, run_id: str) -> Run | None:
+    """A run; None if a person has deleted it, or it is in another store. Raises what MLflow raises."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if _is(error, RESOURCE_DOES_NOT_EXIST):  # or it was removed for good
+            return None
+        raise
+    return None if run.info.lifecycle_stage == LifecycleStage.DELETED else run
 
 
 def _send_unsent(client: MlflowClient, run_id: str, folder: str, read: Callable[[str], bytes]) -> None:
@@ -341,8 +348,8 @@ def _last_unsent(output: StageOutput) -> int:
 
 
 def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
-    """The last recorded step of each metric of a run."""
-    keys = client.get_run(run_id).data.metrics
+    """The last recorded step of each metric of a run, except for those that others log about its milestones."""
+    keys = [key for key in client.get_run(run_id).data.metrics if not key.startswith(MILESTONE)]
     return {key: max(metric.step for metric in client.get_metric_history(run_id, key)) for key in keys}
 
 

@@ -22,6 +22,8 @@ DIGEST_TAG = "ditflow.digest"
 PIPELINE_TAG = "ditflow.pipeline_id"
 STAGE_TAG = "ditflow.stage"
 PROCESS_TAG = "ditflow.process"
+MILESTONE = "milestone_"
+"""What the names of a milestone's metrics begin with in the run of its training."""
 
 
 def tagged(tag: str, value: str) -> str:

@@ -8,7 +8,11 @@ import yaml
 
 from flows.contract import STAGES
 
-ELSE = {"pipeline": "flows.pipeline.pipeline", "reevaluate": "flows.reevaluate.reevaluate"}
+ELSE = {
+    "milestones": "flows.milestones.milestones",
+    "pipeline": "flows.pipeline.pipeline",
+    "reevaluate": "flows.reevaluate.reevaluate",
+}
 """The flows that are no stages."""
 
 

@@ -29,7 +29,7 @@ from flows.demo.digits import write_digits
 from storage.errors import DitflowError
 
 REPOSITORY = Path(__file__).parents[3]
-FLOWS = {"pipeline", "shard", "encode", "train", "sample", "evaluate", "register", "reevaluate"}
+FLOWS = {"pipeline", "milestones", "shard", "encode", "train", "sample", "evaluate", "register", "reevaluate"}
 
 TRAINING = {"steps": 1_000_000, "checkpoint_every": 100, "log_every": 5}
 PAUSE = 0.5  # between two questions to the server, which the worker and the flows use as well
@@ -135,7 +135,7 @@ def test_every_flow_is_deployed_with_a_typed_form(up: Up) -> None:
     for name, deployment in deployments.items():
         schema = deployment["parameter_openapi_schema"]
         assert deployment["entrypoint"].startswith("flows."), name
-        assert schema["definitions"] or name == "pipeline"
+        assert schema["definitions"] or name in ("pipeline", "milestones")
     config = deployments["train"]["parameter_openapi_schema"]["definitions"]["TrainConfig"]
     assert config["properties"]["steps"]["description"].startswith("Number of optimizer steps.")
     assert config["properties"]["steps"]["minimum"] == 1

@@ -174,6 +174,37 @@ def test_every_average_takes_its_memory_and_its_disk(images: Path, root: Path, r
     assert short.lines[2].size < plain.lines[2].size < kept.lines[2].size
 
 
+def test_evaluations_of_milestones_are_counted(images: Path, root: Path, rates: Path) -> None:
+    kept = ["train.steps=5", "train.milestones=2"]
+    asked = [*kept, "evaluate_milestones.sample.count=4"]
+    plain = planned(recipe_of(images, root, *kept), root, rates)
+    recipe = recipe_of(images, root, *asked)
+    found = planned(recipe, root, rates)
+    assert found.lines[:3] == plain.lines[:3]
+    names = ["shard", "encode", "train", "sample x 3", "evaluate x 3", "sample", "evaluate"]
+    assert [line.stage for line in found.lines] == names
+    *_, samples, metrics, _, evaluate = found.lines
+    alone = planned(recipe_of(images, root, "sample.count=4"), root, rates).lines[3]
+    assert (samples.images, samples.objects, samples.size) == (12, 3 * alone.objects, 3 * alone.size)
+    assert samples.hours == pytest.approx(3 * alone.hours)
+    assert metrics.hours * 3600 == pytest.approx((24 + 3 * 2 * 4) / 20)  # the training images are measured once
+    assert evaluate.hours * 3600 == pytest.approx(2 * 6 / 20)
+    assert found.disk == plain.disk + samples.size + metrics.size
+
+    _, latents, last = perform(recipe, root, "shard", "encode", "train")  # commits the milestones 2 and 4
+    over = recipe.over_training
+    assert over is not None
+    source: Manifest = over.checkpoints(str(root), latents)[2]
+    for name, config in (("sample", over.sample), ("evaluate", over.evaluate)):
+        out = STAGES[name].output(str(root), config, source)
+        source = STAGES[name].run(config, source, out=out, tracker=NullTracker())
+    states = {line.stage: line.state for line in planned(recipe, root, rates).lines}
+    assert (states["sample x 3"], states["evaluate x 3"]) == ("1 of 3 units", "1 of 3 units")
+    assert recipe.evaluations(str(root), [latents, last]) == {2: source, 4: None, 5: None}
+    later = recipe_of(images, root, *asked, "train.milestones=[1, 2, 3]")  # training has not kept 1 and 3
+    assert planned(later, root, rates).lines[3].stage == "sample x 2"
+
+
 def test_micro_batches_and_recomputed_blocks_keep_less(images: Path, root: Path, rates: Path) -> None:
     def kept(*more: str) -> int:
         recipe = recipe_of(images, root, "train.batch_size=6", *more)

@@ -60,6 +60,14 @@ def written(root: Path) -> list[Path]:
         (["encode.split=test"], "encode.split: the data has no split 'test'"),
         (["encode.resolution=18"], "encode.resolution: 18 px is not a multiple of the VAE's 4"),
         (["encode.resolution=64"], "demo-digits: needs square uint8 images of at most 32x32x3"),
+        (
+            ["train.milestones=1", "evaluate_milestones.sample.weights=ema-0.5"],
+            "sample.weights: the model has no model-ema-0.5.safetensors for ema-0.5; it has",
+        ),
+        (
+            ["train.milestones=1", "evaluate_milestones.sample.count=3"],
+            "evaluate: metrics need at least 4 reference images and samples, not 24 and 3",
+        ),
         (["registry.alias=latest"], "registry.alias: MLflow refuses it: "),
         (["registry.alias=v2"], "registry.alias: MLflow refuses it: Version alias name 'v2' is reserved."),
         (["registry.model_name=.."], "registry.model_name: MLflow refuses it: "),

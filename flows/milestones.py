@@ -1,0 +1,123 @@
+"""The evaluation of milestones: by the pipeline after training, or by another worker while training goes on.
+
+Each milestone is sampled and evaluated by the stages of these names, so what is done is skipped, and a kill costs no
+more than the block of samples that was being drawn.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from dit.evaluate import MetricsManifest
+from dit.export import CheckpointManifest
+from flows import processes
+from flows.contract import STAGES, Outcome
+from flows.over_training import OverTraining
+from flows.perform import RunSettings
+from flows.recipe import Recipe
+from flows.stages import HERE, run_stage
+from flows.tracking import over_training, runs
+from flows.tracking.references import located
+from storage.archives.once import listed_once
+from storage.errors import InputError
+from storage.header import Header
+from storage.latents import LatentManifest
+from storage.manifest import Manifest
+from storage.patience import patient
+
+POLL_SECONDS = 10.0
+LOGGER = logging.getLogger(__name__)
+
+
+@flow(flow_run_name="milestones {recipe.name}")
+def milestones(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
+    """Evaluate the milestones of a recipe while another process trains it, up to the last step.
+
+    Waits for shards, latents and milestones that are not there yet.
+    """
+    asked = recipe.over_training
+    if asked is None:
+        raise InputError(f"milestones: recipe {recipe.name} evaluates none; set evaluate_milestones.sample.count")
+    processes.note(flow_run.id, settings.root)
+    pipeline = recipe.pipeline_id if runs.pipeline_run_id(recipe.pipeline_id, settings.root) else None
+    settings = settings.model_copy(update={"pipeline_id": pipeline})
+    with patient(settings.patience):
+        return _follow(recipe, asked, _latents(recipe, settings.root), settings)
+
+
+def evaluate_milestones(recipe: Recipe, latents: str, trained: str, settings: RunSettings) -> list[Outcome]:
+    """Evaluate the milestones of a finished training run, and its last step, in the recipe's way.
+
+    Args:
+        recipe: the recipe, which asks for it.
+        latents: URL of the manifest that it trained on.
+        trained: URL of the manifest of its last step.
+        settings: of the run.
+
+    Returns:
+        The outcomes of the stages in the order of the steps.
+    """
+    asked, last = recipe.over_training, CheckpointManifest.read(trained)
+    assert asked is not None
+    models = asked.checkpoints(settings.root, LatentManifest.read(latents)) | {recipe.train.steps: last}
+    missing = [step for step in asked.steps if step not in models]
+    if missing:
+        LOGGER.warning("not evaluated, since training went past them before they were asked for: steps %s", missing)
+    points = _Points(recipe, asked, last, settings)
+    for step in sorted(models):
+        points.add(step, models[step])
+    return points.outcomes
+
+
+def _latents(recipe: Recipe, root: str) -> Manifest:
+    """Wait for what the recipe trains on."""
+    with listed_once():
+        while True:
+            made = recipe.finished(root, before="train")
+            if made is not None:
+                return made[-1]
+            LOGGER.info("waiting for the latents of %s", recipe.name)
+            time.sleep(POLL_SECONDS)
+
+
+def _follow(recipe: Recipe, asked: OverTraining, latents: Manifest, settings: RunSettings) -> list[Outcome]:
+    """Evaluate what training commits, until a look after that at its last step finds nothing new."""
+    training = STAGES["train"].output(settings.root, located(recipe.train, settings.root), latents).header
+    points, waiting = _Points(recipe, asked, training, settings), False
+    while True:
+        models = asked.checkpoints(settings.root, latents)
+        points.training = models.get(recipe.train.steps, points.training)  # which names its MLflow run
+        new = sorted(models.keys() - points.metrics.keys())
+        for step in new:
+            points.add(step, models[step])
+        if not new and recipe.train.steps in points.metrics:
+            return sorted(points.outcomes, key=lambda outcome: outcome.step or 0)
+        if not new and not waiting:
+            LOGGER.info("waiting for the next of the steps %s", sorted({*asked.steps} - points.metrics.keys()))
+        if not new:
+            time.sleep(POLL_SECONDS)
+        waiting = not new
+
+
+@dataclass
+class _Points:
+    """The steps of a training run that are evaluated so far."""
+
+    recipe: Recipe
+    asked: OverTraining
+    training: Header
+    settings: RunSettings
+    outcomes: list[Outcome] = field(default_factory=list)
+    metrics: dict[int, MetricsManifest] = field(default_factory=dict)
+
+    def add(self, step: int, model: Manifest) -> None:
+        """Sample and evaluate the model of a step, and log what the MLflow run of the training lacks."""
+        recipe, settings = self.recipe, self.settings
+        sampled = run_stage("sample", recipe, model.url, settings, config=self.asked.sample, step=step)
+        evaluated = run_stage("evaluate", recipe, sampled.manifest, settings, config=self.asked.evaluate, step=step)
+        self.outcomes += [sampled, evaluated]
+        self.metrics[step] = MetricsManifest.read(evaluated.manifest)
+        over_training.log(self.training, self.metrics, settings.root)

@@ -1,0 +1,146 @@
+"""The evaluation of one training run at several of its steps: what it consists of, what is done, and which is best.
+
+A step that is no milestone any more, because training went past it before it was asked for, is left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from dit.evaluate import EvaluateConfig, MetricsManifest
+from dit.export import CheckpointManifest
+from dit.sample import SampleManifest
+from dit.samplers.config import SampleConfig
+from dit.training.config import TrainConfig
+from dit.training.milestones import milestone_steps
+from flows.contract import STAGES, Outcome
+from flows.registry.config import PromotionRule
+from flows.tracking.references import located
+from storage.config import Config, problem
+from storage.errors import InputError
+from storage.manifest import Manifest
+from storage.parallel import threads
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+FIELD = "evaluate_milestones"
+
+
+class MilestonesConfig(Config):
+    """How the milestones are sampled and evaluated: as the recipe says, except for these values."""
+
+    sample: dict[str, Any] = Field(default_factory=dict)
+    """Values that replace those of ``sample``, such as ``{count: 10000}``. All milestones have the same noise and
+    labels."""
+    evaluate: dict[str, Any] = Field(default_factory=dict)
+    """Values that replace those of ``evaluate``, such as another ``extractor``."""
+
+
+@dataclass(frozen=True)
+class OverTraining:
+    """The steps of a training run to evaluate, and how: all in the same way."""
+
+    train: TrainConfig
+    sample: SampleConfig
+    evaluate: EvaluateConfig
+
+    @classmethod
+    def of(
+        cls, asked: MilestonesConfig, train: TrainConfig, sample: SampleConfig, evaluate: EvaluateConfig | None
+    ) -> Self:
+        """Put the configs together.
+
+        Raises:
+            ValidationError: a value is wrong, or there are no milestones or no metrics.
+        """
+        if train.milestones is None:
+            _refuse((), "needs train.milestones, the steps to keep")
+        if evaluate is None:
+            _refuse((), "needs evaluate.extractor")
+        changed = _changed("sample", sample, asked.sample), _changed("evaluate", evaluate, asked.evaluate)
+        return cls(train, *changed)
+
+    @property
+    def steps(self) -> list[int]:
+        """The milestones and the last step, in rising order."""
+        return [*milestone_steps(self.train.milestones, self.train.steps), self.train.steps]
+
+    def config_at(self, step: int, root: str) -> TrainConfig:
+        """The config of the run that ends at a step, with a location in the place of what it starts from."""
+        return located(self.train.model_copy(update={"steps": step, "milestones": None}), root)
+
+    def checkpoints(self, root: str, latents: Manifest) -> dict[int, CheckpointManifest]:
+        """The models that training has committed so far, by step.
+
+        Raises:
+            InputError: one of them is damaged or was made from other latents.
+            StorageError: the store does not answer.
+        """
+        train = STAGES["train"]
+
+        def committed(step: int) -> Manifest | None:
+            return train.output(root, self.config_at(step, root), latents).committed(train.kind)
+
+        with threads(16) as pool:
+            found = dict(zip(self.steps, pool.map(committed, self.steps), strict=True))
+        return {step: made for step, made in found.items() if isinstance(made, CheckpointManifest)}
+
+    def evaluations(self, root: str, latents: Manifest) -> dict[int, MetricsManifest | None]:
+        """The metrics of all models that training has committed, by step; None for one that is not evaluated.
+
+        Raises: as `checkpoints`.
+        """
+        return {step: self._evaluation(root, made) for step, made in self.checkpoints(root, latents).items()}
+
+    def _evaluation(self, root: str, checkpoint: Manifest) -> MetricsManifest | None:
+        made: Manifest | None = checkpoint
+        for name, config in (("sample", self.sample), ("evaluate", self.evaluate)):
+            made = made and STAGES[name].output(root, config, made).committed(STAGES[name].kind)
+        assert made is None or isinstance(made, MetricsManifest)
+        return made
+
+
+def best(evaluations: Mapping[int, MetricsManifest], rule: PromotionRule) -> int:
+    """The step with the best metric by a rule; of equal ones the earliest.
+
+    Raises:
+        InputError: there is no such metric.
+    """
+    first = next(iter(evaluations.values()))
+    metric, sign = rule.metric or first.metric, 1 if rule.direction == "lower" else -1
+    if metric not in first.metrics:
+        raise InputError(f"registry.rule.metric: no metric {metric}; choose one of {', '.join(sorted(first.metrics))}")
+    return min(sorted(evaluations), key=lambda step: sign * evaluations[step].metrics[metric])
+
+
+def evaluations_of(outcomes: Sequence[Outcome]) -> dict[int, MetricsManifest]:
+    """The metrics by step, of the outcomes of milestones among others."""
+    return {
+        each.step: MetricsManifest.read(each.manifest)
+        for each in outcomes
+        if each.step is not None and each.name == MetricsManifest.STAGE
+    }
+
+
+def model_of(evaluation: MetricsManifest) -> CheckpointManifest:
+    """The model that was evaluated.
+
+    Raises:
+        InputError: it is gone.
+    """
+    return evaluation.parent("samples", SampleManifest).parent("checkpoint", CheckpointManifest)
+
+
+def _changed(stage: str, config: AnyConfig, values: dict[str, Any]) -> AnyConfig:
+    try:
+        return type(config).model_validate(config.model_dump() | values)
+    except ValidationError as error:
+        wrong = problem(error, values)
+        _refuse((stage, *filter(None, wrong.place.split("."))), wrong.message)
+
+
+def _refuse(place: tuple[str, ...], message: str) -> NoReturn:
+    error = PydanticCustomError("milestones", "{said}", {"said": message})
+    raise ValidationError.from_exception_data("Recipe", [{"type": error, "loc": (FIELD, *place), "input": None}])
