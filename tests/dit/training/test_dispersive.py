@@ -139,6 +139,7 @@ def training(**fields: Any) -> TrainConfig:
     "fields",
     [
         pytest.param({}, marks=pytest.mark.full),
+        pytest.param({"micro_batch": 3}, marks=pytest.mark.full),
         {"parallel": "fsdp", "micro_batch": 3, "checkpoint_activations": True},
     ],
 )
