@@ -55,8 +55,8 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
     """
     with joined() as ranks, arithmetic(config.precision):
         card = card_for(config, latents)
-        batches = _batches(config, card.model, latents, ranks)
         held_out = open_held_out(config, card.model, latents, ranks)
+        batches = _batches(config, card.model, latents, ranks)
         trained = None
         try:
             trained = _train(config, card, batches, held_out, ranks, out, tracker)
@@ -158,7 +158,7 @@ def _train(
     from dit.training import checkpoint  # imports torch.distributed.checkpoint, which takes seconds
 
     state = initial_state(config, card, ranks)
-    history = _resume(config, state, ranks, out, tracker)
+    history = _resume(config, state, held_out, ranks, out, tracker)
     process = build_process(config.diffusion, batches.device)
     how = step_config(config)
     saver = checkpoint.Saver(out, state, ranks, keep=config.keep_checkpoints, keep_every=config.keep_every)
@@ -239,7 +239,12 @@ def _sample(grid: SampleGrid, state: TrainState, ranks: Ranks, tracker: Tracker)
 
 
 def _resume(
-    config: TrainConfig, state: TrainState, ranks: Ranks, out: StageOutput, tracker: Tracker
+    config: TrainConfig,
+    state: TrainState,
+    held_out: HeldOut | None,
+    ranks: Ranks,
+    out: StageOutput,
+    tracker: Tracker,
 ) -> list[LoggedStep]:
     """Restore the newest checkpoint, also of a run with fewer steps; return what was logged up to it."""
     from dit.training import checkpoint
@@ -252,8 +257,9 @@ def _resume(
         checkpoint.prune(out, state.step, keep=config.keep_checkpoints, keep_every=config.keep_every)
         if state.step:
             LOGGER.info("resuming after step %d", state.step)
+        measured = {point.step: point.held_out for point in held_out.points(history)} if held_out else {}
         for logged in history if newest_step(out) < state.step else ():  # a shorter run's: this curve has them, too
-            tracker.metrics(logged.values | logged.held_out, step=logged.step)
+            tracker.metrics(logged.values | measured.get(logged.step, {}), step=logged.step)
     return history
 
 

@@ -170,7 +170,8 @@ class Recipe(Config):
         train = STAGES["train"]
         if self.train.held_out is None:
             return None
-        if not force and train.output(root, self.train, latents).committed(train.kind) is not None:
+        config = references.located(self.train, root)
+        if not force and train.output(root, config, latents).committed(train.kind) is not None:
             return None
         return self.model_copy(update={"encode": held_out_config(self.encode)})
 

@@ -215,8 +215,10 @@ def test_numbers_of_other_images_are_no_points_of_the_curve(
 ) -> None:
     shutil.copytree(Path(whole[1].uri), tmp_path / "train" / Path(whole[1].uri).name)
     fewer = HeldOutLoss(every=3, images=IMAGES - 1, batch_size=4)
-    found = report(tiny.run_train(tmp_path, measured(steps=9, held_out=fewer), both))
+    recorder = tiny.Recorder()
+    found = report(tiny.run_train(tmp_path, measured(steps=9, held_out=fewer), both, recorder))
     assert [point["step"] for point in found["points"]] == [9]
+    assert [step for step, values in recorder.values.items() if "held_out_loss" in values] == [9]
     assert found["conditions"]["images"] == IMAGES - 1
 
 

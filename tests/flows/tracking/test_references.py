@@ -9,6 +9,8 @@ from small import Small
 from dit.export import CheckpointManifest
 from dit.training.config import Init, TrainConfig
 from flows.contract import STAGES
+from flows.recipe import load_recipe
+from flows.tracking import runs
 from flows.tracking.references import located
 from storage.config import Config
 from storage.errors import InputError
@@ -61,6 +63,16 @@ def test_lineage_leads_through_what_a_run_started_from(small: Small, latents: Ma
         shutil.move(f"{base.uri}-gone", base.uri)
     again = small.bring("train", starting_from(base, made.uri), latents)
     assert again.parent("init", CheckpointManifest).digest == made.digest
+
+
+def test_held_out_images_are_encoded_for_a_run_that_starts_from_a_registered_model(
+    small: Small, latents: Manifest, base: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "resolve", lambda reference, root: {"models:/m@champion": base.url}[reference])
+    recipe = load_recipe("demo", ["train.held_out={every: 1}", "train.init.source=models:/m@champion"])
+    encoding = recipe.encoding_held_out(latents, str(small.root), force=False)
+    assert encoding is not None
+    assert encoding.encode.split == "held_out"
 
 
 def test_the_output_of_another_stage_is_no_start(small: Small, latents: Manifest, base: Manifest) -> None:
