@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_serializer
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
@@ -49,6 +50,11 @@ class ModelCard(Config):
     """Training steps taken."""
     weights: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of each weights file, by name."""
+
+    @field_serializer("model", "diffusion")
+    def _written(self, config: Config) -> dict[str, Any]:
+        """Without fields of later versions at their defaults, so that a repaired model has the bytes it had."""
+        return config.identity()
 
     @property
     def vae_ref(self) -> VaeRef | None:

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dit
-from dit.export import EMA_WEIGHTS, MODEL, RAW_WEIGHTS, CheckpointManifest
+from dit.export import EMA_WEIGHTS, MODEL, RAW_WEIGHTS, CheckpointManifest, ModelCard
 from dit.models.build import build
+from dit.models.config import BackboneOptions
 from storage import uri
 from storage.errors import DitflowError
 from storage.manifest import MANIFEST
@@ -145,3 +146,14 @@ def test_a_card_of_endless_depth_is_refused(folder: Path, size: int) -> None:
     said = refusal(folder)
     assert ("recursion limit" if size < uri.MAX_TEXT else "more than the 67,108,864 that such a file may have") in said
     assert len(said) < 1000
+
+
+def test_a_card_has_no_fields_of_later_versions_at_their_defaults(checkpoint: CheckpointManifest) -> None:
+    """Else a model that an earlier version made would be repaired with other bytes, and its children refused."""
+    whole = json.loads(checkpoint.model_dump_json())["card"]
+    assert whole == json.loads(checkpoint.read_object(MODEL))
+    assert whole["model"].keys().isdisjoint(BackboneOptions.model_fields)
+    model = checkpoint.card.model.model_copy(update={"rope": True})
+    other = checkpoint.card.model_copy(update={"model": model})
+    assert json.loads(other.model_dump_json())["model"]["rope"] is True
+    assert ModelCard.model_validate_json(other.model_dump_json()) == other
