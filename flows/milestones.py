@@ -4,11 +4,10 @@ Each milestone is sampled and evaluated by the stages of these names, so what is
 more than the block of samples that was being drawn.
 """
 
-import logging
 import time
 from dataclasses import dataclass, field
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
 from dit.evaluate import MetricsManifest
@@ -22,14 +21,12 @@ from flows.stages import HERE, run_stage
 from flows.tracking import over_training, runs
 from flows.tracking.references import located
 from storage.archives.once import listed_once
-from storage.errors import InputError
 from storage.header import Header
 from storage.latents import LatentManifest
 from storage.manifest import Manifest
 from storage.patience import patient
 
 POLL_SECONDS = 10.0
-LOGGER = logging.getLogger(__name__)
 
 
 @flow(flow_run_name="milestones {recipe.name}")
@@ -38,9 +35,7 @@ def milestones(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
 
     Waits for shards, latents and milestones that are not there yet.
     """
-    asked = recipe.over_training
-    if asked is None:
-        raise InputError(f"milestones: recipe {recipe.name} evaluates none; set evaluate_milestones.sample.count")
+    asked = recipe.asked_over_training()
     processes.note(flow_run.id, settings.root)
     pipeline = recipe.pipeline_id if runs.pipeline_run_id(recipe.pipeline_id, settings.root) else None
     settings = settings.model_copy(update={"pipeline_id": pipeline})
@@ -60,12 +55,13 @@ def evaluate_milestones(recipe: Recipe, latents: str, trained: str, settings: Ru
     Returns:
         The outcomes of the stages in the order of the steps.
     """
-    asked, last = recipe.over_training, CheckpointManifest.read(trained)
-    assert asked is not None
+    asked, last = recipe.asked_over_training(), CheckpointManifest.read(trained)
     models = asked.checkpoints(settings.root, LatentManifest.read(latents)) | {recipe.train.steps: last}
     missing = [step for step in asked.steps if step not in models]
     if missing:
-        LOGGER.warning("not evaluated, since training went past them before they were asked for: steps %s", missing)
+        get_run_logger().warning(
+            "not evaluated, since training went past them before they were asked for: steps %s", missing
+        )
     points = _Points(recipe, asked, last, settings)
     for step in sorted(models):
         points.add(step, models[step])
@@ -79,7 +75,7 @@ def _latents(recipe: Recipe, root: str) -> Manifest:
             made = recipe.finished(root, before="train")
             if made is not None:
                 return made[-1]
-            LOGGER.info("waiting for the latents of %s", recipe.name)
+            get_run_logger().info("waiting for the latents of %s", recipe.name)
             time.sleep(POLL_SECONDS)
 
 
@@ -96,7 +92,9 @@ def _follow(recipe: Recipe, asked: OverTraining, latents: Manifest, settings: Ru
         if not new and recipe.train.steps in points.metrics:
             return sorted(points.outcomes, key=lambda outcome: outcome.step or 0)
         if not new and not waiting:
-            LOGGER.info("waiting for the next of the steps %s", sorted({*asked.steps} - points.metrics.keys()))
+            get_run_logger().info(
+                "waiting for the next of the steps %s", sorted({*asked.steps} - points.metrics.keys())
+            )
         if not new:
             time.sleep(POLL_SECONDS)
         waiting = not new

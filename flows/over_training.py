@@ -67,9 +67,10 @@ class OverTraining:
         """The milestones and the last step, in rising order."""
         return [*milestone_steps(self.train.milestones, self.train.steps), self.train.steps]
 
-    def config_at(self, step: int, root: str) -> TrainConfig:
-        """The config of the run that ends at a step, with a location in the place of what it starts from."""
-        return located(self.train.model_copy(update={"steps": step, "milestones": None}), root)
+    def configs(self, root: str) -> dict[int, TrainConfig]:
+        """The configs of the runs that end at the steps, with a location in the place of what they start from."""
+        train = located(self.train, root)
+        return {step: train.model_copy(update={"steps": step, "milestones": None}) for step in self.steps}
 
     def checkpoints(self, root: str, latents: Manifest) -> dict[int, CheckpointManifest]:
         """The models that training has committed so far, by step.
@@ -78,13 +79,13 @@ class OverTraining:
             InputError: one of them is damaged or was made from other latents.
             StorageError: the store does not answer.
         """
-        train = STAGES["train"]
+        train, configs = STAGES["train"], self.configs(root)
 
-        def committed(step: int) -> Manifest | None:
-            return train.output(root, self.config_at(step, root), latents).committed(train.kind)
+        def committed(config: TrainConfig) -> Manifest | None:
+            return train.output(root, config, latents).committed(train.kind)
 
         with threads(16) as pool:
-            found = dict(zip(self.steps, pool.map(committed, self.steps), strict=True))
+            found = dict(zip(configs, pool.map(committed, configs.values()), strict=True))
         return {step: made for step, made in found.items() if isinstance(made, CheckpointManifest)}
 
     def evaluations(self, root: str, latents: Manifest) -> dict[int, MetricsManifest | None]:

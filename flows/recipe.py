@@ -73,6 +73,16 @@ class Recipe(Config):
         asked = self.evaluate_milestones
         return None if asked is None else OverTraining.of(asked, self.train, self.sample, self.evaluate)
 
+    def asked_over_training(self) -> OverTraining:
+        """The evaluation of the milestones.
+
+        Raises:
+            InputError: the recipe asks for none.
+        """
+        if self.over_training is None:
+            raise InputError(f"milestones: recipe {self.name} evaluates none; set evaluate_milestones.sample.count")
+        return self.over_training
+
     @property
     def pipeline_id(self) -> str:
         """The same for the same recipe and archive, so an interrupted pipeline continues its own MLflow run."""

@@ -47,7 +47,7 @@ class Dispersive(Config):
     """A term of the loss that pushes apart what a block makes of a batch's images (Wang & He, arXiv 2506.09027)."""
 
     block: int = Field(ge=1)
-    """Number of the block, from 1. The paper takes the last one of the first quarter."""
+    """Number of the block, from 1, such as the last one of the first quarter."""
     weight: float = Field(0.5, gt=0)
     """Weight of the term. It is logged without its weight, as ``dispersive``, and is no part of ``loss``."""
     tau: float = Field(1.0, gt=0)

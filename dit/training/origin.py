@@ -138,7 +138,7 @@ def fit(origin: Origin, model: ModelConfig, class_names: tuple[str, ...]) -> Fit
         InputError: the origin has another depth, width or the like, or is another kind of model.
     """
     _check_kind(origin, model)
-    theirs, ours, found = _parameters(origin.model), _parameters(model), Fit()
+    theirs, ours, tables, found = _parameters(origin.model), _parameters(model), _bias_tables(model), Fit()
     for name in sorted(theirs.keys() | ours.keys()):
         there, here = theirs.get(name), ours.get(name)
         if there is None or here is None:
@@ -148,7 +148,7 @@ def fit(origin: Origin, model: ModelConfig, class_names: tuple[str, ...]) -> Fit
             found.other |= {name: missing} if missing else {}
         elif there == here:
             found.same.append(name)
-        elif name in _bias_tables(model):
+        elif name in tables:
             found.resized.append(name)
         else:
             found.other[name] = f"{tuple(there)} there, {tuple(here)} here"

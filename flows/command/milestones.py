@@ -4,7 +4,6 @@ from argparse import ArgumentParser, Namespace
 
 from flows.command.options import add_recipe, add_running
 from flows.command.prefect_server import serving_prefect
-from storage.errors import InputError
 
 HELP = "evaluate the milestones of a recipe while it trains elsewhere, until its last step"
 
@@ -20,8 +19,7 @@ def run(options: Namespace) -> None:
     from flows.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set, options.root)
-    if recipe.evaluate_milestones is None:
-        raise InputError(f"milestones: recipe {recipe.name} evaluates none; set evaluate_milestones.sample.count")
+    recipe.asked_over_training()  # before servers start
     with serving_prefect(options.root, quiet=options.json):
         from flows.command.outcomes import show
         from flows.milestones import milestones

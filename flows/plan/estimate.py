@@ -184,13 +184,13 @@ def _models(planner: _Planner, asked: OverTraining) -> Iterator[Manifest]:
     assert isinstance(last, CheckpointManifest)
     kept = asked.checkpoints(planner.root, latents)
     stage, finished = STAGES["train"], asked.train.steps in kept
-    for step in asked.steps:
+    for step, config in asked.configs(planner.root).items():
         if step == asked.train.steps:
             yield last
         elif step in kept:
             yield kept[step]
         elif not finished:
-            out = stage.output(planner.root, asked.config_at(step, planner.root), latents)
+            out = stage.output(planner.root, config, latents)
             yield out.manifest(stage.kind, card=last.card.model_copy(update={"steps": step}))
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from dit.convert import Pretrained
 from dit.diffusion.config import DiffusionConfig
@@ -14,11 +15,16 @@ SMALL: dict[str, Any] = {"input_size": 16, "width": 64, "depth": 3, "heads": 4, 
 
 def random_dit(**fields: Any) -> DiT:
     model = DiT(DiTConfig(**SMALL | fields)).eval()
-    generator = torch.Generator().manual_seed(0)
+    randomise(model, std=0.05, seed=0)
+    return model.requires_grad_(False)
+
+
+def randomise(model: nn.Module, *, std: float = 0.1, seed: int = 1) -> None:
+    """Give every trained weight a normal value."""
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data.normal_(std=0.05, generator=generator)
-    return model.requires_grad_(False)
+            parameter.data.normal_(std=std, generator=generator)
 
 
 def pretrained(model: DiT) -> Pretrained:

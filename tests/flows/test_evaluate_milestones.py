@@ -139,7 +139,7 @@ def test_another_worker_follows_training(
         latents = recipe.finished(str(tmp_path), before="train")
         assert latents is not None
         for step in steps:
-            small.bring("train", asked.config_at(step, str(tmp_path)), latents[-1])
+            small.bring("train", asked.configs(str(tmp_path))[step], latents[-1])
 
     world = iter([to_latents, lambda: to(10, 20), lambda: to(30)])
 

@@ -23,7 +23,7 @@ def test_everything_is_as_in_the_recipe_but_what_is_named() -> None:
     assert asked.steps == [100, 500, 1200]
     assert asked.sample == recipe.sample.model_copy(update={"count": 50})
     assert asked.evaluate == recipe.evaluate
-    assert asked.config_at(500, "runs") == load_recipe("demo", ["train.steps=500"]).train
+    assert asked.configs("runs")[500] == load_recipe("demo", ["train.steps=500"]).train
     plain = load_recipe("demo", [MILESTONES, "evaluate_milestones={}"]).over_training
     assert plain is not None
     assert (plain.sample, plain.evaluate) == (recipe.sample, recipe.evaluate)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from random_dit import randomise
 from torch import Tensor, nn
 
 from dit.models.build import build
@@ -32,10 +33,7 @@ def randomised(**fields: Any) -> DiT:
     """With no weight that starts at zero or one."""
     model = build(DiTConfig.model_validate(TINY | fields))
     assert isinstance(model, DiT)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.1, generator=generator)
+    randomise(model)
     return model
 
 

@@ -6,6 +6,7 @@ import published_costs
 import pytest
 import torch
 from pydantic import ValidationError
+from random_dit import randomise
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,10 +31,7 @@ def tiny(block: BlockKind, **fields: object) -> DiT:
 
 def randomised(block: BlockKind, **fields: object) -> DiT:
     model = tiny(block, **fields)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.1, generator=generator)
+    randomise(model)
     return model
 
 

@@ -3,6 +3,7 @@ import published_costs
 import pytest
 import torch
 from pydantic import ValidationError
+from random_dit import randomise
 
 from dit.models.build import build
 from dit.models.config import DiTConfig, dit_config
@@ -19,14 +20,6 @@ def tiny(**fields: object) -> DiT:
     model = build(DiTConfig.model_validate(TINY.model_dump() | fields))
     assert isinstance(model, DiT)
     return model
-
-
-def randomise(model: torch.nn.Module) -> None:
-    """Leave the zero initialisation, which would hide most of the network."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.1, generator=generator)
 
 
 def batch(b: int = 3, size: int = 8, channels: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ import published_costs
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from random_dit import randomise
 from safetensors.torch import save_file
 from scipy import stats
 from tiny import commit_model
@@ -22,13 +23,6 @@ from storage.errors import InputError
 from storage.latents import VaeInfo
 
 TINY = {"input_size": 8, "width": 48, "depth": 2, "heads": 3, "num_classes": 10}
-
-
-def randomise(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.1, generator=generator)
 
 
 def tiny(**fields: object) -> LatentDiffiT:
