@@ -31,7 +31,7 @@ from storage.errors import DitflowError
 REPOSITORY = Path(__file__).parents[3]
 FLOWS = {"pipeline", "milestones", "shard", "encode", "train", "sample", "evaluate", "register", "reevaluate"}
 
-TRAINING = {"steps": 1_000_000, "checkpoint_every": 100, "log_every": 5}
+TRAINING = {"steps": 1_000_000, "checkpoint_every": 100, "log_every": 5, "held_out": None}
 PAUSE = 0.5  # between two questions to the server, which the worker and the flows use as well
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
