@@ -1,4 +1,4 @@
-"""A folder of class folders, and the walk through any folder of images."""
+"""A folder of class folders, class folders by their names, and the walk through any folder of images."""
 
 import os
 from collections.abc import Iterator
@@ -23,16 +23,52 @@ def open_folder(url: str, class_names: tuple[str, ...] | None = None) -> Archive
     Raises:
         InputError: there are no class folders, or as `walk`, `class_folders` or `Archive`.
     """
-    fs, path = uri.filesystem(url)
     account = Account(uri.redact(url))
+    files, folders = _below(url, account)
+    if not folders:
+        raise InputError(f"{account.where}: no class folders; put the images of each class in a folder of its own")
+    return _of_class_folders(url, account, files, folders, class_names)
+
+
+def open_folders(urls: list[str], account: Account, class_names: tuple[str, ...] | None = None) -> Archive:
+    """Several class folders of one store as one archive: that of a folder with these classes alone.
+
+    Args:
+        urls: the folders, each named after its class.
+        account: of the archive, for what is passed over in it.
+        class_names: the classes to label by; by default those of the folders.
+
+    Raises:
+        InputError: two have the same name, or as `open_folder`.
+    """
+    files, folders = list[Found](), list[str]()
+    for url in urls:
+        name, part = uri.name(url), Account(uri.redact(url))
+        if name in folders:
+            raise InputError(f"{account.where}: names two folders {name}; give each class one folder")
+        inside, below = _below(url, part)
+        account.add(part, f"{name}/")
+        files += [file._replace(path=f"{name}/{file.path}") for file in inside]
+        folders += [name, *(f"{name}/{folder}" for folder in below)]
+    return _of_class_folders(urls[0], account, files, folders, class_names)
+
+
+def _below(url: str, account: Account) -> tuple[list[Found], list[str]]:
+    """The visible files and folders below a folder."""
+    fs, path = uri.filesystem(url)
     files, folders = list[Found](), list[str]()
     for inside, entry in walk(fs, account, path):
         if entry["type"] == "directory":
             folders.append(inside)
         else:
             files.append(Found(inside, int(entry["size"]), entry["name"]))
-    if not folders:
-        raise InputError(f"{account.where}: no class folders; put the images of each class in a folder of its own")
+    return files, folders
+
+
+def _of_class_folders(
+    url: str, account: Account, files: list[Found], folders: list[str], class_names: tuple[str, ...] | None
+) -> Archive:
+    fs, _ = uri.filesystem(url)
     images = class_folders(account, files, folders, class_names)
     return Archive(account, images, lambda path: bytes(fs.cat_file(path)), class_names)
 

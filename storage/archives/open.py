@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from storage import uri
 from storage.archives.account import Account
-from storage.archives.folder import entries, entry_name, open_folder
+from storage.archives.folder import entries, entry_name, open_folder, open_folders
 from storage.archives.held_out import open_labelled_tar
 from storage.archives.listing import Archive, Member
 from storage.archives.once import listed
@@ -32,7 +32,8 @@ class ArchiveRef(Config):
 
     train: Location = operational()
     """URL of the training images with their classes: a folder of class folders, tars, a zip or Parquet files. Several
-    tars or Parquet files may be named by a pattern: ``train-{000..146}.tar``, ``data/train-*.parquet``."""
+    tars or Parquet files may be named by a pattern: ``train-{000..146}.tar``, ``data/train-*.parquet``; so may some
+    of the class folders: ``digits/{0..7}``."""
     held_out: Location | None = operational(None)
     """URL of held-out images of the same classes, which are not trained on; null for none."""
     held_out_labels: Location | None = operational(None)
@@ -76,8 +77,9 @@ def open_archive(url: str, class_names: tuple[str, ...] | None = None, labels: s
     """Open an archive and list its files. Its type is detected from its name and its contents.
 
     Args:
-        url: a folder of class folders, of tars or of Parquet files; a tar, a zip or a Parquet file; several tars or
-            Parquet files by a pattern such as ``name-{000..123}.tar`` or ``data/train-*.parquet``, see `expand`.
+        url: a folder of class folders, of tars or of Parquet files; a tar, a zip or a Parquet file; several tars,
+            Parquet files or class folders by a pattern such as ``name-{000..123}.tar``, ``data/train-*.parquet`` or
+            ``digits/{0..7}``, see `expand`.
         class_names: the classes to label by, for held-out images; some may have no images. By
             default the archive's own classes, sorted.
         labels: for a tar of images without class folders: URL of a text file with one class name a
@@ -110,14 +112,21 @@ def open_archive(url: str, class_names: tuple[str, ...] | None = None, labels: s
 
 
 def _open_several(urls: list[str], where: str, class_names: tuple[str, ...] | None) -> Archive:
-    """The files of a pattern as one archive."""
+    """The files or class folders of a pattern as one archive."""
     if all(uri.redact(url).lower().endswith(".tar") for url in urls):
         return open_tars(urls, Account(where), class_names)
     if all(uri.redact(url).lower().endswith(".parquet") for url in urls):
         return open_parquet(urls, Account(where), class_names)
+    other = next((url for url in urls if not uri.is_folder(url)), None)
+    if other is None:
+        return open_folders(urls, Account(where), class_names)
+    if other != urls[0] and not uri.exists(other):
+        raise InputError(f"{uri.redact(other)}: no such folder of images, which {where} names")
     first, last = uri.redact(urls[0]), uri.redact(urls[-1])
     found = f"stands for {first}" if len(urls) == 1 else f"stands for {len(urls):,} files from {first} to {last}"
-    raise InputError(f"{where}: {found}; a pattern is for .tar files alone or .parquet files alone")
+    raise InputError(
+        f"{where}: {found}; a pattern is for .tar files alone, .parquet files alone or class folders alone"
+    )
 
 
 def _open_folder(url: str, class_names: tuple[str, ...] | None) -> Archive:

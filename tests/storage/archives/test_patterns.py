@@ -17,11 +17,15 @@ from storage.errors import InputError
 
 
 def put(url: str, *names: str) -> str:
-    fs, path = uri.filesystem(url)
-    for name in names:
-        fs.makedirs(f"{path}/{name}".rpartition("/")[0], exist_ok=True)
-        fs.pipe_file(f"{path}/{name}", name.encode())
+    write(url, {name: name.encode() for name in names})
     return url
+
+
+def write(url: str, files: packing.Files) -> None:
+    fs, path = uri.filesystem(url)
+    for name, data in files.items():
+        fs.makedirs(f"{path}/{name}".rpartition("/")[0], exist_ok=True)
+        fs.pipe_file(f"{path}/{name}", data)
 
 
 NAMES = ["x-0.tar", "x-1.tar", "x-10.tar", "y-1.tar", ".x-2.tar", "sub/x-3.tar", "sub/y-3.tar", "x.md"]
@@ -113,12 +117,63 @@ def test_folders_of_several_splits_are_not_mixed(tmp_path: Path) -> None:
             assert open_archive(f"{tmp_path}/{pattern}.{ending}").members
 
 
+@pytest.mark.parametrize("pattern", ["{0,2,10}", "{10,2,0}/", "{[!1],10}"])
+@pytest.mark.parametrize("place", ["{tmp}", "file://{tmp}", "memory://root"])
+def test_some_classes_of_a_folder(
+    tmp_path: Path, memory: str, write_archive: Callable[..., Path], place: str, pattern: str
+) -> None:
+    """They are the archive of a folder with these classes alone."""
+    url = place.format(tmp=tmp_path)
+    files = packing.files_of(write_archive(tmp_path / "random", {"0": 2, "1": 1, "2": 2, "10": 1}))
+    some = {name: data for name, data in files.items() if not name.startswith("1/")}
+    write(f"{url}/given", files | {"0/.hidden": b"", "1/.hidden": b""})
+    write(f"{url}/alone", some)
+    alone, classes = open_archive(f"{url}/alone"), open_archive(f"{url}/given/{pattern}")
+    assert (classes.members, classes.digest) == (alone.members, alone.digest)
+    assert classes.class_names == alone.class_names == ("0", "10", "2")
+    assert {member.name: classes.read(member) for member in classes.members} == some
+    assert classes.account.lines() == ["passed over: 1 hidden: the name begins with a dot (first: 0/.hidden)"]
+
+
+def test_held_out_images_of_some_classes(tmp_path: Path) -> None:
+    put(str(tmp_path), "train/a/1.png", "train/b/2.png", "train/c/3.png", "val/a/1.png", "val/b/2.png")
+    ref = ArchiveRef(train=f"{tmp_path}/train/{{b,c}}", held_out=f"{tmp_path}/val/{{b,c}}")
+    with pytest.raises(InputError, match="no such folder"):
+        open_splits(ref)
+    splits = open_splits(ref.model_copy(update={"held_out": f"{tmp_path}/val/[bc]"}))
+    assert [(member.name, member.label) for member in splits["held_out"].members] == [("b/2.png", 0)]
+    with pytest.raises(InputError, match="class 'a' is not one of the 2 classes to train on"):
+        open_splits(ref.model_copy(update={"held_out": f"{tmp_path}/val/*"}))
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("x*", r"x\*: stands for 4 files from .*x-0\.tar to .*x\.md; a pattern is for \.tar files alone"),
+        ("{0..3}", r"/3: no such folder of images, which .*\{0\.\.3\} names"),
+        ("{0,x.tar}", r"stands for 2 files from .*/0 to .*x\.tar; a pattern is for"),
+        ("{x.tar,0}", "a pattern is for"),
+        ("[0x]*", r"a pattern is for \.tar files, \.parquet files or class folders alone"),
+        ("{0,empty}", r"\{0,empty\}/empty: class folder without files"),
+        ("{0,deep/0}", r"\{0,deep/0\}: names two folders 0; give each class one folder"),
+        ("{train,val}", "'train' and 'val' are splits of a data set"),
+        ("{0,tars}", r"tars/y\.tar: an archive among class folders"),
+    ],
+)
+def test_class_folders_that_are_refused(tmp_path: Path, pattern: str, message: str) -> None:
+    names = ["0/1.png", "1/1.png", "2/1.png", "deep/0/2.png", "tars/y.tar", "train/1.png", "val/2.png", "x.tar"]
+    put(str(tmp_path), *names)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=message) as caught:
+        open_archive(f"{tmp_path}/{pattern}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("x*", r"x\*: stands for 4 files from .*x-0\.tar to .*x\.md; a pattern is for \.tar files, "),
         ("*.md", r"stands for .*/x.md; a pattern is for"),
-        ("s*/", r"stands for .*/sub; a pattern is for"),
+        ("s*/", r"s\*/sub/x-3\.tar: an archive among class folders"),
     ],
 )
 def test_files_of_other_types_are_refused(tmp_path: Path, pattern: str, message: str) -> None:
