@@ -124,9 +124,7 @@ def _open_several(urls: list[str], where: str, class_names: tuple[str, ...] | No
         raise InputError(f"{uri.redact(other)}: no such folder of images, which {where} names")
     first, last = uri.redact(urls[0]), uri.redact(urls[-1])
     found = f"stands for {first}" if len(urls) == 1 else f"stands for {len(urls):,} files from {first} to {last}"
-    raise InputError(
-        f"{where}: {found}; a pattern is for .tar files alone, .parquet files alone or class folders alone"
-    )
+    raise InputError(f"{where}: {found}; a pattern is for .tar files, .parquet files or class folders alone")
 
 
 def _open_folder(url: str, class_names: tuple[str, ...] | None) -> Archive:
