@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dit.devices import arithmetic, device, dtype
-from dit.diffusion.config import DiffusionConfig, EDMConfig, ProcessConfig
+from dit.diffusion.config import DiffusionConfig, EDMConfig, FlowConfig, ProcessConfig
 from dit.diffusion.edm import EDM
 from dit.diffusion.gaussian import GaussianDiffusion
 from dit.diffusion.process import Denoiser
@@ -64,6 +64,7 @@ class SampleManifest(Manifest):
 
 SAMPLER_FIELDS = {"eta": "ddim", "sigma_min": "heun", "sigma_max": "heun", "rho": "heun"}
 """Fields that apply to one sampler alone."""
+NO_FLOWS = "sample.sampler: none fits a model that was trained as a flow"
 LAST_BITS = ("compile", "batch_size", "decode_batch_size", "block_rows")
 """Fields that can change no more than the last bits."""
 
@@ -192,6 +193,8 @@ def _states(
     if isinstance(diffusion, EDMConfig):
         levels = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max, "rho": config.rho}
         return heun(EDM.from_config(diffusion), model, x, y, steps=config.steps, **levels)
+    if isinstance(diffusion, FlowConfig):
+        raise InputError(NO_FLOWS)
     full = GaussianDiffusion.from_config(diffusion)
     if config.sampler == "dpm++":
         return dpm(full.to(device()), model, x, y, steps=config.steps)
@@ -260,6 +263,8 @@ def check_process(config: SampleConfig, card: ModelCard) -> None:
     Raises:
         InputError: they do not fit.
     """
+    if isinstance(card.diffusion, FlowConfig):
+        raise InputError(NO_FLOWS)
     edm = isinstance(card.diffusion, EDMConfig)
     if edm != (config.sampler == "heun"):
         fitting = "heun" if edm else "ddpm, ddim or dpm++"

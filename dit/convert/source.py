@@ -110,7 +110,8 @@ def _ours(source: str) -> Pretrained:
         options = ", ".join(config.options)
         raise InputError(f"{uri.redact(source)}: was trained with options that these layouts do not have: {options}")
     if not isinstance(card.diffusion, DiffusionConfig):
-        raise InputError(f"{uri.redact(source)}: was trained with EDM's process, which these layouts do not have")
+        kind = card.diffusion.kind
+        raise InputError(f"{uri.redact(source)}: was trained with the process {kind}, which these layouts do not have")
     return Pretrained(config, trained.model.state_dict(), card.diffusion, card.vae)
 
 

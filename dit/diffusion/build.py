@@ -2,8 +2,9 @@
 
 import torch
 
-from dit.diffusion.config import EDMConfig, ProcessConfig
+from dit.diffusion.config import EDMConfig, FlowConfig, ProcessConfig
 from dit.diffusion.edm import EDM
+from dit.diffusion.flow import Flow
 from dit.diffusion.gaussian import GaussianDiffusion
 from dit.diffusion.process import Process
 
@@ -12,4 +13,6 @@ def build_process(config: ProcessConfig, device: torch.device | str = "cpu") -> 
     """The process of a config, with its tables on a device."""
     if isinstance(config, EDMConfig):
         return EDM.from_config(config)
+    if isinstance(config, FlowConfig):
+        return Flow.from_config(config)
     return GaussianDiffusion.from_config(config).to(device)

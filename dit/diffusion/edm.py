@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dit.diffusion.config import EDMConfig
-from dit.diffusion.process import Denoiser
+from dit.diffusion.process import Denoiser, per_sample
 
 SMALLEST_U = 2.0**-54
 """Replaces a uniform 0, whose normal quantile would be minus infinity."""
@@ -56,7 +56,7 @@ class EDM:
 
     def q_sample(self, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         """Noisy data (B, C, H, W) at noise levels (B,)."""
-        return x0 + _at(sigma, x0) * noise
+        return x0 + per_sample(sigma, x0) * noise
 
     def denoise(self, model: Denoiser, x: Tensor, sigma: Tensor, y: Tensor | None) -> Tensor:
         """The expected data D(x; sigma) of noisy data (equation 7).
@@ -73,8 +73,8 @@ class EDM:
         s, data = sigma.double(), self.sigma_data
         total = (s**2 + data**2).sqrt()  # standard deviation of x
         c_in, c_noise, c_skip, c_out = 1 / total, s.log() / 4, data**2 / total**2, s * data / total
-        output = model(_at(c_in, x) * x, c_noise.to(x.dtype), y).to(x.dtype)
-        return _at(c_skip, x) * x + _at(c_out, x) * output
+        output = model(per_sample(c_in, x) * x, c_noise.to(x.dtype), y).to(x.dtype)
+        return per_sample(c_skip, x) * x + per_sample(c_out, x) * output
 
     def training_terms(
         self, model: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, y: Tensor | None
@@ -88,8 +88,3 @@ class EDM:
         s = t.double()
         weight = (s**2 + self.sigma_data**2) / (s * self.sigma_data) ** 2
         return {"loss": weight.to(mse.dtype) * mse, "mse": mse}
-
-
-def _at(factor: Tensor, like: Tensor) -> Tensor:
-    """Factors (B,) as (B, 1, 1, 1), on the device and in the dtype of ``like``."""
-    return factor.to(like).reshape(-1, *[1] * (like.ndim - 1))

@@ -36,3 +36,8 @@ class Process(Protocol):
             t: times (B,) from `sample_t`.
             y: labels (B,), with the dropped ones replaced by the null label; None if unconditional.
         """
+
+
+def per_sample(factor: Tensor, like: Tensor) -> Tensor:
+    """Factors (B,) as (B, 1, 1, 1), on the device and in the dtype of ``like``."""
+    return factor.to(like).reshape(-1, *[1] * (like.ndim - 1))
