@@ -196,5 +196,6 @@ class Flow:
 
 def _cosine(found: Tensor, target: Tensor) -> Tensor:
     """Cosine of the angle between vectors (B, C, H, W) along the channels, (B, H, W); less where one is short."""
-    length, found_length = (torch.linalg.vector_norm(vectors, dim=1) for vectors in (target, found))
-    return (found * target).sum(1) / (length * found_length.maximum(SHORT * length)).clamp(min=1e-12)
+    length = torch.linalg.vector_norm(target, dim=1)
+    lengths: Tensor = length * torch.linalg.vector_norm(found, dim=1).maximum(SHORT * length)
+    return (found * target).sum(1) / lengths.clamp(min=1e-12)
