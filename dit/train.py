@@ -28,7 +28,7 @@ from dit.training.per_block import recompute_blocks
 from dit.training.preemption import preemption
 from dit.training.prefetch import prefetched
 from dit.training.sample_grid import SampleGrid
-from dit.training.shorter import newest_step, shorter_runs
+from dit.training.shorter import newest_step, shorter_runs, warn_of_other_batch_sizes
 from dit.training.start import autocast, check_start, decays, initial_state, open_for, step_config
 from dit.training.step_log import StepLog
 from dit.training.throughput import LoggedStep, ThroughputMeter
@@ -257,6 +257,8 @@ def _resume(
         checkpoint.prune(out, state.step, keep=config.keep_checkpoints, keep_every=config.keep_every)
         if state.step:
             LOGGER.info("resuming after step %d", state.step)
+        else:
+            warn_of_other_batch_sizes(out, config)
         measured = {point.step: point.held_out for point in held_out.points(history)} if held_out else {}
         for logged in history if newest_step(out) < state.step else ():  # a shorter run's: this curve has them, too
             tracker.metrics(logged.values | measured.get(logged.step, {}), step=logged.step)

@@ -65,11 +65,14 @@ class TrainConfig(Config):
     """Number of optimizer steps. A run that differs from a finished one in more steps alone goes on from its last
     checkpoint, unless ``decay`` makes the learning rate depend on their number."""
     batch_size: int = Field(256, ge=1)
-    """Images per optimizer step, over all ranks. Must be divisible by the number of ranks."""
+    """Images per optimizer step, over all ranks. Must be divisible by the number of ranks. Another number is another
+    run, which begins at step 0."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps over which the learning rate rises linearly from 0 to its peak. 0: no warm-up."""
+    warmup_images: int | None = added(None, ge=1)
+    """The same in images, as EDM gives it, so that it fits any ``batch_size``. Null: ``warmup_steps`` counts."""
     decay: Literal["none", "linear", "cosine"] = "none"
     """How the learning rate falls after the warm-up, to ``decay_to`` after the last step. ``none``: it is constant."""
     decay_to: float = Field(0.0, ge=0, lt=1)
@@ -85,6 +88,9 @@ class TrainConfig(Config):
     """Largest norm of the gradient; longer gradients are scaled down to it. Null: no clipping."""
     ema_decay: float = Field(0.9999, ge=0, le=1)
     """Decay per step of the exponential moving average (EMA) of the weights, from which samples are drawn."""
+    ema_halflife_images: int | None = added(None, ge=1)
+    """The half-life of that EMA in images instead, as EDM gives it, so that it fits any ``batch_size``: with 500,000 of
+    them and a batch of 512 the decay is 0.99929. Null: ``ema_decay`` counts."""
     ema_decays: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
     """Decays of further EMAs, exported beside the first. ``sample.weights`` selects one by name, such as
     ``ema-0.999``."""
@@ -146,6 +152,14 @@ class TrainConfig(Config):
     max_skipped: int = operational(10, ge=1)
     """Training restarts from the last checkpoint after this many steps in a row were skipped, because loss or gradient
     was not finite. The second time it fails."""
+
+    @model_validator(mode="after")
+    def _in_steps_or_in_images(self) -> Self:
+        for images, steps in (("warmup_images", "warmup_steps"), ("ema_halflife_images", "ema_decay")):
+            default = type(self).model_fields[steps].default
+            if getattr(self, images) and getattr(self, steps) != default:
+                raise ValueError(f"{images}: takes the place of {steps}, which must be left at {default}")
+        return self
 
     @model_validator(mode="after")
     def _freezes(self) -> Self:

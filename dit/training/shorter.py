@@ -1,4 +1,4 @@
-"""Finished runs with fewer steps, from whose checkpoints a run goes on.
+"""Runs that differ from a run in one number: those of fewer steps it goes on from, those of other batches it does not.
 
 A run of more steps passes through the states of one with fewer, if nothing else differs and the learning rate does not
 depend on their number. So it takes the shorter run's newest checkpoint, and ends in the bits of a run from step 0.
@@ -19,6 +19,8 @@ from storage.parallel import threads
 
 FOLDER = "checkpoints"
 """Folder of the checkpoints, below the stage's folder."""
+MOST_IMAGES = 4096
+"""Largest batch size that is looked for."""
 LOGGER = logging.getLogger(__name__)
 
 
@@ -48,6 +50,24 @@ def shorter_runs(out: StageOutput, config: Config, *, decay: str) -> list[StageO
         LOGGER.warning("train.decay: %s ends at the last step, so a run of more steps begins at step 0", decay)
         return []
     return found
+
+
+def warn_of_other_batch_sizes(out: StageOutput, config: Config) -> None:
+    """Say in one line which runs below the same root, finished or not, differ in nothing but ``batch_size``.
+
+    A run that is not finished tells its config to nobody, but its name is a hash of it, so all sizes are tried.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    folder = uri.parent(out.uri)
+    names = set(uri.names(folder)) - {uri.name(out.uri)}
+    sizes = range(1, MOST_IMAGES + 1) if names and not out.header.rerun else ()
+    others = {size: out.with_config(config.model_copy(update={"batch_size": size})).uri for size in sizes}
+    found = [f"{uri.redact(other)} has {size}" for size, other in others.items() if uri.name(other) in names]
+    if found:
+        text = "train.batch_size: another one is another run, so this one begins at step 0"
+        LOGGER.warning("%s; %s", text, ", ".join(found))
 
 
 def _shorter(out: StageOutput, config: Config) -> list[StageOutput]:

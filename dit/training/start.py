@@ -28,8 +28,10 @@ LOGGER = logging.getLogger(__name__)
 
 
 def decays(config: TrainConfig) -> dict[str, float]:
-    """The decays of the averages of the weights, by name."""
-    return {"ema": config.ema_decay} | {f"ema-{decay}": decay for decay in config.ema_decays}
+    """The decays per step of the averages of the weights, by name."""
+    halflife = config.ema_halflife_images
+    first = config.ema_decay if halflife is None else 0.5 ** (config.batch_size / halflife)
+    return {"ema": first} | {f"ema-{decay}": decay for decay in config.ema_decays}
 
 
 def _adam_eps(config: TrainConfig, model_config: ModelConfig) -> float:
@@ -114,9 +116,11 @@ def open_for(config: TrainConfig, latents: LatentManifest, ranks: Ranks) -> Data
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The learning rate of the step with that number."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    images = config.warmup_images
+    warmup = config.warmup_steps if images is None else images / config.batch_size
+    if step + 1 <= warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = max(0, step - warmup) / (config.steps - warmup)
     left = {"none": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.decay]
     return config.learning_rate * (config.decay_to + (1 - config.decay_to) * left)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from forked import Faults, Job, Template
 
 from dit.export import CheckpointManifest
 from dit.training.config import TrainConfig
-from dit.training.shorter import newest_step, shorter_runs
+from dit.training.shorter import newest_step, shorter_runs, warn_of_other_batch_sizes
 from storage.latents import LatentManifest
 from storage.manifest import MANIFEST
 
@@ -168,6 +169,30 @@ def test_a_manifest_that_cannot_be_read_is_named(
     out = tiny.output(begun, CheckpointManifest, LONG, latents=latents)
     assert shorter_runs(out, LONG, decay="none") == []
     assert str(path.parent) in caplog.text
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_another_batch_size_is_another_run_and_says_so(
+    tmp_path: Path, latents: LatentManifest, caplog: pytest.LogCaptureFixture, killed: bool
+) -> None:
+    """A run that was killed has no manifest, and is found as well."""
+    tracker = tiny.Killer(5) if killed else None
+    with pytest.raises(tiny.Killed) if killed else nullcontext():
+        tiny.run_train(tmp_path, SHORT, latents, tracker)
+    there = tiny.output(tmp_path, CheckpointManifest, SHORT, latents=latents).uri
+    recorder, _ = through(tmp_path, SHORT.model_copy(update={"batch_size": 6}), latents)
+    assert trained_steps(recorder)[0] == 1
+    said = f"train.batch_size: another one is another run, so this one begins at step 0; {there} has 8"
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [said]
+
+
+@pytest.mark.parametrize("changed", [{}, {"seed": 1, "batch_size": 6}])
+def test_nothing_is_said_of_batch_sizes_where_none_or_more_differs(
+    begun: Path, latents: LatentManifest, caplog: pytest.LogCaptureFixture, changed: dict[str, Any]
+) -> None:
+    config = SHORT.model_copy(update=changed)
+    warn_of_other_batch_sizes(tiny.output(begun, CheckpointManifest, config, latents=latents), config)
+    assert caplog.text == ""
 
 
 def test_on_two_ranks_through_a_kill(tmp_path: Path, template: Template, store: LatentManifest) -> None:
