@@ -1,4 +1,4 @@
-"""Flows from noise to data (SiT: Ma et al., arXiv 2401.08740), in SiT's time: t = 0 is noise, t = 1 is data.
+"""Flows from noise to data (SiT: Ma et al., arXiv 2401.08740). Time t is 0 at the noise and 1 at the data.
 
 A path mixes data x0 and noise eps ~ N(0, I) (equation 1):
 
@@ -8,15 +8,15 @@ A path mixes data x0 and noise eps ~ N(0, I) (equation 1):
     VP       alpha = exp(-(1 - t)^2 (20 - 0.1) / 4 - (1 - t) 0.1 / 2)    sigma = sqrt(1 - alpha^2)
 
 Its velocity is v = alpha' x0 + sigma' eps. A network that minimises E |v_network - v|^2 is the velocity of the
-ordinary differential equation dx = v dt, which takes noise to data through the same distributions (equation 5).
+ordinary differential equation dx = v dt, which takes noise to data through the same distributions.
 
 x_t and v are linear in x0 and eps. So any two of velocity, noise and data follow from the third and x_t:
 
     x0 = (sigma' x_t - sigma v) / (alpha sigma' - alpha' sigma)
     eps = (alpha v - alpha' x_t) / (alpha sigma' - alpha' sigma)          score = grad log p_t(x_t) = -eps / sigma
 
-The divisor is -1 for the linear path and -pi / 2 for GVP. SiT's equation 9 for the score is the same one, but divides
-by alpha', which is 0 at the data for GVP. A network that predicts noise knows the data only after a division by alpha,
+The divisor is -1 for the linear path and -pi / 2 for GVP. (A common form of the score divides numerator and divisor by
+alpha', which is 0 at the data for GVP.) A network that predicts noise knows the data only after a division by alpha,
 and one that predicts data the noise only after one by sigma: such a network is not evaluated where that is 0. Nor is
 any network at t = 1 of VP, where sigma' is infinite.
 """
