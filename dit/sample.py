@@ -13,11 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from dit.devices import arithmetic, device, dtype
-from dit.diffusion.config import DiffusionConfig, EDMConfig, FlowConfig, ProcessConfig
+from dit.diffusion.config import EDMConfig
 from dit.diffusion.edm import EDM
-from dit.diffusion.gaussian import GaussianDiffusion
-from dit.diffusion.process import Denoiser
-from dit.diffusion.respace import kept_timesteps
 from dit.export import CheckpointManifest, ModelCard, Trained, load, weights_file
 from dit.models.config import ModelConfig
 from dit.models.cost import cost
@@ -25,20 +22,16 @@ from dit.pixels import to_bytes
 from dit.ranks import Ranks, Share, joined
 from dit.rates import at_once, decoder_rate, forward_rate
 from dit.samplers.config import SampleConfig
-from dit.samplers.ddim import ddim
-from dit.samplers.ddpm import ddpm
-from dit.samplers.dpm import dpm, solver_timesteps
 from dit.samplers.guidance import UNGUIDED, Guided
-from dit.samplers.heun import heun, noise_levels
 from dit.samplers.labels import class_label, described, sample_labels
 from dit.samplers.noise import SampleNoise
-from dit.samplers.state import State, StepNoise, last
+from dit.samplers.state import last
+from dit.samplers.table import sampler, unused_fields
 from dit.vae import Vae, load_vae, vae_inputs
 from storage.errors import DitflowError, InputError
 from storage.estimate import PlanContext, StageCost, store_objects
 from storage.images.grid import image_grid
 from storage.manifest import Manifest, StageOutput
-from storage.parallel import ahead
 from storage.rows.store import ArraySpec, RowLayout, RowWriter, gathered
 from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
@@ -62,9 +55,6 @@ class SampleManifest(Manifest):
     """How the samples were drawn: publish it with every number computed from them."""
 
 
-SAMPLER_FIELDS = {"eta": "ddim", "sigma_min": "heun", "sigma_max": "heun", "rho": "heun"}
-"""Fields that apply to one sampler alone."""
-NO_FLOWS = "sample.sampler: none fits a model that was trained as a flow"
 LAST_BITS = ("compile", "batch_size", "decode_batch_size", "block_rows")
 """Fields that can change no more than the last bits."""
 
@@ -170,7 +160,8 @@ def draw(
     y = labels.to(device()) if model.num_classes else None
     with arithmetic(config.precision):
         with torch.autocast(device().type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            x0 = last(_states(config, card.diffusion, _guided(config, trained), y, noise))
+            states = sampler(config, card.diffusion).states
+            x0 = last(states(config, card.diffusion, _guided(config, trained), y, noise))
         if not x0.isfinite().all():
             which = f"samples {indices[0]:,} to {indices[-1]:,}"
             raise DitflowError(f"{which} are not finite; check the model's training loss")
@@ -183,32 +174,6 @@ def _decoded(config: SampleConfig, card: ModelCard, vae: Vae | None, x0: torch.T
         return to_bytes(x0, config.rounding).cpu()
     decoder = replace(vae, scaling_factor=card.vae.scaling_factor, shift_factor=card.vae.shift_factor)
     return torch.cat([decoder.decode(part, config.rounding).cpu() for part in x0.split(config.decode_batch_size)])
-
-
-def _states(
-    config: SampleConfig, diffusion: ProcessConfig, model: Denoiser, y: torch.Tensor | None, noise: SampleNoise
-) -> Iterator[State]:
-    """The states of the sampler, from noise to data."""
-    x = noise.initial()
-    if isinstance(diffusion, EDMConfig):
-        levels = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max, "rho": config.rho}
-        return heun(EDM.from_config(diffusion), model, x, y, steps=config.steps, **levels)
-    if isinstance(diffusion, FlowConfig):
-        raise InputError(NO_FLOWS)
-    full = GaussianDiffusion.from_config(diffusion)
-    if config.sampler == "dpm++":
-        return dpm(full.to(device()), model, x, y, steps=config.steps)
-    process = full.respaced(config.steps).to(device())
-    step_noise = _prefetched(noise, config.steps)
-    if config.sampler == "ddim":
-        return ddim(process, model, x, y, step_noise, eta=config.eta)
-    return ddpm(process, model, x, y, step_noise)
-
-
-def _prefetched(noise: SampleNoise, steps: int) -> StepNoise:
-    """The noise of all steps in the samplers' order, drawn in a thread while the network runs."""
-    noises = ahead((noise(step) for step in reversed(range(1, steps))), 2)
-    return lambda _: next(noises)
 
 
 def _guided(config: SampleConfig, trained: Trained) -> Guided:
@@ -263,27 +228,17 @@ def check_process(config: SampleConfig, card: ModelCard) -> None:
     Raises:
         InputError: they do not fit.
     """
-    if isinstance(card.diffusion, FlowConfig):
-        raise InputError(NO_FLOWS)
-    edm = isinstance(card.diffusion, EDMConfig)
-    if edm != (config.sampler == "heun"):
-        fitting = "heun" if edm else "ddpm, ddim or dpm++"
-        raise InputError(f"sample.sampler: {config.sampler} does not fit the model's process; use {fitting}")
+    row = sampler(config, card.diffusion)
     if _scale(config, card.model) != UNGUIDED and not card.model.label_dropout:
         reason = "without label dropout in training, the model has no null label to guide with"
         raise InputError(f"sample.guidance_scale: {reason}; use 1")
     interval = config.guidance_interval
     if interval and interval[0] > interval[1]:
         raise InputError(f"sample.guidance_interval: {list(interval)} is empty; write the lowest first")
-    if edm and config.guidance_schedule == "power_cosine":
+    if isinstance(card.diffusion, EDMConfig) and config.guidance_schedule == "power_cosine":
         raise InputError("sample.guidance_schedule: power_cosine needs timesteps, which EDM has not; use constant")
     _check_labels(config, card)
-    if isinstance(card.diffusion, DiffusionConfig) and config.sampler == "dpm++":
-        solver_timesteps(card.diffusion.steps, config.steps)
-    elif isinstance(card.diffusion, DiffusionConfig):
-        kept_timesteps(card.diffusion.steps, config.steps)
-    else:
-        noise_levels(config.steps, config.sigma_min, config.sigma_max, config.rho)
+    row.check(config, card.diffusion)
 
 
 def _check_labels(config: SampleConfig, card: ModelCard) -> None:
@@ -332,7 +287,7 @@ def _check_decoder(vae: Vae, card: ModelCard) -> None:
 
 def _conditions(config: SampleConfig, card: ModelCard, vae: Vae | None) -> dict[str, str | int | float]:
     """What the images depend on: the fields of the config that were used, the decoder and the training steps."""
-    unused = {name for name, sampler in SAMPLER_FIELDS.items() if sampler != config.sampler}
+    unused = set(unused_fields(config, card.diffusion))
     scale = _scale(config, card.model)
     if scale == UNGUIDED:
         unused |= {name for name in SampleConfig.model_fields if name.startswith("guidance_")}
@@ -357,7 +312,7 @@ def picture(images: NDArray[np.uint8], card: ModelCard) -> bytes:
 def estimate(config: SampleConfig, checkpoint: CheckpointManifest, plan: PlanContext) -> StageCost:
     """What it takes to draw the samples."""
     card, ref = checkpoint.card, config.vae or checkpoint.card.vae_ref
-    passes = config.steps * (2 if config.sampler == "heun" else 1)
+    passes = sampler(config, card.diffusion).passes(config.steps)
     if _scale(config, card.model) != UNGUIDED:
         passes *= 2  # within the interval alone, if there is one
     rate = plan.rate("sample", lambda: forward_rate(card.model, config.batch_size, config.precision))

@@ -8,11 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from dit.devices import Arithmetic, device
-from dit.diffusion.config import EDMConfig
 from dit.export import ModelCard, Trained, rebuilt
 from dit.sample import generate, open_decoder, picture
 from dit.samplers.config import SampleConfig
 from dit.samplers.guidance import UNGUIDED
+from dit.samplers.table import QUICK
 from dit.vae import Vae
 from storage.errors import DitflowError
 
@@ -30,8 +30,7 @@ class SampleGrid:
 
     def __init__(self, card: ModelCard, precision: Arithmetic) -> None:
         self._card = card
-        sampler = "heun" if isinstance(card.diffusion, EDMConfig) else "ddim"
-        fields = {"labels": "balanced", "sampler": sampler, "steps": STEPS, "precision": precision}
+        fields = {"labels": "balanced", "sampler": QUICK[card.diffusion.kind], "steps": STEPS, "precision": precision}
         if not card.model.label_dropout:
             fields["guidance_scale"] = UNGUIDED
         self._config = SampleConfig.model_validate(fields | {"count": COUNT, "batch_size": BATCH})

@@ -90,9 +90,8 @@ def draw(
 
 
 def _config(card: "ModelCard", overrides: Sequence[str]) -> "SampleConfig":
-    from dit.diffusion.config import EDMConfig
     from dit.samplers.config import SampleConfig
+    from dit.samplers.table import FITTING
     from flows.recipe import config_alone
 
-    fitting = {"sampler": "heun", "steps": 18} if isinstance(card.diffusion, EDMConfig) else {}
-    return config_alone(SampleConfig, "sample", {"count": COUNT, **fitting}, overrides)
+    return config_alone(SampleConfig, "sample", {"count": COUNT, **FITTING[card.diffusion.kind]}, overrides)

@@ -1,0 +1,64 @@
+"""The table of samplers says what the samplers do."""
+
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit.diffusion.config import DiffusionConfig, EDMConfig, ProcessConfig
+from dit.samplers.config import SampleConfig
+from dit.samplers.noise import SampleNoise
+from dit.samplers.table import FITTING, QUICK, SAMPLERS, sampler, unused_fields
+from storage.errors import InputError
+
+PROCESSES: dict[str, ProcessConfig] = {"gaussian": DiffusionConfig(), "edm": EDMConfig()}
+
+
+class Counting:
+    """A network of noise and variance that counts its passes."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        self.passes += 1
+        return torch.cat([x / 2, x], 1)
+
+
+def test_every_sampler_and_every_process_has_its_row() -> None:
+    assert {name for _, name in SAMPLERS} == set(get_args(SampleConfig.model_fields["sampler"].annotation))
+    assert {kind for kind, _ in SAMPLERS} == set(PROCESSES) == set(FITTING) == set(QUICK)
+    for kind, process in PROCESSES.items():
+        row = sampler(SampleConfig(**FITTING[kind]), process)
+        row.check(SampleConfig(**FITTING[kind]), process)
+        assert (kind, QUICK[kind]) in SAMPLERS
+
+
+@pytest.mark.parametrize(("kind", "name"), SAMPLERS)
+@pytest.mark.parametrize("steps", [2, 5])
+def test_passes_are_those_that_the_steps_take(kind: str, name: str, steps: int) -> None:
+    config, noise, model = SampleConfig(sampler=name, steps=steps), SampleNoise(0, range(2), (1, 2, 2)), Counting()
+    row = SAMPLERS[kind, name]
+    states = list(row.states(config, PROCESSES[kind], lambda x, t, y: model(x, t, y)[:, : _out(kind)], None, noise))
+    assert model.passes == row.passes(steps)
+    assert [state.step for state in states] == list(reversed(range(steps)))
+
+
+def _out(kind: str) -> int:
+    return 2 if kind == "gaussian" else 1
+
+
+def test_fields_of_other_samplers_are_unused() -> None:
+    assert unused_fields(SampleConfig(sampler="ddpm"), DiffusionConfig()) == {"eta", "sigma_min", "sigma_max", "rho"}
+    assert unused_fields(SampleConfig(sampler="ddim"), DiffusionConfig()) == {"sigma_min", "sigma_max", "rho"}
+    assert unused_fields(SampleConfig(sampler="heun"), EDMConfig()) == {"eta"}
+    for row in SAMPLERS.values():
+        assert row.fields <= set(SampleConfig.model_fields)
+
+
+def test_what_fits_is_named() -> None:
+    with pytest.raises(InputError, match=r"heun does not fit the model's process; use ddpm, ddim or dpm\+\+$"):
+        sampler(SampleConfig(sampler="heun"), DiffusionConfig())
+    with pytest.raises(InputError, match="ddpm does not fit the model's process; use heun$"):
+        sampler(SampleConfig(), EDMConfig())
