@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dit.devices import arithmetic, device, dtype
-from dit.diffusion.config import EDMConfig
+from dit.diffusion.config import DiffusionConfig, EDMConfig
 from dit.diffusion.edm import EDM
 from dit.export import CheckpointManifest, ModelCard, Trained, load, weights_file
 from dit.models.config import ModelConfig
@@ -235,8 +235,9 @@ def check_process(config: SampleConfig, card: ModelCard) -> None:
     interval = config.guidance_interval
     if interval and interval[0] > interval[1]:
         raise InputError(f"sample.guidance_interval: {list(interval)} is empty; write the lowest first")
-    if isinstance(card.diffusion, EDMConfig) and config.guidance_schedule == "power_cosine":
-        raise InputError("sample.guidance_schedule: power_cosine needs timesteps, which EDM has not; use constant")
+    if not isinstance(card.diffusion, DiffusionConfig) and config.guidance_schedule == "power_cosine":
+        process = f"a model of the process {card.diffusion.kind} has not"
+        raise InputError(f"sample.guidance_schedule: power_cosine needs timesteps, which {process}; use constant")
     _check_labels(config, card)
     row.check(config, card.diffusion)
 

@@ -9,7 +9,7 @@ from dit.pixels import Rounding
 from dit.samplers.guidance import Channels, Schedule
 from dit.samplers.labels import Labels
 from dit.vae import VaeRef
-from storage.config import Config, operational
+from storage.config import Config, added, operational
 
 
 class SampleConfig(Config):
@@ -20,10 +20,10 @@ class SampleConfig(Config):
     labels: Labels = "random"
     """Class of each image: ``random`` draws it uniformly, ``balanced`` takes the classes in turn, and a mapping such as
     ``{cat: 8, "3": 4}`` has the number of images of each class, by its name or number."""
-    sampler: Literal["ddpm", "ddim", "dpm++", "heun"] = "ddpm"
+    sampler: Literal["ddpm", "ddim", "dpm++", "heun", "euler"] = "ddpm"
     """``ddpm`` is ancestral sampling with the learned variance. ``ddim`` is the implicit sampler, deterministic with
     ``eta`` 0. ``dpm++`` is DPM-Solver++(2M), deterministic too, for 10 to 50 steps. Models trained with EDM's process
-    need ``heun``."""
+    need ``heun``, and those trained as flows ``euler``."""
     steps: int = Field(250, ge=2)
     """Sampling steps per image. Each is one pass of the network; with heun two, and one in the last step."""
     eta: float = Field(0.0, ge=0, le=1)
@@ -34,6 +34,8 @@ class SampleConfig(Config):
     """For heun: noise level at which sampling starts."""
     rho: float = Field(7.0, gt=0)
     """For heun: exponent of the noise levels; larger values make steps shorter near the data."""
+    shift: float = added(1.0, gt=0)
+    """For euler: below 1, the steps near the noise are shorter. t becomes shift t / (1 + (shift - 1) t)."""
     guidance_scale: float = Field(1.5, ge=0)
     """Scale of classifier-free guidance. 1: no guidance. Ignored for unconditional models."""
     guidance_channels: Channels = "first3"
@@ -42,8 +44,8 @@ class SampleConfig(Config):
     """``constant`` uses the same scale at every timestep; ``power_cosine`` (DiffiT) lets it grow from 1 at pure noise
     to the scale at the data."""
     guidance_interval: tuple[float, float] | None = None
-    """Lowest and highest timestep of the full process (for EDM: noise level) at which to guide; outside of it the
-    second pass is saved. Null: at all timesteps."""
+    """Lowest and highest time at which to guide: timestep of the full process, noise level for EDM, time from 0 at the
+    noise to 1 at the data for flows. Outside of it the second pass is saved. Null: at all times."""
     rounding: Rounding = "nearest"
     """How the image's numbers become levels: ``nearest``, as in DiT, or ``down``, as in the published code of latent
     DiffiT, whose images are half a level darker."""

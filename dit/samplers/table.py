@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dit.diffusion.config import DiffusionConfig, EDMConfig, ProcessConfig
+from dit.diffusion.config import DiffusionConfig, EDMConfig, FlowConfig, ProcessConfig
 from dit.diffusion.edm import EDM
+from dit.diffusion.flow import Flow
 from dit.diffusion.gaussian import GaussianDiffusion
 from dit.diffusion.process import Denoiser
 from dit.diffusion.respace import kept_timesteps
@@ -17,6 +18,7 @@ from dit.samplers.config import SampleConfig
 from dit.samplers.ddim import ddim
 from dit.samplers.ddpm import ddpm
 from dit.samplers.dpm import dpm, solver_timesteps
+from dit.samplers.flow import euler, times
 from dit.samplers.heun import heun, noise_levels
 from dit.samplers.noise import SampleNoise
 from dit.samplers.state import State, StepNoise
@@ -84,6 +86,12 @@ def _edm_heun(
     return heun(EDM.from_config(process), model, noise.initial(), y, steps=config.steps, **levels)
 
 
+def _euler(
+    config: SampleConfig, process: FlowConfig, model: Denoiser, y: Tensor | None, noise: SampleNoise
+) -> Iterator[State]:
+    return euler(Flow.from_config(process), model, noise.initial(), y, steps=config.steps, shift=config.shift)
+
+
 def _respaced(config: SampleConfig, process: DiffusionConfig, noise: SampleNoise) -> GaussianDiffusion:
     return GaussianDiffusion.from_config(process).respaced(config.steps).to(noise.device)
 
@@ -106,6 +114,10 @@ def _check_levels(config: SampleConfig, _: EDMConfig) -> None:
     noise_levels(config.steps, config.sigma_min, config.sigma_max, config.rho)
 
 
+def _check_times(config: SampleConfig, process: FlowConfig) -> None:
+    times(Flow.from_config(process), config.steps, shift=config.shift)
+
+
 def _one_a_step(steps: int) -> int:
     return steps
 
@@ -117,9 +129,14 @@ SAMPLERS = {
     ("edm", "heun"): Sampler(
         _edm_heun, _check_levels, lambda steps: 2 * steps - 1, frozenset({"sigma_min", "sigma_max", "rho"})
     ),
+    ("flow", "euler"): Sampler(_euler, _check_times, _one_a_step, frozenset({"shift"})),
 }
 """Rows by kind of process and name."""
-FITTING: dict[str, dict[str, Any]] = {"gaussian": {}, "edm": {"sampler": "heun", "steps": 18}}
+FITTING: dict[str, dict[str, Any]] = {
+    "gaussian": {},
+    "edm": {"sampler": "heun", "steps": 18},
+    "flow": {"sampler": "euler", "steps": 50},
+}
 """Fields of `SampleConfig` that fit a process, by its kind, where none are asked for."""
-QUICK = {"gaussian": "ddim", "edm": "heun"}
+QUICK = {"gaussian": "ddim", "edm": "heun", "flow": "euler"}
 """A deterministic sampler for a few steps, by kind of process."""

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit.diffusion.config import DiffusionConfig, EDMConfig, ProcessConfig
+from dit.diffusion.config import DiffusionConfig, EDMConfig, FlowConfig, ProcessConfig
 from dit.samplers.config import SampleConfig
 from dit.samplers.noise import SampleNoise
 from dit.samplers.table import FITTING, QUICK, SAMPLERS, sampler, unused_fields
 from storage.errors import InputError
 
-PROCESSES: dict[str, ProcessConfig] = {"gaussian": DiffusionConfig(), "edm": EDMConfig()}
+PROCESSES: dict[str, ProcessConfig] = {"gaussian": DiffusionConfig(), "edm": EDMConfig(), "flow": FlowConfig()}
 
 
 class Counting:
@@ -50,9 +50,11 @@ def _out(kind: str) -> int:
 
 
 def test_fields_of_other_samplers_are_unused() -> None:
-    assert unused_fields(SampleConfig(sampler="ddpm"), DiffusionConfig()) == {"eta", "sigma_min", "sigma_max", "rho"}
-    assert unused_fields(SampleConfig(sampler="ddim"), DiffusionConfig()) == {"sigma_min", "sigma_max", "rho"}
-    assert unused_fields(SampleConfig(sampler="heun"), EDMConfig()) == {"eta"}
+    levels = {"sigma_min", "sigma_max", "rho"}
+    assert unused_fields(SampleConfig(sampler="ddpm"), DiffusionConfig()) == {"eta", "shift", *levels}
+    assert unused_fields(SampleConfig(sampler="ddim"), DiffusionConfig()) == {"shift", *levels}
+    assert unused_fields(SampleConfig(sampler="heun"), EDMConfig()) == {"eta", "shift"}
+    assert unused_fields(SampleConfig(sampler="euler"), FlowConfig()) == {"eta", *levels}
     for row in SAMPLERS.values():
         assert row.fields <= set(SampleConfig.model_fields)
 
