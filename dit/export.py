@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, ValidationError, field_serializer
@@ -28,8 +28,17 @@ SAMPLING = "sample.json"
 """In a registered model: its sampling config, and the hashes of the autoencoder's files. It ends in its own hash."""
 
 
+WeightsName = Annotated[str, Field(pattern=r"^(raw|ema(-[0-9.e-]+)?|power-[0-9.e-]+)$")]
+"""Name of a model's weights: ``ema``, ``raw``, or that of a further average, such as ``ema-0.999``, ``power-0.05``."""
+
+
+def power_average(width: float) -> str:
+    """Name of the power-function average of a relative width."""
+    return f"power-{width}"
+
+
 def weights_file(name: str) -> str:
-    """File of the weights called ``ema``, ``raw``, or like a further average, such as ``ema-0.999``."""
+    """File of the weights with a `WeightsName`."""
     return EMA_WEIGHTS if name == "ema" else f"model-{name}.safetensors"
 
 

@@ -268,7 +268,7 @@ def _weights(config: SampleConfig, card: ModelCard) -> str:
     """File of the weights to sample from."""
     file = weights_file(config.weights)
     if file not in card.weights:
-        hint = f"it has {', '.join(sorted(card.weights))}; train.ema_decays adds averages"
+        hint = f"it has {', '.join(sorted(card.weights))}; train.ema_decays and train.ema_power add averages"
         raise InputError(f"sample.weights: the model has no {file} for {config.weights}; {hint}")
     return file
 

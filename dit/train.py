@@ -309,7 +309,7 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
     rate = plan.rate("train", lambda: training_rate(card.model, batch, config.precision))
     return StageCost(
         images=images,
-        objects=2 * saved + 5 * models,
+        objects=2 * saved + (4 + len(averages)) * models,
         size=saved * checkpoint + models * model,
         units=config.steps,
         done=max(map(newest_step, [plan.out, *shorter_runs(plan.out, config, decay=config.decay)])),

@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dit.devices import Arithmetic
+from dit.export import WeightsName
 from dit.pixels import Rounding
 from dit.samplers.guidance import Channels, Schedule
 from dit.samplers.labels import Labels
@@ -49,9 +50,9 @@ class SampleConfig(Config):
     rounding: Rounding = "nearest"
     """How the image's numbers become levels: ``nearest``, as in DiT, or ``down``, as in the published code of latent
     DiffiT, whose images are half a level darker."""
-    weights: str = Field("ema", pattern=r"^(raw|ema(-[0-9.e-]+)?)$")
+    weights: WeightsName = "ema"
     """Which weights to sample from: ``ema`` for the moving average, ``raw`` for those of the last step, or a further
-    average of ``train.ema_decays``, such as ``ema-0.999``."""
+    average of ``train.ema_decays`` or ``train.ema_power``, such as ``ema-0.999`` and ``power-0.05``."""
     vae: VaeRef | None = operational(None)
     """Decoder to use instead of the autoencoder that made the latents. Null: that autoencoder. Not for models on
     pixels."""

@@ -6,11 +6,13 @@ from pydantic import AfterValidator, Field, model_validator
 
 from dit.devices import Arithmetic
 from dit.diffusion.config import DiffusionConfig, ProcessConfig
+from dit.export import WeightsName
 from dit.models.build import AnyModelChoice
 from dit.models.choice import DiTChoice
 from dit.training.data import Order
 from dit.training.dispersive import Dispersive
 from dit.training.parallelize import Parallel
+from dit.training.power import MAX_WIDTH
 from storage import uri
 from storage.config import Config, added, operational
 
@@ -27,7 +29,7 @@ class Init(Config):
     """A trained model, by its manifest or folder, its MLflow run id, or ``models:/name@champion`` or
     ``models:/name/3`` of the registry; or a file or folder of others that ``ditflow convert`` reads. It is no part of
     the identity: its content is, by its digest."""
-    weights: str = Field("ema", pattern=r"^(raw|ema(-[0-9.e-]+)?)$")
+    weights: WeightsName = "ema"
     """Which weights of a model trained here: as ``sample.weights``."""
     mismatch: Literal["refuse", "reinitialise"] = operational("refuse")
     """What becomes of weights that do not fit: classes that the source does not have, by name where it has names, and
@@ -94,6 +96,9 @@ class TrainConfig(Config):
     ema_decays: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
     """Decays of further EMAs, exported beside the first. ``sample.weights`` selects one by name, such as
     ``ema-0.999``."""
+    ema_power: tuple[Annotated[float, Field(gt=0, lt=MAX_WIDTH)], ...] = added(())
+    """Relative widths of power-function averages (EDM2: ``[0.05, 0.1]``), exported beside the first and called
+    ``power-0.05`` and so on."""
     ema_ramp: float | None = Field(None, gt=0)
     """Upper bound of an EMA's half-life, as a share of the steps taken so far (EDM: 0.05). Null: no bound."""
     flips: bool = True

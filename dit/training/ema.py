@@ -10,16 +10,22 @@ half-life also remembers the random initial weights for long. EDM's ramp r (Karr
 appendix F.2) therefore bounds the half-life by a share of the k steps taken before:
 
     d_k = min(d, 0.5^(1 / (r k)))    for k > 0, and d_0 = 0
+
+Other decays are a function of the step, such as those of `dit.training.power`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dit.training.parallelize import local
 from storage.errors import InputError
+
+Decay = Callable[[int], float]
+"""The decay d_k of step k, counted from 0."""
 
 
 class EMA:
@@ -30,17 +36,17 @@ class EMA:
 
     Args:
         model: whose weights to average.
-        decay: d above, in 0 .. 1.
-        ramp: r above; None does not bound the half-life.
+        decay: d above, in 0 .. 1; or the function that gives the decay d_k of step k, counted from 0.
+        ramp: r above, of a constant decay; None does not bound the half-life.
 
     Raises:
         InputError: the decay is not in 0 .. 1.
     """
 
-    def __init__(self, model: nn.Module, decay: float, ramp: float | None = None) -> None:
-        if not 0 <= decay <= 1:
+    def __init__(self, model: nn.Module, decay: float | Decay, ramp: float | None = None) -> None:
+        if not callable(decay) and not 0 <= decay <= 1:
             raise InputError(f"train.ema_decay: {decay} is not between 0 and 1")
-        self.decay, self.ramp = decay, ramp
+        self.decay_at: Decay = decay if callable(decay) else partial(_ramped, decay, ramp)
         self._averages = {name: p.detach().float().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
@@ -78,12 +84,6 @@ class EMA:
             weights.copy_(average)
             average.copy_(kept)
 
-    def decay_at(self, step: int) -> float:
-        """The decay d_k of step k, counted from 0."""
-        if self.ramp is None:
-            return self.decay
-        return min(self.decay, 0.5 ** (1 / (self.ramp * step))) if step else 0.0
-
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name, as a model loads them. They are not copies."""
         return dict(self._averages)
@@ -103,3 +103,9 @@ class EMA:
                 saved, expected = tuple(state[name].shape), tuple(average.shape)
                 raise InputError(f"moving average: tensor {name} has shape {saved}, not {expected}")
             average.copy_(state[name])
+
+
+def _ramped(decay: float, ramp: float | None, step: int) -> float:
+    if ramp is None:
+        return decay
+    return min(decay, 0.5 ** (1 / (ramp * step))) if step else 0.0

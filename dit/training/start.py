@@ -9,14 +9,14 @@ from torch import nn
 
 from dit.devices import device, dtype
 from dit.diffusion.config import EDMConfig
-from dit.export import ModelCard
+from dit.export import ModelCard, power_average
 from dit.models.build import build
 from dit.models.config import ModelConfig
 from dit.ranks import Ranks
-from dit.training import origin
+from dit.training import origin, power
 from dit.training.config import TrainConfig
 from dit.training.data import Data, open_data
-from dit.training.ema import EMA
+from dit.training.ema import EMA, Decay
 from dit.training.loop import StepConfig, TrainState
 from dit.training.parallelize import shard
 from dit.training.per_block import compile_blocks, recompute_blocks
@@ -27,11 +27,17 @@ from storage.latents import LatentManifest
 LOGGER = logging.getLogger(__name__)
 
 
-def decays(config: TrainConfig) -> dict[str, float]:
+def decays(config: TrainConfig) -> dict[str, float | Decay]:
     """The decays per step of the averages of the weights, by name."""
     halflife = config.ema_halflife_images
     first = config.ema_decay if halflife is None else 0.5 ** (config.batch_size / halflife)
-    return {"ema": first} | {f"ema-{decay}": decay for decay in config.ema_decays}
+    constant = {"ema": first} | {f"ema-{decay}": decay for decay in config.ema_decays}
+    return constant | {power_average(width): _power(width) for width in config.ema_power}
+
+
+def _power(width: float) -> Decay:
+    exponent = power.exponent(width)
+    return lambda step: power.decay(exponent, step + 1)
 
 
 def _adam_eps(config: TrainConfig, model_config: ModelConfig) -> float:

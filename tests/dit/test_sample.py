@@ -328,18 +328,22 @@ def test_a_decoder_of_other_latents_is_refused(
 
 def test_a_further_average_is_drawn_from_by_its_name(tmp_path: Path, latents: LatentManifest) -> None:
     """And refused by the name of one that was not trained."""
-    config = tiny.TRAINING.model_copy(update={"ema_decay": 0.9, "ema_decays": (0.5,)})
+    config = tiny.TRAINING.model_copy(update={"ema_decay": 0.9, "ema_decays": (0.5,), "ema_power": (0.05,)})
     checkpoint = tiny.run_train(tmp_path, config, latents)
     found = tiny.run_sample(tmp_path, changed(weights="ema-0.5"), checkpoint)
     alone = tiny.run_train(tmp_path, tiny.TRAINING, latents)
     assert np.array_equal(images(found), images(tiny.run_sample(tmp_path, tiny.SAMPLING, alone)))
     assert found.conditions["weights"] == "ema-0.5"
+    assert not np.array_equal(
+        images(tiny.run_sample(tmp_path, changed(weights="power-0.05"), checkpoint)), images(found)
+    )
     with pytest.raises(
         InputError, match=r"sample\.weights: the model has no model-ema-0\.7\.safetensors for ema-0\.7; it has"
     ):
         tiny.run_sample(tmp_path, changed(weights="ema-0.7"), checkpoint)
-    with pytest.raises(ValidationError, match="weights"):
-        changed(weights="../../model")
+    for name in ("../../model", "power-../model", "power"):
+        with pytest.raises(ValidationError, match="weights"):
+            changed(weights=name)
 
 
 def test_more_steps_than_the_process_has_are_refused(tmp_path: Path, checkpoint: CheckpointManifest) -> None:

@@ -163,11 +163,12 @@ def test_every_average_takes_its_memory_and_its_disk(images: Path, root: Path, r
     many = ["train.steps=5", "train.checkpoint_every=1"]
     plain, more = (
         planned(recipe_of(images, root, *many, *further), root, rates)
-        for further in ([], ["train.ema_decays=[0.9, 0.99]"])
+        for further in ([], ["train.ema_decays=[0.9]", "train.ema_power=[0.05]"])
     )
     ema = cost(recipe_of(images, root).train.model.config(_given())).memory["ema"]
     assert more.memory - plain.memory == 2 * ema
     assert more.lines[2].size - plain.lines[2].size == 2 * ema * (recipe_of(images, root).train.keep_checkpoints + 1)
+    assert more.lines[2].objects - plain.lines[2].objects == 2
     short = planned(recipe_of(images, root, "train.steps=5", "train.checkpoint_every=5"), root, rates)
     kept = planned(recipe_of(images, root, *many, "train.milestones=2"), root, rates)
     assert (short.lines[2].objects, plain.lines[2].objects, kept.lines[2].objects) == (7, 9, 19)
