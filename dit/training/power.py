@@ -56,7 +56,7 @@ def inner_product(one: Profile, other: Profile) -> float:
     r = a / b the integral is (g_a + 1) (g_b + 1) r^g_b / ((g_a + g_b + 1) b).
     """
     first, last = sorted((one, other))
-    ratio = (first.step / last.step) ** last.exponent
+    ratio: float = (first.step / last.step) ** last.exponent
     product = (first.exponent + 1) * (last.exponent + 1)
     return product * ratio / ((first.exponent + last.exponent + 1) * last.step)
 
