@@ -99,10 +99,15 @@ def _stop(process: "subprocess.Popen[str]") -> None:
                 with suppress(subprocess.TimeoutExpired):
                     process.communicate(timeout=GRACE_SECONDS)  # also reads: a full pipe would block the child
                 _kill_group(process)
-    finally:  # also after a second Ctrl-C during the wait
+                process.wait()
+    except (Exception, KeyboardInterrupt):  # such as a second Ctrl-C during the wait
         if process.returncode is None:
             _kill_group(process)
             process.wait()
+        raise
+    except BaseException:  # what a handler makes of a second SIGTERM, before it was ignored
+        _stop(process)
+        raise
     if process.stdout is not None:
         process.stdout.close()
 
@@ -114,7 +119,8 @@ def _kill_group(process: "subprocess.Popen[str]") -> None:
 
 @contextmanager
 def _sigterm_ignored() -> Iterator[None]:
-    """A flow run whose worker was killed receives SIGTERM twice, from the kernel and from Prefect."""
+    """A flow run whose worker ends receives SIGTERM repeatedly: from Prefect, and from the kernel, which may send it for
+    each thread of a killed process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -14,6 +14,12 @@ from flows import children
 from flows.children import child
 
 STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(999)"
+SAVES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+print("up", flush=True)
+time.sleep(600)
+"""
 
 
 def python(script: str, *arguments: str) -> list[str]:
@@ -52,12 +58,7 @@ def test_a_child_has_a_session_of_its_own() -> None:
 
 
 def test_the_end_of_the_block_asks_the_child_to_end() -> None:
-    script = (
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
-        "print('up', flush=True); time.sleep(600)"
-    )
-    with child(python(script)) as running:
+    with child(python(SAVES)) as running:
         assert first_line(running) == "up"
     assert running.returncode == 7
 
@@ -67,6 +68,27 @@ def test_an_exception_in_the_block_ends_the_child() -> None:
         assert first_line(it) == "up"
         raise KeyboardInterrupt
     assert it.returncode == -signal.SIGTERM
+
+
+def test_sigterm_that_comes_again_leaves_the_child_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before the child was asked: the kernel repeats the signal while the threads of a killed parent end."""
+    again = [True, True]
+
+    def interrupted(process: "subprocess.Popen[str]") -> bool:
+        if again:
+            again.pop()
+            signal.raise_signal(signal.SIGTERM)
+        return False
+
+    monkeypatch.setattr(children, "has_ended", interrupted)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(SystemExit, match="143"), child(python(SAVES)) as running:
+            assert first_line(running) == "up"
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (again, running.returncode) == ([], 7)
 
 
 def test_a_child_that_says_much_at_its_end_is_heard_out() -> None:
