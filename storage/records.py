@@ -38,11 +38,12 @@ def load(out: StageOutput, path: str, kind: type[AnyRecord]) -> AnyRecord | None
     Raises:
         StorageError: the record exists and cannot be read.
     """
-    if not uri.exists(out.url(path)):
-        return None
+    data = uri.read_if_there(out.url(path))
     try:
-        record = parse(uri.read(out.url(path)), kind)
+        record = None if data is None else parse(data, kind)
     except ValueError:
+        return None
+    if record is None:
         return None
     matches = all(uri.size(out.url(entry.path)) == entry.size for entry in record.files)
     return record if matches and record.parents == out.header.contents else None

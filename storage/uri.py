@@ -252,6 +252,20 @@ def read(url: str, most: int | None = None) -> bytes:
         return bytes(fs.cat_file(path))
 
 
+def read_if_there(url: str) -> bytes | None:
+    """The bytes of an object; None if it is absent.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    fs, path = filesystem(url)
+    try:
+        with _explained(url, "read"):
+            return bytes(fs.cat_file(path))
+    except FileNotFoundError:
+        return None
+
+
 def stand_in(url: str) -> str | None:
     """What lies in the place of a file that was not fetched, as `magic.stand_in`; None also if it cannot be read."""
     fs, path = filesystem(url)
@@ -341,7 +355,8 @@ def remove_tree(url: str, within: str) -> None:
     with _explained(url, "removed"):
         if isinstance(fs, LocalFileSystem):
             if os.path.lexists(path):
-                fs.rm(path, recursive=True)
+                with suppress(FileNotFoundError):  # another process removes it, too, and goes on
+                    fs.rm(path, recursive=True)
             return
         for file in fs.find(path):  # not by a recursive rm, to which * and [ in a name are a pattern
             with suppress(FileNotFoundError):  # removed by a call whose answer was lost

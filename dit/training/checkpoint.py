@@ -137,27 +137,38 @@ class Saver:
 
 
 class DamagedError(DitflowError):
-    """A file differs from what was committed."""
+    """A file differs from what was committed, or is gone."""
 
 
 def load_newest(outputs: Sequence[StageOutput], state: TrainState, ranks: Ranks) -> list[LoggedStep]:
     """Restore the newest complete checkpoint of some outputs, if there is one; return what was logged up to it.
 
+    They are listed again after each one that cannot be used: another command that trains the same output removes old
+    ones, and has saved newer ones by then.
+
     Raises:
         StorageError: a checkpoint cannot be read.
     """
-    saved = [(_step(name), place, name) for place, out in enumerate(outputs) for name in _names(out)]
-    for _, place, name in reversed(ranks.agreed(sorted(saved))):
+    unusable: set[tuple[int, int, str]] = set()
+    while saved := ranks.agreed(_saved(outputs) - unusable if ranks.first else None):
+        newest = max(saved)
+        _, place, name = newest
         out = outputs[place]
         record = ranks.agreed(_read(out, name) if ranks.first else None)
         if record and _restored(state, out, record, ranks):
             state.step, state.skipped = record.step, record.skipped
             return list(record.history)
+        unusable.add(newest)
         LOGGER.warning(
-            "%s: checkpoint incomplete, damaged or of other latents; trying the one before",
+            "%s: checkpoint incomplete, damaged, removed or of other latents; trying the newest of the others",
             uri.redact(out.url(FOLDER, name)),
         )
     return []
+
+
+def _saved(outputs: Sequence[StageOutput]) -> set[tuple[int, int, str]]:
+    """Step, number of the output, and name of all checkpoints."""
+    return {(_step(name), place, name) for place, out in enumerate(outputs) for name in _names(out)}
 
 
 def _read(out: StageOutput, name: str) -> CheckpointRecord | None:
@@ -168,7 +179,8 @@ def _read(out: StageOutput, name: str) -> CheckpointRecord | None:
     """
     url = out.url(_record(name))
     try:
-        if uri.exists(url) and records.parse(uri.read(url), CheckpointRecord).step != _step(name):
+        data = uri.read_if_there(url)
+        if data is None or records.parse(data, CheckpointRecord).step != _step(name):
             return None
     except (ValidationError, NeverSealedError):
         text = "written by another version of ditflow; resume with that version, or start again with --force"
@@ -179,7 +191,7 @@ def _read(out: StageOutput, name: str) -> CheckpointRecord | None:
 
 
 def _restored(state: TrainState, out: StageOutput, record: CheckpointRecord, ranks: Ranks) -> bool:
-    """Restore a checkpoint; False if one of its files differs from what was committed."""
+    """Restore a checkpoint; False if one of its files differs from what was committed, or is gone."""
     buffers = {
         part: {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
         for part, tensors in _tensors(state).items()
@@ -217,8 +229,8 @@ def _slots(optimizer: torch.optim.Optimizer, index: Index) -> dict[str, torch.Te
 
 
 def _verified(out: StageOutput, entry: FileEntry) -> bytes:
-    data = uri.read(out.url(entry.path))
-    if uri.sha256(data) != entry.sha256:
+    data = uri.read_if_there(out.url(entry.path))
+    if data is None or uri.sha256(data) != entry.sha256:
         raise DamagedError(f"{uri.redact(out.url(entry.path))}: differs from what was committed")
     return data
 

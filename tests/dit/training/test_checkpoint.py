@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load
 from torch import nn
 from until import LIMIT
@@ -19,6 +20,7 @@ from dit.training.checkpoint import Saver
 from dit.training.ema import EMA
 from dit.training.loop import TrainState
 from dit.training.throughput import LoggedStep
+from storage import uri
 from storage.errors import StorageError
 from storage.header import FileEntry, Parent
 from storage.manifest import StageOutput
@@ -166,13 +168,49 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(
         history = checkpoint.load_newest([out], state, Ranks())
     assert (state.step, [measured.step for measured in history]) == (4, [2, 4])
     assert_same(state, held[4])
-    assert "step-000000006: checkpoint incomplete, damaged or of other latents" in caplog.text
+    assert "step-000000006: checkpoint incomplete, damaged, removed or of other latents" in caplog.text
     advance(state, 2)
     save(out, state, history)
     again = fresh(seed=2)
     checkpoint.load_newest([out], again, Ranks())
     assert again.step == 6
     assert_same(again, held[6])
+
+
+@pytest.mark.parametrize("gone", ["record.json", STATE])
+def test_a_checkpoint_that_another_command_removes_gives_way_to_its_newer_one(
+    out: StageOutput, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """Whether the record or the state is gone when it is read, and also if all that were listed are."""
+    held = saved(out, (2, 4))
+    read = uri.read_if_there
+
+    def removed_before(url: str) -> bytes | None:
+        if url.endswith(f"step-000000004/{gone}"):
+            monkeypatch.setattr(uri, "read_if_there", read)
+            held.update(saved(out, (6, 8), keep=1))
+        return read(url)
+
+    monkeypatch.setattr(uri, "read_if_there", removed_before)
+    state = fresh(seed=1)
+    history = checkpoint.load_newest([out], state, Ranks())
+    assert (state.step, [measured.step for measured in history]) == (8, [6, 8])
+    assert_same(state, held[8])
+
+
+def test_a_checkpoint_that_another_command_removes_is_no_fault(
+    out: StageOutput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(out, (2, 4, 6))
+    rm = LocalFileSystem.rm
+
+    def removed_by_both(fs: LocalFileSystem, path: str, **how: Any) -> None:
+        rm(fs, path, **how)
+        rm(fs, path, **how)
+
+    monkeypatch.setattr(LocalFileSystem, "rm", removed_by_both)
+    checkpoint.prune(out, 6, keep=1, keep_every=None)
+    assert kept(out) == [6]
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(out: StageOutput) -> None:
