@@ -119,8 +119,10 @@ def _kill_group(process: "subprocess.Popen[str]") -> None:
 
 @contextmanager
 def _sigterm_ignored() -> Iterator[None]:
-    """A flow run whose worker ends receives SIGTERM repeatedly: from Prefect, and from the kernel, which may send it for
-    each thread of a killed process."""
+    """A flow run whose worker ends receives SIGTERM repeatedly: from Prefect, and from the kernel.
+
+    The kernel may send it for each thread of a killed process.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
