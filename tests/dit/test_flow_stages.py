@@ -1,41 +1,48 @@
-"""Every model trains as a flow, and goes on after a kill in the same bits."""
+"""Every model trains as a flow on digits, goes on after a kill in the same bits, samples and is measured."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-import synthetic
 import tiny
 
 from dit.diffusion.config import FlowConfig
+from dit.evaluate import EvaluateConfig
 from dit.models.choice import DiffiTChoice, DiffiTImageChoice, ImageShape, Shape
+from dit.samplers.config import SampleConfig
 from dit.training.config import TrainConfig
+from storage.latents import LatentManifest
+from storage.shards.shard import ShardManifest
 
-SMALL = Shape(depth=1, width=32, heads=2)
 IMAGE = ImageShape(stem_width=32, widths=(32,), depths=(1,), window=4, time_width=32)
 RUNS: dict[str, dict[str, Any]] = {
     "dit": {
         "model": tiny.MODEL,
         "diffusion": FlowConfig(times="logit_normal", cosine=1.0),
         "precision": "bfloat16",
+        "sample_every": 6,
     },
-    "diffit": {"model": DiffiTChoice(size=SMALL), "diffusion": FlowConfig(path="gvp", predict="noise")},
+    "diffit": {
+        "model": DiffiTChoice(size=Shape(depth=1, width=32, heads=2)),
+        "diffusion": FlowConfig(path="gvp", predict="noise"),
+    },
     "diffit_image": {
         "model": DiffiTImageChoice(size=IMAGE, conditional=True, dropout=0.2),
         "diffusion": FlowConfig(path="vp", predict="data"),
         "augmentation": 0.3,
     },
 }
-
-
-def training(name: str) -> TrainConfig:
-    return tiny.TRAINING.model_copy(update={"steps": 6, "checkpoint_every": 2, "learning_rate": 1e-3} | RUNS[name])
+SAMPLING = SampleConfig(count=40, labels="balanced", sampler="euler", steps=3, guidance_channels="all", block_rows=16)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, name: str) -> None:
-    config = training(name)
-    data = (synthetic.pixels if name == "diffit_image" else synthetic.latents)(tmp_path)
+def test_every_model_from_a_kill_to_its_metrics(
+    tmp_path: Path, shards: ShardManifest, latents: LatentManifest, judge: EvaluateConfig, name: str
+) -> None:
+    fields = {"steps": 6, "checkpoint_every": 2, "learning_rate": 1e-3}
+    config: TrainConfig = tiny.TRAINING.model_copy(update=fields | RUNS[name])
+    pixels = tiny.encode_config(None).model_copy(update={"resolution": 16})
+    data = tiny.run_encode(tmp_path, pixels, shards) if name == "diffit_image" else latents
     recorder = tiny.Recorder()
     whole = tiny.run_train(tmp_path / "whole", config, data, recorder)
     first = recorder.values[1]  # of an untrained network, whose output is 0
@@ -48,7 +55,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, name: str) -> Non
     if name == "dit":
         assert first["cosine"] == 1
         assert first["loss"] == pytest.approx(first["mse"] + 1)
+        assert "samples-000000006.png" in recorder.artifacts
     if name == "diffit":
         assert first["loss"] == pytest.approx(1, abs=0.1)  # the variance of the noise
-    assert resumed.card.diffusion == config.diffusion
     assert not getattr(resumed.card.model, "learn_variance", False)
+    samples = tiny.run_sample(tmp_path, SAMPLING, resumed)
+    assert tiny.run_evaluate(tmp_path, judge, samples).metrics

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 import dit
 from dit.diffusion.build import build_process
-from dit.diffusion.config import EDMConfig
+from dit.diffusion.config import EDMConfig, FlowConfig
 from dit.encode import held_out_config
 from dit.export import CheckpointManifest, weights_file
 from dit.random import Stream, normals
@@ -113,7 +113,7 @@ def test_numbers_are_those_of_a_plain_loop_over_exported_weights(
     assert list(recorder.values) == [2, 3, 4, 6]
 
 
-@pytest.mark.parametrize("diffusion", [PLAIN.diffusion, EDMConfig()])
+@pytest.mark.parametrize("diffusion", [PLAIN.diffusion, EDMConfig(), FlowConfig(cosine=1.0)])
 def test_pixels_and_other_processes(tmp_path: Path, shards: ShardManifest, diffusion: Any) -> None:
     config = tiny.encode_config(None)
     held_out = tiny.run_encode(tmp_path, held_out_config(config), shards)
