@@ -6,8 +6,9 @@ For models on pixels, images are cropped and stored instead.
 # B = batch, F = flips, H = image side, C = latent channels, h = latent side
 
 import json
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,7 @@ from dit.rates import at_once, encoder_rate
 from dit.vae import Vae, VaeRef, info, load_vae, vae_inputs
 from storage import uri
 from storage.archives.open import HELD_OUT
+from storage.channels import ChannelScale, commit_sums, statistics
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError, StorageError
 from storage.estimate import PlanContext, StageCost, store_objects
@@ -41,6 +43,7 @@ from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
 
 VERSION = 2
+LOGGER = logging.getLogger(__name__)
 PICTURES = 32
 TIMEOUT = timedelta(days=7)
 """How long ranks wait for one another: on a CPU a block can take hours."""
@@ -101,7 +104,7 @@ def run(config: EncodeConfig, shards: ShardManifest, *, out: StageOutput, tracke
     with joined(TIMEOUT) as ranks, arithmetic(config.precision):
         work = _work(config, shards, out)
         writer = RowWriter(out, _layout(config, work.rows, work.shape), _attributes(work))
-        _encode(work, writer, ranks, tracker)
+        _encode(work, writer, out, ranks, tracker)
         ranks.wait()
         if ranks.first:
             _commit(work, writer, out, tracker)
@@ -138,13 +141,12 @@ def _work(config: EncodeConfig, shards: ShardManifest, out: StageOutput) -> _Wor
 def _commit(work: _Work, writer: RowWriter, out: StageOutput, tracker: Tracker) -> None:
     picture, metrics = _picture(work, out, tracker)
     config, vae = work.config, work.vae
-    out.commit(
-        LatentManifest,
-        [*writer.finish(), picture],
-        counts={"images": work.rows},
-        metrics=metrics,
-        **_facts(config, work.shards, work.shape, _vae_info(config.vae, vae) if config.vae and vae else None),
-    )
+    facts = _facts(config, work.shards, work.shape, vae.info(config.vae.source) if config.vae and vae else None)
+    found = statistics(out, _layout(config, work.rows, work.shape).blocks) if vae else None
+    if vae and found is None:
+        LOGGER.warning("encode: no statistics of the channels, since an earlier version encoded some of the blocks")
+    files, counts = [*writer.finish(), picture], {"images": work.rows}
+    out.commit(LatentManifest, files, counts=counts, metrics=metrics, statistics=found, **facts)
 
 
 def _facts(
@@ -199,7 +201,7 @@ def fitting_batch(free: int, needed: int, resolution: int) -> int:
     return int(2 ** math.floor(math.log2(max(most, 1))))
 
 
-def _encode(work: _Work, writer: RowWriter, ranks: Ranks, tracker: Tracker) -> None:
+def _encode(work: _Work, writer: RowWriter, out: StageOutput, ranks: Ranks, tracker: Tracker) -> None:
     """Write this rank's share of the missing blocks. While one is written, the next is encoded."""
     missing = ranks.agreed(writer.missing())  # listed once, since blocks that fast ranks write are missing no longer
     blocks = [(block, *writer.bounds(block)) for block in missing]
@@ -215,10 +217,17 @@ def _encode(work: _Work, writer: RowWriter, ranks: Ranks, tracker: Tracker) -> N
             arrays = gathered(_until_failed(batches, written), share, start=done, total=_rows(mine), unit="images")
             if written:
                 written.result()
-            written = thread.submit(writer.write, block, arrays)
+            written = thread.submit(_write, work, writer, out, block, arrays)
             done += stop - start
         if written:
             written.result()
+
+
+def _write(work: _Work, writer: RowWriter, out: StageOutput, block: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Commit the sums of a block's latents, then the block."""
+    if work.vae:
+        commit_sums(out, block, arrays)
+    writer.write(block, arrays)
 
 
 def _rows(blocks: list[tuple[int, int, int]]) -> int:
@@ -301,17 +310,6 @@ def _moments(vae: Vae, images: torch.Tensor, flips: bool) -> dict[str, NDArray[A
     return {"mean": mean.cpu().numpy(), "std": std.cpu().numpy()}
 
 
-def _vae_info(ref: VaeRef, vae: Vae) -> VaeInfo:
-    return VaeInfo(
-        source=ref.source,
-        sha256=vae.sha256,
-        downsample=vae.downsample,
-        channels=vae.channels,
-        scaling_factor=vae.scaling_factor,
-        shift_factor=vae.shift_factor,
-    )
-
-
 def _attributes(work: _Work) -> dict[str, Any]:
     config, vae = work.config, work.vae
     preprocessing = {"preprocessing": f"{transforms.FAST_CROP_ID}-{config.resolution}"}
@@ -371,6 +369,7 @@ def estimate(config: EncodeConfig, shards: ShardManifest, plan: PlanContext) -> 
     if ref:
         rate = plan.rate("encode", lambda: encoder_rate(ref, config.resolution, config.precision))
         seconds = rows * _flips(config) / rate / at_once(plan.world_size)
+    planned = (ChannelScale.unknown(shape[0]),) * _flips(config) if vae else None
     return StageCost(
         images=rows,
         objects=store_objects(layout),
@@ -378,7 +377,7 @@ def estimate(config: EncodeConfig, shards: ShardManifest, plan: PlanContext) -> 
         units=layout.blocks,
         done=plan.records(),
         seconds=seconds,
-        leaves={"counts": {"images": rows}, **_facts(config, shards, shape, vae)},
+        leaves={"counts": {"images": rows}, "statistics": planned, **_facts(config, shards, shape, vae)},
         save_disk="encode.flips=false, half the latents" if config.flips else "",
     )
 

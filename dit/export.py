@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, ValidationError, field_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, field_serializer, model_serializer
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
@@ -15,6 +15,7 @@ from dit.models.build import AnyModelConfig, build
 from dit.models.config import ModelConfig
 from dit.vae import VaeRef
 from storage import uri
+from storage.channels import ChannelScale
 from storage.config import Config, problem
 from storage.errors import InputError, one_line
 from storage.header import FileEntry
@@ -51,6 +52,8 @@ class ModelCard(Config):
     """Diffusion process that the model reverses."""
     vae: VaeInfo | None
     """Autoencoder of the latents, and their scaling; None for a model on pixels."""
+    channels: ChannelScale | None = None
+    """Statistics of the latents that training normalised each channel by. None: by the autoencoder's scaling."""
     resolution: int
     """Side of the images, in pixels."""
     class_names: tuple[str, ...]
@@ -64,6 +67,12 @@ class ModelCard(Config):
     def _written(self, config: Config) -> dict[str, Any]:
         """Without fields of later versions at their defaults, so that a repaired model has the bytes it had."""
         return config.identity()
+
+    @model_serializer(mode="wrap")
+    def _without_later_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """For the same reason."""
+        values: dict[str, Any] = write(self)
+        return {name: value for name, value in values.items() if (name, value) != ("channels", None)}
 
     @property
     def vae_ref(self) -> VaeRef | None:

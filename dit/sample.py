@@ -3,7 +3,7 @@
 # B = batch, C = latent channels, h = latent side, H = image side
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from math import gcd
 from typing import Any
@@ -16,6 +16,7 @@ from dit.devices import arithmetic, device, dtype
 from dit.diffusion.config import DiffusionConfig, EDMConfig
 from dit.diffusion.edm import EDM
 from dit.export import CheckpointManifest, ModelCard, Trained, load, weights_file
+from dit.latent_scale import LatentScale
 from dit.models.config import ModelConfig
 from dit.models.cost import cost
 from dit.pixels import to_bytes
@@ -172,8 +173,8 @@ def _decoded(config: SampleConfig, card: ModelCard, vae: Vae | None, x0: torch.T
     """The images uint8 (B, H, H, 3) of latents or pixels (B, C, h, h), on the CPU."""
     if vae is None or card.vae is None:
         return to_bytes(x0, config.rounding).cpu()
-    decoder = replace(vae, scaling_factor=card.vae.scaling_factor, shift_factor=card.vae.shift_factor)
-    return torch.cat([decoder.decode(part, config.rounding).cpu() for part in x0.split(config.decode_batch_size)])
+    scale = LatentScale.of(card.vae, card.channels)
+    return torch.cat([vae.decode(part, config.rounding, scale).cpu() for part in x0.split(config.decode_batch_size)])
 
 
 def _guided(config: SampleConfig, trained: Trained) -> Guided:

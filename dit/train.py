@@ -11,6 +11,7 @@ from dit.devices import arithmetic, device, dtype
 from dit.diffusion.build import build_process
 from dit.diffusion.config import DiffusionConfig
 from dit.export import RAW_WEIGHTS, CheckpointManifest, ModelCard, export, weights_file
+from dit.latent_scale import channel_scale
 from dit.models.choice import DataSpec
 from dit.models.config import ModelConfig
 from dit.models.cost import activations, cost
@@ -55,8 +56,8 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
     """
     with joined() as ranks, arithmetic(config.precision):
         card = card_for(config, latents)
-        held_out = open_held_out(config, card.model, latents, ranks)
-        batches = _batches(config, card.model, latents, ranks)
+        held_out = open_held_out(config, card, latents, ranks)
+        batches = _batches(config, card, latents, ranks)
         trained = None
         try:
             trained = _train(config, card, batches, held_out, ranks, out, tracker)
@@ -93,11 +94,16 @@ def model_for(config: TrainConfig, latents: LatentManifest) -> ModelConfig:
 
 
 def card_for(config: TrainConfig, latents: LatentManifest) -> ModelCard:
-    """The model card, without hashes of weights."""
+    """The model card, without hashes of weights.
+
+    Raises:
+        InputError: as `model_for`, or the latents cannot be normalised.
+    """
     return ModelCard(
         model=model_for(config, latents),
         diffusion=config.diffusion,
         vae=latents.vae,
+        channels=channel_scale(config.normalise, latents, flips=config.flips),
         resolution=latents.resolution,
         class_names=latents.class_names,
         steps=config.steps,
@@ -126,22 +132,23 @@ def _check(config: TrainConfig, latents: LatentManifest, ranks: int) -> None:
         config.dispersive.numbers(model_for(config, latents))
 
 
-def _batches(config: TrainConfig, model_config: ModelConfig, latents: LatentManifest, ranks: Ranks) -> Batches:
+def _batches(config: TrainConfig, card: ModelCard, latents: LatentManifest, ranks: Ranks) -> Batches:
     _check(config, latents, ranks.world_size)
+    model = card.model
     return Batches(
-        data=open_for(config, latents, ranks),
+        data=open_for(config, card, latents, ranks),
         shape=latents.latent_shape,
         batch_size=config.batch_size,
         seed=config.seed,
         flips=config.flips,
-        num_classes=model_config.num_classes,
-        label_dropout=model_config.label_dropout,
+        num_classes=model.num_classes,
+        label_dropout=model.label_dropout,
         ranks=ranks,
         device=device(),
         augmentation=config.augmentation,
         order=config.order,
         streamed=config.reading == "streamed",
-        dropout=model_config.uses_dropout,
+        dropout=model.uses_dropout,
     )
 
 

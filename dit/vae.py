@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from dit.latent_scale import LatentScale
 from dit.pixels import Rounding, to_bytes, to_unit
 from dit.weights import DIFFUSERS_WEIGHTS, read_weights, unpickled, weights_hash
 from storage import uri
@@ -65,6 +66,17 @@ class Vae:
     scaling_factor: float
     shift_factor: float
 
+    def info(self, source: str) -> VaeInfo:
+        """What manifests and cards say of an autoencoder that was read from there."""
+        return VaeInfo(
+            source=source,
+            sha256=self.sha256,
+            downsample=self.downsample,
+            channels=self.channels,
+            scaling_factor=self.scaling_factor,
+            shift_factor=self.shift_factor,
+        )
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The posterior of images, unscaled.
@@ -79,17 +91,19 @@ class Vae:
         return _KINDS[type(self.model).__name__].posterior(encoded)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, rounding: Rounding = "nearest") -> Tensor:
+    def decode(self, latents: Tensor, rounding: Rounding = "nearest", scale: LatentScale | None = None) -> Tensor:
         """The images of scaled latents.
 
         Args:
-            latents: (B, C, h, w), scaled as ``(z - shift_factor) * scaling_factor``.
+            latents: (B, C, h, w), scaled.
             rounding: see `to_bytes`.
+            scale: their scale; None for ``(z - shift_factor) * scaling_factor``.
 
         Returns:
             uint8 (B, H, W, 3).
         """
-        z = latents.to(self.model.device).float() / self.scaling_factor + self.shift_factor
+        scale = scale or LatentScale(self.shift_factor, self.scaling_factor)
+        z = scale.unscaled(latents.to(self.model.device).float())
         return to_bytes(self.model.decode(z.to(self.model.dtype)).sample, rounding)
 
 

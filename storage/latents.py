@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator
 
 from storage import uri
+from storage.channels import ChannelScale
 from storage.config import Config, operational
 from storage.manifest import Manifest
 from storage.rows.format import stored_arrays
@@ -53,6 +54,10 @@ class LatentManifest(Manifest):
     """Names of the classes; a label is an index into them."""
     vae: VaeInfo | None
     """The autoencoder; None for pixels."""
+    statistics: tuple[ChannelScale, ...] | None = None
+    """Of all unscaled latents, each drawn from its posterior: of the images, and of the mirrored ones if there are any.
+    None: not known, as for pixels and for what earlier versions encoded. They follow from the latents, so they are no
+    part of the content."""
 
     @property
     def count(self) -> int:

@@ -72,10 +72,11 @@ class Manifest(Header):
 
         It covers identity, inputs, parents' contents, files with their hashes, counts, metrics and the stage's own
         fields: all that can tell a child that it was made from something else. It does not cover pictures for people
-        (``artifacts/``), nor who made the output, when, how and where: the runs, the time, the version of the code, the
-        config and all locations. So an output that was damaged, withdrawn and repaired by its stage has the same
-        content, and its children stay valid, also if other workers, another machine or a moved archive took part. The
-        config's part that decides the content is covered by the digest.
+        (``artifacts/``), nor the statistics of latents, which follow from the files, nor who made the output, when, how
+        and where: the runs, the time, the version of the code, the config and all locations. So an output that was
+        damaged, withdrawn and repaired by its stage has the same content, and its children stay valid, also if other
+        workers, another machine or a moved archive took part. The config's part that decides the content is covered by
+        the digest.
         """
         return self._content
 

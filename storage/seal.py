@@ -7,7 +7,7 @@ from typing import Any
 from pydantic_core import from_json
 
 _LAST = b',\n "sha256": "'
-_NOT_CONTENT = ("format", "config", "provenance", "code_version", "created", "account")
+_NOT_CONTENT = ("format", "config", "provenance", "code_version", "created", "account", "statistics")
 _FOR_PEOPLE = "artifacts/"  # what `storage.tracker.publish` writes: a curve has a point for each step that was logged
 _PLACES = ("uri", "source")  # fields of a parent and of an autoencoder
 

@@ -112,6 +112,9 @@ def _ours(source: str) -> Pretrained:
     if not isinstance(card.diffusion, DiffusionConfig):
         kind = card.diffusion.kind
         raise InputError(f"{uri.redact(source)}: was trained with the process {kind}, which these layouts do not have")
+    if card.channels:
+        no_place = "was trained with normalise: channel, and these layouts have no place for the scale of a channel"
+        raise InputError(f"{uri.redact(source)}: {no_place}; sample from it here")
     return Pretrained(config, trained.model.state_dict(), card.diffusion, card.vae)
 
 

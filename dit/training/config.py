@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from dit.devices import Arithmetic
 from dit.diffusion.config import DiffusionConfig, ProcessConfig
 from dit.export import WeightsName
+from dit.latent_scale import Normalise
 from dit.models.build import AnyModelChoice
 from dit.models.choice import DiTChoice
 from dit.training.data import Order
@@ -63,6 +64,9 @@ class TrainConfig(Config):
     """Parameters that are not trained, by patterns of their names such as ``blocks.*``. A pattern after ``!`` is
     trained after all; the last pattern that fits a name decides. ``["*", "!*.bias", "!y_embedder.*"]`` trains biases
     and classes only."""
+    normalise: Normalise = added("scale")
+    """What latents are scaled by. ``scale``: the autoencoder's scaling factor. ``channel``: mean and deviation of each
+    channel over the latents to train on, so that all have mean 0 and deviation 1; the model keeps both numbers."""
     steps: int = Field(400_000, ge=1)
     """Number of optimizer steps. A run that differs from a finished one in more steps alone goes on from its last
     checkpoint, unless ``decay`` makes the learning rate depend on their number."""

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit.devices import sent
+from dit.latent_scale import LatentScale
 from dit.pixels import to_unit
 from dit.ranks import Ranks
 from dit.training.augment import augmented
 from dit.training.draws import StepDraws
-from storage.latents import LatentManifest, VaeInfo
+from storage.channels import ChannelScale
+from storage.latents import LatentManifest
 from storage.order import POOL, coins, permutation, pooled
 from storage.rows.store import RowReader
 
@@ -86,19 +88,19 @@ class Latents:
 
     Args:
         rows: the store of latents.
-        vae: the autoencoder that made them.
+        scale: the scale on which the model sees them.
     """
 
-    def __init__(self, rows: RowReader, vae: VaeInfo) -> None:
+    def __init__(self, rows: RowReader, scale: LatentScale) -> None:
         self.labels: NDArray[np.int32] = rows.array("label")
         self.chunk_rows = rows.chunk_rows("mean")
-        self._rows, self._vae = rows, vae
+        self._rows, self._scale = rows, scale
 
     def x0(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_], draws: StepDraws) -> Tensor:
         """See `Data`."""
         flips = mirrored.astype(np.int64)
         mean, std = (sent(self._rows.take(name, items, flips), draws.device).float() for name in ("mean", "std"))
-        return (mean + std * draws.posterior - self._vae.shift_factor) * self._vae.scaling_factor
+        return self._scale.scaled(mean + std * draws.posterior)
 
     def expect(self, items: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> None:
         """See `Data`."""
@@ -129,11 +131,18 @@ class Pixels:
         self._rows.expect("image", items)
 
 
-def open_data(manifest: LatentManifest, *, streamed: bool = False, start: str | None = None) -> Data:
+def open_data(
+    manifest: LatentManifest,
+    channels: ChannelScale | None = None,
+    *,
+    streamed: bool = False,
+    start: str | None = None,
+) -> Data:
     """Open the images of a store. Every object is first compared with its hash, once on each machine.
 
     Args:
         manifest: manifest of the store.
+        channels: statistics to normalise latents by; None for the autoencoder's scaling.
         streamed: fetch chunks as steps need them, instead of copying the store to this machine; needs the
             pooled order.
         start: an id of this start, the same on all ranks, to compare the whole store again.
@@ -142,7 +151,7 @@ def open_data(manifest: LatentManifest, *, streamed: bool = False, start: str | 
         StorageError: an object is missing or damaged, or the disk is full; the line names it.
     """
     rows = RowReader(manifest, streamed=streamed, start=start)
-    return Latents(rows, manifest.vae) if manifest.vae else Pixels(rows)
+    return Latents(rows, LatentScale.of(manifest.vae, channels)) if manifest.vae else Pixels(rows)
 
 
 @dataclass(frozen=True)

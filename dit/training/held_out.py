@@ -28,7 +28,7 @@ from dit.devices import Arithmetic, device
 from dit.diffusion.build import build_process
 from dit.diffusion.process import Process
 from dit.encode import EncodeConfig, held_out_config
-from dit.models.config import ModelConfig
+from dit.export import ModelCard
 from dit.ranks import Ranks
 from dit.training.config import HeldOutLoss, TrainConfig
 from dit.training.data import Batch, Data
@@ -39,6 +39,7 @@ from dit.training.start import open_for, step_config
 from dit.training.throughput import LoggedStep
 from storage import uri
 from storage.archives.open import HELD_OUT
+from storage.channels import ChannelScale
 from storage.config import problem
 from storage.errors import InputError
 from storage.estimate import PlanContext
@@ -100,7 +101,7 @@ def _available(plan: PlanContext) -> int:
     return plan.manifest(ShardManifest).splits[HELD_OUT].count
 
 
-def open_held_out(config: TrainConfig, model: ModelConfig, latents: LatentManifest, ranks: Ranks) -> "HeldOut | None":
+def open_held_out(config: TrainConfig, card: ModelCard, latents: LatentManifest, ranks: Ranks) -> "HeldOut | None":
     """What measures a run's loss on held-out images, if its config asks for that.
 
     Raises:
@@ -113,13 +114,14 @@ def open_held_out(config: TrainConfig, model: ModelConfig, latents: LatentManife
     return HeldOut(
         config=config.held_out,
         latents=held_out,
-        data=open_for(config, held_out, ranks),
+        data=open_for(config, card, held_out, ranks),
         process=build_process(config.diffusion, device()),
         step_config=step_config(config),
         precision=config.precision,
         ranks=ranks,
         device=device(),
-        labelled=model.num_classes > 0,
+        labelled=card.model.num_classes > 0,
+        channels=card.channels,
         compiled=config.compile,
     )
 
@@ -146,6 +148,8 @@ class HeldOut:
     """Whether the model has classes."""
     compiled: bool = False
     """Whether the model is compiled. It is measured without the compiled code, whose graphs are for training."""
+    channels: ChannelScale | None = None
+    """Statistics of the training latents, which these are normalised by as well."""
 
     @property
     def count(self) -> int:
@@ -155,7 +159,8 @@ class HeldOut:
     @property
     def conditions(self) -> dict[str, Any]:
         """What the numbers depend on beside the weights."""
-        return {
+        normalised = {"channels": self.channels.model_dump(mode="json")} if self.channels else {}
+        return normalised | {
             "latents": self.latents.digest,
             "content": self.latents.content,
             "images": self.count,

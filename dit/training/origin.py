@@ -28,6 +28,7 @@ from dit.models.tmsa import RelativeBias
 from dit.training.config import Init
 from dit.weights import DIFFUSERS_WEIGHTS, weights_hash
 from storage import uri
+from storage.channels import ChannelScale
 from storage.errors import InputError
 from storage.manifest import Manifest, is_finished, output_folder
 
@@ -48,6 +49,8 @@ class Origin:
     diffusion: ProcessConfig
     class_names: tuple[str, ...] | None
     """None if they are not known."""
+    channels: ChannelScale | None
+    """Statistics that its latents were normalised by; None for an autoencoder's scaling."""
     read: Callable[[], Mapping[str, Tensor]]
     """Reads its weights."""
 
@@ -117,12 +120,17 @@ def open_origin(init: Init, model: ModelConfig) -> Origin:
         known = getattr(model, "width", None) in HEADS
         of_file = suffix(init.source) in (*PICKLES, SAFETENSORS)
         other = read(init.source, heads=getattr(model, "heads", None) if of_file and not known else None)
-        return Origin(where, other.config, other.diffusion, None, lambda: other.state)
+        return Origin(where, other.config, other.diffusion, None, None, lambda: other.state)
     file, card = weights_file(init.weights), trained.card
     if file not in card.weights:
         raise InputError(f"train.init.weights: {where} has no {file}; it has {', '.join(sorted(card.weights))}")
     return Origin(
-        where, card.model, card.diffusion, card.class_names, lambda: load(trained.uri, weights=file).model.state_dict()
+        where,
+        card.model,
+        card.diffusion,
+        card.class_names,
+        card.channels,
+        lambda: load(trained.uri, weights=file).model.state_dict(),
     )
 
 

@@ -84,6 +84,9 @@ def _begin(config: TrainConfig, card: ModelCard, model: nn.Module, ranks: Ranks)
         LOGGER.warning("train.init: new or unused, as it does not fit %s: %s", source.where, origin.described(found))
     if ranks.first and source.diffusion != config.diffusion:
         LOGGER.warning("train.init: %s was trained for another process than train.diffusion", source.where)
+    if ranks.first and source.channels != card.channels:
+        text = "train.init: %s was trained on latents of another scale (train.normalise), which this run has to unlearn"
+        LOGGER.warning(text, source.where)
 
 
 def initial_state(config: TrainConfig, card: ModelCard, ranks: Ranks) -> TrainState:
@@ -114,10 +117,13 @@ def initial_state(config: TrainConfig, card: ModelCard, ranks: Ranks) -> TrainSt
     return TrainState(model, averages, optimizer)
 
 
-def open_for(config: TrainConfig, latents: LatentManifest, ranks: Ranks) -> Data:
-    """The images of a store, as the config says how to read and to check them. Errors as `open_data`."""
+def open_for(config: TrainConfig, card: ModelCard, latents: LatentManifest, ranks: Ranks) -> Data:
+    """The images of a store on the model's scale, as the config says how to read and to check them.
+
+    Errors as `open_data`.
+    """
     start = ranks.agreed(uuid4().hex) if config.verify == "every_start" else None
-    return open_data(latents, streamed=config.reading == "streamed", start=start)
+    return open_data(latents, card.channels, streamed=config.reading == "streamed", start=start)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

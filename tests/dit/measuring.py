@@ -23,7 +23,7 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
     with joined() as ranks, arithmetic(config.precision):
         card = card_for(config, latents)
         state = initial_state(config, card, ranks)
-        held_out = open_held_out(config, card.model, latents, ranks)
+        held_out = open_held_out(config, card, latents, ranks)
         assert held_out is not None
         with torch.no_grad():
             for number, parameter in enumerate(state.model.parameters()):
