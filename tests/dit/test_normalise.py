@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dit.export import MODEL, CheckpointManifest, ModelCard
 from dit.latent_scale import LatentScale, channel_scale
 from dit.ranks import Ranks
 from dit.sample import SampleManifest, draw, open_decoder
+from dit.samplers.state import State, last
 from dit.train import card_for
 from dit.training.config import HeldOutLoss, Init, TrainConfig
 from dit.training.data import open_data
@@ -158,11 +160,11 @@ def test_samples_are_decoded_on_the_scale_of_the_channels(
 ) -> None:
     seen: list[torch.Tensor] = []
 
-    def noting(*given: Any) -> Any:
-        return (seen.append(state.x) or state for state in states(*given))  # type: ignore[func-returns-value]
+    def noting(states: Iterator[State]) -> torch.Tensor:
+        seen.append(last(states))
+        return seen[-1]
 
-    states = sample._states
-    monkeypatch.setattr(sample, "_states", noting)
+    monkeypatch.setattr(sample, "last", noting)
     trained, config = dit.load(model.uri), tiny.SAMPLING
     images = draw(config, trained, open_decoder(config, trained.card), range(3), torch.tensor([0, 1, 2]))
     assert np.abs(images - expected_images(vae, latents, seen[-1])).max() <= 1
