@@ -1,4 +1,4 @@
-"""Writes a DiT in the layouts of other tools."""
+"""Writes a DiT or a latent DiffiT in the layouts of other tools."""
 
 import io
 import json
@@ -14,6 +14,7 @@ from torch import Tensor
 from dit import vae as autoencoder
 from dit.convert import diffusers
 from dit.convert.files import SAFETENSORS, suffix
+from dit.convert.layout import published, tables
 from dit.convert.pretrained import Pretrained, described, with_null_label
 from dit.convert.source import PIPELINE, TRANSFORMER
 from dit.vae import VaeRef
@@ -27,13 +28,13 @@ PIPELINE_CLASS: Final = "GuidedDiTPipeline"
 
 
 def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | None = None) -> None:
-    """Write a DiT to a new file or folder, by path or fsspec URL.
+    """Write a model to a new file or folder, by path or fsspec URL.
 
     Args:
         model: the model to write.
-        destination: for "reference" a .safetensors or .pt file, either with the bare weights; for
-            "diffusers" a folder of a DiTTransformer2DModel; for "pipeline" one of a whole diffusers
-            pipeline that samples with a module of its own.
+        destination: for "reference" a .safetensors or .pt file, either with the bare weights in the layout of the
+            published checkpoints of its kind; for "diffusers" a folder of a DiTTransformer2DModel; for "pipeline" one
+            of a whole diffusers pipeline that samples with a module of its own.
         layout: which of the three.
         vae: folder, URL or hub id of the autoencoder to put into the pipeline's folder, if not the model's own.
 
@@ -47,7 +48,8 @@ def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | Non
         raise InputError("--vae: only a pipeline has an autoencoder; write --to pipeline or remove it")
     state = with_null_label(model)
     if layout == "reference":
-        uri.write(destination, _file(state, destination))
+        theirs = tables(model.config) | {published(name): tensor for name, tensor in state.items()}
+        uri.write(destination, _file(theirs, destination))
     else:
         config, weights = diffusers.to_diffusers(model.config, state)
         objects = {diffusers.WEIGHTS: _safetensors(weights), diffusers.CONFIG: _json(config)}

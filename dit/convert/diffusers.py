@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
+from dit.convert.layout import AnyConfig
 from dit.convert.pretrained import fitted, null_is_trained, validated
 from dit.convert.process import NO_FLOW
 from dit.diffusion.config import DiffusionConfig
@@ -124,12 +125,14 @@ def from_diffusers(config: bytes, tensors: dict[str, Tensor], where: str) -> tup
     return (ours if null_is_trained(state) else ours.model_copy(update={"label_dropout": 0.0})), state
 
 
-def to_diffusers(config: DiTConfig, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_diffusers(config: AnyConfig, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and weights of a DiTTransformer2DModel, no two of which share memory.
 
     Raises:
         InputError: diffusers has no such model.
     """
+    if not isinstance(config, DiTConfig):
+        raise InputError("--to: diffusers has no DiffiT; use --to reference")
     if config.num_classes == 0:
         raise InputError("--to: diffusers has no unconditional DiT; use --to reference")
     if config.mlp_ratio != MLP_RATIO:
@@ -194,7 +197,7 @@ def _config(data: bytes, where: str) -> DiTConfig:
         "num_classes": fields.num_embeds_ada_norm,
         "learn_variance": outputs == 2 * fields.in_channels,
     }
-    return validated(ours, where)
+    return validated(DiTConfig, ours, where)
 
 
 def _config_json(config: DiTConfig) -> dict[str, Any]:

@@ -17,7 +17,6 @@ AVERAGE: Final = re.compile(r"(^|[._])ema")
 OTHERS: Final = {
     r"(^|\.)(mlp\.w12|feat_rope|q_norm)\.": f"is a LightningDiT's or the like, trained by {NO_FLOW}",
     r"^projectors\.": f"is REPA's, whose model was trained by {NO_FLOW}",
-    r"attn\.qkv_temb\.|relative_position_bias_table": "is a DiffiT's, in a layout that is not read here",
     r"^transformer_blocks\.|^pos_embed\.proj\.": "is diffusers'; name the folder of this file, with its config.json",
     r"^(encoder|decoder)\.": "is an autoencoder's; pass that as --vae, and a DiT as the checkpoint",
     r"(^|\.)(input_blocks|down_blocks)\.": f"is a U-Net's; {LAYOUT}",

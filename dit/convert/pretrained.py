@@ -1,31 +1,31 @@
-"""A DiT from its weights alone. Our names and shapes are those of the published checkpoints."""
+"""A DiT or a latent DiffiT from its weights alone, in a published layout (`dit.convert.layout`)."""
 
 # D = width, C = latent channels, p = patch size, N = tokens
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
+from dit.convert.layout import BIAS, POSITIONS, ROPE, TABLE, TIME_QKV, AnyConfig, check_tables, published, tables
 from dit.diffusion.config import DiffusionConfig
-from dit.models.config import SIZES, DiTConfig
-from dit.models.dit import DiT
-from dit.models.layers import grid_sinusoid
+from dit.models.build import build
+from dit.models.config import SIZES, DiffiTConfig, DiTConfig
 from storage.config import problem
 from storage.errors import InputError
 from storage.latents import VaeInfo
 
-TABLE = "y_embedder.embedding_table.weight"
-POSITIONS = "pos_embed"
-LAYOUT = "only an adaLN-Zero DiT has this layout"
-TABLE_ERROR = 1e-5
+LAYOUT = "only an adaLN-Zero DiT or a latent DiffiT has this layout"
 HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
 """Heads of the published sizes, by width. A checkpoint does not record the number of heads."""
+
+
+FoundConfig = TypeVar("FoundConfig", DiTConfig, DiffiTConfig)
 
 
 class Hints(TypedDict, total=False):
@@ -43,12 +43,12 @@ class Hints(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Pretrained:
-    """An adaLN-Zero DiT that was trained elsewhere or here."""
+    """An adaLN-Zero DiT or a latent DiffiT that was trained elsewhere or here."""
 
-    config: DiTConfig
+    config: AnyConfig
     """Config of the network."""
     state: dict[str, Tensor]
-    """Its weights in float32, in the layout of the published checkpoints."""
+    """Its weights in float32, by our names."""
     diffusion: DiffusionConfig
     """Diffusion process that it reverses: the published one, unless its card says otherwise."""
     scales: VaeInfo | None = None
@@ -58,28 +58,29 @@ class Pretrained:
     notes: tuple[str, ...] = ()
     """What was read or assumed without being asked for, a line each."""
 
-    def build(self, device: torch.device | str = "cpu") -> DiT:
+    def build(self, device: torch.device | str = "cpu") -> nn.Module:
         """The model, in evaluation mode."""
         with torch.device("meta"):  # skips the initial weights
-            model = DiT(self.config)
+            model = build(self.config)
         model.load_state_dict(self.state, assign=True)
         return model.to(device).eval().requires_grad_(False)
 
 
-def infer(tensors: dict[str, Tensor], hints: Hints, where: str) -> DiTConfig:
-    """The config, from the shapes of the weights.
+def infer(tensors: dict[str, Tensor], hints: Hints, where: str) -> AnyConfig:
+    """The config, from names and shapes of the weights.
 
     Args:
         tensors: weights in the layout of the published checkpoints.
-        hints: what no shape shows. Without it, heads are those of the published size with this width, and the last
-            row of the label table is the null label.
+        hints: what no shape shows. Without it, heads are those of the published size with this width, unless a table
+            shows them, and the last row of the label table is the null label.
         where: location of the weights, for errors.
 
     Raises:
         InputError: a tensor is missing or of an unusable shape, or heads, classes or the latents' side are not known.
     """
     width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, where)
-    hidden, inner = _shape(tensors, "blocks.0.mlp.fc1.weight", 2, where)
+    gated = "blocks.0.mlp.w12.weight" in tensors
+    hidden, inner = _shape(tensors, f"blocks.0.mlp.{'w12' if gated else 'fc1'}.weight", 2, where)
     outputs, _ = _shape(tensors, "final_layer.linear.weight", 2, where)
     if inner != width:
         axes = "(width, channels, patch, patch), so it may be transposed"
@@ -89,14 +90,14 @@ def infer(tensors: dict[str, Tensor], hints: Hints, where: str) -> DiTConfig:
         name, numbers = "final_layer.linear.weight", f"({outputs}, {width})"
         raise InputError(f"{where}: {name} {numbers} fits neither noise alone nor noise and variance; {LAYOUT}")
     heads, (classes, null) = hints.get("heads"), _classes(tensors, hints.get("classes"), where)
-    fields = {
+    fields: dict[str, Any] = {
         "input_size": _latent_size(tensors, hints.get("latent_size"), patch, where),
         "patch_size": patch,
         "in_channels": channels,
         "width": width,
         "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
-        "heads": HEADS.get(width) if heads is None else heads,
-        "mlp_ratio": hidden / width,
+        "heads": _heads(tensors, width, where) if heads is None else heads,
+        "mlp_ratio": _ratio_of_gated(hidden // 2, width) if gated else hidden / width,
         "num_classes": classes,
         "learn_variance": outputs == 2 * patch**2 * channels,
         **({} if null else {"label_dropout": 0}),
@@ -104,7 +105,30 @@ def infer(tensors: dict[str, Tensor], hints: Hints, where: str) -> DiTConfig:
     if fields["heads"] is None:
         unknown = f"a checkpoint does not record the number of heads, and no published DiT has width {width}"
         raise InputError(f"{where}: {unknown}; pass --heads")
-    return validated(fields, where)
+    if any(TIME_QKV in name for name in tensors):
+        return validated(DiffiTConfig, fields, where)
+    options = {
+        "norm": "rms" if "final_layer.norm_final.weight" in tensors else "layer",
+        "mlp": "swiglu" if gated else "gelu",
+        "rope": ROPE[0] in tensors,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
+    }
+    return validated(DiTConfig, fields | options, where)
+
+
+def _heads(tensors: dict[str, Tensor], width: int, where: str) -> int | None:
+    """The number of heads, if a table of DiffiT's or LightningDiT's shows it, or the width."""
+    bias = f"blocks.0{BIAS}"
+    if bias in tensors:
+        return _shape(tensors, bias, 2, where)[1]
+    if ROPE[0] in tensors:
+        return width // _shape(tensors, ROPE[0], 2, where)[1]
+    return HEADS.get(width)
+
+
+def _ratio_of_gated(hidden: int, width: int) -> float:
+    """The ``mlp_ratio`` of a gated MLP, which has two thirds of the units; the published one if it fits."""
+    return 4.0 if 2 * (4 * width) // 3 == hidden else -(-3 * hidden // 2) / width
 
 
 def with_null_label(model: Pretrained) -> dict[str, Tensor]:
@@ -115,9 +139,9 @@ def with_null_label(model: Pretrained) -> dict[str, Tensor]:
     return model.state | {TABLE: torch.cat([classes, classes.new_zeros(1, model.config.width)])}
 
 
-def completed(config: DiTConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with the fixed position table and a null label of zeros, where the file lacks them."""
-    found = {POSITIONS: grid_sinusoid(config.width, config.grid)} | tensors
+def completed(config: AnyConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with the fixed tables and a null label of zeros, where the file lacks them."""
+    found = tables(config) | tensors
     if TABLE in found and len(found[TABLE]) == config.num_classes:
         found[TABLE] = torch.cat([found[TABLE], found[TABLE].new_zeros(1, config.width)])
     return found
@@ -128,10 +152,12 @@ def described(model: Pretrained) -> list[str]:
     config = model.config
     latent = f"latents {config.in_channels}x{config.input_size}x{config.input_size}"
     shape = f"depth {config.depth}, width {config.width}, {config.heads} heads, patches of {config.patch_size}"
-    return [f"DiT of {shape}, {latent}, {_labels(config)}", *model.notes]
+    kind = "DiffiT" if isinstance(config, DiffiTConfig) else "DiT"
+    options = [] if isinstance(config, DiffiTConfig) else [f"{name} {value}" for name, value in config.options.items()]
+    return [", ".join([f"{kind} of {shape}", *options, latent, _labels(config)]), *model.notes]
 
 
-def _labels(config: DiTConfig) -> str:
+def _labels(config: AnyConfig) -> str:
     if config.num_classes == 0:
         return "no classes"
     trained = "" if config.label_dropout else " (not trained, so sample with guidance_scale 1)"
@@ -170,52 +196,49 @@ def _latent_size(tensors: dict[str, Tensor], told: int | None, patch: int, where
     return size
 
 
-def validated(fields: Mapping[str, object], where: str) -> DiTConfig:
+def validated(kind: type[FoundConfig], fields: Mapping[str, object], where: str) -> FoundConfig:
     """A config of these fields.
 
     Raises:
         InputError: the fields do not fit each other.
     """
     try:
-        return DiTConfig.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         raise InputError(f"{where}: not a DiT: {problem(error)}") from error
 
 
-def fitted(config: DiTConfig, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The weights in float32, checked against the config.
+def fitted(config: AnyConfig, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Copies of the weights in float32 by our names, checked against the config.
 
     Raises:
-        InputError: a tensor is missing, unknown, or of another shape; or the position table is not the fixed one.
+        InputError: a tensor is missing, unknown, or of another shape; or a fixed table has other numbers.
     """
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in DiT(config).state_dict().items()}
-    for name in sorted(expected.keys() | tensors.keys()):
+        network = build(config).state_dict()
+    expected = {published(name): tensor.shape for name, tensor in network.items()}
+    fixed = tables(config).keys()
+    for name in sorted(expected.keys() | fixed | tensors.keys()):
         if name not in tensors:
             raise InputError(f"{where}: no tensor {name}; {LAYOUT}")
-        if name not in expected:
+        if name not in expected and name not in fixed:
             raise InputError(f"{where}: unknown tensor {name}; {LAYOUT}")
+        if not _is_plain(tensors[name]):
+            raise InputError(f"{where}: {name} is sparse, a part of a tensor, or without values; save plain tensors")
+        if name not in expected:
+            continue
         if tensors[name].shape != expected[name] or not tensors[name].is_floating_point():
             shape, needed = tuple(tensors[name].shape), tuple(expected[name])
             raise InputError(f"{where}: {name} is {tensors[name].dtype} {shape}, not floats {needed}; {LAYOUT}")
-        if not _is_plain(tensors[name]):
-            raise InputError(f"{where}: {name} is sparse, a part of a tensor, or without values; save plain tensors")
         if not tensors[name].float().isfinite().all():
             raise InputError(f"{where}: {name} is not finite, so the training failed; use an earlier checkpoint")
-    _check_positions(config, tensors[POSITIONS], where)
-    return {name: tensors[name].detach().float() for name in expected}
+    check_tables(config, tensors, where)
+    # Copies, because the file is mapped: who overwrites it would change these numbers, or end the process
+    return {name: tensors[published(name)].detach().to(torch.float32, copy=True) for name in network}
 
 
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-
-
-def _check_positions(config: DiTConfig, table: Tensor, where: str) -> None:
-    error = float((table.float() - grid_sinusoid(config.width, config.grid)).abs().max())
-    if not error <= max(TABLE_ERROR, torch.finfo(table.dtype).eps):
-        raise InputError(
-            f"{where}: pos_embed is {error:.2g} off the fixed sin-cos table, and learned ones are not read"
-        )
 
 
 def _shape(tensors: dict[str, Tensor], name: str, dimensions: int, where: str) -> tuple[int, ...]:

@@ -6,7 +6,10 @@ SiT, REPA and plain LightningDiT have the names and shapes of a DiT, but were tr
 import re
 from typing import Final
 
+from torch import Tensor
+
 from dit.convert.files import Option
+from dit.convert.layout import TIME_QKV
 from dit.diffusion.config import DiffusionConfig
 from storage import uri
 from storage.errors import InputError
@@ -28,11 +31,14 @@ PUBLISHED: Final = {
 """Options that name a process, and their values for the published one."""
 
 
-def process(options: dict[str, Option], source: str, told: str | None) -> tuple[DiffusionConfig, list[str]]:
+def process(
+    options: dict[str, Option], tensors: dict[str, Tensor], source: str, told: str | None
+) -> tuple[DiffusionConfig, list[str]]:
     """The process that a checkpoint's options name, and what was assumed, a line each.
 
     Args:
         options: plain values beside the weights.
+        tensors: the weights.
         source: location of the checkpoint; its name may be that of another model.
         told: ``gaussian`` if the user says so; None if not.
 
@@ -45,6 +51,9 @@ def process(options: dict[str, Option], source: str, told: str | None) -> tuple[
     if found := FLOW.search(where.rpartition("/")[2]):
         hint = "if this one predicts noise, pass --process gaussian"
         raise InputError(f"{where}: is named after {found[0]}, a model trained by {NO_FLOW}; {hint}")
+    if any(TIME_QKV in name for name in tensors):
+        known = "it predicts noise of 1000 linear steps, as the published DiffiT"
+        return DiffusionConfig(), [f"assumed: {known}. --process gaussian confirms"]
     flows = "SiT, REPA and LightningDiT, trained by flow matching, look the same and would draw noise"
     return DiffusionConfig(), [
         f"assumed: it predicts noise of 1000 linear steps, as the published DiT; {flows}. --process gaussian confirms"

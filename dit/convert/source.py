@@ -1,4 +1,4 @@
-"""Reads a DiT from checkpoints of others, or our own."""
+"""Reads a DiT or a latent DiffiT from checkpoints of others, or our own."""
 
 from dataclasses import replace
 from typing import Unpack
@@ -10,7 +10,7 @@ from dit.convert.pretrained import LAYOUT, Hints, Pretrained, completed, fitted,
 from dit.convert.process import process
 from dit.diffusion.config import DiffusionConfig
 from dit.export import MODEL, load
-from dit.models.config import DiTConfig
+from dit.models.config import DiffiTConfig, DiTConfig
 from dit.weights import DIFFUSERS_WEIGHTS
 from storage import uri
 from storage.errors import InputError, StorageError, one_line
@@ -30,7 +30,7 @@ SHARDED = {
 
 
 def read(source: str, **hints: Unpack[Hints]) -> Pretrained:
-    """A DiT from any known layout, by path or fsspec URL.
+    """A DiT or a latent DiffiT from any known layout, by path or fsspec URL.
 
     Known are a file in the layout of the published checkpoints (safetensors or a pickle, with the weights at any
     place in it); a folder of a diffusers DiTTransformer2DModel, or of a pipeline with one; and a folder of a model
@@ -41,8 +41,8 @@ def read(source: str, **hints: Unpack[Hints]) -> Pretrained:
         hints: what the source does not record.
 
     Raises:
-        InputError: there is no such checkpoint, it is damaged, it is not an adaLN-Zero DiT, it predicts something
-            else than noise, or it contradicts the hints.
+        InputError: there is no such checkpoint, it is damaged, it is neither an adaLN-Zero DiT nor a latent DiffiT, it
+            predicts something else than noise, or it contradicts the hints.
     """
     if suffix(source) in (*PICKLES, SAFETENSORS):
         return _file(source, hints)
@@ -60,8 +60,8 @@ def read(source: str, **hints: Unpack[Hints]) -> Pretrained:
 
 def _file(source: str, hints: Hints) -> Pretrained:
     content, where = read_content(source), uri.redact(source)
-    diffusion, notes = process(content.options, source, hints.get("process"))
     tensors, place = network(content.tensors, where)
+    diffusion, notes = process(content.options, tensors, source, hints.get("process"))
     average = unread_average([*content.tensors, *content.options], place)
     if hints.get("classes") is None:
         hints = {**hints, "classes": _recorded_classes(content)}
@@ -104,11 +104,8 @@ def _folder(source: str, hints: Hints) -> Pretrained:
 def _ours(source: str) -> Pretrained:
     trained = load(source)
     config, card = trained.card.model, trained.card
-    if not isinstance(config, DiTConfig) or config.block != "adaln_zero":
+    if not (isinstance(config, DiffiTConfig) or (isinstance(config, DiTConfig) and config.block == "adaln_zero")):
         raise InputError(f"{uri.redact(source)}: {MODEL} describes another model; {LAYOUT}")
-    if config.options:
-        options = ", ".join(config.options)
-        raise InputError(f"{uri.redact(source)}: was trained with options that these layouts do not have: {options}")
     if not isinstance(card.diffusion, DiffusionConfig):
         kind = card.diffusion.kind
         raise InputError(f"{uri.redact(source)}: was trained with the process {kind}, which these layouts do not have")
@@ -135,7 +132,7 @@ def _diffusers(source: str, names: list[str], hints: Hints) -> Pretrained:
     weights = next((name for name in DIFFUSERS_WEIGHTS if name in names), DIFFUSERS_WEIGHTS[0])
     config, content = _bytes(uri.join(source, diffusers.CONFIG)), read_content(uri.join(source, weights))
     found = diffusers.from_diffusers(config, content.tensors, where)
-    diffusion, notes = process(content.options, source, hints.get("process"))
+    diffusion, notes = process(content.options, content.tensors, source, hints.get("process"))
     return Pretrained(*found, diffusion, notes=tuple(notes))
 
 

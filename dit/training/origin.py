@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from dit.convert import read
 from dit.convert.diffusers import CONFIG
 from dit.convert.files import PICKLES, SAFETENSORS, suffix
-from dit.convert.pretrained import HEADS, TABLE
+from dit.convert.layout import TABLE
+from dit.convert.pretrained import HEADS
 from dit.convert.source import KINDS, PIPELINE, TRANSFORMER
 from dit.diffusion.config import ProcessConfig
 from dit.export import CheckpointManifest, load, weights_file

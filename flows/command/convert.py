@@ -1,10 +1,10 @@
-"""``ditflow convert``: a checkpoint of a DiT in another layout."""
+"""``ditflow convert``: a checkpoint in another layout."""
 
 from argparse import ArgumentParser, Namespace
 
 from flows.command.options import add_hints, hints
 
-HELP = "convert a DiT checkpoint into another layout"
+HELP = "convert a checkpoint of a DiT or a latent DiffiT into another layout"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -7,7 +7,8 @@ from torch import nn
 
 from dit.convert import Pretrained
 from dit.diffusion.config import DiffusionConfig
-from dit.models.config import DiTConfig
+from dit.models.config import DiffiTConfig, DiTConfig
+from dit.models.diffit_latent import LatentDiffiT
 from dit.models.dit import DiT
 
 SMALL: dict[str, Any] = {"input_size": 16, "width": 64, "depth": 3, "heads": 4, "num_classes": 10}
@@ -15,6 +16,12 @@ SMALL: dict[str, Any] = {"input_size": 16, "width": 64, "depth": 3, "heads": 4, 
 
 def random_dit(**fields: Any) -> DiT:
     model = DiT(DiTConfig(**SMALL | fields)).eval()
+    randomise(model, std=0.05, seed=0)
+    return model.requires_grad_(False)
+
+
+def random_diffit(**fields: Any) -> LatentDiffiT:
+    model = LatentDiffiT(DiffiTConfig(**SMALL | fields)).eval()
     randomise(model, std=0.05, seed=0)
     return model.requires_grad_(False)
 
@@ -27,5 +34,5 @@ def randomise(model: nn.Module, *, std: float = 0.1, seed: int = 1) -> None:
             parameter.data.normal_(std=std, generator=generator)
 
 
-def pretrained(model: DiT) -> Pretrained:
+def pretrained(model: DiT | LatentDiffiT) -> Pretrained:
     return Pretrained(model.config, model.state_dict(), DiffusionConfig())

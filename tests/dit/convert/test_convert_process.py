@@ -95,7 +95,6 @@ def test_a_flows_name_is_refused_unless_the_user_knows_better(tmp_path: Path, we
         ("blocks.0.mlp.w12.weight", f"LightningDiT's or the like, {NO_FLOW}"),
         ("feat_rope.freqs_cos", f"LightningDiT's or the like, {NO_FLOW}"),
         ("projectors.0.0.weight", f"is REPA's, whose model was {NO_FLOW}"),
-        ("blocks.0.attn.qkv_temb.weight", "is a DiffiT's"),
     ],
 )
 def test_tensors_of_other_networks(tmp_path: Path, weights: Weights, name: str, reason: str) -> None:

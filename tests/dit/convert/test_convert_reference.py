@@ -9,13 +9,13 @@ import fsspec
 import pytest
 import tiny
 import torch
-from random_dit import pretrained, random_dit
+from random_dit import pretrained, random_diffit, random_dit
 from safetensors.torch import load_file, save_file
 
 from dit.convert import read, write
 from dit.diffusion.config import DiffusionConfig
 from dit.export import EMA_WEIGHTS, ModelCard
-from dit.models.config import DiTConfig, dit_config
+from dit.models.config import DiffiTConfig, DiTConfig, dit_config
 from dit.models.dit import DiT
 from storage import uri
 from storage.errors import InputError
@@ -133,6 +133,16 @@ def test_published_widths_tell_the_heads(tmp_path: Path, weights: Weights) -> No
     assert "heads" in refused_weights(tmp_path, weights, 0)
 
 
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_a_file_may_be_overwritten_once_it_is_read(tmp_path: Path, model: DiT, weights: Weights, name: str) -> None:
+    """It is mapped while it is read: its pages would change under the weights, or be gone."""
+    write(pretrained(model), str(tmp_path / name), "reference")
+    found = read(str(tmp_path / name), heads=4)
+    with (tmp_path / name).open("r+b") as file:
+        file.write(bytes((tmp_path / name).stat().st_size))
+    assert same(found.state, weights)
+
+
 class Evil:
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -178,7 +188,7 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["final_layer.linear.weight", "blocks.1.attn.qkv.bias", "t_embedder.mlp.0.weight"])
 def test_a_missing_tensor_is_named(tmp_path: Path, weights: Weights, name: str) -> None:
     del weights[name]
-    assert refused_weights(tmp_path, weights).startswith(f"no tensor {name}; only an adaLN-Zero DiT")
+    assert refused_weights(tmp_path, weights).startswith(f"no tensor {name}; only an adaLN-Zero DiT or a latent DiffiT")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +223,7 @@ def test_an_unknown_tensor_is_named(tmp_path: Path, weights: Weights) -> None:
 @pytest.mark.parametrize("block", ["adaln", "in_context", "cross_attention"])
 def test_other_blocks_are_refused(tmp_path: Path, block: str) -> None:
     other = random_dit(block=block).state_dict()
-    assert refused_weights(tmp_path, other).endswith("only an adaLN-Zero DiT has this layout")
+    assert refused_weights(tmp_path, other).endswith("only an adaLN-Zero DiT or a latent DiffiT has this layout")
 
 
 def test_a_learned_position_table_is_refused(tmp_path: Path, weights: Weights) -> None:
@@ -223,7 +233,7 @@ def test_a_learned_position_table_is_refused(tmp_path: Path, weights: Weights) -
     read(str(tmp_path / "x.safetensors"), heads=4)
 
 
-def exported(folder: Path, config: DiTConfig, weights: Weights) -> ModelCard:
+def exported(folder: Path, config: DiTConfig | DiffiTConfig, weights: Weights) -> ModelCard:
     folder.mkdir()
     save_file(weights, folder / EMA_WEIGHTS)
     card = ModelCard(
@@ -247,16 +257,28 @@ def test_our_own_trained_model(tmp_path: Path, model: DiT, weights: Weights) -> 
     assert "has heads 4, not 8; remove --heads" in refusal(tmp_path / "ours", heads=8)
 
 
-def test_our_own_models_with_other_norms_and_mlps_are_refused(tmp_path: Path) -> None:
+def test_our_own_models_with_other_norms_and_mlps_have_lightningdits_names(tmp_path: Path) -> None:
     model = random_dit(norm="rms", rope=True)
     exported(tmp_path / "ours", model.config, model.state_dict())
-    assert refusal(tmp_path / "ours").endswith("was trained with options that these layouts do not have: norm, rope")
+    write(read(str(tmp_path / "ours")), str(tmp_path / "x.safetensors"), "reference")
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() - model.state_dict().keys() == {"feat_rope.freqs_cos", "feat_rope.freqs_sin"}
+    assert same(model.state_dict(), {name: found[name] for name in model.state_dict()})
+
+
+def test_our_own_diffit_has_the_names_of_the_published_one(tmp_path: Path) -> None:
+    model = random_diffit()
+    exported(tmp_path / "ours", model.config, model.state_dict())
+    found = read(str(tmp_path / "ours"))
+    assert (found.config, found.diffusion) == (model.config, DiffusionConfig(beta_end=0.03))
+    write(found, str(tmp_path / "x.safetensors"), "reference")
+    assert same(read(str(tmp_path / "x.safetensors")).state, model.state_dict())
 
 
 def test_our_own_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
     other = random_dit(block="adaln")
     exported(tmp_path / "ours", other.config, other.state_dict())
-    assert "only an adaLN-Zero DiT has this layout" in refusal(tmp_path / "ours")
+    assert "only an adaLN-Zero DiT or a latent DiffiT has this layout" in refusal(tmp_path / "ours")
     shutil.rmtree(tmp_path / "ours")
 
 

@@ -1,0 +1,70 @@
+"""The layout of published checkpoints: their names of our tensors, and the tables that they keep beside the weights.
+
+Ours are the names of DiT, SiT and LightningDiT. Latent DiffiT has two others, and a table of the relative positions of
+tokens in every block; LightningDiT has tables of the angles of RoPE. A table follows from the config. It is written for
+the sake of their readers, and compared when it is read: one of another convention would belong to another network.
+"""
+
+# D = width, N = tokens of an image = w * w, h = heads
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from dit.models.config import DiffiTConfig, DiTConfig
+from dit.models.layers import grid_rotation, grid_sinusoid
+from storage.errors import InputError
+
+AnyConfig = DiTConfig | DiffiTConfig
+TABLE: Final = "y_embedder.embedding_table.weight"
+POSITIONS: Final = "pos_embed"
+ROPE: Final = "feat_rope.freqs_cos", "feat_rope.freqs_sin"
+TIME_QKV: Final = ".attn.qkv_temb."
+BIAS: Final = ".attn.relative_position_bias_table"
+INDEX: Final = "attn.relative_position_index"
+RENAMED: Final = {".attn.time_qkv.": TIME_QKV, ".attn.bias.table": BIAS}
+"""Parts of our names of a DiffiT, and theirs."""
+TABLE_ERROR: Final = 1e-5
+
+
+def published(name: str) -> str:
+    """The published name of one of our tensors."""
+    for ours, theirs in RENAMED.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def tables(config: AnyConfig) -> dict[str, Tensor]:
+    """The tables that belong to a model, by name."""
+    found = {POSITIONS: grid_sinusoid(config.width, config.grid)}
+    if isinstance(config, DiffiTConfig):
+        index = relative_index(config.grid)
+        return found | {f"blocks.{block}.{INDEX}": index for block in range(config.depth)}
+    if config.rope:  # each angle counts for two neighbouring channels
+        angles = grid_rotation(config.width // config.heads, config.grid, torch.device("cpu"))
+        found |= dict(zip(ROPE, angles.repeat_interleave(2, dim=-1), strict=True))
+    return found
+
+
+def relative_index(window: int) -> Tensor:
+    """The row of the bias table for each query and key, (N, N): (dy + w - 1)(2w - 1) + dx + w - 1, query minus key."""
+    place = torch.arange(window**2)
+    dy, dx = (of[:, None] - of for of in (place // window, place % window))
+    return (dy + window - 1) * (2 * window - 1) + dx + window - 1
+
+
+def check_tables(config: AnyConfig, tensors: dict[str, Tensor], where: str) -> None:
+    """Check the tables of a checkpoint.
+
+    Raises:
+        InputError: one is of another shape or has other numbers.
+    """
+    for name, table in tables(config).items():
+        found = tensors[name]
+        if found.shape != table.shape:
+            raise InputError(f"{where}: {name} has shape {tuple(found.shape)}, not {tuple(table.shape)}")
+        error = float((found.double() - table).abs().max())
+        if not error <= max(TABLE_ERROR, torch.finfo(found.dtype).eps if found.is_floating_point() else 0):
+            kind = "sin-cos table" if name == POSITIONS else "table of this layout"
+            raise InputError(f"{where}: {name} is {error:.2g} off the fixed {kind}, and learned ones are not read")
