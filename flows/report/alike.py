@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
 
 from dit.evaluate import MetricsManifest
 from dit.export import CheckpointManifest
 from dit.sample import SampleManifest
+from dit.training.config import TrainConfig
 from storage import uri
 from storage.archives.once import listed
 from storage.errors import InputError, one_line
@@ -39,6 +42,14 @@ def alike(metrics: MetricsManifest, root: str, fixed: Callable[[Evaluation], obj
     others = [each for each in listed(root, _all_of) if each.metrics.digest != metrics.digest]
     found = [each.metrics for each in others if fixed(each) == own]
     return [metrics, *sorted(found, key=lambda each: each.digest)]
+
+
+def training_identity(checkpoint: CheckpointManifest) -> dict[str, Any]:
+    """What the config of a training says of its output."""
+    try:
+        return TrainConfig.model_validate(checkpoint.config).identity()
+    except ValidationError:  # of another version, with other fields
+        return checkpoint.config
 
 
 def _all_of(root: str) -> list[Evaluation]:

@@ -1,15 +1,12 @@
 """The metrics over training: evaluations of runs that differ in nothing but their steps, such as milestones."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from dit.evaluate import MetricsManifest
 from dit.sample import SampleManifest
-from dit.training.config import TrainConfig
-from flows.report.alike import Evaluation, alike
+from flows.report.alike import Evaluation, alike, training_identity
 from storage.images.grid import image_grid
 from storage.rows.store import RowReader
 
@@ -60,12 +57,5 @@ def _fixed(evaluation: Evaluation) -> object:
     """What must be equal: distance, version of the stage, conditions and training without the number of steps."""
     metrics, _, checkpoint = evaluation
     conditions = {name: value for name, value in metrics.conditions.items() if name != STEPS}
-    training = _identity(checkpoint.config) | {"steps": None}
+    training = training_identity(checkpoint) | {"steps": None}
     return metrics.distance, metrics.version, conditions, checkpoint.version, checkpoint.inputs, training
-
-
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return TrainConfig.model_validate(config).identity()
-    except ValidationError:  # of another version, with other fields
-        return config

@@ -16,7 +16,7 @@ from dit.report import plots
 from dit.report.by_class import by_class
 from dit.report.neighbours import neighbours
 from dit.sample import PICTURE, SampleManifest
-from flows.report import guidance_sweep, over_training
+from flows.report import guidance_sweep, over_training, processes
 from flows.report.html import Figure, Section, Strips, Table, render
 from flows.report.kept import ReportManifest, keep, kept, output
 from flows.tracking import runs
@@ -65,7 +65,10 @@ def page_output(manifests: Sequence[Manifest], root: str, milestones: Sequence[M
     evaluations = _evaluations(manifests)
     swept = [other for manifest in evaluations for other in guidance_sweep.sweep_of(manifest, root)]
     trained = [other for series in _over_training(evaluations, root, milestones) for other in series]
-    shown = {f"{manifest.stage} {manifest.folder_name}": manifest for manifest in (*swept, *trained, *manifests)}
+    beside = [other for manifest in evaluations for other in processes.beside(manifest, root)]
+    shown = {
+        f"{manifest.stage} {manifest.folder_name}": manifest for manifest in (*swept, *trained, *beside, *manifests)
+    }
     return output(ReportManifest, VERSION, ReportConfig(), shown, root)
 
 
@@ -133,6 +136,7 @@ def page(name: str, manifests: Sequence[Manifest], root: str, milestones: Sequen
         sections += [
             _papers(manifest),
             *trained,
+            *_beside(processes.beside(manifest, root)),
             *_guided(guidance_sweep.sweep_of(manifest, root), manifest.distance),
             _nearest(manifest, root),
         ]
@@ -229,6 +233,15 @@ def _trained(series: Sequence[MetricsManifest], *notes: str) -> Section:
     strips = Strips(over_training.strips(series, _in_a_strip(metrics.parent("samples", SampleManifest))))
     same = "The first samples of each, from the same noise."
     return Section("Over training", [line, Figure(plot, caption, plot=True), table, same, strips])
+
+
+def _beside(evaluations: Sequence[MetricsManifest]) -> Iterator[Section]:
+    """Other processes and samplers, if the root has evaluations of any."""
+    if len(evaluations) == 1:
+        return
+    note = "The same network, trained on the same images in as many steps, and the same guidance. "
+    note += "The margin of a difference is that of independent samples, at 95 %."
+    yield Section("Other processes and samplers", [note, Table(*processes.table(evaluations))])
 
 
 def _guided(evaluations: Sequence[MetricsManifest], distance: str) -> Iterator[Section]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dit.encode import EncodeConfig
 from dit.evaluate import EvaluateConfig, MetricsManifest
@@ -63,9 +64,9 @@ class Small:
         shards = self.bring("shard", ShardConfig(images_per_shard=50), archive)
         return self.bring("encode", EncodeConfig(vae=None, resolution=16, flips=False), shards)
 
-    def checkpoint(self, latents: Manifest, steps: int = 2, shape: Shape = SHAPE) -> Manifest:
+    def checkpoint(self, latents: Manifest, steps: int = 2, shape: Shape = SHAPE, **fields: Any) -> Manifest:
         model = DiTChoice(size=shape, patch_size=4)
-        config = TrainConfig(model=model, steps=steps, batch_size=8, learning_rate=0.01, ema_decay=0.5)
+        config = TrainConfig(model=model, steps=steps, batch_size=8, learning_rate=0.01, ema_decay=0.5, **fields)
         return self.bring("train", config, latents)
 
     def evaluated(self, checkpoint: Manifest, sampling: SampleConfig = SAMPLING) -> MetricsManifest:

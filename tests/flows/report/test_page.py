@@ -14,13 +14,15 @@ import pytest
 from PIL import Image
 from small import SAMPLING, Small
 
+from dit.diffusion.config import FlowConfig
 from dit.evaluate import MetricsManifest
 from dit.export import CheckpointManifest
+from dit.metrics.comparison import gain
 from dit.metrics.published import CIFAR10, ROWS, deviations
 from dit.models.choice import Shape
 from dit.sample import SampleManifest
 from flows.recipe import load_recipe
-from flows.report import guidance_sweep, over_training
+from flows.report import guidance_sweep, over_training, processes
 from flows.report import page as pages
 from flows.report.page import page, page_url, write_page
 from storage.latents import LatentManifest
@@ -32,10 +34,11 @@ NAME = "<script>alert('digits & co')</script>"
 LATER = 4
 ALIKE = ({"guidance_scale": 1.0}, {"guidance_scale": 3.0})
 OTHER = {"guidance_scale": 3.0, "seed": 1}
+FLOW, EULER = FlowConfig(times="logit_normal"), {"sampler": "euler", "steps": 3, "shift": 0.5}
 OTHER_SHAPE = Shape(depth=1, width=64, heads=2)
 SECTIONS = (
-    *("Samples by class", "Published results", "Over training", "Guidance", "Nearest training images"),
-    *("Pictures of the stages", "Metrics", "Conditions", "Lineage"),
+    *("Samples by class", "Published results", "Over training", "Other processes and samplers", "Guidance"),
+    *("Nearest training images", "Pictures of the stages", "Metrics", "Conditions", "Lineage"),
 )
 
 
@@ -76,6 +79,8 @@ class Made:
     """Of the same checkpoint, guided otherwise."""
     later: MetricsManifest
     """Of the same training after more steps."""
+    flow: MetricsManifest
+    """Of the same network, trained as a flow."""
     url_before: str
     """Of the page before those were made."""
 
@@ -96,7 +101,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> I
         before = page_url(manifests, str(root))
         alike = [small.evaluated(checkpoint, SAMPLING.model_copy(update=change)) for change in ALIKE]
         later = small.evaluated(small.checkpoint(latents, steps=LATER))
-        yield Made(str(root), manifests, metrics, alike, later, before)
+        flow = small.evaluated(small.checkpoint(latents, diffusion=FLOW), SAMPLING.model_copy(update=EULER))
+        yield Made(str(root), manifests, metrics, alike, later, flow, before)
 
 
 def lineage(metrics: MetricsManifest) -> list[Manifest]:
@@ -168,12 +174,29 @@ def test_numbers_of_steps_of_the_same_training_are_lined_up(read: Reader, made: 
     assert f"Best: step {over_training.steps_of(best)}, {best.distance} {best.estimate}." in text
 
 
+def test_the_same_network_as_another_process_stands_beside(read: Reader, made: Made) -> None:
+    for one, other in ((made.metrics, made.flow), (made.flow, made.metrics)):
+        assert [each.digest for each in processes.beside(one, made.root)] == [one.digest, other.digest]
+    text = " ".join(read.words)
+    assert f"gaussian ddim, steps 2, eta 0.0 {made.metrics.estimate} this run" in text
+    better = gain("fd", "lower", made.metrics.metrics, made.flow.metrics)
+    shares = " ".join(f"{value:.4f}" for (value,) in over_training.shares([made.flow]).values())
+    process, sampler = "flow, times logit_normal", "euler, steps 3, shift 0.5"
+    assert re.search(f"{process} {sampler}[^(]* {re.escape(f'{made.flow.estimate} {better} {shares}')}", text)
+
+
+def test_without_another_process_there_is_no_table(made: Made) -> None:
+    assert processes.beside(made.later, made.root) == [made.later]
+    assert "Other processes and samplers" not in page(NAME, lineage(made.later), made.root)
+
+
 def test_of_evaluations_with_equal_steps_the_page_has_its_own(made: Made) -> None:
     small = Small(Path(made.root))
     checkpoint = made.manifests[2]
     again = [small.evaluated(checkpoint, SAMPLING.model_copy(update={"batch_size": size})) for size in (15, 10)]
     for each in again:
         assert each.digest in [found.digest for found in over_training.series_of(each, made.root)]
+        assert [found.digest for found in processes.beside(each, made.root)] == [each.digest, made.flow.digest]
         (line,) = guidance_sweep.lines(guidance_sweep.sweep_of(each, made.root))
         assert each.estimate in line.distances
 
