@@ -10,6 +10,7 @@ from dit.export import MODEL, ModelCard, Trained, load
 from dit.metrics import npz
 from dit.sample import compiled, generate, open_decoder, picture
 from dit.samplers.config import SampleConfig
+from dit.samplers.guide import with_guide
 from dit.vae import VaeRef, info
 from storage import uri
 from storage.errors import InputError
@@ -57,6 +58,7 @@ def preview(trained: Trained, config: SampleConfig, out: str, tracker: Tracker) 
         if uri.exists(url):
             raise InputError(f"--out: {uri.redact(out)} has samples already; name another folder")
     vae = open_decoder(config, trained.card)
+    trained = with_guide(config, trained, device())
     parts = generate(config, compiled(config, trained), vae, 0, config.count)
     rows = gathered(parts, tracker, start=0, total=config.count, unit="images")
     uri.write(urls[0], picture(rows["image"], trained.card))

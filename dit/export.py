@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, field_serializer, model_serializer
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_serializer,
+    model_serializer,
+)
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
@@ -36,6 +43,15 @@ WeightsName = Annotated[str, Field(pattern=r"^(raw|ema(-[0-9.e-]+)?|power-[0-9.e
 def power_average(width: float) -> str:
     """Name of the power-function average of a relative width."""
     return f"power-{width}"
+
+
+def _reference(text: str) -> str:
+    """A location without secrets; or ``models:/name@alias``, which is none."""
+    return text if text.startswith("models:/") else uri.checked(text)
+
+
+ModelReference = Annotated[str, AfterValidator(_reference)]
+"""A trained model: the location of its manifest or folder, its MLflow run id, or its name in the registry."""
 
 
 def weights_file(name: str) -> str:
@@ -98,6 +114,8 @@ class Trained:
     card: ModelCard
     notes: tuple[str, ...] = ()
     """For a checkpoint of others: what it is and what was assumed, a line each."""
+    guide: "Trained | None" = None
+    """The worse model that guides it; None without one."""
 
 
 def export(

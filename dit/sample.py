@@ -22,6 +22,7 @@ from dit.models.cost import cost
 from dit.pixels import to_bytes
 from dit.ranks import Ranks, Share, joined
 from dit.rates import at_once, decoder_rate, forward_rate
+from dit.samplers import guide
 from dit.samplers.config import SampleConfig
 from dit.samplers.guidance import UNGUIDED, Guided
 from dit.samplers.labels import class_label, described, sample_labels
@@ -64,13 +65,14 @@ def run(config: SampleConfig, checkpoint: CheckpointManifest, *, out: StageOutpu
     """Draw the missing blocks of samples, each on one of the ranks, and commit them.
 
     Raises:
-        InputError: decoder, sampler, steps or weights do not fit the model, or a file is missing or damaged.
+        InputError: decoder, guide, sampler, steps or weights do not fit the model, or a file is missing or damaged.
         StorageError: the disk is full.
         DitflowError: the model's samples are not finite.
     """
     with joined(TIMEOUT) as ranks:
         vae = open_decoder(config, checkpoint.card)
         trained = load(checkpoint.uri, weights=_weights(config, checkpoint.card), device=device())
+        trained = guide.with_guide(config, trained, device())
         work = _Work(config, compiled(config, trained), vae)
         resolution = trained.card.resolution
         writer = RowWriter(out, layout(config.count, config.block_rows, resolution), {"range": [0, 255]})
@@ -124,9 +126,10 @@ def _commit(work: _Work, writer: RowWriter, out: StageOutput) -> None:
 
 
 def compiled(config: SampleConfig, trained: Trained) -> Trained:
-    """The model, compiled if the config says so. Each batch size is compiled when it is first used."""
-    if config.compile:
-        trained.model.compile(dynamic=False)
+    """The model and its guide, compiled if the config says so. Each batch size is compiled when it is first used."""
+    for each in (trained, trained.guide):
+        if config.compile and each is not None:
+            each.model.compile(dynamic=False)
     return trained
 
 
@@ -178,16 +181,23 @@ def _decoded(config: SampleConfig, card: ModelCard, vae: Vae | None, x0: torch.T
 
 
 def _guided(config: SampleConfig, trained: Trained) -> Guided:
-    card, interval = trained.card, config.guidance_interval
+    card, interval, other = trained.card, config.guidance_interval, trained.guide
     if interval and isinstance(card.diffusion, EDMConfig):
         interval = (EDM.network_time(interval[0]), EDM.network_time(interval[1]))
-    scale, null = _scale(config, card.model), card.model.num_classes
-    return Guided(trained.model, scale, null, config.guidance_channels, config.guidance_schedule, interval)
+    return Guided(
+        trained.model,
+        _scale(config, card.model),
+        card.model.num_classes,
+        config.guidance_channels,
+        config.guidance_schedule,
+        interval,
+        other.model if other else None,
+    )
 
 
 def _scale(config: SampleConfig, model: ModelConfig) -> float:
-    """The guidance scale; `UNGUIDED` for a model without classes."""
-    return config.guidance_scale if model.num_classes else UNGUIDED
+    """The guidance scale; `UNGUIDED` for a model without classes that no other model guides."""
+    return config.guidance_scale if model.num_classes or config.guide else UNGUIDED
 
 
 def layout(count: int, block_rows: int, resolution: int) -> RowLayout:
@@ -230,9 +240,9 @@ def check_process(config: SampleConfig, card: ModelCard) -> None:
         InputError: they do not fit.
     """
     row = sampler(config, card.diffusion)
-    if _scale(config, card.model) != UNGUIDED and not card.model.label_dropout:
+    if _scale(config, card.model) != UNGUIDED and not card.model.label_dropout and not config.guide:
         reason = "without label dropout in training, the model has no null label to guide with"
-        raise InputError(f"sample.guidance_scale: {reason}; use 1")
+        raise InputError(f"sample.guidance_scale: {reason}; use 1, or name a worse model in sample.guide")
     interval = config.guidance_interval
     if interval and interval[0] > interval[1]:
         raise InputError(f"sample.guidance_interval: {list(interval)} is empty; write the lowest first")
@@ -262,6 +272,7 @@ def check(config: SampleConfig, checkpoint: CheckpointManifest, _: PlanContext) 
         InputError: as `run`, unless the checkpoint is damaged.
     """
     _weights(config, checkpoint.card)
+    guide.guide_of(config, checkpoint.card)
     open_decoder(config, checkpoint.card, "cpu")
 
 
@@ -293,8 +304,8 @@ def _conditions(config: SampleConfig, card: ModelCard, vae: Vae | None) -> dict[
     scale = _scale(config, card.model)
     if scale == UNGUIDED:
         unused |= {name for name in SampleConfig.model_fields if name.startswith("guidance_")}
-    conditions: dict[str, Any] = config.model_dump(exclude={"vae", *LAST_BITS, *unused})
-    conditions |= {"guidance_scale": scale, "labels": described(config.labels)}
+    conditions: dict[str, Any] = config.model_dump(exclude={"vae", "guide", "guide_weights", *LAST_BITS, *unused})
+    conditions |= {"guidance_scale": scale, "labels": described(config.labels)} | guide.conditions(config, card)
     interval = conditions.pop("guidance_interval", None)
     if interval:
         conditions["guidance_interval"] = f"{interval[0]:g} to {interval[1]:g}"
@@ -314,11 +325,12 @@ def picture(images: NDArray[np.uint8], card: ModelCard) -> bytes:
 def estimate(config: SampleConfig, checkpoint: CheckpointManifest, plan: PlanContext) -> StageCost:
     """What it takes to draw the samples."""
     card, ref = checkpoint.card, config.vae or checkpoint.card.vae_ref
-    passes = sampler(config, card.diffusion).passes(config.steps)
-    if _scale(config, card.model) != UNGUIDED:
-        passes *= 2  # within the interval alone, if there is one
+    passes, macs = sampler(config, card.diffusion).passes(config.steps), cost(card.model).macs
+    if _scale(config, card.model) != UNGUIDED:  # the second pass is within the interval alone, if there is one
+        worse = guide.guide_of(config, card)
+        macs += cost(worse.card.model).macs if worse else macs
     rate = plan.rate("sample", lambda: forward_rate(card.model, config.batch_size, config.precision))
-    seconds = config.count * passes * 2 * cost(card.model).macs / rate
+    seconds = config.count * passes * 2 * macs / rate
     if ref:
         seconds += config.count / plan.rate("decode", lambda: decoder_rate(ref, card.resolution, config.precision))
     rows = layout(config.count, config.block_rows, card.resolution)
@@ -346,4 +358,5 @@ DEFINITION = StageDefinition(
         "decode": "latents decoded to images in a second, on one rank",
     },
     check,
+    lambda config, _: guide.parents(config),
 )

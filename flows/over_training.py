@@ -93,11 +93,12 @@ class OverTraining:
 
         Raises: as `checkpoints`.
         """
-        return {step: self._evaluation(root, made) for step, made in self.checkpoints(root, latents).items()}
+        sample = located(self.sample, root)
+        return {step: self._evaluation(root, sample, made) for step, made in self.checkpoints(root, latents).items()}
 
-    def _evaluation(self, root: str, checkpoint: Manifest) -> MetricsManifest | None:
+    def _evaluation(self, root: str, sample: SampleConfig, checkpoint: Manifest) -> MetricsManifest | None:
         made: Manifest | None = checkpoint
-        for name, config in (("sample", self.sample), ("evaluate", self.evaluate)):
+        for name, config in (("sample", sample), ("evaluate", self.evaluate)):
             made = made and STAGES[name].output(root, config, made).committed(STAGES[name].kind)
         assert made is None or isinstance(made, MetricsManifest)
         return made

@@ -26,6 +26,7 @@ from dit.export import CheckpointManifest
 from dit.metrics.comparison import Gain, gain
 from dit.sample import SampleManifest
 from dit.samplers.config import SampleConfig
+from dit.samplers.guide import NAME as GUIDE
 from flows import processes
 from flows.perform import SKIPPED, RunSettings
 from flows.registry.config import CANDIDATE, CHAMPION
@@ -142,7 +143,8 @@ def _reevaluate(
     digest = client.get_model_version(name, str(version)).tags[METRICS_DIGEST_TAG]
     metrics = MetricsManifest.read(MetricsManifest.folder(settings.root, digest))
     samples = metrics.parent("samples", SampleManifest)
-    drawn = SampleConfig.model_validate(samples.config).model_copy(update={"seed": window.seed})
+    guide = samples.parent(GUIDE, CheckpointManifest).uri if GUIDE in samples.parents else None
+    drawn = SampleConfig.model_validate(samples.config).model_copy(update={"seed": window.seed, "guide": guide})
     checkpoint = samples.parent("checkpoint", CheckpointManifest)
     fresh = _done("sample", checkpoint=checkpoint.url, config=drawn, settings=settings)
     config = EvaluateConfig.model_validate(metrics.config)

@@ -12,6 +12,7 @@ DIT: Final = "Peebles & Xie, arXiv 2212.09748"
 DIFFIT: Final = "Hatamizadeh et al., arXiv 2312.02139"
 ANCESTRAL: Final[dict[str, Value]] = {"count": 50_000, "labels": "random", "sampler": "ddpm", "steps": 250}
 GUIDED: Final[dict[str, Value]] = {"guidance_channels": "first3", "guidance_schedule": "constant"}
+UNAIDED: Final[dict[str, Value]] = {"guide": "none"}
 METRICS: Final = ("fid", "sfid", "inception_score", "precision_adm_fp16", "recall_adm_fp16")
 
 
@@ -96,6 +97,9 @@ def rows_for(*, distance: str, images: int, classes: int, resolution: int) -> li
 
 
 def deviations(row: Row, conditions: Mapping[str, Value]) -> list[str]:
-    """Conditions of a row that differ from ours, such as ``steps 250``; the training steps may differ."""
-    names = sorted(row.conditions.keys() - OWN)
-    return [f"{name} {row.conditions[name]}" for name in names if conditions.get(name) != row.conditions[name]]
+    """Conditions of a row that differ from ours, such as ``steps 250``; the training steps may differ.
+
+    No row was guided by another model.
+    """
+    theirs, ours = UNAIDED | row.conditions, {**UNAIDED, **conditions}
+    return [f"{name} {theirs[name]}" for name in sorted(theirs.keys() - OWN) if ours.get(name) != theirs[name]]

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dit.devices import Arithmetic
-from dit.export import WeightsName
+from dit.export import ModelReference, WeightsName
 from dit.pixels import Rounding
 from dit.samplers.guidance import Channels, Schedule
 from dit.samplers.labels import Labels
@@ -38,7 +38,15 @@ class SampleConfig(Config):
     shift: float = added(1.0, gt=0)
     """For euler: below 1, the steps near the noise are shorter. t becomes shift t / (1 + (shift - 1) t)."""
     guidance_scale: float = Field(1.5, ge=0)
-    """Scale of classifier-free guidance. 1: no guidance. Ignored for unconditional models."""
+    """Scale of guidance: the distance from the prediction for the null label, or from the guide's, is multiplied by it.
+    1: no guidance. Ignored for unconditional models without a ``guide``."""
+    guide: ModelReference | None = operational(None)
+    """A worse model of the same process, latents and classes, whose prediction replaces that for the null label
+    (autoguidance): a smaller one, or a milestone of the same training, by its manifest or folder, its MLflow run id, or
+    ``models:/name@champion`` or ``models:/name/3`` of the registry. It is no part of the identity: its content is, by
+    its digest. Null: classifier-free guidance, which needs a model that was trained with label dropout."""
+    guide_weights: WeightsName = added("ema")
+    """Which weights of the guide: as ``weights``."""
     guidance_channels: Channels = "first3"
     """Latent channels that are guided: the first three, as in the published results of DiT and DiffiT, or all."""
     guidance_schedule: Schedule = "constant"

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from dit.devices import Arithmetic
 from dit.diffusion.config import DiffusionConfig, ProcessConfig
-from dit.export import WeightsName
+from dit.export import ModelReference, WeightsName
 from dit.latent_scale import Normalise
 from dit.models.build import AnyModelChoice
 from dit.models.choice import DiTChoice
@@ -14,19 +14,13 @@ from dit.training.data import Order
 from dit.training.dispersive import Dispersive
 from dit.training.parallelize import Parallel
 from dit.training.power import MAX_WIDTH
-from storage import uri
 from storage.config import Config, added, operational
-
-
-def _reference(text: str) -> str:
-    """A location without secrets; or ``models:/name@alias``, which is none."""
-    return text if text.startswith("models:/") else uri.checked(text)
 
 
 class Init(Config):
     """The weights that training starts from. The optimizer starts anew, and the averages start from these weights."""
 
-    source: Annotated[str, AfterValidator(_reference)] = operational()
+    source: ModelReference = operational()
     """A trained model, by its manifest or folder, its MLflow run id, or ``models:/name@champion`` or
     ``models:/name/3`` of the registry; or a file or folder of others that ``ditflow convert`` reads. It is no part of
     the identity: its content is, by its digest."""

@@ -21,6 +21,8 @@ from dit.devices import device
 from dit.export import SAMPLING, weights_file
 from dit.sample import check_process, draw
 from dit.samplers.config import SampleConfig
+from dit.samplers.guide import NAME as GUIDE
+from dit.samplers.guide import with_guide
 from dit.samplers.labels import class_label
 from dit.vae import CONFIG, WEIGHTS, Vae, VaeRef, load_vae
 from storage import uri
@@ -37,15 +39,16 @@ class Generator(PythonModel):
     """Samples one image for each label."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the exported model and its autoencoder.
+        """Load the exported model, its guide and its autoencoder.
 
         Raises:
             DitflowError: a file is not what was registered.
         """
         folder = Path(context.artifacts["model"])
         values = _opened(folder / SAMPLING)
-        self._sampling = values["sampling"]
-        self._trained = dit.load(str(folder), weights=weights_file(self._sampling["weights"]), device=device())
+        self._sampling = values["sampling"] | {"guide": context.artifacts.get(GUIDE)}
+        trained = dit.load(str(folder), weights=weights_file(self._sampling["weights"]), device=device())
+        self._trained = with_guide(SampleConfig.model_validate(self._sampling), trained, device())
         self._vae = _vae(context.artifacts["vae"], values["vae"]) if values["vae"] else None
 
     def predict(

@@ -28,6 +28,7 @@ from dit.evaluate import MetricsManifest
 from dit.export import MODEL, SAMPLING, CheckpointManifest, weights_file
 from dit.sample import PICTURE, SampleManifest
 from dit.samplers.config import SampleConfig
+from dit.samplers.guide import NAME as GUIDE
 from dit.vae import fetch
 from flows.registry.config import VERSION, ModelManifest, RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, Evaluation, apply_rule
@@ -141,10 +142,11 @@ def _numbers(metrics: MetricsManifest) -> dict[str, str]:
 
 def _lineage(metrics: MetricsManifest, samples: SampleManifest, checkpoint: CheckpointManifest) -> dict[str, str]:
     """Tags with the digests of every output from the archive to the metrics, and the URL of the checkpoint."""
+    guide = _guide(samples)
     latents = checkpoint.parent("latents", LatentManifest)
     shards = latents.parent("shards", ShardManifest)
     made = {"metrics": metrics, "samples": samples, "checkpoint": checkpoint, "latents": latents, "shards": shards}
-    digests = {f"digest.{name}": manifest.digest for name, manifest in made.items()}
+    digests = {f"digest.{name}": manifest.digest for name, manifest in (made | guide).items()}
     digests |= {f"digest.archive.{split}": digest for split, digest in shards.inputs.items()}
     return digests | {MANIFEST_TAG: uri.redact(checkpoint.url), "ditflow.code_version": code_version()}
 
@@ -156,7 +158,7 @@ def _log(checkpoint: CheckpointManifest, samples: SampleManifest, metrics: Metri
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("model.py")),
-            artifacts=_artifacts(Path(folder), checkpoint, sampling),
+            artifacts=_artifacts(Path(folder), checkpoint, _guide(samples).get(GUIDE), sampling),
             signature=_signature(sampling),
             input_example=(pd.DataFrame({"label": np.array([0], np.int64)}), {"steps": min(sampling.steps, 4)}),
             pip_requirements=_requirements(),
@@ -195,18 +197,35 @@ def _current(run_id: str) -> Iterator[None]:
         mlflow.end_run("RUNNING")
 
 
-def _artifacts(folder: Path, checkpoint: CheckpointManifest, sampling: SampleConfig) -> dict[str, str]:
-    """Folders with the model and its sampling config, and with the autoencoder if it has one; all can be compared."""
+def _guide(samples: SampleManifest) -> dict[str, CheckpointManifest]:
+    """The model that guided the samples, by its name; none if the model was not guided by another one."""
+    return {GUIDE: samples.parent(GUIDE, CheckpointManifest)} if GUIDE in samples.parents else {}
+
+
+def _artifacts(
+    folder: Path, checkpoint: CheckpointManifest, guide: CheckpointManifest | None, sampling: SampleConfig
+) -> dict[str, str]:
+    """Folders with the model and its sampling config, with its guide and its autoencoder if it has them.
+
+    All can be compared.
+    """
     model, vae = folder / "model", folder / "vae"
-    model.mkdir()
-    for name in (MODEL, weights_file(sampling.weights)):
-        (model / name).write_bytes(checkpoint.read_object(name))
-    (model / MANIFEST).write_bytes(uri.read(checkpoint.url))  # last: it is what the others are compared with
+    _write_model(model, checkpoint, sampling.weights)
+    if guide:
+        _write_model(folder / GUIDE, guide, sampling.guide_weights)
     ref = sampling.vae or checkpoint.card.vae_ref
     hashes = fetch(ref, vae) if ref else {}
-    values = {"sampling": sampling.model_dump(mode="json", exclude={"vae"}), "vae": hashes}
+    values = {"sampling": sampling.model_dump(mode="json", exclude={"vae", "guide"}), "vae": hashes}
     (model / SAMPLING).write_bytes(sealed(json.dumps(values, indent=1).encode()))
-    return {"model": str(model)} | ({"vae": str(vae)} if ref else {})
+    folders = {"model": model} | ({GUIDE: folder / GUIDE} if guide else {}) | ({"vae": vae} if ref else {})
+    return {name: str(place) for name, place in folders.items()}
+
+
+def _write_model(folder: Path, checkpoint: CheckpointManifest, weights: str) -> None:
+    folder.mkdir()
+    for name in (MODEL, weights_file(weights)):
+        (folder / name).write_bytes(checkpoint.read_object(name))
+    (folder / MANIFEST).write_bytes(uri.read(checkpoint.url))  # last: it is what the others are compared with
 
 
 def _signature(sampling: SampleConfig) -> ModelSignature:

@@ -6,9 +6,10 @@ from dit.evaluate import MetricsManifest
 from dit.report.plots import GuidanceLine
 from dit.samplers.guidance import UNGUIDED
 from flows.report.alike import Evaluation, alike
+from storage.header import short_digest
 
-GUIDANCE = "guidance_"
-SETTINGS = ("channels", "schedule", "interval")
+GUIDANCE = ("guidance_", "guide")
+SETTINGS = ("guidance_channels", "guidance_schedule", "guidance_interval", "guide", "guide_weights")
 Fixed = tuple[str, int, str, dict[str, str | int | float]]
 """What must be equal: distance, version of the stage, digest of the checkpoint, conditions without guidance."""
 
@@ -40,8 +41,10 @@ def _fixed(evaluation: Evaluation) -> Fixed:
 
 
 def _setting(metrics: MetricsManifest) -> str:
-    values = {name: metrics.conditions.get(f"{GUIDANCE}{name}") for name in SETTINGS}
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+    values = {name: str(metrics.conditions[name]) for name in SETTINGS if name in metrics.conditions}
+    if "guide" in values:
+        values["guide"] = short_digest(values["guide"])
+    return ", ".join(f"{name.removeprefix('guidance_')} {value}" for name, value in values.items())
 
 
 def _line(setting: str, evaluations: Sequence[MetricsManifest]) -> GuidanceLine:

@@ -2,6 +2,7 @@
 
 from typing import TypeVar
 
+from dit.samplers.config import SampleConfig
 from dit.training.config import TrainConfig
 from flows.tracking import runs
 from storage import uri
@@ -11,13 +12,15 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def located(config: AnyConfig, root: str) -> AnyConfig:
-    """The config with an absolute location in the place of what training starts from.
+    """The config with an absolute location in the place of what training starts from, or what guides samples.
 
     Raises:
         InputError: there is no such run or version, or its output is gone.
         DitflowError: MLflow does not answer.
     """
-    if not isinstance(config, TrainConfig) or config.init is None:
-        return config
-    place = uri.absolute(runs.resolve(config.init.source, root))
-    return config.model_copy(update={"init": config.init.model_copy(update={"source": place})})
+    if isinstance(config, TrainConfig) and config.init is not None:
+        place = uri.absolute(runs.resolve(config.init.source, root))
+        return config.model_copy(update={"init": config.init.model_copy(update={"source": place})})
+    if isinstance(config, SampleConfig) and config.guide is not None:
+        return config.model_copy(update={"guide": uri.absolute(runs.resolve(config.guide, root))})
+    return config

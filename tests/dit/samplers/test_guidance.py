@@ -1,11 +1,16 @@
-"""Guidance that depends on time."""
+"""Guidance that depends on time, and guidance by another model."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from dit.diffusion.config import EDMConfig, FlowConfig
+from dit.diffusion.edm import EDM
+from dit.diffusion.flow import Flow
+from dit.diffusion.process import Denoiser
 from dit.samplers.guidance import Guided, power_cosine
 
 X = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -72,3 +77,70 @@ def test_interval_is_in_the_networks_own_time() -> None:
     model, t = Counting(), torch.tensor([-1.5, -0.2, 0.0, 1.1])
     Guided(model, 3.0, null_label=10, interval=(-0.5, 0.5))(X, t, LABELS)
     assert model.labels == [[1, 2, 3, 4, 10, 10]]
+
+
+def other(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    """A worse network than `Counting`."""
+    return torch.cat([x.sin() * (1 if y is None else y.reshape(-1, 1, 1, 1)), x], 1)
+
+
+def test_a_guide_replaces_the_pass_for_the_null_label() -> None:
+    model, guide = Counting(), Counting()
+    found = Guided(model, 4.4, null_label=10, schedule="power_cosine", guide=guide)(X, TIMES, LABELS + 1)
+    assert (model.labels, guide.labels) == ([LABELS.add(1).tolist()], [LABELS.add(1).tolist()])
+    assert torch.equal(found, model(X, TIMES, LABELS + 1))  # both are the same network
+    found = Guided(model, 4.4, null_label=10, schedule="power_cosine", guide=other)(X, TIMES, LABELS)
+    good, bad = model(X, TIMES, LABELS), other(X, TIMES, LABELS)
+    for i, t in enumerate(TIMES):
+        scale = 1 + 3.4 * (1 - math.cos(math.pi * (1 - float(t) / 1000) ** 4)) / 2
+        torch.testing.assert_close(found[i, :3], bad[i, :3] + scale * (good[i, :3] - bad[i, :3]))
+        assert torch.equal(found[i, 3:], good[i, 3:])
+
+
+def test_a_guide_needs_no_labels() -> None:
+    def model(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        assert y is None
+        return x.exp()
+
+    found = Guided(model, 2.0, null_label=0, channels="all", guide=other)(X, TIMES, None)
+    torch.testing.assert_close(found, 2 * X.exp() - other(X, TIMES, None)[:, :4])
+
+
+def test_a_guide_is_asked_inside_the_interval_alone() -> None:
+    model, guide = Counting(), Counting()
+    guided = Guided(model, 3.0, null_label=10, channels="all", interval=(100, 400), guide=guide)
+    found = guided(X, TIMES, LABELS)
+    assert (model.labels, guide.labels) == ([[1, 2, 3, 4]], [[2, 3]])
+    assert torch.equal(found, model(X, TIMES, LABELS))
+    guided(X, torch.full((4,), 500), LABELS)
+    assert guide.labels == [[2, 3]]
+    assert torch.equal(Guided(model, 1.0, null_label=10, guide=guide)(X, TIMES, LABELS), model(X, TIMES, LABELS))
+    assert guide.labels == [[2, 3]]
+
+
+T = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64)
+
+
+def of_flow(config: FlowConfig) -> Callable[[Denoiser], Tensor]:
+    return lambda model: Flow(config).predict(model, X.double(), T, LABELS).x0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(of_flow(FlowConfig(path=path)) for path in ("linear", "gvp", "vp")),
+        *(of_flow(FlowConfig(predict=predict)) for predict in ("noise", "data")),
+        lambda model: EDM.from_config(EDMConfig()).denoise(model, X.double(), T, LABELS),
+    ],
+)
+def test_guiding_what_a_network_predicts_is_guiding_the_expected_data(data: Callable[[Denoiser], Tensor]) -> None:
+    """Karras et al., arXiv 2406.02507, equation 2: D = D_guide + s (D_model - D_guide)."""
+
+    def model(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        return x.cos() * t.reshape(-1, 1, 1, 1)
+
+    def guide(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        return other(x, t, y)[:, :4]
+
+    found = data(Guided(model, 2.5, null_label=10, channels="all", guide=guide))
+    torch.testing.assert_close(found, data(guide) + 2.5 * (data(model) - data(guide)))

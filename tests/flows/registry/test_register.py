@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
+import pandas as pd
 import pytest
 from faults import MlflowServer
 from flips import unnoticed
@@ -34,6 +36,7 @@ from flows.tracking import runs
 from flows.tracking.store import MANIFEST_TAG
 from storage.errors import DitflowError, InputError
 from storage.manifest import Manifest, StageOutput, stage_output
+from storage.rows.store import RowReader
 from storage.tracker import NullTracker
 
 NAME = "it's <b>50 %20< é #1"
@@ -186,6 +189,31 @@ def test_the_rule_decides_who_is_champion(models: list[ModelManifest], client: M
     tags = client.get_model_version(NAME, "2").tags
     (record,) = (json.loads(value) for name, value in tags.items() if name.startswith(PROMOTION_TAG))
     assert (record["decision"], record["old_champion"]) == ("kept", 1)
+
+
+def test_a_version_is_served_with_its_guide(models: list[ModelManifest], client: MlflowClient, tmp_path: Path) -> None:
+    small = Small(Path(models[0].root))
+    bad, good = (
+        one.parent("metrics", MetricsManifest)
+        .parent("samples", SampleManifest)
+        .parent("checkpoint", CheckpointManifest)
+        for one in models
+    )
+    metrics = small.evaluated(good, SAMPLING.model_copy(update={"guide": bad.uri}))
+    version = small.registered(metrics, RegisterConfig(model_name="guided"))
+    assert client.get_model_version("guided", "1").tags["digest.guide"] == bad.digest
+    assert exported.export_faults(version.uri) == []
+    folder = Path(mlflow.artifacts.download_artifacts("models:/guided/1", dst_path=str(tmp_path)))
+    drawn = RowReader(metrics.parent("samples", SampleManifest))
+    asked = pd.DataFrame({"label": drawn.array("label").astype("int64")})
+    found = mlflow.pyfunc.load_model(str(folder)).predict(asked)["png_base64"]
+    pngs = np.stack([np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) for png in found])
+    assert np.array_equal(pngs, drawn.array("image"))
+    (weights,) = (folder / "artifacts" / "guide").glob("*.safetensors")
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(DitflowError, match=r"model\.safetensors: does not hold the bytes that were committed"):
+        mlflow.pyfunc.load_model(str(folder))
 
 
 def test_each_root_has_its_own_registry(

@@ -1,0 +1,153 @@
+"""Samples guided by another model: their names, lineage, report, and the command."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import refused
+from faults import MlflowServer
+from pipelines import arguments
+from small import SAMPLING, Small
+from test_pipeline import reported, states
+
+from dit.evaluate import MetricsManifest
+from dit.metrics.comparison import differing
+from dit.metrics.published import ROWS, deviations
+from dit.sample import SampleManifest
+from dit.samplers.config import SampleConfig
+from flows.command.main import main
+from flows.contract import STAGES
+from flows.over_training import OverTraining
+from flows.recipe import load_recipe
+from flows.report import guidance_sweep
+from flows.tracking import runs
+from flows.tracking.references import located
+from storage.manifest import Manifest
+from storage.verify import outputs
+
+LATER = 3
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    return Small(tmp_path_factory.mktemp("root"), tracked=False)
+
+
+@pytest.fixture(scope="module")
+def latents(small: Small) -> Manifest:
+    return small.latents()
+
+
+@pytest.fixture(scope="module")
+def bad(small: Small, latents: Manifest) -> Manifest:
+    return small.checkpoint(latents)
+
+
+@pytest.fixture(scope="module")
+def good(small: Small, latents: Manifest) -> Manifest:
+    return small.checkpoint(latents, steps=LATER)
+
+
+@pytest.fixture(scope="module")
+def metrics(small: Small, good: Manifest, bad: Manifest) -> MetricsManifest:
+    return small.evaluated(good, guided(bad.url))
+
+
+def guided(guide: str, **fields: object) -> SampleConfig:
+    return SampleConfig.model_validate(SAMPLING.model_dump() | {"guide": guide} | fields)
+
+
+def test_one_content_is_one_output_wherever_the_guide_lies(
+    small: Small, good: Manifest, bad: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(bad.uri, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    root, real = str(small.root), runs.resolve
+    named = {"models:/m@champion": bad.url}
+    monkeypatch.setattr(runs, "resolve", lambda given, root: named.get(given) or real(given, root))
+    sources = [bad.uri, bad.url, str(copy), "copy", "models:/m@champion"]
+    names = {STAGES["sample"].output(root, located(guided(source), root), good).uri for source in sources}
+    assert len(names) == 1
+    others = [SAMPLING, guided(good.uri), guided(bad.uri, guide_weights="raw"), guided(bad.uri, guidance_scale=3)]
+    assert not names & {STAGES["sample"].output(root, config, good).uri for config in others}
+
+
+def test_a_finished_evaluation_over_training_is_found_by_the_name_of_its_guide(
+    small: Small,
+    latents: Manifest,
+    good: Manifest,
+    bad: Manifest,
+    metrics: MetricsManifest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs, "resolve", lambda given, root: {"models:/m@champion": bad.url}.get(given, given))
+    recipe = load_recipe("demo", [])
+    train = recipe.train.model_validate(good.config)
+    assert recipe.evaluate is not None
+    evaluate = recipe.evaluate.model_validate(metrics.config)
+    asked = OverTraining(train, guided("models:/m@champion"), evaluate)
+    (found,) = asked.evaluations(str(small.root), latents).values()
+    assert found is not None
+    assert found.digest == metrics.digest
+
+
+def test_lineage_leads_to_the_guide(bad: Manifest, good: Manifest, metrics: MetricsManifest) -> None:
+    chain = {found.uri for found in outputs(metrics.uri) if isinstance(found, Manifest)}
+    assert {bad.uri, good.uri} <= chain
+    shutil.move(bad.uri, f"{bad.uri}-gone")
+    try:
+        (broken,) = [found for found in outputs(metrics.uri) if not isinstance(found, Manifest)]
+        assert Path(bad.uri).name in str(broken)
+    finally:
+        shutil.move(f"{bad.uri}-gone", bad.uri)
+
+
+def test_numbers_with_and_without_a_guide_are_not_compared(
+    small: Small, bad: Manifest, good: Manifest, metrics: MetricsManifest
+) -> None:
+    plain = small.evaluated(good)
+    assert differing(plain.conditions, metrics.conditions) == ["guide", "guide_training_steps", "guide_weights"]
+    row = next(row for row in ROWS if row.conditions.get("guidance_scale") == 1.5)
+    assert "guide none" in deviations(row, metrics.conditions)
+    assert "guide none" not in deviations(row, plain.conditions)
+    scale_1 = small.evaluated(good, guided(bad.url, guidance_scale=1))
+    assert scale_1.digest == small.evaluated(good, SAMPLING.model_copy(update={"guidance_scale": 1.0})).digest
+    among = guidance_sweep.sweep_of(metrics, str(small.root))
+    assert {each.digest for each in among} == {each.digest for each in (plain, metrics, scale_1)}
+    lines = {line.name: line.scales for line in guidance_sweep.lines(among)}
+    alone, other = "channels all, schedule constant", f"guide {bad.digest[:16]}, guide_weights ema"
+    assert lines == {alone: [1.0, 2.0], f"{alone}, {other}": [1.0, 2.0]}
+
+
+MILESTONES = ("--set", "train.milestones=10", "--set", "train.held_out=null", "--set", "evaluate=null")
+
+
+def test_a_milestone_guides_the_last_step(
+    tmp_path: Path, digits: Path, prefect_api: str, mlflow_server: MlflowServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a user runs it: first the pipeline, then samples that its milestone guides, whose chain is sound."""
+    assert set(states(reported("run", tmp_path, digits, *MILESTONES)).values()) == {"ran"}
+    models = [Manifest.read(str(folder)) for folder in (tmp_path / "train").iterdir()]
+    (milestone,) = [model for model in models if model.counts["steps"] == 10]
+    asked = ("--set", f"sample.guide={milestone.uri}", "--set", "sample.guidance_scale=2", *MILESTONES)
+    report = reported("run", tmp_path, digits, *asked)
+    assert states(report) == {"shard": "skipped", "encode": "skipped", "train": "skipped", "sample": "ran"}
+    samples = SampleManifest.read(report["stages"][-1]["manifest"])
+    assert samples.conditions["guide"] == milestone.digest
+    run_id = report["mlflow_run_ids"]["train"]
+    again = reported("run", tmp_path, digits, *asked[:1], f"sample.guide={run_id}", *asked[2:])
+    assert SampleManifest.read(again["stages"][-1]["manifest"]).inputs["guide"] != milestone.digest
+    assert states(reported("run", tmp_path, digits, *asked))["sample"] == "skipped"
+    capsys.readouterr()
+    assert main(["verify", "--full", samples.uri]) == 0
+    assert f"{milestone.uri}: " in capsys.readouterr().out
+
+
+def test_a_guide_that_is_missing_is_found_before_anything_runs(
+    tmp_path: Path, digits: Path, prefect_api: str, mlflow_server: MlflowServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("run", "plan"):
+        asked = arguments(name, tmp_path, digits, "--set", f"sample.guide={tmp_path}/gone")
+        line = refused(capsys, [each for each in asked if name == "run" or each != "--json"])
+        assert f"sample.guide: {tmp_path}/gone: no finished output" in line
+    assert not any((tmp_path / stage).exists() for stage in STAGES)
