@@ -20,6 +20,7 @@ from torch import nn
 from dit.diffusion.config import ProcessConfig
 from dit.models.build import AnyModelConfig, build
 from dit.models.config import ModelConfig
+from dit.models.lora import Lora
 from dit.vae import VaeRef
 from storage import uri
 from storage.channels import ChannelScale
@@ -76,6 +77,8 @@ class ModelCard(Config):
     """Names of the classes; a label is an index into them."""
     steps: int = Field(ge=0)
     """Training steps taken."""
+    lora: Lora | None = Field(None, exclude_if=lambda lora: lora is None)
+    """Adapters that were trained, and are part of the weights; None if the weights themselves were."""
     weights: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of each weights file, by name."""
 

@@ -6,6 +6,7 @@ from contextlib import closing
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from dit.devices import arithmetic, device, dtype
 from dit.diffusion.build import build_process
@@ -15,6 +16,7 @@ from dit.latent_scale import channel_scale
 from dit.models.choice import DataSpec
 from dit.models.config import ModelConfig
 from dit.models.cost import activations, cost
+from dit.models.lora import Lora, merged
 from dit.ranks import Ranks, joined
 from dit.rates import at_once, training_rate
 from dit.training import origin
@@ -30,7 +32,7 @@ from dit.training.preemption import preemption
 from dit.training.prefetch import prefetched
 from dit.training.sample_grid import SampleGrid
 from dit.training.shorter import newest_step, shorter_runs, warn_of_other_batch_sizes
-from dit.training.start import autocast, check_start, decays, initial_state, open_for, step_config
+from dit.training.start import autocast, check_start, decays, initial_state, open_for, prepared, step_config
 from dit.training.step_log import StepLog
 from dit.training.throughput import LoggedStep, ThroughputMeter
 from storage.config import problem
@@ -65,18 +67,21 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
             LOGGER.warning("%s; restarting from the last checkpoint", error)
         # A transient fault does not return. The restart is outside the except block: the error holds the old state.
         state, history = trained or _train(config, card, batches, held_out, ranks, out, tracker)
-        weights = _weights(state, ranks)
+        weights = _weights(state, config.lora, ranks)
         if ranks.first:
             _commit(config, card, weights, history, held_out, out, tracker)
         ranks.wait()
         return CheckpointManifest.read(out.uri)
 
 
-def _weights(state: TrainState, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
-    """Copies of all weights in the first rank's host memory, by the name of their file. All ranks must call this."""
+def _weights(state: TrainState, lora: Lora | None, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
+    """Copies of all weights in the first rank's host memory, by the name of their file. All ranks must call this.
+
+    Adapters are merged into them.
+    """
     parts = {name: average.state_dict() for name, average in state.averages.items()}
     parts |= {"raw": state.model.state_dict()}
-    return {weights_file(name): gathered(tensors, ranks) for name, tensors in parts.items()}
+    return {weights_file(name): merged(gathered(tensors, ranks), lora) for name, tensors in parts.items()}
 
 
 def model_for(config: TrainConfig, latents: LatentManifest) -> ModelConfig:
@@ -107,6 +112,7 @@ def card_for(config: TrainConfig, latents: LatentManifest) -> ModelCard:
         resolution=latents.resolution,
         class_names=latents.class_names,
         steps=config.steps,
+        lora=config.lora,
     )
 
 
@@ -129,7 +135,10 @@ def _check(config: TrainConfig, latents: LatentManifest, ranks: int) -> None:
     if config.augmentation and latents.vae:
         raise InputError("train.augmentation: works on pixels, and the data are latents; set it to 0")
     if config.dispersive:
-        config.dispersive.numbers(model_for(config, latents))
+        pushed = config.dispersive.output(model_for(config, latents), prepared(config))
+        if not pushed.requires_grad:
+            reason = f"nothing up to block {config.dispersive.block} is trained, so it changes nothing"
+            raise InputError(f"train.dispersive: {reason}; remove it, or freeze less")
 
 
 def _batches(config: TrainConfig, card: ModelCard, latents: LatentManifest, ranks: Ranks) -> Batches:
@@ -192,7 +201,7 @@ def _train(
             if logs:
                 log.write(state, result, next_batch.waited)
             if config.sample_every and result.step % config.sample_every == 0:
-                _sample(grid, state, ranks, tracker)
+                _sample(grid, state, config.lora, ranks, tracker)
             if result.step in milestones and history:
                 milestones.begin(result.step, history)
             if saves and skipped == 0:  # a checkpoint amid skipped steps would lead a restarted run back to them
@@ -226,7 +235,7 @@ def _milestones(
 
     def copy(step: int, history: Sequence[LoggedStep]) -> Callable[[], object]:
         shorter, place = output(step)
-        its_card, weights = card.model_copy(update={"steps": step}), _weights(state, ranks)
+        its_card, weights = card.model_copy(update={"steps": step}), _weights(state, config.lora, ranks)
         return lambda: _commit(shorter, its_card, weights, history, held_out, place, NullTracker())
 
     steps = milestone_steps(config.milestones, config.steps)
@@ -237,9 +246,9 @@ def _milestones(
     return Milestones(missing, copy, first=ranks.first)
 
 
-def _sample(grid: SampleGrid, state: TrainState, ranks: Ranks, tracker: Tracker) -> None:
+def _sample(grid: SampleGrid, state: TrainState, lora: Lora | None, ranks: Ranks, tracker: Tracker) -> None:
     """Draw samples with the EMA. All ranks must call this; the first draws, and the others go on to their next step."""
-    weights = gathered(state.averages["ema"].state_dict(), ranks)
+    weights = merged(gathered(state.averages["ema"].state_dict(), ranks), lora)
     picture = grid.draw(weights) if ranks.first else None
     if picture is not None:
         tracker.artifact(f"samples-{state.step:09d}.png", picture)
@@ -306,7 +315,7 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
     card, ranks = card_for(config, latents), plan.world_size
     share = -(-config.batch_size // ranks)
     batch = min(share, config.micro_batch or share)
-    work, images = cost(card.model), config.steps * config.batch_size
+    work, images = cost(card.model, prepared(config)), config.steps * config.batch_size
     averages, saved = decays(config), min(config.keep_checkpoints, -(-config.steps // config.checkpoint_every))
     held = work.memory | {"ema": len(averages) * work.memory["ema"]}
     whole = held["gradients"] if batch < share else 0  # every rank accumulates all of them
@@ -336,7 +345,12 @@ def _parts(config: TrainConfig, plan: PlanContext) -> int:
 
 
 def _activations(config: TrainConfig, model: ModelConfig, batch: int) -> int:
-    kept = activations(model, batch, autocast(config), recompute_blocks if config.checkpoint_activations else None)
+    def prepare(network: nn.Module) -> None:
+        prepared(config)(network)
+        if config.checkpoint_activations:
+            recompute_blocks(network)
+
+    kept = activations(model, batch, autocast(config), prepare)
     return kept + (config.dispersive.memory(model, config.batch_size) if config.dispersive else 0)
 
 

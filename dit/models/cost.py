@@ -50,10 +50,17 @@ class Cost:
         return {"weights": weights, "gradients": gradients, "adamw": 2 * gradients, "ema": weights}
 
 
-def cost(config: ModelConfig) -> Cost:
-    """Count a model's parameters and the operations of one forward pass on torch's "meta" device."""
+def cost(config: ModelConfig, prepare: Callable[[nn.Module], None] | None = None) -> Cost:
+    """Count a model's parameters and the operations of one forward pass on torch's "meta" device.
+
+    Args:
+        config: the model.
+        prepare: applied to the model before; it may choose what is trained.
+    """
     with torch.device("meta"):
         model = build(config)
+        if prepare is not None:
+            prepare(model)
         x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
         y = torch.empty(1, dtype=torch.long) if config.num_classes else None
         with FlopCounterMode(display=False) as counter:

@@ -10,6 +10,7 @@ from dit.export import ModelReference, WeightsName
 from dit.latent_scale import Normalise
 from dit.models.build import AnyModelChoice
 from dit.models.choice import DiTChoice
+from dit.models.lora import Lora
 from dit.training.data import Order
 from dit.training.dispersive import Dispersive
 from dit.training.parallelize import Parallel
@@ -61,6 +62,10 @@ class TrainConfig(Config):
     normalise: Normalise = added("scale")
     """What latents are scaled by. ``scale``: the autoencoder's scaling factor. ``channel``: mean and deviation of each
     channel over the latents to train on, so that all have mean 0 and deviation 1; the model keeps both numbers."""
+    lora: Lora | None = added(None)
+    """Low-rank adapters, which are trained in the place of the weights of ``init``, and are part of them in the model
+    that is committed. Of the other parameters those are trained that ``freeze`` names after ``!``, such as
+    ``["!y_embedder.*"]`` for new classes. Null: none."""
     steps: int = Field(400_000, ge=1)
     """Number of optimizer steps. A run that differs from a finished one in more steps alone goes on from its last
     checkpoint, unless ``decay`` makes the learning rate depend on their number."""
@@ -166,8 +171,16 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _freezes(self) -> Self:
-        if self.freeze and self.freeze[0].startswith("!"):
+        if self.freeze and self.freeze[0].startswith("!") and self.lora is None:
             raise ValueError(f"freeze: {self.freeze[0]} comes first; begin with what to freeze, such as '*'")
+        return self
+
+    @model_validator(mode="after")
+    def _adapts_a_trained_model(self) -> Self:
+        if self.lora is not None and self.init is None:
+            raise ValueError("lora: adapts a trained model; name it in train.init.source")
+        if self.lora is not None and self.ema_power:
+            raise ValueError("lora: averages the two factors each, which do not combine; remove ema_power")
         return self
 
     @model_validator(mode="after")

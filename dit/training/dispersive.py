@@ -15,7 +15,7 @@ micro-batches compute the same step, if all outputs are known before the first b
 # B = images of the global batch, M = numbers of a block's output for an image
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -71,25 +71,30 @@ class Dispersive(Config):
         of_parts = [pull.view_as(part) for pull, part in zip(pulls.split([*map(len, parts)]), parts, strict=True)]
         return Pulls(of_parts, logits.double().logsumexp((0, 1)) - 2 * math.log(count))
 
-    def numbers(self, config: ModelConfig) -> int:
-        """The numbers M of what the block returns for an image.
+    def output(self, config: ModelConfig, prepare: Callable[[nn.Module], None] = lambda _: None) -> Tensor:
+        """What the block returns for an image, on torch's "meta" device.
+
+        Args:
+            config: the model.
+            prepare: applied to it first; it may choose what is trained.
 
         Raises:
             InputError: the model has no such block.
         """
         with torch.device("meta"):
             model = build(config)
+            prepare(model)
             if self.block > (count := len(blocks(model))):
                 raise InputError(f"train.dispersive.block: {self.block} is beyond the {count} blocks of the model")
             x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
             y = torch.empty(1, dtype=torch.long) if config.num_classes else None
             with outputs(model, self) as found:
                 model(x, torch.empty(1), y)
-        return found[0].numel()
+        return found[0]
 
     def memory(self, config: ModelConfig, batch_size: int) -> int:
         """Bytes that the outputs for a global batch take on each rank: this rank's, all ranks', and those centred."""
-        return 3 * 4 * batch_size * self.numbers(config)
+        return 3 * 4 * batch_size * self.output(config).numel()
 
 
 @contextmanager

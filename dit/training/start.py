@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Callable
+from functools import partial
 from uuid import uuid4
 
 import torch
@@ -20,7 +22,7 @@ from dit.training.ema import EMA, Decay
 from dit.training.loop import StepConfig, TrainState
 from dit.training.parallelize import shard
 from dit.training.per_block import compile_blocks, recompute_blocks
-from dit.training.trainable import freeze
+from dit.training.trainable import choose
 from storage.errors import InputError
 from storage.latents import LatentManifest
 
@@ -50,13 +52,19 @@ def check_start(config: TrainConfig, card: ModelCard) -> None:
     """Check that the model can start as the config says.
 
     Raises:
-        InputError: what it is to start from is absent or does not fit, or ``train.freeze`` does not fit the model.
+        InputError: what it is to start from is absent or does not fit, or ``train.freeze`` or ``train.lora`` does not
+            fit the model.
     """
     if config.init or config.freeze:
         with torch.device("meta"):
             model = build(card.model)
-        freeze(model, config.freeze)
+            prepared(config)(model)
         _found(config, card, model)
+
+
+def prepared(config: TrainConfig) -> Callable[[nn.Module], None]:
+    """What chooses the parameters of a model that are trained."""
+    return partial(choose, freeze=config.freeze, lora=config.lora)
 
 
 def _found(config: TrainConfig, card: ModelCard, model: nn.Module) -> tuple[origin.Origin, origin.Fit] | None:
@@ -73,8 +81,7 @@ def _found(config: TrainConfig, card: ModelCard, model: nn.Module) -> tuple[orig
 
 
 def _begin(config: TrainConfig, card: ModelCard, model: nn.Module, ranks: Ranks) -> None:
-    """Freeze what is not trained, and take the weights to start from."""
-    freeze(model, config.freeze)
+    """Take the weights to start from."""
     begun = _found(config, card, model)
     if begun is None:
         return
@@ -97,7 +104,9 @@ def initial_state(config: TrainConfig, card: ModelCard, ranks: Ranks) -> TrainSt
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build(card.model).to(device())
+        model = build(card.model)
+        prepared(config)(model)
+    model.to(device())
     _begin(config, card, model, ranks)
     if config.compile:
         compile_blocks(model)
@@ -113,6 +122,8 @@ def initial_state(config: TrainConfig, card: ModelCard, ranks: Ranks) -> TrainSt
         config.weight_decay,
         fused=True,
     )
+    if ranks.first and (config.freeze or config.lora):
+        LOGGER.info("%s parameters are trained", f"{sum(parameter.numel() for parameter in trained):,}")
     averages = {name: EMA(model, decay, config.ema_ramp) for name, decay in decays(config).items()}
     return TrainState(model, averages, optimizer)
 

@@ -166,4 +166,4 @@ def test_a_block_that_the_model_has_not_is_refused(tmp_path: Path, store: Latent
 
 def test_memory_is_that_of_all_outputs() -> None:
     assert Dispersive(block=3).memory(MODEL, 10) == 3 * 4 * 10 * 16 * 32
-    assert Dispersive(block=1).numbers(diffit_image_config("digits16")) == 32 * 16 * 16
+    assert Dispersive(block=1).output(diffit_image_config("digits16")).numel() == 32 * 16 * 16

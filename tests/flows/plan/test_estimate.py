@@ -11,6 +11,7 @@ import psutil
 import pytest
 from command_line import SIDE, refused, tiny, write_images
 
+from dit.models.build import build
 from dit.models.cost import cost
 from flows.command.main import main
 from flows.contract import STAGES
@@ -213,6 +214,25 @@ def test_micro_batches_and_recomputed_blocks_keep_less(images: Path, root: Path,
 
     assert 2.9 < kept() / kept("train.micro_batch=2") < 3.1
     assert kept("train.checkpoint_activations=true") < kept() / 2
+
+
+def test_what_is_not_trained_has_no_gradients_and_no_moments(images: Path, root: Path, rates: Path) -> None:
+    """Nor are the inputs of a frozen layer kept for its gradient."""
+
+    def memory(*more: str) -> int:
+        return planned(recipe_of(images, root, "train.batch_size=4", *more), root, rates).memory
+
+    *_, trained = perform(recipe_of(images, root), root, "shard", "encode", "train")
+    model = build(recipe_of(images, root).train.model.config(_given()))
+    tokens, width = 4 * model.get_parameter("pos_embed").shape[1], model.get_parameter("pos_embed").shape[2]
+    hidden = len(model.get_parameter("blocks.0.mlp.fc1.weight"))
+    frozen = memory("train.freeze=[blocks.0.mlp.*]")
+    assert memory() - frozen == 12 * (2 * hidden * width + hidden + width) + 4 * tokens * (width + hidden)
+
+    few = memory("train.freeze=['*', '!y_embedder.*']")
+    lora = ("train.lora={rank: 2, targets: [blocks.0.mlp.fc1]}", f"train.init.source={trained.url}")
+    adapted = memory(*lora, "train.freeze=['!y_embedder.*']")
+    assert adapted - few == 20 * 2 * (width + hidden) + 4 * tokens * (width + 2)
 
 
 def test_the_dispersive_loss_takes_memory_and_in_micro_batches_a_pass(images: Path, root: Path, rates: Path) -> None:
