@@ -3,6 +3,7 @@
 import io
 import json
 import tempfile
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -16,7 +17,9 @@ from dit.convert import diffusers
 from dit.convert.files import SAFETENSORS, suffix
 from dit.convert.layout import published, tables
 from dit.convert.pretrained import Pretrained, described, with_null_label
+from dit.convert.process import RECORD
 from dit.convert.source import PIPELINE, TRANSFORMER
+from dit.diffusion.config import DiffusionConfig
 from dit.vae import VaeRef
 from storage import uri
 from storage.errors import InputError
@@ -32,9 +35,10 @@ def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | Non
 
     Args:
         model: the model to write.
-        destination: for "reference" a .safetensors or .pt file, either with the bare weights in the layout of the
-            published checkpoints of its kind; for "diffusers" a folder of a DiTTransformer2DModel; for "pipeline" one
-            of a whole diffusers pipeline that samples with a module of its own.
+        destination: for "reference" a .safetensors or .pt file with the weights in the layout of the published
+            checkpoints of its kind, and the process in the metadata of the former; for "diffusers" a folder of a
+            DiTTransformer2DModel; for "pipeline" one of a whole diffusers pipeline that samples with a module of its
+            own.
         layout: which of the three.
         vae: folder, URL or hub id of the autoencoder to put into the pipeline's folder, if not the model's own.
 
@@ -49,7 +53,9 @@ def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | Non
     state = with_null_label(model)
     if layout == "reference":
         theirs = tables(model.config) | {published(name): tensor for name, tensor in state.items()}
-        uri.write(destination, _file(theirs, destination))
+        uri.write(destination, _file(theirs, model, destination))
+    elif not isinstance(model.diffusion, DiffusionConfig):
+        raise InputError(f"--to: diffusers has no DiT of the process {model.diffusion.kind}; use --to reference")
     else:
         config, weights = diffusers.to_diffusers(model.config, state)
         objects = {diffusers.WEIGHTS: _safetensors(weights), diffusers.CONFIG: _json(config)}
@@ -70,9 +76,9 @@ def summary(model: Pretrained, destination: str, layout: Layout) -> str:
     return "\n".join(lines)
 
 
-def _file(state: dict[str, Tensor], destination: str) -> bytes:
+def _file(state: dict[str, Tensor], model: Pretrained, destination: str) -> bytes:
     if suffix(destination) == SAFETENSORS:
-        return _safetensors(state)
+        return _safetensors(state, {RECORD: model.diffusion.model_dump_json()})
     if suffix(destination) != ".pt":
         raise InputError(f"{uri.redact(destination)}: a reference checkpoint ends in {SAFETENSORS} or .pt; rename it")
     buffer = io.BytesIO()
@@ -95,6 +101,7 @@ def _pipeline_files(model: Pretrained, vae: str | None) -> dict[str, bytes]:
 
 
 def _scheduler(model: Pretrained) -> dict[str, Any]:
+    assert isinstance(model.diffusion, DiffusionConfig)
     return diffusers.component(
         "DDPMScheduler",
         num_train_timesteps=model.diffusion.steps,
@@ -122,8 +129,8 @@ def _autoencoder(model: Pretrained, ref: VaeRef) -> dict[str, bytes]:
     return {f"vae/{autoencoder.CONFIG}": _json(config), f"vae/{autoencoder.WEIGHTS}": weights}
 
 
-def _safetensors(tensors: dict[str, Tensor]) -> bytes:
-    data: bytes = save_tensors(_alone(tensors), metadata={"format": "pt"})  # some readers ask for the format
+def _safetensors(tensors: dict[str, Tensor], metadata: Mapping[str, str] = {}) -> bytes:
+    data: bytes = save_tensors(_alone(tensors), {"format": "pt", **metadata})  # some readers ask for the format
     return data
 
 

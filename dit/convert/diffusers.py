@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dit.convert.layout import AnyConfig
 from dit.convert.pretrained import fitted, null_is_trained, validated
-from dit.convert.process import NO_FLOW
 from dit.diffusion.config import DiffusionConfig
 from dit.models.config import DiTConfig
 from dit.models.layers import NORM_EPS, grid_sinusoid
@@ -95,7 +94,7 @@ def process(scheduler: bytes, where: str) -> DiffusionConfig:
         InputError: it is another process than noise prediction on a linear schedule.
     """
     if b'"FlowMatch' in scheduler:
-        raise InputError(f"{where}: {SCHEDULER} is that of {NO_FLOW}")
+        raise InputError(f"{where}: {SCHEDULER} is that of a flow on diffusers' time scale, which is not read")
     try:
         found = _Scheduler.model_validate_json(scheduler)
         ends = {"beta_start": found.beta_start, "beta_end": found.beta_end}

@@ -3,6 +3,7 @@
 Ours are the names of DiT, SiT and LightningDiT. Latent DiffiT has two others, and a table of the relative positions of
 tokens in every block; LightningDiT has tables of the angles of RoPE. A table follows from the config. It is written for
 the sake of their readers, and compared when it is read: one of another convention would belong to another network.
+REPA has projectors beside a SiT.
 """
 
 # D = width, N = tokens of an image = w * w, h = heads
@@ -22,6 +23,10 @@ POSITIONS: Final = "pos_embed"
 ROPE: Final = "feat_rope.freqs_cos", "feat_rope.freqs_sin"
 TIME_QKV: Final = ".attn.qkv_temb."
 BIAS: Final = ".attn.relative_position_bias_table"
+PROJECTORS: Final = "projectors."
+"""What the names of REPA's heads begin with, which only its training uses."""
+DECODER: Final = "decoder_blocks."
+"""What older files of REPA call the blocks behind the one that is projected. They are counted from 0 again."""
 INDEX: Final = "attn.relative_position_index"
 RENAMED: Final = {".attn.time_qkv.": TIME_QKV, ".attn.bias.table": BIAS}
 """Parts of our names of a DiffiT, and theirs."""
@@ -33,6 +38,19 @@ def published(name: str) -> str:
     for ours, theirs in RENAMED.items():
         name = name.replace(ours, theirs)
     return name
+
+
+def of_repa(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of REPA's network without projectors and with all blocks in a row; and what was left out, a line."""
+    left_out = [name for name in tensors if name.startswith(PROJECTORS)]
+    first = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    found = {_in_a_row(name, first): tensor for name, tensor in tensors.items() if name not in left_out}
+    return found, [f"left out: {len(left_out)} tensors of REPA's projectors"] if left_out else []
+
+
+def _in_a_row(name: str, first: int) -> str:
+    block, _, rest = name.removeprefix(DECODER).partition(".")
+    return f"blocks.{first + int(block)}.{rest}" if name.startswith(DECODER) and block.isdecimal() else name
 
 
 def tables(config: AnyConfig) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ from typing import Final
 from torch import Tensor
 
 from dit.convert.pretrained import LAYOUT
-from dit.convert.process import NO_FLOW
 from storage.errors import InputError
 
 WRAPPERS: Final = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -15,8 +14,6 @@ ANCHOR: Final = ["x_embedder", "proj", "weight"]
 """Parts of the name of the tensor that shows where a DiT is."""
 AVERAGE: Final = re.compile(r"(^|[._])ema")
 OTHERS: Final = {
-    r"(^|\.)(mlp\.w12|feat_rope|q_norm)\.": f"is a LightningDiT's or the like, trained by {NO_FLOW}",
-    r"^projectors\.": f"is REPA's, whose model was trained by {NO_FLOW}",
     r"^transformer_blocks\.|^pos_embed\.proj\.": "is diffusers'; name the folder of this file, with its config.json",
     r"^(encoder|decoder)\.": "is an autoencoder's; pass that as --vae, and a DiT as the checkpoint",
     r"(^|\.)(input_blocks|down_blocks)\.": f"is a U-Net's; {LAYOUT}",

@@ -5,7 +5,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from dit.convert.layout import BIAS, POSITIONS, ROPE, TABLE, TIME_QKV, AnyConfig, check_tables, published, tables
-from dit.diffusion.config import DiffusionConfig
+from dit.convert.process import Found, Told
+from dit.diffusion.config import FlowConfig
 from dit.models.build import build
 from dit.models.config import SIZES, DiffiTConfig, DiTConfig
 from storage.config import problem
@@ -37,7 +38,7 @@ class Hints(TypedDict, total=False):
     """Classes: as many as the label table has rows, if there was no label dropout in training; else one fewer."""
     latent_size: int | None
     """Side of the latents, if the file lacks the position table."""
-    process: Literal["gaussian"] | None
+    process: Told | None
     """Diffusion process."""
 
 
@@ -49,8 +50,8 @@ class Pretrained:
     """Config of the network."""
     state: dict[str, Tensor]
     """Its weights in float32, by our names."""
-    diffusion: DiffusionConfig
-    """Diffusion process that it reverses: the published one, unless its card says otherwise."""
+    diffusion: Found
+    """Diffusion process that it reverses: the published one, unless user or card say otherwise."""
     scales: VaeInfo | None = None
     """Scaling of its latents, if its card records it; else that of the autoencoder."""
     vae: str | None = None
@@ -154,7 +155,9 @@ def described(model: Pretrained) -> list[str]:
     shape = f"depth {config.depth}, width {config.width}, {config.heads} heads, patches of {config.patch_size}"
     kind = "DiffiT" if isinstance(config, DiffiTConfig) else "DiT"
     options = [] if isinstance(config, DiffiTConfig) else [f"{name} {value}" for name, value in config.options.items()]
-    return [", ".join([f"{kind} of {shape}", *options, latent, _labels(config)]), *model.notes]
+    flow = model.diffusion if isinstance(model.diffusion, FlowConfig) else None
+    trained = [f"{flow.predict} of a flow on the {flow.path} path"] if flow else []
+    return [", ".join([f"{kind} of {shape}", *options, latent, _labels(config), *trained]), *model.notes]
 
 
 def _labels(config: AnyConfig) -> str:

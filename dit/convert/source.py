@@ -5,10 +5,12 @@ from typing import Unpack
 
 from dit.convert import diffusers
 from dit.convert.files import PICKLES, SAFETENSORS, Content, read_content, suffix
+from dit.convert.flow import reversed_time, without_variance
+from dit.convert.layout import AnyConfig, of_repa
 from dit.convert.network import network, unread_average
 from dit.convert.pretrained import LAYOUT, Hints, Pretrained, completed, fitted, infer
-from dit.convert.process import process
-from dit.diffusion.config import DiffusionConfig
+from dit.convert.process import Told, check_told, process
+from dit.diffusion.config import EDMConfig, FlowConfig
 from dit.export import MODEL, load
 from dit.models.config import DiffiTConfig, DiTConfig
 from dit.weights import DIFFUSERS_WEIGHTS
@@ -41,8 +43,8 @@ def read(source: str, **hints: Unpack[Hints]) -> Pretrained:
         hints: what the source does not record.
 
     Raises:
-        InputError: there is no such checkpoint, it is damaged, it is neither an adaLN-Zero DiT nor a latent DiffiT, it
-            predicts something else than noise, or it contradicts the hints.
+        InputError: there is no such checkpoint, it is damaged, it is neither an adaLN-Zero DiT nor a latent DiffiT, its
+            process is not known, or it contradicts the hints.
     """
     if suffix(source) in (*PICKLES, SAFETENSORS):
         return _file(source, hints)
@@ -62,6 +64,7 @@ def _file(source: str, hints: Hints) -> Pretrained:
     content, where = read_content(source), uri.redact(source)
     tensors, place = network(content.tensors, where)
     diffusion, notes = process(content.options, tensors, source, hints.get("process"))
+    tensors, left_out = of_repa(tensors)
     average = unread_average([*content.tensors, *content.options], place)
     if hints.get("classes") is None:
         hints = {**hints, "classes": _recorded_classes(content)}
@@ -69,7 +72,31 @@ def _file(source: str, hints: Hints) -> Pretrained:
     if place or average:
         other = f", not from the average under {average}, whose tensors have no names of a DiT" if average else ""
         notes = [f"read from {place or 'the file'}{other}", *notes]
-    return Pretrained(config, fitted(config, completed(config, tensors), where), diffusion, notes=tuple(notes))
+    state = fitted(config, completed(config, tensors), where)
+    found = Pretrained(config, state, diffusion, notes=(*notes, *left_out, *_open(config)))
+    return _as_flow(found, hints.get("process"))
+
+
+def _open(config: AnyConfig) -> list[str]:
+    """What the file of a DiT with later options leaves open, a line each."""
+    if not isinstance(config, DiTConfig) or not config.options:
+        return []
+    scaled = "assumed: latents on the autoencoder's scale; those of LightningDiT are normalised channel by channel"
+    return [scaled] if config.rope else ["assumed: no RoPE, since the file has no feat_rope", scaled]
+
+
+def _as_flow(found: Pretrained, told: Told | None) -> Pretrained:
+    """The same model; a flow in our time, and without outputs that it does not use."""
+    config, state, notes = found.config, found.state, list(found.notes)
+    if not isinstance(found.diffusion, FlowConfig):
+        return found
+    if told == "reversed-flow":
+        state = reversed_time(state, found.diffusion)
+        notes.append("its time was turned round, so that it is 0 at the noise: in the first and the last Linear layer")
+    if config.learn_variance:
+        config, state = without_variance(config, state)
+        notes.append("left out: the second half of the outputs, which flows do not use")
+    return replace(found, config=config, state=state, notes=tuple(notes))
 
 
 def _recorded_classes(content: Content) -> int | None:
@@ -88,7 +115,7 @@ def _folder(source: str, hints: Hints) -> Pretrained:
     except Exception as error:  # file systems promise no exception types
         raise InputError(f"{where}: cannot be listed ({one_line(error)}); {KINDS}") from error
     if MODEL in names:
-        return _ours(source)
+        return _ours(source, hints.get("process"))
     if PIPELINE in names:
         return _pipeline(source, names, hints)
     if diffusers.CONFIG in names:
@@ -101,14 +128,14 @@ def _folder(source: str, hints: Hints) -> Pretrained:
     raise InputError(f"{where}: not a checkpoint; {KINDS}")
 
 
-def _ours(source: str) -> Pretrained:
+def _ours(source: str, told: Told | None) -> Pretrained:
     trained = load(source)
     config, card = trained.card.model, trained.card
     if not (isinstance(config, DiffiTConfig) or (isinstance(config, DiTConfig) and config.block == "adaln_zero")):
         raise InputError(f"{uri.redact(source)}: {MODEL} describes another model; {LAYOUT}")
-    if not isinstance(card.diffusion, DiffusionConfig):
-        kind = card.diffusion.kind
-        raise InputError(f"{uri.redact(source)}: was trained with the process {kind}, which these layouts do not have")
+    if isinstance(card.diffusion, EDMConfig):
+        raise InputError(f"{uri.redact(source)}: was trained with the process edm, which these layouts do not have")
+    check_told(card.diffusion, told, uri.redact(source))
     if card.channels:
         no_place = "was trained with normalise: channel, and these layouts have no place for the scale of a channel"
         raise InputError(f"{uri.redact(source)}: {no_place}; sample from it here")
@@ -117,11 +144,12 @@ def _ours(source: str) -> Pretrained:
 
 def _pipeline(source: str, names: list[str], hints: Hints) -> Pretrained:
     """The transformer of a diffusers pipeline, with the process of its scheduler."""
-    pretrained = _folder(uri.join(source, TRANSFORMER), hints)
-    if uri.exists(scheduler := uri.join(source, diffusers.SCHEDULER)):
-        diffusion = diffusers.process(_bytes(scheduler), uri.redact(source))
-        pretrained = replace(pretrained, diffusion=diffusion, notes=())
-    return replace(pretrained, vae=uri.join(source, VAE) if VAE in names else None)
+    vae = uri.join(source, VAE) if VAE in names else None
+    if not uri.exists(scheduler := uri.join(source, diffusers.SCHEDULER)):
+        return replace(_folder(uri.join(source, TRANSFORMER), hints), vae=vae)
+    diffusion = diffusers.process(_bytes(scheduler), uri.redact(source))
+    check_told(diffusion, hints.get("process"), uri.redact(source))
+    return replace(_folder(uri.join(source, TRANSFORMER), hints), diffusion=diffusion, vae=vae, notes=())
 
 
 def _diffusers(source: str, names: list[str], hints: Hints) -> Pretrained:
@@ -133,7 +161,7 @@ def _diffusers(source: str, names: list[str], hints: Hints) -> Pretrained:
     config, content = _bytes(uri.join(source, diffusers.CONFIG)), read_content(uri.join(source, weights))
     found = diffusers.from_diffusers(config, content.tensors, where)
     diffusion, notes = process(content.options, content.tensors, source, hints.get("process"))
-    return Pretrained(*found, diffusion, notes=tuple(notes))
+    return _as_flow(Pretrained(*found, diffusion, notes=tuple(notes)), hints.get("process"))
 
 
 def _bytes(url: str) -> bytes:

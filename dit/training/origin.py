@@ -21,7 +21,7 @@ from dit.convert.files import PICKLES, SAFETENSORS, suffix
 from dit.convert.layout import TABLE
 from dit.convert.pretrained import HEADS
 from dit.convert.source import KINDS, PIPELINE, TRANSFORMER
-from dit.diffusion.config import ProcessConfig
+from dit.diffusion.config import FlowConfig, ProcessConfig
 from dit.export import CheckpointManifest, load, weights_file
 from dit.models.build import build
 from dit.models.config import ModelConfig
@@ -205,6 +205,13 @@ def resized(table: Tensor, rows: int) -> Tensor:
     grid = table.T.unflatten(1, (before, before))[None].float()
     other = nn.functional.interpolate(grid, size=(after, after), mode="bilinear", align_corners=True)
     return other[0].flatten(1).T.to(table.dtype)
+
+
+def learned_the_same(theirs: ProcessConfig, ours: ProcessConfig) -> bool:
+    """Whether two processes ask the same of a network, which does not depend on the times that a flow is trained on."""
+    if isinstance(theirs, FlowConfig) and isinstance(ours, FlowConfig):
+        return (theirs.path, theirs.predict) == (ours.path, ours.predict)
+    return theirs == ours
 
 
 def _check_kind(origin: Origin, model: ModelConfig) -> None:

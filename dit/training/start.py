@@ -89,7 +89,7 @@ def _begin(config: TrainConfig, card: ModelCard, model: nn.Module, ranks: Ranks)
     origin.take(model, source, found)
     if ranks.first and found.other:
         LOGGER.warning("train.init: new or unused, as it does not fit %s: %s", source.where, origin.described(found))
-    if ranks.first and source.diffusion != config.diffusion:
+    if ranks.first and not origin.learned_the_same(source.diffusion, config.diffusion):
         LOGGER.warning("train.init: %s was trained for another process than train.diffusion", source.where)
     if ranks.first and source.channels != card.channels:
         text = "train.init: %s was trained on latents of another scale (train.normalise), which this run has to unlearn"

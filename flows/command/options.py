@@ -64,8 +64,11 @@ def add_hints(parser: "_ActionsContainer") -> None:
     parser.add_argument("--classes", type=int, help=text)
     text = "side of the latents; needed if the file has no pos_embed"
     parser.add_argument("--latent-size", type=int, help=text)
-    text = "diffusion process, if the file does not name it; gaussian: predicts noise, as the published DiT"
-    parser.add_argument("--process", choices=("gaussian",), help=text)
+    text = (
+        "diffusion process, if the file does not name it; gaussian: predicts noise, as the published DiT; flow: as SiT "
+        "and LightningDiT; reversed-flow: with time 1 at the noise, as REPA"
+    )
+    parser.add_argument("--process", choices=("gaussian", "flow", "reversed-flow"), help=text)
 
 
 def hints(options: Namespace) -> "Hints":

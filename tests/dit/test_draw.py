@@ -1,13 +1,17 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import plain_dit
 import pytest
 import tiny
+import torch
 from PIL import Image
 from random_dit import pretrained, random_dit
 from safetensors.torch import save_file
 
 from dit.convert import read, write
+from dit.diffusion.config import FlowConfig
 from dit.draw import open_checkpoint, preview
 from dit.export import CheckpointManifest
 from dit.sample import SampleManifest
@@ -56,6 +60,21 @@ def test_a_published_file_needs_its_autoencoder_named(tmp_path: Path, published:
     with Image.open(tmp_path / "samples.png") as grid:
         first = np.asarray(grid.convert("RGB"))[:64, :64]
     assert np.array_equal(first, found["arr_0"][0])
+
+
+def test_a_flow_is_sampled_as_one(tmp_path: Path, vae: VaeRef) -> None:
+    """Of a SiT's file, which has twice the outputs of a flow, and of the one that we write."""
+    torch.save(plain_dit.random_file(16, width=64, depth=1, channels=4, outputs=8, patch=2), tmp_path / "SiT.pt")
+    told: Any = {"heads": 4, "process": "flow"}
+    write(read(str(tmp_path / "SiT.pt"), **told), str(tmp_path / "ours.safetensors"), "reference")
+    sampling = SAMPLING.model_copy(update={"sampler": "euler"})
+    for name, hints in (("SiT.pt", told), ("ours.safetensors", {"heads": 4})):
+        trained = open_checkpoint(str(tmp_path / name), vae=vae.source, **hints)
+        assert trained.card.diffusion == FlowConfig()
+        preview(trained, sampling, str(tmp_path / f"of-{name}"), NullTracker())
+    of_sit, of_ours = (drawn(tmp_path / f"of-{name}")["arr_0"] for name in ("SiT.pt", "ours.safetensors"))
+    assert np.array_equal(of_sit, of_ours)
+    assert of_sit.std() > 1
 
 
 def test_a_pipelines_folder_brings_its_autoencoder(tmp_path: Path, published: Path, vae: VaeRef) -> None:

@@ -101,13 +101,15 @@ def test_the_model_computes_what_it_did(file: Path, model: LatentDiffiT) -> None
     assert torch.equal(read(str(file)).build()(x, t, y), model(x, t, y))
 
 
-def test_what_was_read_and_assumed_is_said(file: Path) -> None:
-    first, assumed = described(read(str(file)))
+def test_what_was_read_and_assumed_is_said(tmp_path: Path, file: Path) -> None:
+    published = saved(tmp_path, load_file(file))
+    first, assumed = described(read(published))
     assert first.startswith("DiffiT of depth 3, width 64, 4 heads, patches of 2, latents 4x16x16, 10 classes")
     assert assumed == (
         "assumed: it predicts noise of 1000 linear steps, as the published DiffiT. --process gaussian confirms"
     )
-    assert len(described(read(str(file), process="gaussian"))) == 1
+    assert len(described(read(published, process="gaussian"))) == 1
+    assert len(described(read(str(file)))) == 1  # what we write records its process
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])

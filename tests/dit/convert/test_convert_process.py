@@ -15,8 +15,8 @@ from dit.diffusion.config import DiffusionConfig
 from storage import uri
 from storage.errors import InputError
 
-ASSUMED = "assumed: it predicts noise of 1000 linear steps, as the published DiT; SiT, REPA and LightningDiT"
-NO_FLOW = "trained by flow matching, which does not exist here; only DiTs that predict noise are read"
+ASSUMED = "assumed: it predicts noise of 1000 linear steps, as the published DiT; SiT and REPA, trained by flow"
+ASK = "pass --process flow if its time is 0 at the noise (SiT, LightningDiT), or reversed-flow if it is 1 there (REPA)"
 
 
 @pytest.fixture
@@ -39,12 +39,12 @@ def weights() -> Weights:
     ],
 )
 @pytest.mark.parametrize("hints", [{}, {"process": "gaussian"}])
-def test_a_flow_that_says_so_is_refused(
+def test_a_flow_that_says_so_is_asked_for_its_time(
     tmp_path: Path, weights: Weights, beside: dict[str, Any], reason: str, hints: Any
 ) -> None:
     message = refusal(saved(tmp_path, {"ema": weights} | beside), **hints)
     assert reason in message
-    assert message.endswith(NO_FLOW)
+    assert message.endswith(f"trained by flow matching; {'it does not predict noise; ' if hints else ''}{ASK}")
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,12 @@ def test_a_flows_name_is_refused_unless_the_user_knows_better(tmp_path: Path, we
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("blocks.0.mlp.w12.weight", f"LightningDiT's or the like, {NO_FLOW}"),
-        ("feat_rope.freqs_cos", f"LightningDiT's or the like, {NO_FLOW}"),
-        ("projectors.0.0.weight", f"is REPA's, whose model was {NO_FLOW}"),
+        ("blocks.0.mlp.w12.weight", f"LightningDiT's or the like, which was trained by flow matching; {ASK}"),
+        ("feat_rope.freqs_cos", f"LightningDiT's or the like, which was trained by flow matching; {ASK}"),
+        ("projectors.0.0.weight", f"is REPA's, whose models are flows; {ASK}"),
     ],
 )
-def test_tensors_of_other_networks(tmp_path: Path, weights: Weights, name: str, reason: str) -> None:
+def test_tensors_of_flows(tmp_path: Path, weights: Weights, name: str, reason: str) -> None:
     assert f"tensor {name} " in (message := refusal(saved(tmp_path, weights | {name: torch.ones(1)})))
     assert reason in message
 
@@ -131,7 +131,7 @@ def test_the_scheduler_of_a_pipeline_names_its_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, NO_FLOW.removeprefix("trained by ")),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is that of a flow on diffusers' time scale"),
         ({"prediction_type": "v_prediction"}, "prediction_type: Input should be 'epsilon'"),
         ({"beta_schedule": "scaled_linear"}, "beta_schedule: Input should be 'linear'"),
     ],

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from random_dit import SMALL, pretrained, random_dit
 
 from dit.convert import write
-from dit.diffusion.config import DiffusionConfig
+from dit.diffusion.config import DiffusionConfig, EDMConfig, FlowConfig, ProcessConfig
 from dit.models.build import build
 from dit.models.config import DiffiTConfig, DiTConfig, ModelConfig, diffit_image_config
 from dit.training.config import Init
-from dit.training.origin import Fit, Origin, check_fit, fit, inputs, open_origin, resized, take
+from dit.training.origin import Fit, Origin, check_fit, fit, inputs, learned_the_same, open_origin, resized, take
 from storage.errors import InputError
 
 BASE = DiTConfig(**SMALL | {"num_classes": 3})
@@ -26,7 +26,7 @@ TABLE = "y_embedder.embedding_table.weight"
 def source(model: ModelConfig, names: tuple[str, ...] | None = NAMES) -> Origin:
     torch.manual_seed(1)
     state = {name: torch.randn_like(tensor) for name, tensor in build(model).state_dict().items()}
-    return Origin("there", model, DiffusionConfig(), names, lambda: state)
+    return Origin("there", model, DiffusionConfig(), names, None, lambda: state)
 
 
 def changed(model: ModelConfig = BASE, **fields: Any) -> ModelConfig:
@@ -198,3 +198,20 @@ def test_others_have_no_further_averages(tmp_path: Path) -> None:
     write(pretrained(random_dit()), str(tmp_path / "a.pt"), "reference")
     with pytest.raises(InputError, match=r"train\.init\.weights: .*a\.pt was not trained here"):
         open_origin(Init(source=str(tmp_path / "a.pt"), weights="raw"), BASE)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "same"),
+    [
+        (FlowConfig(), FlowConfig(times="logit_normal", cosine=1.0), True),
+        (FlowConfig(), FlowConfig(path="gvp"), False),
+        (FlowConfig(predict="noise"), FlowConfig(), False),
+        (DiffusionConfig(), FlowConfig(), False),
+        (DiffusionConfig(), DiffusionConfig(beta_end=0.03), False),
+        (EDMConfig(), EDMConfig(), True),
+    ],
+)
+def test_what_a_network_learned_does_not_depend_on_the_times_of_its_training(
+    theirs: ProcessConfig, ours: ProcessConfig, same: bool
+) -> None:
+    assert learned_the_same(theirs, ours) == same
