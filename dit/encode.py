@@ -262,6 +262,8 @@ def _shape(config: EncodeConfig, vae: Vae | VaeInfo | None) -> tuple[int, int, i
         return 3, config.resolution, config.resolution
     if config.resolution % vae.downsample:
         raise InputError(f"encode.resolution: {config.resolution} px is not a multiple of the VAE's {vae.downsample}")
+    if isinstance(vae, Vae) and vae.kind.side not in (None, config.resolution):
+        raise InputError(f"encode.resolution: this autoencoder takes images of {vae.kind.side} px alone; set that")
     side = config.resolution // vae.downsample
     return vae.channels, side, side
 

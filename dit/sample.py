@@ -294,7 +294,8 @@ def _check_decoder(vae: Vae, card: ModelCard) -> None:
         channels = f"the autoencoder has {vae.channels} latent channels, the model {card.model.in_channels}"
         raise InputError(f"sample.vae: {channels}; {hint}")
     side = card.model.input_size * vae.downsample
-    if side != card.resolution:
+    if side != card.resolution or vae.kind.side not in (None, side):
+        side = vae.kind.side or side
         raise InputError(f"sample.vae: the autoencoder makes images of {side} px, not of {card.resolution}; {hint}")
 
 

@@ -1,9 +1,7 @@
 """Autoencoders of latent diffusion (Rombach et al. 2022) in diffusers' format.
 
-An AutoencoderKL (Stable Diffusion 1 to 3, SDXL, Flux) has a Gaussian posterior (Kingma and Welling 2014): a mean and
-a standard deviation for each latent number. A VQModel has a codebook (van den Oord et al. 2017): its latent is the
-encoder's output before quantisation, with standard deviation 0, and the decoder quantises it. Models are trained on
-scaled latents, (z - shift_factor) * scaling_factor, which have about unit variance.
+Models are trained on scaled latents, (z - shift_factor) * scaling_factor, which have about unit variance. What latents
+are depends on the class of the autoencoder: see `dit.autoencoders`.
 """
 
 # B = batch, H = W = image sides, C = latent channels, h = H / downsample, w = W / downsample
@@ -11,29 +9,25 @@ scaled latents, (z - shift_factor) * scaling_factor, which have about unit varia
 import io
 import re
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from pydantic import BaseModel, Field, ValidationError
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
+from dit.autoencoders import KL, Autoencoder, parse
 from dit.latent_scale import LatentScale
 from dit.pixels import Rounding, to_bytes, to_unit
 from dit.weights import DIFFUSERS_WEIGHTS, read_weights, unpickled, weights_hash
 from storage import uri
-from storage.config import Config, Location, operational, problem
+from storage.config import Config, Location, operational
 from storage.errors import InputError, StorageError, one_line
 from storage.latents import VaeInfo
 from storage.seal import json_digest
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, VQModel
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = DIFFUSERS_WEIGHTS[0]
@@ -46,9 +40,10 @@ class VaeRef(Config):
     """An autoencoder. Its location is not part of the identity; the hash of its weights is."""
 
     source: Location = operational()
-    """Autoencoder: a folder, an fsspec URL of a folder, or a Hugging Face hub id. It holds an AutoencoderKL or VQModel
-    of diffusers, or a pipeline with one. Where there are several files of weights, safetensors is read rather than bin,
-    and full precision rather than fp16."""
+    """Autoencoder: a folder, an fsspec URL of a folder, or a Hugging Face hub id. It holds an AutoencoderKL,
+    AutoencoderKLFlux2, VQModel, AutoencoderDC, AutoencoderTiny or AutoencoderRAE of diffusers, or a pipeline with one.
+    Where there are several files of weights, safetensors is read rather than bin, and full precision rather than
+    fp16."""
     sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")
     """SHA-256 that the file of weights must have, 64 hex digits. Null: any file is accepted."""
 
@@ -57,7 +52,8 @@ class VaeRef(Config):
 class Vae:
     """An autoencoder, and the scaling of its latents."""
 
-    model: "AutoencoderKL | VQModel"
+    model: Any
+    """A network of diffusers."""
     sha256: str
     """Hash of the weights file."""
     downsample: int
@@ -65,6 +61,8 @@ class Vae:
     channels: int
     scaling_factor: float
     shift_factor: float
+    kind: Autoencoder = field(default_factory=KL)
+    """What its class does with images and latents."""
 
     def info(self, source: str) -> VaeInfo:
         """What manifests and cards say of an autoencoder that was read from there."""
@@ -87,8 +85,7 @@ class Vae:
         Returns:
             Mean and standard deviation, float32 (B, C, h, w), on the model's device.
         """
-        encoded = self.model.encode(to_unit(images.to(self.model.device)).to(self.model.dtype))
-        return _KINDS[type(self.model).__name__].posterior(encoded)
+        return self.kind.posterior(self.model, to_unit(images.to(self.model.device)))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, rounding: Rounding = "nearest", scale: LatentScale | None = None) -> Tensor:
@@ -104,7 +101,7 @@ class Vae:
         """
         scale = scale or LatentScale(self.shift_factor, self.scaling_factor)
         z = scale.unscaled(latents.to(self.model.device).float())
-        return to_bytes(self.model.decode(z.to(self.model.dtype)).sample, rounding)
+        return to_bytes(self.kind.images(self.model, z), rounding)
 
 
 def load_vae(ref: VaeRef, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
@@ -113,14 +110,14 @@ def load_vae(ref: VaeRef, device: torch.device | str = "cpu", dtype: torch.dtype
     Raises:
         InputError: config or weights are missing or damaged, or the weights have another hash than ``ref`` says.
     """
-    config, fields, weights, sha256 = _read(ref)
+    config, name, kind, weights, sha256 = _read(ref)
     with tempfile.TemporaryDirectory() as folder:  # so diffusers loads the bytes that were hashed, and nothing else
         Path(folder, CONFIG).write_bytes(config)
         Path(folder, WEIGHTS).write_bytes(weights)
-        model = _load(fields.class_name, Path(folder), uri.redact(ref.source))
+        model = _load(name, Path(folder), uri.redact(ref.source))
     model.requires_grad_(False).eval()
-    nn.Module.to(model.to(memory_format=torch.channels_last), device, dtype)  # the cast of diffusers would warn
-    return Vae(model, **_info(ref.source, sha256, fields).model_dump(exclude={"source"}))
+    kind.prepare(model.to(memory_format=torch.channels_last), device, dtype)
+    return Vae(model, **_info(ref.source, sha256, kind).model_dump(exclude={"source"}), kind=kind)
 
 
 def info(ref: VaeRef) -> VaeInfo:
@@ -129,8 +126,8 @@ def info(ref: VaeRef) -> VaeInfo:
     Raises:
         InputError: as `load_vae`.
     """
-    _, fields, weights = _read_config(ref)
-    return _info(ref.source, weights_hash(weights, ref.sha256, HINT), fields)
+    _, _, kind, weights = _read_config(ref)
+    return _info(ref.source, weights_hash(weights, ref.sha256, HINT), kind)
 
 
 def vae_inputs(ref: VaeRef | None) -> dict[str, str]:
@@ -153,53 +150,16 @@ def fetch(ref: VaeRef, folder: Path) -> dict[str, str]:
     Raises:
         InputError: as `load_vae`.
     """
-    config, _, weights, _ = _read(ref)
+    config, _, _, weights, _ = _read(ref)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_bytes(config)
     (folder / WEIGHTS).write_bytes(weights)
     return {CONFIG: uri.sha256(config), WEIGHTS: uri.sha256(weights)}
 
 
-def _gaussian(encoded: Any) -> tuple[Tensor, Tensor]:
-    return encoded.latent_dist.mean.float(), (encoded.latent_dist.logvar.float() / 2).exp()
-
-
-def _point(encoded: Any) -> tuple[Tensor, Tensor]:
-    mean = encoded.latents.float()
-    return mean, torch.zeros_like(mean)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What depends on the class of autoencoder."""
-
-    latent_channels: int
-    """diffusers' default."""
-    posterior: Callable[[Any], tuple[Tensor, Tensor]]
-    """Mean and standard deviation from the output of its encoder."""
-
-
-_KINDS: Final = {"AutoencoderKL": _Kind(4, _gaussian), "VQModel": _Kind(3, _point)}
-"""By the ``_class_name`` of config.json."""
-
-
-class _Fields(BaseModel):
-    """Fields of config.json, with diffusers' defaults. Latents that are scaled by channel are refused."""
-
-    class_name: Literal["AutoencoderKL", "VQModel"] = Field(alias="_class_name")
-    block_out_channels: tuple[int, ...] = Field((64,), min_length=1)
-    latent_channels: int | None = Field(None, ge=1)
-    vq_embed_dim: int | None = Field(None, ge=1)
-    scaling_factor: float = Field(0.18215, gt=0, allow_inf_nan=False)
-    shift_factor: float | None = Field(None, allow_inf_nan=False)
-    latents_mean: None = None
-    latents_std: None = None
-    quantization_config: None = None
-
-
-def _read(ref: VaeRef) -> tuple[bytes, _Fields, bytes, str]:
-    """The config as bytes, its fields, the weights as safetensors, and the hash of their file."""
-    config, fields, url = _read_config(ref)
+def _read(ref: VaeRef) -> tuple[bytes, str, Autoencoder, bytes, str]:
+    """The config as bytes, its class and fields, the weights as safetensors, and the hash of their file."""
+    config, name, kind, url = _read_config(ref)
     weights, sha256 = read_weights(url, ref.sha256, HINT)
     if url.endswith(".bin"):
         where = uri.redact(url)
@@ -209,36 +169,33 @@ def _read(ref: VaeRef) -> tuple[bytes, _Fields, bytes, str]:
             raise
         except Exception as error:  # torch and safetensors promise no exception types
             raise InputError(f"{where}: is damaged ({one_line(error)}); fetch it again") from error
-    return config, fields, weights, sha256
+    return config, name, kind, weights, sha256
 
 
-def _read_config(ref: VaeRef) -> tuple[bytes, _Fields, str]:
-    """The config as bytes, its fields, and the URL of the weights."""
+def _read_config(ref: VaeRef) -> tuple[bytes, str, Autoencoder, str]:
+    """The config as bytes, its class and fields, and the URL of the weights."""
     if ref.source.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt")):
         made = "AutoencoderKL.from_single_file(file).save_pretrained(folder)"
         raise InputError(f"{uri.redact(ref.source)}: is a file; name a folder of diffusers, as {made} writes it")
-    url, name = _locate(ref.source, [f"{folder}{CONFIG}" for folder in FOLDERS])
+    url, place = _locate(ref.source, [f"{folder}{CONFIG}" for folder in FOLDERS])
     try:
         config = uri.read(url, uri.MAX_TEXT)
-        fields = _Fields.model_validate_json(config)
     except StorageError as error:
         raise InputError(f"{error}; name a folder with {CONFIG} and {WEIGHTS}, or a hub id") from error
-    except ValidationError as error:
-        raise InputError(
-            f"{uri.redact(url)}: not the config of an AutoencoderKL or VQModel: {problem(error)}"
-        ) from error
-    folder = name.removesuffix(CONFIG)
-    return config, fields, _locate(ref.source, [f"{folder}{weights}" for weights in DIFFUSERS_WEIGHTS])[0]
+    name, kind = parse(config, uri.redact(url))
+    folder = place.removesuffix(CONFIG)
+    return config, name, kind, _locate(ref.source, [f"{folder}{weights}" for weights in DIFFUSERS_WEIGHTS])[0]
 
 
-def _info(source: str, sha256: str, fields: _Fields) -> VaeInfo:
+def _info(source: str, sha256: str, kind: Autoencoder) -> VaeInfo:
+    factor, shift = kind.scale
     return VaeInfo(
         source=source,
         sha256=sha256,
-        downsample=2 ** (len(fields.block_out_channels) - 1),
-        channels=fields.vq_embed_dim or fields.latent_channels or _KINDS[fields.class_name].latent_channels,
-        scaling_factor=fields.scaling_factor,
-        shift_factor=fields.shift_factor or 0.0,
+        downsample=kind.downsample,
+        channels=kind.channels,
+        scaling_factor=factor,
+        shift_factor=shift,
     )
 
 
@@ -265,7 +222,7 @@ def _locate(source: str, names: list[str]) -> tuple[str, str]:
     ) from errors[0]
 
 
-def _load(kind: str, folder: Path, source: str) -> "AutoencoderKL | VQModel":
+def _load(kind: str, folder: Path, source: str) -> Any:
     import diffusers  # takes seconds to import
 
     try:

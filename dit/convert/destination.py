@@ -28,6 +28,7 @@ Layout = Literal["reference", "diffusers", "pipeline"]
 
 PIPELINE_MODULE: Final = "pipeline"
 PIPELINE_CLASS: Final = "GuidedDiTPipeline"
+PIPELINE_VAE: Final = "AutoencoderKL"
 
 
 def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | None = None) -> None:
@@ -93,7 +94,7 @@ def _pipeline_files(model: Pretrained, vae: str | None) -> dict[str, bytes]:
         [PIPELINE_MODULE, PIPELINE_CLASS],
         transformer=["diffusers", "DiTTransformer2DModel"],
         scheduler=["diffusers", "DDPMScheduler"],
-        vae=[None, None] if vae is None else ["diffusers", "AutoencoderKL"],
+        vae=[None, None] if vae is None else ["diffusers", PIPELINE_VAE],
     )
     code = files(__package__).joinpath("diffusers_pipeline.py").read_bytes()
     objects |= {diffusers.SCHEDULER: _json(_scheduler(model)), f"{PIPELINE_MODULE}.py": code}
@@ -125,6 +126,9 @@ def _autoencoder(model: Pretrained, ref: VaeRef) -> dict[str, bytes]:
         autoencoder.fetch(ref, Path(folder))
         config = json.loads(Path(folder, autoencoder.CONFIG).read_bytes())
         weights = Path(folder, autoencoder.WEIGHTS).read_bytes()
+    if config["_class_name"] != PIPELINE_VAE:
+        other = f"is an {config['_class_name']}, and this pipeline decodes with an {PIPELINE_VAE}"
+        raise InputError(f"{uri.redact(ref.source)}: {other}; write --to diffusers or --to reference")
     config |= {"scaling_factor": scales.scaling_factor, "shift_factor": scales.shift_factor}
     return {f"vae/{autoencoder.CONFIG}": _json(config), f"vae/{autoencoder.WEIGHTS}": weights}
 
