@@ -101,7 +101,7 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
     """
     with joined(TIMEOUT) as ranks:
         extractor = load_extractor(config.extractor, device())
-        latents = samples.parent("checkpoint", CheckpointManifest).parent("latents", LatentManifest)
+        latents = samples.parent("checkpoint", CheckpointManifest).latents()
         sets = _sets(samples, latents.parent("shards", ShardManifest), latents.split)
         held_out = sets.held_out.count if sets.held_out else 0
         counts = _counts(sets.samples.count, sets.training.count, held_out)

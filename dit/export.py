@@ -27,7 +27,7 @@ from storage.channels import ChannelScale
 from storage.config import Config, problem
 from storage.errors import InputError, one_line
 from storage.header import FileEntry
-from storage.latents import VaeInfo
+from storage.latents import LatentManifest, VaeInfo
 from storage.manifest import MANIFEST, Manifest, StageOutput, is_finished
 
 MODEL = "model.json"
@@ -79,6 +79,8 @@ class ModelCard(Config):
     """Training steps taken."""
     lora: Lora | None = Field(None, exclude_if=lambda lora: lora is None)
     """Adapters that were trained, and are part of the weights; None if the weights themselves were."""
+    ema_std: float | None = Field(None, exclude_if=lambda std: std is None)
+    """Relative width of an average that was made after training."""
     weights: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of each weights file, by name."""
 
@@ -100,12 +102,22 @@ class ModelCard(Config):
 
 
 class CheckpointManifest(Manifest):
-    """A trained model: averaged and raw weights, and its card."""
+    """A trained model: averaged and raw weights, and its card; or an average made of several."""
 
     STAGE = "train"
+    ALSO = ("average",)
 
     card: ModelCard
     """The model's config, process, scaling and classes."""
+
+    def latents(self) -> LatentManifest:
+        """What the model was trained on.
+
+        Raises:
+            InputError: it is gone or was made again otherwise.
+        """
+        training = self if self.stage == CheckpointManifest.STAGE else self.parent("checkpoint", CheckpointManifest)
+        return training.parent("latents", LatentManifest)
 
 
 @dataclass(frozen=True)

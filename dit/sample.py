@@ -314,6 +314,8 @@ def _conditions(config: SampleConfig, card: ModelCard, vae: Vae | None) -> dict[
         conditions["labels"] = "none"
     if vae:
         conditions["decoder_sha256"] = vae.sha256
+    if card.ema_std is not None:
+        conditions["ema_std"] = card.ema_std
     return conditions | {"training_steps": card.steps}
 
 

@@ -107,6 +107,7 @@ STAGES = {
         Stage("shard", "storage.shards.shard", None, "archive", "images to webdataset tars"),
         Stage("encode", "dit.encode", "shard", "shards", "tars to a store of latents", ranked=True),
         Stage("train", "dit.train", "encode", "latents", "latents to a checkpoint", ranked=True),
+        Stage("average", "dit.average", "train", "checkpoint", "a training run to an average of any width"),
         Stage("sample", "dit.sample", "train", "checkpoint", "a checkpoint to images", ranked=True),
         Stage("evaluate", "dit.evaluate", "sample", "samples", "images to metrics", ranked=True),
         Stage("register", "flows.registry.register", "evaluate", "metrics", "a checkpoint to a model version"),

@@ -45,6 +45,8 @@ def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
                 if name == "train" and recipe.evaluate_milestones:
                     outcomes += evaluate_milestones(recipe, str(sources["encode"]), outcome.manifest, settings)
                     sources[name] = _chosen(recipe, outcome.manifest, outcomes)
+                if name == "average":
+                    sources["train"] = outcome.manifest
             manifests = [Manifest.read(outcome.manifest) for outcome in outcomes if outcome.step is None]
             publish(recipe.name, manifests, settings.root, run_id, list(evaluations_of(outcomes).values()))
     create_table_artifact([asdict(outcome) for outcome in outcomes], key="pipeline-stages", description=recipe.name)

@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
+from dit.average import AverageConfig
 from dit.encode import EncodeConfig, held_out_config
 from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.samplers.config import SampleConfig
@@ -46,6 +47,9 @@ class Recipe(Config):
     """Latents to a checkpoint."""
     launch: LaunchSpec = operational(LocalLaunch())
     """Where the ranks of encode, train, sample and evaluate run."""
+    average: AverageConfig | None = None
+    """An average of the trained weights of any width, which is sampled, evaluated and registered in the place of the
+    last step. Default: none."""
     sample: SampleConfig = SampleConfig()
     """A checkpoint to generated images."""
     evaluate: EvaluateConfig | None = None
@@ -65,6 +69,8 @@ class Recipe(Config):
     def _milestones_can_be_evaluated(self) -> Self:
         if self.over_training is None and self.registry.checkpoint == "best":
             raise ValueError("registry.checkpoint: best needs evaluate_milestones")
+        if self.average is not None and self.registry.checkpoint == "best":
+            raise ValueError("average: takes the place of the best milestone; set registry.checkpoint: last")
         return self
 
     @property
@@ -104,7 +110,10 @@ class Recipe(Config):
             InputError: the recipe does not have the stage.
         """
         if stage not in self.stages:
-            missing = next(name for name in STAGES if name not in self.stages)
+            chain = [stage]
+            while (before := STAGES[chain[0]].reads) is not None:
+                chain.insert(0, before)
+            missing = next(name for name in chain if name not in self.stages)
             required = [name for name, field in STAGES[missing].config.model_fields.items() if field.is_required()]
             keys = ", ".join(f"{_field(missing)}.{name}" for name in required) or _field(missing)
             raise InputError(f"{stage}: recipe {self.name} ends with {self.stages[-1]}; set {keys} to go on")
@@ -162,6 +171,8 @@ class Recipe(Config):
         """What a stage reads, of the manifests before it; None if milestones to choose from are not evaluated yet."""
         if stage.reads is None:
             return self.archive
+        if stage.reads == "train" and stage.name != "average" and "average" in made:
+            return made["average"]
         if stage.reads == "train" and self.registry.checkpoint == "best":
             found = self.evaluations(root, list(made.values()))
             known = {step: metrics for step, metrics in found.items() if metrics is not None}
@@ -230,9 +241,14 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: str = "runs") ->
     return recipe_of(values, where, overrides)
 
 
+def recipe_path(name: str) -> Path:
+    """Where the file of a recipe would be, given the name of a preset or a path."""
+    return Path(name) if name.lower().endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+
+
 def read_values(name: str, root: str) -> tuple[dict[str, Any], str]:
     """The unchecked values of a recipe's file, and its path. Arguments and errors as `load_recipe`."""
-    path = Path(name) if name.lower().endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    path = recipe_path(name)
     if not path.is_file():
         presets = ", ".join(sorted(preset.stem for preset in RECIPES.glob("*.yaml")))
         raise InputError(f"recipe {name!r}: neither a YAML file nor one of the presets ({presets})")

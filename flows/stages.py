@@ -6,6 +6,7 @@ the URL of its manifest. A stage that was done before ends in the state ``Skippe
 """
 
 import time
+from collections.abc import Mapping
 from functools import cache
 from inspect import Parameter, Signature
 from typing import Any
@@ -73,10 +74,15 @@ def run_stage(
         config: replaces the recipe's config of the stage.
         step: the training step of the milestone that the stage evaluates.
     """
+    given = recipe.form(name) | {STAGES[name].role: source} | ({} if config is None else {"config": config})
+    return run_flow(name, given, settings, step=step)
+
+
+def run_flow(name: str, given: Mapping[str, Any], settings: RunSettings, *, step: int | None = None) -> Outcome:
+    """Run the flow of a stage with its arguments, ``settings`` apart."""
     begin, run = time.monotonic(), stage_flow(name)
     if step is not None:
         run = run.with_options(flow_run_name=f"{name} at step {step:,}")
-    given = recipe.form(name) | {STAGES[name].role: source} | ({} if config is None else {"config": config})
     state = run(**given, settings=settings, return_state=True)
     skipped = state.name == SKIPPED
     return Outcome(name, "skipped" if skipped else "ran", round(time.monotonic() - begin, 1), state.result(), step)

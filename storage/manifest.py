@@ -40,6 +40,8 @@ class Manifest(Header):
     """
 
     STAGE: ClassVar[str] = ""
+    ALSO: ClassVar[tuple[str, ...]] = ()
+    """Further stages, whose outputs are read as this kind, too."""
 
     format: Literal[2] = FORMAT
     files: tuple[FileEntry, ...]
@@ -113,7 +115,7 @@ class Manifest(Header):
         try:
             text = opened(data)
             stage = Header.model_validate_json(text).stage
-            if cls.STAGE and stage != cls.STAGE:
+            if cls.STAGE and stage not in (cls.STAGE, *cls.ALSO):
                 raise InputError(f"{where}: an output of {stage!r}; one of {cls.STAGE!r} is needed")
             manifest = cls.model_validate_json(text)
         except NeverSealedError as error:

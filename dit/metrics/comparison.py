@@ -6,7 +6,7 @@ from math import hypot
 from typing import Final, Literal, Self
 
 Direction = Literal["lower", "higher"]
-OWN: Final = frozenset({"training_steps", "weights", "decoder_sha256", "samples", "seed"})
+OWN: Final = frozenset({"training_steps", "weights", "ema_std", "decoder_sha256", "samples", "seed"})
 """Conditions of the samples themselves, which may differ. The interval covers another seed."""
 
 

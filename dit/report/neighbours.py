@@ -16,7 +16,6 @@ from dit.metrics.reference import reference
 from dit.metrics.sets import SplitImages
 from dit.sample import SampleManifest
 from storage.images.grid import image_grid
-from storage.latents import LatentManifest
 from storage.rows.store import RowReader
 from storage.shards.shard import ShardManifest
 from storage.tracker import Tracker
@@ -56,7 +55,7 @@ def neighbours(
         InputError: the extractor cannot be loaded, or the outputs that the samples came from are missing.
         StorageError: samples or images are not what was committed.
     """
-    latents = samples.parent("checkpoint", CheckpointManifest).parent("latents", LatentManifest)
+    latents = samples.parent("checkpoint", CheckpointManifest).latents()
     training = SplitImages(latents.parent("shards", ShardManifest), latents.split, samples.resolution)
     kept = min(training.count, KEPT_REFERENCE)
     extractor = load_extractor(config.extractor, device())

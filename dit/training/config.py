@@ -101,7 +101,8 @@ class TrainConfig(Config):
     ``ema-0.999``."""
     ema_power: tuple[Annotated[float, Field(gt=0, lt=MAX_WIDTH)], ...] = added(())
     """Relative widths of power-function averages (EDM2: ``[0.05, 0.1]``), exported beside the first and called
-    ``power-0.05`` and so on."""
+    ``power-0.05`` and so on. From those of the run's ``milestones`` the stage ``average`` makes an average of another
+    width afterwards."""
     ema_ramp: float | None = Field(None, gt=0)
     """Upper bound of an EMA's half-life, as a share of the steps taken so far (EDM: 0.05). Null: no bound."""
     flips: bool = True

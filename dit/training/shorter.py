@@ -45,7 +45,7 @@ def shorter_runs(out: StageOutput, config: Config, *, decay: str) -> list[StageO
     """
     if out.header.rerun:
         return []
-    found = _shorter(out, config)
+    found = [StageOutput(uri=other.uri, header=other) for other in runs_of_fewer_steps(out, config)]
     if found and decay != "none":
         LOGGER.warning("train.decay: %s ends at the last step, so a run of more steps begins at step 0", decay)
         return []
@@ -70,12 +70,19 @@ def warn_of_other_batch_sizes(out: StageOutput, config: Config) -> None:
         LOGGER.warning("%s; %s", text, ", ".join(found))
 
 
-def _shorter(out: StageOutput, config: Config) -> list[StageOutput]:
+def runs_of_fewer_steps(out: StageOutput, config: Config) -> list[CheckpointManifest]:
+    """The finished runs below the same root that differ from a run in nothing but fewer ``steps``.
+
+    Args:
+        out: the output of the run.
+        config: its config.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
     with threads(16) as pool:
         found = pool.map(_read, finished_outputs(out.root, CheckpointManifest.STAGE))
-        return [
-            StageOutput(uri=other.uri, header=other) for other in found if other and _is_shorter(other, out, config)
-        ]
+        return [other for other in found if other and _is_shorter(other, out, config)]
 
 
 def _read(folder: str) -> CheckpointManifest | None:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Protocol
 
 from flows import servers, temporary
 from flows.command import (
+    average,
     convert,
     demo,
     evaluate,
@@ -58,6 +59,7 @@ COMMANDS: dict[str, Command] = {
     "demo": demo,
     "run": run,
     **{name: StageCommand(stage) for name, stage in STAGES.items()},
+    "average": average,
     "sample": sample,
     "evaluate": evaluate,
     "milestones": milestones,

@@ -137,6 +137,8 @@ def estimates(recipe: Recipe, root: str, rates: dict[str, float], *, force: bool
             yield from _milestones(planner, recipe.over_training)
             chosen = recipe.source(STAGES["sample"], planner.before, root)
             planner.before[name] = chosen if isinstance(chosen, Manifest) else planner.before[name]
+        if name == "average":
+            planner.before["train"] = planner.before[name]
 
 
 @dataclass

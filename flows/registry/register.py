@@ -38,7 +38,6 @@ from storage import uri
 from storage.code_version import code_version
 from storage.errors import DitflowError, InputError
 from storage.estimate import PlanContext
-from storage.latents import LatentManifest
 from storage.manifest import MANIFEST, StageOutput
 from storage.seal import sealed
 from storage.shards.shard import ShardManifest
@@ -143,7 +142,7 @@ def _numbers(metrics: MetricsManifest) -> dict[str, str]:
 def _lineage(metrics: MetricsManifest, samples: SampleManifest, checkpoint: CheckpointManifest) -> dict[str, str]:
     """Tags with the digests of every output from the archive to the metrics, and the URL of the checkpoint."""
     guide = _guide(samples)
-    latents = checkpoint.parent("latents", LatentManifest)
+    latents = checkpoint.latents()
     shards = latents.parent("shards", ShardManifest)
     made = {"metrics": metrics, "samples": samples, "checkpoint": checkpoint, "latents": latents, "shards": shards}
     digests = {f"digest.{name}": manifest.digest for name, manifest in (made | guide).items()}

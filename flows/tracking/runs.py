@@ -18,6 +18,7 @@ from mlflow.entities import LifecycleStage, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
+from dit.average import AverageManifest
 from dit.export import CheckpointManifest
 from flows import processes
 from flows.servers import local_home
@@ -141,7 +142,8 @@ def _training_of(reference: str, root: str) -> str:
         if not version and alias not in aliases:
             raise InputError(f"{reference}: {name} has no alias {alias}; it has {', '.join(aliases) or 'none'}")
         tags = client.get_model_version(name, str(version or aliases[alias])).tags
-    places = (tags.get(MANIFEST_TAG, ""), CheckpointManifest.folder(root, tags.get("digest.checkpoint", "")))
+    folders = [kind.folder(root, tags.get("digest.checkpoint", "")) for kind in (CheckpointManifest, AverageManifest)]
+    places = (tags.get(MANIFEST_TAG, ""), *folders)
     place = next((place for place in places if place and finished(output_folder(place))), None)
     if place is None:
         raise InputError(f"{reference}: its training is no longer at {places[0] or 'any place'}")
