@@ -142,7 +142,8 @@ def _training_of(reference: str, root: str) -> str:
         if not version and alias not in aliases:
             raise InputError(f"{reference}: {name} has no alias {alias}; it has {', '.join(aliases) or 'none'}")
         tags = client.get_model_version(name, str(version or aliases[alias])).tags
-    folders = [kind.folder(root, tags.get("digest.checkpoint", "")) for kind in (CheckpointManifest, AverageManifest)]
+    digest = tags.get("digest.checkpoint", "")
+    folders = (CheckpointManifest.folder(root, digest), AverageManifest.folder(root, digest))
     places = (tags.get(MANIFEST_TAG, ""), *folders)
     place = next((place for place in places if place and finished(output_folder(place))), None)
     if place is None:
