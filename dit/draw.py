@@ -73,6 +73,6 @@ def _card(pretrained: Pretrained, vae: VaeInfo) -> ModelCard:
         diffusion=pretrained.diffusion,
         vae=vae,
         resolution=config.input_size * vae.downsample,
-        class_names=tuple(map(str, range(config.num_classes))),
+        class_names=pretrained.class_names or tuple(map(str, range(config.num_classes))),
         steps=0,
     )

@@ -17,7 +17,7 @@ from dit.convert import diffusers
 from dit.convert.files import SAFETENSORS, suffix
 from dit.convert.layout import published, tables
 from dit.convert.pretrained import Pretrained, described, with_null_label
-from dit.convert.process import RECORD
+from dit.convert.record import KEY, Record
 from dit.convert.source import PIPELINE, TRANSFORMER
 from dit.diffusion.config import DiffusionConfig
 from dit.vae import VaeRef
@@ -37,7 +37,7 @@ def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | Non
     Args:
         model: the model to write.
         destination: for "reference" a .safetensors or .pt file with the weights in the layout of the published
-            checkpoints of its kind, and the process in the metadata of the former; for "diffusers" a folder of a
+            checkpoints of its kind, and a record in the metadata of the former; for "diffusers" a folder of a
             DiTTransformer2DModel; for "pipeline" one of a whole diffusers pipeline that samples with a module of its
             own.
         layout: which of the three.
@@ -79,7 +79,8 @@ def summary(model: Pretrained, destination: str, layout: Layout) -> str:
 
 def _file(state: dict[str, Tensor], model: Pretrained, destination: str) -> bytes:
     if suffix(destination) == SAFETENSORS:
-        return _safetensors(state, {RECORD: model.diffusion.model_dump_json()})
+        record = Record(process=model.diffusion, class_names=model.class_names)
+        return _safetensors(state, {KEY: record.model_dump_json()})
     if suffix(destination) != ".pt":
         raise InputError(f"{uri.redact(destination)}: a reference checkpoint ends in {SAFETENSORS} or .pt; rename it")
     buffer = io.BytesIO()

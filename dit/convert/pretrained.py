@@ -40,6 +40,8 @@ class Hints(TypedDict, total=False):
     """Side of the latents, if the file lacks the position table."""
     process: Told | None
     """Diffusion process."""
+    class_names: str | None
+    """Text file with the names of the classes, one a line in the order of the labels, by path or URL."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Pretrained:
     """Scaling of its latents, if its card records it; else that of the autoencoder."""
     vae: str | None = None
     """Location of the autoencoder of its latents, if it comes with one."""
+    class_names: tuple[str, ...] | None = None
+    """Names of its classes, if they are known."""
     notes: tuple[str, ...] = ()
     """What was read or assumed without being asked for, a line each."""
 

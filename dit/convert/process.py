@@ -5,25 +5,19 @@ flows count time from the noise to the data, as we do, others from the data to t
 """
 
 import re
-from typing import Annotated, Final, Literal
+from typing import Final, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from dit.convert.files import Option
 from dit.convert.layout import PROJECTORS, TIME_QKV
 from dit.diffusion.config import DiffusionConfig, FlowConfig
 from storage import uri
-from storage.config import problem
 from storage.errors import InputError
 
 Told = Literal["gaussian", "flow", "reversed-flow"]
 """What a user says: noise prediction, as the published DiT; a flow; or one whose time is 1 at the noise."""
 Found = DiffusionConfig | FlowConfig
-RECORDED: Final = TypeAdapter[Found](Annotated[Found, Field(discriminator="kind")])
-
-RECORD: Final = "ditflow_process"
-"""Name in the metadata of the files that we write, whose value is the process."""
 ASK: Final = (
     "pass --process flow if its time is 0 at the noise (SiT, LightningDiT), or reversed-flow if it is 1 there (REPA)"
 )
@@ -65,8 +59,6 @@ def process(
         InputError: nobody says which flow it is, options and user contradict each other, or it is another process.
     """
     where = uri.redact(source)
-    if RECORD in options:
-        return _recorded(str(options[RECORD]), where, told), []
     if told in ("flow", "reversed-flow"):
         return _flow(options, where)
     if _names_the_published(options, where, told) or told:
@@ -90,15 +82,6 @@ def check_told(found: Found, told: Told | None, where: str) -> None:
     """
     if told not in (None, found.kind):
         raise InputError(f"{where}: has the process {found.kind}, not {told}; remove --process")
-
-
-def _recorded(text: str, where: str, told: Told | None) -> Found:
-    try:
-        found = RECORDED.validate_json(text)
-    except ValidationError as error:
-        raise InputError(f"{where}: its {RECORD} is none: {problem(error)}") from error
-    check_told(found, told, where)
-    return found
 
 
 def _flow(options: dict[str, Option], where: str) -> tuple[FlowConfig, list[str]]:

@@ -10,6 +10,7 @@ from dit.convert.layout import AnyConfig, of_repa
 from dit.convert.network import network, unread_average
 from dit.convert.pretrained import LAYOUT, Hints, Pretrained, completed, fitted, infer
 from dit.convert.process import Told, check_told, process
+from dit.convert.record import check_count, recorded, told_names
 from dit.diffusion.config import EDMConfig, FlowConfig
 from dit.export import MODEL, load
 from dit.models.config import DiffiTConfig, DiTConfig
@@ -47,8 +48,8 @@ def read(source: str, **hints: Unpack[Hints]) -> Pretrained:
             process is not known, or it contradicts the hints.
     """
     if suffix(source) in (*PICKLES, SAFETENSORS):
-        return _file(source, hints)
-    pretrained = _folder(source, hints)
+        return _named(_file(source, hints), hints, uri.redact(source))
+    pretrained = _named(_folder(source, hints), hints, uri.redact(source))
     config = pretrained.config
     for name, value, told in (
         ("heads", config.heads, hints.get("heads")),
@@ -60,10 +61,27 @@ def read(source: str, **hints: Unpack[Hints]) -> Pretrained:
     return pretrained
 
 
+def _named(found: Pretrained, hints: Hints, where: str) -> Pretrained:
+    """The same model with the classes' names that the user tells."""
+    told = hints.get("class_names")
+    if told is None:
+        check_count(found.class_names, found.config.num_classes, where)
+        return found
+    if found.class_names is not None:
+        raise InputError(f"{where}: has the names of its classes; remove --class-names")
+    names = told_names(told)
+    check_count(names, found.config.num_classes, uri.redact(told))
+    return replace(found, class_names=names)
+
+
 def _file(source: str, hints: Hints) -> Pretrained:
     content, where = read_content(source), uri.redact(source)
     tensors, place = network(content.tensors, where)
-    diffusion, notes = process(content.options, tensors, source, hints.get("process"))
+    record = recorded(content.options, where)
+    if record:
+        check_told(record.process, hints.get("process"), where)
+    said = (record.process, []) if record else process(content.options, tensors, source, hints.get("process"))
+    diffusion, notes = said
     tensors, left_out = of_repa(tensors)
     average = unread_average([*content.tensors, *content.options], place)
     if hints.get("classes") is None:
@@ -73,7 +91,8 @@ def _file(source: str, hints: Hints) -> Pretrained:
         other = f", not from the average under {average}, whose tensors have no names of a DiT" if average else ""
         notes = [f"read from {place or 'the file'}{other}", *notes]
     state = fitted(config, completed(config, tensors), where)
-    found = Pretrained(config, state, diffusion, notes=(*notes, *left_out, *_open(config)))
+    names = record.class_names if record else None
+    found = Pretrained(config, state, diffusion, class_names=names, notes=(*notes, *left_out, *_open(config)))
     return _as_flow(found, hints.get("process"))
 
 
@@ -139,7 +158,7 @@ def _ours(source: str, told: Told | None) -> Pretrained:
     if card.channels:
         no_place = "was trained with normalise: channel, and these layouts have no place for the scale of a channel"
         raise InputError(f"{uri.redact(source)}: {no_place}; sample from it here")
-    return Pretrained(config, trained.model.state_dict(), card.diffusion, card.vae)
+    return Pretrained(config, trained.model.state_dict(), card.diffusion, card.vae, class_names=card.class_names)
 
 
 def _pipeline(source: str, names: list[str], hints: Hints) -> Pretrained:

@@ -54,6 +54,8 @@ class Origin:
     """Statistics that its latents were normalised by; None for an autoencoder's scaling."""
     read: Callable[[], Mapping[str, Tensor]]
     """Reads its weights."""
+    notes: tuple[str, ...] = ()
+    """What was assumed about a checkpoint of others, a line each."""
 
 
 @dataclass
@@ -121,7 +123,8 @@ def open_origin(init: Init, model: ModelConfig) -> Origin:
         known = getattr(model, "width", None) in HEADS
         of_file = suffix(init.source) in (*PICKLES, SAFETENSORS)
         other = read(init.source, heads=getattr(model, "heads", None) if of_file and not known else None)
-        return Origin(where, other.config, other.diffusion, None, None, lambda: other.state)
+        names = other.class_names if other.config.num_classes else None
+        return Origin(where, other.config, other.diffusion, names, None, lambda: other.state, other.notes)
     file, card = weights_file(init.weights), trained.card
     if file not in card.weights:
         raise InputError(f"train.init.weights: {where} has no {file}; it has {', '.join(sorted(card.weights))}")

@@ -62,6 +62,8 @@ def add_hints(parser: "_ActionsContainer") -> None:
     parser.add_argument("--heads", type=int, help=text)
     text = "number of classes; needed if the label table has no null label, as without label dropout in training"
     parser.add_argument("--classes", type=int, help=text)
+    text = "text file with the names of the classes, one a line in the order of the labels"
+    parser.add_argument("--class-names", metavar="FILE", help=text)
     text = "side of the latents; needed if the file has no pos_embed"
     parser.add_argument("--latent-size", type=int, help=text)
     text = (
@@ -76,6 +78,7 @@ def hints(options: Namespace) -> "Hints":
     return {
         "heads": options.heads,
         "classes": options.classes,
+        "class_names": options.class_names,
         "latent_size": options.latent_size,
         "process": options.process,
     }

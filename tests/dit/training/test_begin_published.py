@@ -104,9 +104,21 @@ def test_a_flow_is_converted_first_and_trained_on_as_one(
     assert "trained for another process" not in caplog.text
 
 
+def test_classes_are_matched_by_the_names_that_convert_was_told(
+    tmp_path: Path, config: TrainConfig, store: LatentManifest, file: str, tensors: dict[str, torch.Tensor]
+) -> None:
+    (tmp_path / "names.txt").write_text("\n".join(["w", "c", "x", "a", *"mnopqr"]))
+    write(read(file, heads=2, class_names=str(tmp_path / "names.txt")), str(tmp_path / "x.safetensors"), "reference")
+    named = config.model_copy(update={"init": Init(source=str(tmp_path / "x.safetensors"), mismatch="reinitialise")})
+    found = initial_state(named, card_for(named, store), Ranks()).model.state_dict()[TABLE]
+    assert store.class_names == ("a", "b", "c")
+    assert torch.equal(found[[0, 2, 3]], tensors[TABLE][[3, 1, 10]])
+
+
 def test_a_file_of_another_process_is_said(
     config: TrainConfig, store: LatentManifest, caplog: pytest.LogCaptureFixture
 ) -> None:
     flow = config.model_copy(update={"diffusion": FlowConfig()})
     initial_state(flow, card_for(flow, store), Ranks())
     assert "was trained for another process than train.diffusion" in caplog.text
+    assert "0400000.pt: assumed: it predicts noise" in caplog.text

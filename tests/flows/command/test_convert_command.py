@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
@@ -101,5 +102,20 @@ def test_what_the_file_does_not_record(source: Path, tmp_path: Path, capsys: pyt
     assert first.endswith("11 classes, null label 11 (not trained, so sample with guidance_scale 1)")
     assert last == f"written to {tmp_path / 'x.pt'}"
     with pytest.raises(SystemExit):
-        main(["convert", str(source), str(tmp_path / "y.pt"), "--to", "reference", "--process", "flow"])
-    assert "invalid choice: 'flow' (choose from" in capsys.readouterr().err
+        main(["convert", str(source), str(tmp_path / "y.pt"), "--to", "reference", "--process", "edm"])
+    assert "invalid choice: 'edm' (choose from" in capsys.readouterr().err
+
+
+def test_a_flow_and_its_classes_are_told_once(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file that is written knows them, and needs no option but the number of heads."""
+    (tmp_path / "names.txt").write_text("".join(f"n{number}\n" for number in range(10)))
+    told = ["--process", "reversed-flow", "--class-names", str(tmp_path / "names.txt"), "--heads", "2"]
+    assert main(["convert", str(source), str(tmp_path / "x.safetensors"), "--to", "reference", *told]) == 0
+    first, *notes = capsys.readouterr().out.splitlines()
+    assert first.endswith("10 classes, null label 10, velocity of a flow on the linear path")
+    assert any(note.startswith("its time was turned round") for note in notes)
+    sample = ["sample", "--checkpoint", str(tmp_path / "x.safetensors"), "--heads", "2", "--vae", str(VAE)]
+    chosen = ["--class", "n3", "--class", "n9", "--count", "2", "--set", "sample.steps=2"]
+    assert main([*sample, *chosen, "--out", str(tmp_path / "drawn")]) == 0
+    with np.load(tmp_path / "drawn" / "samples.npz") as arrays:
+        assert arrays["arr_1"].tolist() == [3, 9]
