@@ -1,6 +1,7 @@
 """A training step of DiT, against diffusers' DiT in a plain training loop with the same data and weights.
 
-Also what LightningDiT's options cost in a step, and what a whole run costs beside its steps: see `benchmarks.training`.
+Also the same of SiT, which is a DiT that is trained as a flow, what LightningDiT's options cost in a step, and what a
+whole run costs beside its steps: see `benchmarks.training`.
 """
 
 # B = batch, C = channels, H = W = side of the latent
@@ -8,7 +9,7 @@ Also what LightningDiT's options cost in a step, and what a whole run costs besi
 import statistics
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -21,8 +22,9 @@ from benchmarks import common, training
 from benchmarks.common import Measured, Result, main
 from benchmarks.peer import diffusers_dit, set_differences
 from dit.devices import device
-from dit.diffusion.config import DiffusionConfig
-from dit.diffusion.gaussian import GaussianDiffusion
+from dit.diffusion.build import build_process
+from dit.diffusion.config import DiffusionConfig, FlowConfig, ProcessConfig
+from dit.diffusion.process import Process
 from dit.models.config import LIGHTNING, BackboneOptions, DiTConfig, dit_config
 from dit.models.cost import cost
 from dit.models.dit import DiT
@@ -46,13 +48,26 @@ class Task:
     config: DiTConfig
     batch_size: int
     rounds: int
+    diffusion: ProcessConfig = field(default_factory=DiffusionConfig)
+
+    @property
+    def process(self) -> Process:
+        """What the model learns to reverse."""
+        return build_process(self.diffusion, device())
 
 
 S1 = dit_config("S/1", input_size=16, in_channels=32, learn_variance=False)
 """As LightningDiT-S/1, without its options."""
-CPU_TASKS = {"S/2": Task(dit_config("S/2"), 2, 5), "B/2": Task(dit_config("B/2"), 1, 2)}
+SIT = dit_config("S/2", learn_variance=False)
+"""As the network of SiT-S/2, without the outputs that it does not use."""
+CPU_TASKS = {
+    "S/2": Task(dit_config("S/2"), 2, 5),
+    "B/2": Task(dit_config("B/2"), 1, 2),
+    "SiT-S/2": Task(SIT, 2, 5, FlowConfig()),
+}
 GPU_TASKS = {
-    name: Task(dit_config(name), size, 20) for name, size in {"S/2": 128, "B/2": 64, "L/2": 24, "XL/2": 16}.items()
+    **{name: Task(dit_config(name), size, 20) for name, size in {"S/2": 128, "B/2": 64, "L/2": 24, "XL/2": 16}.items()},
+    "SiT-S/2": Task(SIT, 128, 20, FlowConfig()),
 }
 
 
@@ -72,12 +87,11 @@ class Contestant:
         return sum(tensor.nbytes for tensor in [*self.model.parameters(), *moments, *self.averages])
 
 
-def plain(model: DiT, batch: Batch, dtype: torch.dtype) -> Contestant:
+def plain(model: DiT, batch: Batch, dtype: torch.dtype, process: Process) -> Contestant:
     """The model of diffusers in eager mode, unfused AdamW, and an EMA in a loop over the parameters."""
     peer = set_differences(diffusers_dit(model)).train().to(batch.x0.device)
     average = deepcopy(peer).requires_grad_(False)
     optimizer = torch.optim.AdamW(peer.parameters(), LEARNING_RATE, weight_decay=0)
-    process = _process()
 
     def denoise(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         out: Tensor = peer(x, timestep=t, class_labels=y).sample
@@ -99,7 +113,7 @@ def plain(model: DiT, batch: Batch, dtype: torch.dtype) -> Contestant:
     return Contestant(step, peer, optimizer, list(average.parameters()))
 
 
-def ours(model: DiT, batch: Batch, dtype: torch.dtype, compiled: bool) -> Contestant:
+def ours(model: DiT, batch: Batch, dtype: torch.dtype, process: Process, compiled: bool) -> Contestant:
     """The steps of `dit.training.loop`, with each block compiled or in eager mode."""
     model = deepcopy(model)
     if compiled:
@@ -108,17 +122,19 @@ def ours(model: DiT, batch: Batch, dtype: torch.dtype, compiled: bool) -> Contes
     optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0, fused=True)
     state = TrainState(model, {"ema": EMA(model, EMA_DECAY)}, optimizer)
     step_config = StepConfig(lambda _: LEARNING_RATE, autocast=None if dtype is torch.float32 else dtype)
-    steps = train(state, _process(), lambda step: batch, step_config, stop=10**9, ranks=Ranks())
+    steps = train(state, process, lambda step: batch, step_config, stop=10**9, ranks=Ranks())
     averages = list(state.averages["ema"].state_dict().values())
     return Contestant(lambda: next(steps).terms["loss"], model, optimizer, averages)
 
 
-def with_options(model: DiT, batch: Batch, dtype: torch.dtype, *, compiled: bool = True, **options: Any) -> Contestant:
+def with_options(
+    model: DiT, batch: Batch, dtype: torch.dtype, process: Process, *, compiled: bool = True, **options: Any
+) -> Contestant:
     """Our steps of a model with other backbone options, and weights of its own."""
-    return ours(_model(model.config.model_copy(update=options)), batch, dtype, compiled)
+    return ours(_model(model.config.model_copy(update=options)), batch, dtype, process, compiled)
 
 
-Contestants = dict[str, tuple[torch.dtype, Callable[[DiT, Batch, torch.dtype], Contestant]]]
+Contestants = dict[str, tuple[torch.dtype, Callable[[DiT, Batch, torch.dtype, Process], Contestant]]]
 Ratios = dict[str, tuple[str, str]]
 """Ratio name to two contestants: images per second of the second, divided by those of the first."""
 
@@ -173,7 +189,7 @@ def measure() -> Measured:
     options = Task(S1, 128, 20) if gpu else Task(S1, 2, 5)
     contests += [(f"S/1_{_short(dtype)}", options, those, BACKBONE_RATIOS) for dtype, those in BACKBONES.items()]
     for name, task, contestants, those in contests:
-        label = name.replace("/", "").lower()
+        label = name.replace("/", "").replace("-", "_").lower()
         found, compared = contest(task, contestants, those)
         results += [Result(f"{label}_{result.name}", result.value, result.unit) for result in found]
         ratios |= {f"{label}_{ratio}": value for ratio, value in compared.items()}
@@ -191,14 +207,14 @@ def contest(task: Task, contestants: Contestants = CONTESTANTS, ratios: Ratios =
         ValueError: the first loss of a contestant with the same network is not that of the first contestant.
     """
     torch.compiler.reset()  # else all sizes together exceed the limit of recompilations
-    model, batch = _model(task.config), _batch(task)
+    model, batch, process = _model(task.config), _batch(task), task.process
     names = list(contestants)
     peaks = dict.fromkeys(TOLERANCE, 0.0)
     seconds: dict[str, list[float]] = {}
     memory: dict[str, int] = {}
     losses: dict[str, float] = {}
     for group in [[name] for name in names] if torch.cuda.is_available() else [names]:
-        running = {name: make(model, batch, dtype) for name in group for dtype, make in [contestants[name]]}
+        running = {name: make(model, batch, dtype, process) for name in group for dtype, make in [contestants[name]]}
         losses |= {name: contestant.step().item() for name, contestant in running.items()}
         memory |= {name: peak_memory(contestant) for name, contestant in running.items()}
         for _ in range(task.rounds):
@@ -275,10 +291,6 @@ def _batch(task: Task) -> Batch:
     u = torch.rand(count, generator=generator, dtype=torch.float64).to(device())
     y = torch.randint(config.num_classes + 1, (count,), generator=generator).to(device())
     return Batch(x0, noise, u, y)
-
-
-def _process() -> GaussianDiffusion:
-    return GaussianDiffusion.from_config(DiffusionConfig()).to(device())
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -10,9 +10,22 @@ Value = str | int | float
 
 DIT: Final = "Peebles & Xie, arXiv 2212.09748"
 DIFFIT: Final = "Hatamizadeh et al., arXiv 2312.02139"
+SIT: Final = "Ma et al., arXiv 2401.08740"
+LIGHTNING: Final = "Yao et al., arXiv 2501.01423"
+REPA_E: Final = "Leng et al., arXiv 2504.10483"
+RAE: Final = "Zheng et al., arXiv 2510.11690"
 ANCESTRAL: Final[dict[str, Value]] = {"count": 50_000, "labels": "random", "sampler": "ddpm", "steps": 250}
 GUIDED: Final[dict[str, Value]] = {"guidance_channels": "first3", "guidance_schedule": "constant"}
 UNAIDED: Final[dict[str, Value]] = {"guide": "none"}
+SDE: Final[dict[str, Value]] = {
+    "sampler": "euler_maruyama",
+    "steps": 250,
+    "diffusion_coefficient": "sigma",
+    "last_step": 0.04,
+}
+EULER: Final[dict[str, Value]] = {"sampler": "euler", "steps": 250, "shift": 0.3}
+MAIN: Final = ("count", "labels", "sampler", "steps")
+"""Conditions that every number depends on."""
 METRICS: Final = ("fid", "sfid", "inception_score", "precision_adm_fp16", "recall_adm_fp16")
 
 
@@ -45,10 +58,10 @@ class Row:
     """Conditions that the paper states or its published code sets, under our names."""
 
 
-def _dit(resolution: int, steps: int, scale: float, *values: float) -> Row:
+def _dit(resolution: int, steps: int, scale: float, *values: float, size: str = "XL/2") -> Row:
     guidance = {"guidance_scale": scale} | (GUIDED if scale > 1 else {})
     conditions = ANCESTRAL | guidance | {"training_steps": steps, "rounding": "nearest"}
-    return Row("DiT-XL/2", DIT, IMAGENET, resolution, values, conditions)
+    return Row(f"DiT-{size}", DIT, IMAGENET, resolution, values, conditions)
 
 
 def _diffit(resolution: int, scale: float, schedule: str, *values: float) -> Row:
@@ -61,7 +74,25 @@ def _edm(model: str, source: str, data: DataSet, resolution: int, steps: int, fi
     return Row(model, source, data, resolution, (fid,), conditions)
 
 
+def _flow(model: str, source: str, fid: float, scale: float, **conditions: Value) -> Row:
+    return Row(model, source, IMAGENET, 256, (fid,), {"guidance_scale": scale, **conditions})
+
+
+def _sit(size: str, trained: int, fid: float, scale: float = 1.0, **conditions: Value) -> Row:
+    return _flow(f"SiT-{size}", SIT, fid, scale, training_steps=trained, **conditions)
+
+
+def _lightning(epochs: int, fid: float, scale: float = 1.0) -> Row:
+    guided = {"guidance_channels": "first3", "guidance_interval": "0.11 to 1"} if scale > 1 else {}
+    steps = 1_250 * epochs  # of 1,024 images
+    return _flow("LightningDiT-XL/1", LIGHTNING, fid, scale, training_steps=steps, **EULER, **guided)
+
+
 ROWS: Final = (
+    _dit(256, 400_000, 1.0, 68.40, size="S/2"),
+    _dit(256, 400_000, 1.0, 43.47, size="B/2"),
+    _dit(256, 400_000, 1.0, 23.33, size="L/2"),
+    _dit(256, 400_000, 1.0, 19.47),
     _dit(256, 7_000_000, 1.0, 9.62, 6.85, 121.50, 0.67, 0.67),
     _dit(256, 7_000_000, 1.25, 3.22, 5.28, 201.77, 0.76, 0.62),
     _dit(256, 7_000_000, 1.5, 2.27, 4.60, 278.24, 0.83, 0.57),
@@ -70,6 +101,20 @@ ROWS: Final = (
     _dit(512, 3_000_000, 1.5, 3.04, 5.02, 240.82, 0.84, 0.54),
     _diffit(256, 4.4, "power_cosine", 1.73, 4.54, 276.49, 0.80, 0.62),
     _diffit(512, 1.49, "constant", 2.67, 4.99, 252.12, 0.83, 0.55),
+    _sit("S/2", 400_000, 57.6),
+    _sit("B/2", 400_000, 33.0),
+    _sit("L/2", 400_000, 18.8),
+    _sit("XL/2", 400_000, 17.2),
+    _sit("XL/2", 7_000_000, 8.3),
+    _sit("XL/2", 7_000_000, 2.06, 1.5, **SDE),
+    _sit("XL/2 by an ODE", 7_000_000, 2.15, 1.5),
+    _lightning(64, 5.14),
+    _lightning(64, 2.11, 10.0),
+    _lightning(800, 2.17),
+    _lightning(800, 1.35, 6.7),
+    _flow("SiT-XL/2 with REPA-E, 80 epochs", REPA_E, 4.07, 1.0),
+    Row("SiT-XL/2 with REPA-E, 80 epochs, guided", REPA_E, IMAGENET, 256, (1.67,)),
+    _flow("DiT-DH-XL on RAE, 80 epochs", RAE, 2.16, 1.0),
     _edm("DiffiT", DIFFIT, CIFAR10, 32, 18, 1.95),
     _edm("EDM (VP)", DIFFIT, CIFAR10, 32, 18, 1.99),
     _edm("DiffiT", DIFFIT, FFHQ, 64, 40, 2.22),
@@ -103,3 +148,8 @@ def deviations(row: Row, conditions: Mapping[str, Value]) -> list[str]:
     """
     theirs, ours = UNAIDED | row.conditions, {**UNAIDED, **conditions}
     return [f"{name} {theirs[name]}" for name in sorted(theirs.keys() - OWN) if ours.get(name) != theirs[name]]
+
+
+def unstated(row: Row) -> list[str]:
+    """The main conditions of a number that are not known of a row."""
+    return [name for name in MAIN if name not in row.conditions]

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.metrics.comparison import Estimate
-from dit.metrics.published import METRICS, Row, deviations, rows_for
+from dit.metrics.published import METRICS, Row, deviations, rows_for, unstated
 from dit.report import plots
 from dit.report.by_class import by_class
 from dit.report.neighbours import neighbours
@@ -30,7 +30,7 @@ from storage.tracker import NullTracker
 
 LOGGER = logging.getLogger(__name__)
 REPORT = "report.html"
-VERSION = 5
+VERSION = 6
 """Raised when the same manifests make another page."""
 CLASSES, EACH, WIDE = 10, 16, 1024
 """Number of classes shown, most samples of each, and width of a strip in pixels."""
@@ -213,6 +213,8 @@ def _row(row: Row, metrics: MetricsManifest) -> tuple[str, ...]:
     steps = row.conditions.get("training_steps")
     model = f"{row.model}, {steps:,} steps" if steps else row.model
     conditions = f"other: {', '.join(other)}" if other else "the same"
+    if missing := unstated(row):
+        conditions += f"; not stated: {', '.join(missing)}"
     return (model, *values, *[""] * (len(METRICS) - len(values)), conditions, row.source)
 
 

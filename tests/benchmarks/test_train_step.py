@@ -1,6 +1,7 @@
 """The benchmark of a training step, at a size that a test can afford."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,22 +10,27 @@ import torch
 from benchmarks import train_step
 from benchmarks.peer import diffusers_dit
 from benchmarks.train_step import BACKBONE_RATIOS, BACKBONES, CONTESTANTS, OPTIONS, RATIOS, Task, check_losses, contest
+from dit.diffusion.config import FlowConfig
 from dit.models.config import DiTConfig
 from dit.models.cost import cost
 
 TASK = Task(DiTConfig(input_size=8, width=32, depth=2, heads=2, num_classes=4), batch_size=2, rounds=2)
 
 
-def test_contest_in_small() -> None:
+FLOW = replace(TASK, config=TASK.config.model_copy(update={"learn_variance": False}), diffusion=FlowConfig())
+
+
+@pytest.mark.parametrize("task", [TASK, FLOW])
+def test_contest_in_small(task: Task) -> None:
     with torch.compiler.set_stance("force_eager"):
-        results, ratios = contest(TASK)
+        results, ratios = contest(task)
     values = {result.name: result.value for result in results}
     assert all(math.isfinite(value) and value > 0 for value in values.values())
     assert ratios.keys() == RATIOS.keys()
     assert ratios["vs_fp32"] == pytest.approx(values["ours_bf16_speed"] / values["plain_fp32_speed"])
     for name in CONTESTANTS:
         assert values[f"{name}_speed"] == pytest.approx(2 / values[f"{name}_best"])
-    flops = values["ours_bf16_speed"] * cost(TASK.config).training_flops
+    flops = values["ours_bf16_speed"] * cost(task.config).training_flops
     assert values["ours_bf16_mfu"] == pytest.approx(100 * flops / (1e12 * values["matmul_bf16"]))
 
 
@@ -44,7 +50,7 @@ def test_options_in_small() -> None:
 
 def test_memory_holds_weights_gradients_moments_and_average_at_least() -> None:
     model, batch = train_step._model(TASK.config), train_step._batch(TASK)
-    contestant = train_step.ours(model, batch, torch.float32, compiled=False)
+    contestant = train_step.ours(model, batch, torch.float32, TASK.process, compiled=False)
     contestant.step()
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     assert contestant.held() == pytest.approx(4 * weights, rel=0.05)
@@ -55,7 +61,7 @@ def test_contestants_train() -> None:
     model, batch = train_step._model(TASK.config), train_step._batch(TASK)
     for _, (dtype, make) in CONTESTANTS.items():
         with torch.compiler.set_stance("force_eager"):
-            contestant = make(model, batch, dtype)
+            contestant = make(model, batch, dtype, TASK.process)
             losses = [contestant.step().item() for _ in range(3)]
         assert losses[2] < losses[1] < losses[0]
         moved = (contestant.averages[-1] - list(contestant.model.parameters())[-1]).abs().max()

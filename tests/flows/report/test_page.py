@@ -216,11 +216,14 @@ def test_numbers_in_another_space_stand_alone(read: Reader, made: Made) -> None:
 
 
 def test_rows_of_papers_say_what_was_other_there(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "rows_for", lambda **_: [row for row in ROWS if row.data is CIFAR10][:1])
+    shown = [next(row for row in ROWS if row.data is CIFAR10), next(row for row in ROWS if row.values == (2.16,))]
+    monkeypatch.setattr(pages, "rows_for", lambda **_: shown)
     text = " ".join(Reader(page("digits", made.manifests, made.root)).words)
     assert "this run, 2 steps" in text
     other = "other: count 50000, labels none, sampler heun, steps 18"
     assert re.search(rf"DiffiT 1\.95 {other} Hatamizadeh et al\., arXiv 2312\.02139", text)
+    unknown = "other: guidance_scale 1.0; not stated: count, labels, sampler, steps"
+    assert re.search(rf"RAE, 80 epochs 2\.16 {unknown} Zheng et al\., arXiv 2510\.11690", text)
     assert "Rows under other conditions do not rank this run." in text
 
 
