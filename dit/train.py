@@ -79,7 +79,7 @@ def _weights(state: TrainState, lora: Lora | None, ranks: Ranks) -> dict[str, di
 
     Adapters are merged into them.
     """
-    parts = {name: average.state_dict() for name, average in state.averages.items()}
+    parts = {name: average.weights() for name, average in state.averages.items()}
     parts |= {"raw": state.model.state_dict()}
     return {weights_file(name): merged(gathered(tensors, ranks), lora) for name, tensors in parts.items()}
 
@@ -248,7 +248,7 @@ def _milestones(
 
 def _sample(grid: SampleGrid, state: TrainState, lora: Lora | None, ranks: Ranks, tracker: Tracker) -> None:
     """Draw samples with the EMA. All ranks must call this; the first draws, and the others go on to their next step."""
-    weights = merged(gathered(state.averages["ema"].state_dict(), ranks), lora)
+    weights = merged(gathered(state.averages["ema"].weights(), ranks), lora)
     picture = grid.draw(weights) if ranks.first else None
     if picture is not None:
         tracker.artifact(f"samples-{state.step:09d}.png", picture)
@@ -319,7 +319,7 @@ def estimate(config: TrainConfig, latents: LatentManifest, plan: PlanContext) ->
     averages, saved = decays(config), min(config.keep_checkpoints, -(-config.steps // config.checkpoint_every))
     held = work.memory | {"ema": len(averages) * work.memory["ema"]}
     whole = held["gradients"] if batch < share else 0  # every rank accumulates all of them
-    checkpoint, model = held["weights"] + held["adamw"] + held["ema"], held["weights"] + held["ema"]
+    checkpoint, model = held["weights"] + held["adamw"] + held["ema"], (1 + len(averages)) * held["weights"]
     models = 1 + len(milestone_steps(config.milestones, config.steps))
     again = 2 * work.macs if config.dispersive and batch < share else 0  # a forward pass more, before the first part
     rate = plan.rate("train", lambda: training_rate(card.model, batch, config.precision))

@@ -47,7 +47,7 @@ class Cost:
     def memory(self) -> dict[str, int]:
         """Bytes that training holds in float32, without activations."""
         weights, gradients = FLOAT32 * self.parameters, FLOAT32 * self.trained
-        return {"weights": weights, "gradients": gradients, "adamw": 2 * gradients, "ema": weights}
+        return {"weights": weights, "gradients": gradients, "adamw": 2 * gradients, "ema": gradients}
 
 
 def cost(config: ModelConfig, prepare: Callable[[nn.Module], None] | None = None) -> Cost:

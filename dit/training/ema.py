@@ -31,6 +31,7 @@ Decay = Callable[[int], float]
 class EMA:
     """The average of a model's weights in float32, which starts at the weights it is given.
 
+    Only parameters that are trained are averaged; the others are their own averages, and take no memory here.
     Names are those of `named_parameters`, so pass the plain model, not a compiled or distributed wrapper
     of it. Tensors sharded in place (FSDP2) stay sharded.
 
@@ -47,7 +48,8 @@ class EMA:
         if not callable(decay) and not 0 <= decay <= 1:
             raise InputError(f"train.ema_decay: {decay} is not between 0 and 1")
         self.decay_at: Decay = decay if callable(decay) else partial(_ramped, decay, ramp)
-        self._averages = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self._averages = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self._fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, enabled: Tensor | bool = True) -> None:
@@ -59,7 +61,7 @@ class EMA:
             enabled: False leaves the average as it is; a scalar on the device is not waited for.
         """
         averages = [local(average) for average in self._averages.values()]
-        parameters = [local(p.detach()).float() for p in model.parameters()]
+        parameters = [local(p.detach()).float() for p in _trained(model)]
         weight = torch.full((), 1 - self.decay_at(step), device=parameters[0].device) * enabled
         torch._foreach_lerp_(averages, parameters, [weight] * len(parameters))
 
@@ -78,14 +80,18 @@ class EMA:
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
-        for held, parameter in zip(self._averages.values(), model.parameters(), strict=True):
+        for held, parameter in zip(self._averages.values(), _trained(model), strict=True):
             average, weights = local(held), local(parameter.detach())
             kept = weights.clone()
             weights.copy_(average)
             average.copy_(kept)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by parameter name, as a model loads them: averages, and what is not trained. Not copies."""
+        return self._fixed | self._averages
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by parameter name, as a model loads them. They are not copies."""
+        """The averages by parameter name. They are not copies."""
         return dict(self._averages)
 
     @torch.no_grad()
@@ -103,6 +109,10 @@ class EMA:
                 saved, expected = tuple(state[name].shape), tuple(average.shape)
                 raise InputError(f"moving average: tensor {name} has shape {saved}, not {expected}")
             average.copy_(state[name])
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _ramped(decay: float, ramp: float | None, step: int) -> float:

@@ -21,7 +21,7 @@ def test_counts_of_a_tiny_model_by_hand() -> None:
     assert found.parameters == found.trained + n * d
     assert found.training_flops == 6 * found.macs
     weights, gradients = 4 * found.parameters, 4 * found.trained
-    assert found.memory == {"weights": weights, "gradients": gradients, "adamw": 2 * gradients, "ema": weights}
+    assert found.memory == {"weights": weights, "gradients": gradients, "adamw": 2 * gradients, "ema": gradients}
 
 
 def test_labels_of_a_model_on_images_are_counted() -> None:

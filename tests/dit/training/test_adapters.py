@@ -61,7 +61,7 @@ def test_training_starts_at_the_given_weights(
     with caplog.at_level(logging.INFO):
         state = initial_state(config, base.card, Ranks())
     given = weights(base)
-    for found in (state.model.state_dict(), state.averages["ema"].state_dict()):
+    for found in (state.model.state_dict(), state.averages["ema"].weights()):
         begun = merged(found, LORA)
         assert begun.keys() == given.keys()
         assert all(torch.equal(begun[name], tensor) for name, tensor in given.items())
@@ -76,7 +76,7 @@ def test_the_model_has_the_sum_and_nothing_else_has_changed(
     base: CheckpointManifest, plain: CheckpointManifest, config: TrainConfig, store: LatentManifest
 ) -> None:
     state, given = end(config, plain, store), weights(base)
-    parts = {"model.safetensors": state.averages["ema"].state_dict(), "model-raw.safetensors": state.model.state_dict()}
+    parts = {"model.safetensors": state.averages["ema"].weights(), "model-raw.safetensors": state.model.state_dict()}
     for file, held in parts.items():
         found = weights(plain, file)
         assert {name for name in given if not torch.equal(found[name], given[name])} == {*LAYERS, TABLE}

@@ -58,7 +58,7 @@ def test_weights_and_averages_are_the_given_ones(
     state = initial_state(config.model_copy(update={"init": init, "ema_decays": (0.9,)}), base.card, Ranks())
     given = weights(base, file)
     assert state.optimizer.state == {}
-    for found in (state.model.state_dict(), *(average.state_dict() for average in state.averages.values())):
+    for found in (state.model.state_dict(), *(average.weights() for average in state.averages.values())):
         assert found.keys() == given.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
 

@@ -58,6 +58,24 @@ def test_the_model_is_left_alone() -> None:
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
+def test_what_is_not_trained_is_its_own_average() -> None:
+    net = model()
+    net[1].requires_grad_(False)
+    ema = EMA(net, 0.5)
+    with torch.no_grad():
+        net[0].weight.add_(1)
+    ema.update(net, 0)
+    assert list(ema.state_dict()) == ["0.weight", "0.bias"]
+    found, weights = ema.weights(), net.state_dict()
+    assert found.keys() == weights.keys()
+    assert all(found[name].data_ptr() == weights[name].data_ptr() for name in ("1.weight", "1.bias"))
+    torch.testing.assert_close(found["0.weight"], weights["0.weight"] - 0.5)
+    average = found["0.weight"].clone()
+    with ema.exchanged(net):
+        assert torch.equal(net[0].weight, average)
+        assert torch.equal(net[1].weight, weights["1.weight"])
+
+
 def test_state_goes_out_and_in() -> None:
     first, second = model(0), model(1)
     ema, other = EMA(first, 0.5), EMA(second, 0.5)
