@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dit.devices import arithmetic, device, dtype
-from dit.diffusion.config import DiffusionConfig, EDMConfig
+from dit.diffusion.config import DiffusionConfig, EDMConfig, FlowConfig
 from dit.diffusion.edm import EDM
 from dit.export import CheckpointManifest, ModelCard, Trained, load, weights_file
 from dit.latent_scale import LatentScale
@@ -27,7 +27,7 @@ from dit.samplers.config import SampleConfig
 from dit.samplers.guidance import UNGUIDED, Guided
 from dit.samplers.labels import class_label, described, sample_labels
 from dit.samplers.noise import SampleNoise
-from dit.samplers.state import last
+from dit.samplers.state import end
 from dit.samplers.table import sampler, unused_fields
 from dit.vae import Vae, load_vae, vae_inputs
 from storage.errors import DitflowError, InputError
@@ -75,7 +75,8 @@ def run(config: SampleConfig, checkpoint: CheckpointManifest, *, out: StageOutpu
         trained = guide.with_guide(config, trained, device())
         work = _Work(config, compiled(config, trained), vae)
         resolution = trained.card.resolution
-        writer = RowWriter(out, layout(config.count, config.block_rows, resolution), {"range": [0, 255]})
+        rows = layout(config.count, config.block_rows, resolution, nfe=_adaptive(config, trained.card))
+        writer = RowWriter(out, rows, {"range": [0, 255]})
         _draw(work, writer, ranks, out, tracker)
         ranks.wait()
         if ranks.first:
@@ -115,13 +116,14 @@ def _rows(writer: RowWriter, block: int) -> int:
 
 def _commit(work: _Work, writer: RowWriter, out: StageOutput) -> None:
     card = work.trained.card
+    files = writer.finish()
     out.commit(
         SampleManifest,
-        [*writer.finish(), out.describe(f"artifacts/{PICTURE}")],
+        [*files, out.describe(f"artifacts/{PICTURE}")],
         counts={"images": work.config.count},
         resolution=card.resolution,
         class_names=card.class_names,
-        conditions=_conditions(work.config, card, work.vae),
+        conditions=_conditions(work.config, card, work.vae) | _nfe(work, writer),
     )
 
 
@@ -136,11 +138,15 @@ def compiled(config: SampleConfig, trained: Trained) -> Trained:
 def generate(
     config: SampleConfig, trained: Trained, vae: Vae | None, start: int, stop: int
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """Samples ``start`` to ``stop``, a batch at a time: image uint8 (B, H, H, 3) and label int32 (B,)."""
+    """Samples ``start`` to ``stop``, a batch at a time: image uint8 (B, H, H, 3) and label int32 (B,).
+
+    Where samples differ in them, also ``nfe`` int32 (B,): passes of the network, guided or not.
+    """
     for first in range(start, stop, config.batch_size):
         indices = range(first, min(first + config.batch_size, stop))
         labels = _labels(config, indices, trained.card)
-        yield {"image": draw(config, trained, vae, indices, labels), "label": labels.numpy().astype(np.int32)}
+        rows = _drawn(config, trained, vae, indices, labels)
+        yield rows | {"label": labels.numpy().astype(np.int32)}
 
 
 def draw(
@@ -159,17 +165,24 @@ def draw(
         InputError: the process has no such number of steps.
         DitflowError: the samples are not finite.
     """
+    return _drawn(config, trained, vae, indices, labels)["image"]
+
+
+def _drawn(
+    config: SampleConfig, trained: Trained, vae: Vae | None, indices: range, labels: torch.Tensor
+) -> dict[str, NDArray[Any]]:
     card, model = trained.card, trained.card.model
     noise = SampleNoise(config.seed, indices, (model.in_channels, model.input_size, model.input_size), device())
     y = labels.to(device()) if model.num_classes else None
     with arithmetic(config.precision):
         with torch.autocast(device().type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             states = sampler(config, card.diffusion).states
-            x0 = last(states(config, card.diffusion, _guided(config, trained), y, noise))
-        if not x0.isfinite().all():
+            final = end(states(config, card.diffusion, _guided(config, trained), y, noise))
+        if not final.x.isfinite().all():
             which = f"samples {indices[0]:,} to {indices[-1]:,}"
             raise DitflowError(f"{which} are not finite; check the model's training loss")
-        return _decoded(config, card, vae, x0).numpy()
+        rows = {"image": _decoded(config, card, vae, final.x).numpy()}
+    return rows if final.passes is None else rows | {"nfe": final.passes.cpu().numpy().astype(np.int32)}
 
 
 def _decoded(config: SampleConfig, card: ModelCard, vae: Vae | None, x0: torch.Tensor) -> torch.Tensor:
@@ -200,11 +213,16 @@ def _scale(config: SampleConfig, model: ModelConfig) -> float:
     return config.guidance_scale if model.num_classes or config.guide else UNGUIDED
 
 
-def layout(count: int, block_rows: int, resolution: int) -> RowLayout:
-    """A row store of labelled images."""
+def layout(count: int, block_rows: int, resolution: int, *, nfe: bool = False) -> RowLayout:
+    """A row store of labelled images, with the passes of the network for each if ``nfe``."""
     chunk = gcd(block_rows, 2**20 // resolution**2 or 1)  # at most 3 MiB
     image = ArraySpec("image", "uint8", (resolution, resolution, 3), chunk)
-    return RowLayout(count, block_rows, (image, ArraySpec("label", "int32", (), block_rows)))
+    numbers = (ArraySpec(name, "int32", (), block_rows) for name in ("label", *["nfe"] * nfe))
+    return RowLayout(count, block_rows, (image, *numbers))
+
+
+def _adaptive(config: SampleConfig, card: ModelCard) -> bool:
+    return sampler(config, card.diffusion).adaptive
 
 
 def _labels(config: SampleConfig, indices: range, card: ModelCard) -> torch.Tensor:
@@ -319,6 +337,19 @@ def _conditions(config: SampleConfig, card: ModelCard, vae: Vae | None) -> dict[
     return conditions | {"training_steps": card.steps}
 
 
+def _nfe(work: _Work, writer: RowWriter) -> dict[str, float]:
+    """Passes of the network for an image, guided or not, in the mean.
+
+    Samples of other processes have none: in outputs of earlier versions there is no such condition.
+    """
+    config, card = work.config, work.trained.card
+    if not isinstance(card.diffusion, FlowConfig):
+        return {}
+    if _adaptive(config, card):
+        return {"nfe": round(float(writer.array("nfe").mean()), 2)}
+    return {"nfe": sampler(config, card.diffusion).passes(config.steps)}
+
+
 def picture(images: NDArray[np.uint8], card: ModelCard) -> bytes:
     """A PNG of the first images in eight rows. With up to 16 classes, balanced labels put one class in each column."""
     columns = len(card.class_names) if card.model.num_classes and len(card.class_names) <= 16 else 8
@@ -336,7 +367,7 @@ def estimate(config: SampleConfig, checkpoint: CheckpointManifest, plan: PlanCon
     seconds = config.count * passes * 2 * macs / rate
     if ref:
         seconds += config.count / plan.rate("decode", lambda: decoder_rate(ref, card.resolution, config.precision))
-    rows = layout(config.count, config.block_rows, card.resolution)
+    rows = layout(config.count, config.block_rows, card.resolution, nfe=_adaptive(config, card))
     facts = {"resolution": card.resolution, "class_names": card.class_names, "conditions": {}}
     return StageCost(
         images=config.count,

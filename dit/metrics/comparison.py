@@ -6,7 +6,9 @@ from math import hypot
 from typing import Final, Literal, Self
 
 Direction = Literal["lower", "higher"]
-OWN: Final = frozenset({"training_steps", "weights", "ema_std", "decoder_sha256", "samples", "seed"})
+NFE: Final = "nfe"
+"""Passes of the network for an image. It follows from the other conditions and the weights."""
+OWN: Final = frozenset({"training_steps", "weights", "ema_std", "decoder_sha256", "samples", "seed", NFE})
 """Conditions of the samples themselves, which may differ. The interval covers another seed."""
 
 

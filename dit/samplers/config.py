@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from dit.devices import Arithmetic
 from dit.export import ModelReference, WeightsName
 from dit.pixels import Rounding
+from dit.samplers.flow import Coefficient
 from dit.samplers.guidance import Channels, Schedule
 from dit.samplers.labels import Labels
 from dit.vae import VaeRef
@@ -21,22 +22,33 @@ class SampleConfig(Config):
     labels: Labels = "random"
     """Class of each image: ``random`` draws it uniformly, ``balanced`` takes the classes in turn, and a mapping such as
     ``{cat: 8, "3": 4}`` has the number of images of each class, by its name or number."""
-    sampler: Literal["ddpm", "ddim", "dpm++", "heun", "euler"] = "ddpm"
-    """``ddpm`` is ancestral sampling with the learned variance. ``ddim`` is the implicit sampler, deterministic with
-    ``eta`` 0. ``dpm++`` is DPM-Solver++(2M), deterministic too, for 10 to 50 steps. Models trained with EDM's process
-    need ``heun``, and those trained as flows ``euler``."""
+    sampler: Literal["ddpm", "ddim", "dpm++", "heun", "euler", "euler_maruyama", "dopri5"] = "ddpm"
+    """For timesteps: ``ddpm`` is ancestral sampling with the learned variance, ``ddim`` the implicit sampler,
+    deterministic with ``eta`` 0, and ``dpm++`` DPM-Solver++(2M), deterministic too, for 10 to 50 steps. For EDM:
+    ``heun``. For flows: ``euler`` and ``heun``, of first and second order; ``dopri5``, of fifth order with steps as a
+    tolerance allows; ``euler_maruyama``, with noise on the way."""
     steps: int = Field(250, ge=2)
-    """Sampling steps per image. Each is one pass of the network; with heun two, and one in the last step."""
+    """Sampling steps per image. Each is one pass of the network; with heun two, and one in the last step. Not used by
+    dopri5."""
     eta: float = Field(0.0, ge=0, le=1)
     """For ddim: share of the ancestral noise added at each step. 0: deterministic."""
     sigma_min: float = Field(0.002, gt=0)
-    """For heun: smallest noise level, before the last step goes to 0."""
+    """For heun of EDM: smallest noise level, before the last step goes to 0."""
     sigma_max: float = Field(80.0, gt=0)
-    """For heun: noise level at which sampling starts."""
+    """For heun of EDM: noise level at which sampling starts."""
     rho: float = Field(7.0, gt=0)
-    """For heun: exponent of the noise levels; larger values make steps shorter near the data."""
+    """For heun of EDM: exponent of the noise levels; larger values make steps shorter near the data."""
     shift: float = added(1.0, gt=0)
-    """For euler: below 1, the steps near the noise are shorter. t becomes shift t / (1 + (shift - 1) t)."""
+    """For flows, but not dopri5: below 1, steps near the noise are shorter. t becomes shift t / (1 + (shift - 1) t)."""
+    diffusion_coefficient: Coefficient = added("sigma")
+    """For euler_maruyama: how much noise is added at time t, as w in the variance 2 w dt: the path's ``sigma``,
+    ``linear`` 1 - t, ``constant`` 1, or ``sbdm``, that of the diffusion with the path's distributions."""
+    last_step: float = added(0.04, ge=0.001, le=0.5)
+    """For euler_maruyama: size of the last step, of times from 0 to 1, which adds no noise."""
+    rtol: float = added(1e-3, ge=0)
+    """For dopri5: tolerated error of a step, as a share of the sample's numbers."""
+    atol: float = added(1e-6, ge=1e-9)
+    """For dopri5: tolerated error of a step, added to that."""
     guidance_scale: float = Field(1.5, ge=0)
     """Scale of guidance: the distance from the prediction for the null label, or from the guide's, is multiplied by it.
     1: no guidance. Ignored for unconditional models without a ``guide``."""

@@ -2,6 +2,7 @@
 
 # B = batch, C = channels, H, W = height and width
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -20,9 +21,16 @@ class State(NamedTuple):
     """Samples after the step (B, C, H, W)."""
     x0: Tensor
     """Expected data according to the network, before the step (B, C, H, W)."""
+    passes: Tensor | None = None
+    """Passes of the network so far for each sample (B,), where they do not follow from the step."""
+
+
+def end(states: Iterable[State]) -> State:
+    """Run a sampler to its end, keeping no state but the last."""
+    (state,) = deque(states, maxlen=1)
+    return state
 
 
 def last(states: Iterable[State]) -> Tensor:
     """Run a sampler to its end and return the samples (B, C, H, W)."""
-    *_, state = states
-    return state.x
+    return end(states).x

@@ -17,8 +17,9 @@ from dit.diffusion.respace import kept_timesteps
 from dit.samplers.config import SampleConfig
 from dit.samplers.ddim import ddim
 from dit.samplers.ddpm import ddpm
+from dit.samplers.dopri5 import TYPICAL, dopri5
 from dit.samplers.dpm import dpm, solver_timesteps
-from dit.samplers.flow import euler, times
+from dit.samplers.flow import euler, euler_maruyama, flow_heun, times
 from dit.samplers.heun import heun, noise_levels
 from dit.samplers.noise import SampleNoise
 from dit.samplers.state import State, StepNoise
@@ -37,8 +38,10 @@ class Sampler:
     """Raises `InputError` unless the config's steps and levels fit the process's config."""
     passes: Callable[[int], int]
     """Passes of the network for a number of steps, without guidance."""
-    fields: frozenset[str] = frozenset()
+    fields: tuple[str, ...] = ("steps",)
     """The fields of `SampleConfig` that it uses and not every sampler does."""
+    adaptive: bool = False
+    """Whether samples differ in their passes, of which `passes` is then a guess."""
 
 
 def sampler(config: SampleConfig, process: ProcessConfig) -> Sampler:
@@ -55,8 +58,8 @@ def sampler(config: SampleConfig, process: ProcessConfig) -> Sampler:
 
 
 def unused_fields(config: SampleConfig, process: ProcessConfig) -> frozenset[str]:
-    """The fields of the config that other samplers use alone."""
-    return frozenset[str]().union(*(row.fields for row in SAMPLERS.values())) - sampler(config, process).fields
+    """The fields of the config that only other samplers use."""
+    return frozenset(field for row in SAMPLERS.values() for field in row.fields) - set(sampler(config, process).fields)
 
 
 def _ddpm(
@@ -92,6 +95,34 @@ def _euler(
     return euler(Flow.from_config(process), model, noise.initial(), y, steps=config.steps, shift=config.shift)
 
 
+def _flow_heun(
+    config: SampleConfig, process: FlowConfig, model: Denoiser, y: Tensor | None, noise: SampleNoise
+) -> Iterator[State]:
+    return flow_heun(Flow.from_config(process), model, noise.initial(), y, steps=config.steps, shift=config.shift)
+
+
+def _euler_maruyama(
+    config: SampleConfig, process: FlowConfig, model: Denoiser, y: Tensor | None, noise: SampleNoise
+) -> Iterator[State]:
+    return euler_maruyama(
+        Flow.from_config(process),
+        model,
+        noise.initial(),
+        y,
+        _step_noise(noise, config.steps),
+        steps=config.steps,
+        shift=config.shift,
+        coefficient=config.diffusion_coefficient,
+        last_step=config.last_step,
+    )
+
+
+def _dopri5(
+    config: SampleConfig, process: FlowConfig, model: Denoiser, y: Tensor | None, noise: SampleNoise
+) -> Iterator[State]:
+    return dopri5(Flow.from_config(process), model, noise.initial(), y, rtol=config.rtol, atol=config.atol)
+
+
 def _respaced(config: SampleConfig, process: DiffusionConfig, noise: SampleNoise) -> GaussianDiffusion:
     return GaussianDiffusion.from_config(process).respaced(config.steps).to(noise.device)
 
@@ -118,18 +149,29 @@ def _check_times(config: SampleConfig, process: FlowConfig) -> None:
     times(Flow.from_config(process), config.steps, shift=config.shift)
 
 
+def _nothing(_: SampleConfig, __: FlowConfig) -> None:
+    """Whatever the config allows fits."""
+
+
 def _one_a_step(steps: int) -> int:
     return steps
 
 
+def _two_a_step(steps: int) -> int:
+    return 2 * steps - 1  # one in the last
+
+
 SAMPLERS = {
     ("gaussian", "ddpm"): Sampler(_ddpm, _check_respaced, _one_a_step),
-    ("gaussian", "ddim"): Sampler(_ddim, _check_respaced, _one_a_step, frozenset({"eta"})),
+    ("gaussian", "ddim"): Sampler(_ddim, _check_respaced, _one_a_step, ("steps", "eta")),
     ("gaussian", "dpm++"): Sampler(_dpm, _check_dpm, _one_a_step),
-    ("edm", "heun"): Sampler(
-        _edm_heun, _check_levels, lambda steps: 2 * steps - 1, frozenset({"sigma_min", "sigma_max", "rho"})
+    ("edm", "heun"): Sampler(_edm_heun, _check_levels, _two_a_step, ("steps", "sigma_min", "sigma_max", "rho")),
+    ("flow", "euler"): Sampler(_euler, _check_times, _one_a_step, ("steps", "shift")),
+    ("flow", "heun"): Sampler(_flow_heun, _check_times, _two_a_step, ("steps", "shift")),
+    ("flow", "euler_maruyama"): Sampler(
+        _euler_maruyama, _nothing, _one_a_step, ("steps", "shift", "diffusion_coefficient", "last_step")
     ),
-    ("flow", "euler"): Sampler(_euler, _check_times, _one_a_step, frozenset({"shift"})),
+    ("flow", "dopri5"): Sampler(_dopri5, _nothing, lambda _: TYPICAL, ("rtol", "atol"), adaptive=True),
 }
 """Rows by kind of process and name."""
 FITTING: dict[str, dict[str, Any]] = {

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from dit.evaluate import MetricsManifest
+from dit.metrics.comparison import NFE
 from dit.report.plots import GuidanceLine
 from dit.samplers.guidance import UNGUIDED
 from flows.report.alike import Evaluation, alike
@@ -36,7 +37,9 @@ def lines(evaluations: Sequence[MetricsManifest]) -> list[GuidanceLine]:
 
 def _fixed(evaluation: Evaluation) -> Fixed:
     metrics = evaluation.metrics
-    conditions = {name: value for name, value in metrics.conditions.items() if not name.startswith(GUIDANCE)}
+    conditions = {
+        name: value for name, value in metrics.conditions.items() if name != NFE and not name.startswith(GUIDANCE)
+    }
     return metrics.distance, metrics.version, evaluation.checkpoint.digest, conditions
 
 

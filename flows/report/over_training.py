@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dit.evaluate import MetricsManifest
+from dit.metrics.comparison import NFE
 from dit.sample import SampleManifest
 from flows.report.alike import Evaluation, alike, training_identity
 from storage.images.grid import image_grid
@@ -56,6 +57,6 @@ def _strip(samples: SampleManifest, each: int) -> bytes:
 def _fixed(evaluation: Evaluation) -> object:
     """What must be equal: distance, version of the stage, conditions and training without the number of steps."""
     metrics, _, checkpoint = evaluation
-    conditions = {name: value for name, value in metrics.conditions.items() if name != STEPS}
+    conditions = {name: value for name, value in metrics.conditions.items() if name not in {STEPS, NFE}}
     training = training_identity(checkpoint) | {"steps": None}
     return metrics.distance, metrics.version, conditions, checkpoint.version, checkpoint.inputs, training

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from dit.evaluate import MetricsManifest
 from dit.export import CheckpointManifest
-from dit.metrics.comparison import gain
+from dit.metrics.comparison import NFE, gain
 from dit.sample import SampleManifest
 from dit.samplers.table import SAMPLERS
 from flows.report.alike import Evaluation, alike, training_identity
 from flows.report.over_training import shares
 
-METHOD = frozenset({"sampler", "steps", "nfe"}).union(*(row.fields for row in SAMPLERS.values()))
+METHOD = frozenset({"sampler", NFE}).union(*(row.fields for row in SAMPLERS.values()))
 """Conditions that say how a process was reversed."""
 
 

@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 
 from dit.evaluate import MetricsManifest
+from dit.metrics.comparison import NFE
 from flows.tracking.runs import BestEffort, living_run, open_client
 from flows.tracking.sink import log_records
 from flows.tracking.store import DIGEST_TAG, MILESTONE, find
@@ -55,7 +56,7 @@ def _log(client: MlflowClient, run: Run, evaluations: Mapping[int, MetricsManife
 
 def _prefix(client: MlflowClient, run: Run, evaluation: MetricsManifest) -> str:
     """What the names of the metrics begin with; the first way of evaluation takes the plain one."""
-    conditions = {key: value for key, value in evaluation.conditions.items() if key != "training_steps"}
+    conditions = {key: value for key, value in evaluation.conditions.items() if key not in {"training_steps", NFE}}
     way = json_digest({"distance": evaluation.distance, **conditions})
     first = run.data.tags.get(WAY_TAG)
     if first is None:

@@ -17,6 +17,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
+from zarr.core.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
 from storage import records, uri
@@ -156,6 +157,20 @@ class RowWriter:
         shards = sorted(key for key in objects if not key.endswith("zarr.json"))
         files = tuple(self._out.put(f"{DATA}/{key}", objects[key].to_bytes()) for key in shards)
         records.commit(self._out, _record(block), records.Record(files=files), replace=replace)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A copy of a complete array (N, *shape) whose axes are not split, once all blocks are committed.
+
+        Raises:
+            StorageError: an object is missing.
+        """
+        objects: dict[str, Any] = {}
+        array = _create(self._layout, self._attributes, objects)[name]
+        ends = (0,) * len(array.shape[1:])
+        for block in range(self._layout.blocks):
+            key = "/".join(map(str, (name, "c", block, *ends)))
+            objects[key] = Buffer.from_bytes(uri.read(self._out.url(f"{DATA}/{key}")))
+        return np.asarray(array[:])
 
     def finish(self) -> list[FileEntry]:
         """Check every record against its objects, write the metadata, and list all files for the manifest.

@@ -90,6 +90,17 @@ def test_values_equal_to_the_fill_value_are_written(tmp_path: Path, new_output: 
     assert np.array_equal(reader.array("image"), arrays["image"])
 
 
+def test_a_writer_reads_its_blocks_before_the_manifest(tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
+    out, arrays = new_output(tmp_path), contents()
+    Path(fill(out, arrays).url).unlink()
+    writer = RowWriter(out, LAYOUT, {"made_by": "a test"})
+    for name in ("image", "label"):
+        assert np.array_equal(writer.array(name), arrays[name])
+    (Path(out.uri) / "data/label/c/1").unlink()
+    with pytest.raises(StorageError, match="data/label/c/1"):
+        writer.array("label")
+
+
 def test_only_missing_blocks_are_written_again(tmp_path: Path, new_output: Callable[..., StageOutput]) -> None:
     out, arrays = new_output(tmp_path), contents()
     whole = fill(out, arrays)
