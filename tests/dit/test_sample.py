@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 import dit
 from dit.export import RAW_WEIGHTS, CheckpointManifest
+from dit.latent_scale import LatentScale
 from dit.pixels import Rounding
 from dit.sample import SampleManifest, check_process, draw
 from dit.samplers.config import SampleConfig
@@ -244,9 +245,9 @@ def test_the_decoder_has_batches_of_its_own(
 ) -> None:
     seen, real = list[int](), Vae.decode
 
-    def noting(self: Vae, latents: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    def noting(self: Vae, latents: torch.Tensor, rounding: Rounding, scale: LatentScale) -> torch.Tensor:
         seen.append(len(latents))
-        return real(self, latents, rounding)
+        return real(self, latents, rounding, scale)
 
     monkeypatch.setattr(Vae, "decode", noting)
     found = tiny.run_sample(tmp_path, changed(decode_batch_size=size), checkpoint)
