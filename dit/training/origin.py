@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from dit.convert import read
+from dit.convert import Pretrained, read
 from dit.convert.diffusers import CONFIG
 from dit.convert.files import PICKLES, SAFETENSORS, suffix
 from dit.convert.layout import TABLE
@@ -120,9 +120,7 @@ def open_origin(init: Init, model: ModelConfig) -> Origin:
     if trained is None:
         if init.weights != "ema":
             raise InputError(f"train.init.weights: {where} was not trained here, so there are no others than ema")
-        known = getattr(model, "width", None) in HEADS
-        of_file = suffix(init.source) in (*PICKLES, SAFETENSORS)
-        other = read(init.source, heads=getattr(model, "heads", None) if of_file and not known else None)
+        other = _read(init.source, model)
         names = other.class_names if other.config.num_classes else None
         return Origin(where, other.config, other.diffusion, names, None, lambda: other.state, other.notes)
     file, card = weights_file(init.weights), trained.card
@@ -136,6 +134,18 @@ def open_origin(init: Init, model: ModelConfig) -> Origin:
         card.channels,
         lambda: load(trained.uri, weights=file).model.state_dict(),
     )
+
+
+def _read(source: str, model: ModelConfig) -> Pretrained:
+    known = getattr(model, "width", None) in HEADS
+    of_file = suffix(source) in (*PICKLES, SAFETENSORS)
+    try:
+        return read(source, heads=getattr(model, "heads", None) if of_file and not known else None)
+    except InputError as error:
+        hint = (
+            "; pass it to ditflow convert, and start from the file that this writes" if "pass --" in str(error) else ""
+        )
+        raise InputError(f"train.init.source: {error}{hint}") from error
 
 
 def fit(origin: Origin, model: ModelConfig, class_names: tuple[str, ...]) -> Fit:

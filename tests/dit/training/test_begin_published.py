@@ -1,5 +1,6 @@
 """Fine-tuning from a file of others, in a published layout, on other classes and another number of them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ def test_a_flow_is_converted_first_and_trained_on_as_one(
     assert f"{TABLE} (10 classes without names there" in caplog.text
     assert not any(name in caplog.text for name in HEAD)
     assert "trained for another process" not in caplog.text
+
+
+def test_a_file_that_needs_an_option_is_to_be_converted(
+    tmp_path: Path, config: TrainConfig, store: LatentManifest, file: str
+) -> None:
+    named = shutil.copy(file, tmp_path / "SiT-XL-2.pt")
+    init = config.model_copy(update={"init": Init(source=str(named))})
+    with pytest.raises(InputError) as caught:
+        initial_state(init, card_for(init, store), Ranks())
+    assert str(caught.value).startswith(f"train.init.source: {named}: is named after SiT")
+    assert str(caught.value).endswith("; pass it to ditflow convert, and start from the file that this writes")
 
 
 def test_classes_are_matched_by_the_names_that_convert_was_told(
