@@ -99,6 +99,13 @@ class Outcome:
     """URL of its manifest."""
     step: int | None = None
     """The training step, if the stage evaluates a milestone."""
+    std: float | None = None
+    """The relative width, if the stage makes or evaluates one of several averages."""
+
+    @property
+    def own(self) -> bool:
+        """Whether it is one of the recipe's stages, and not of the evaluation of another model."""
+        return self.step is None and self.std is None
 
 
 STAGES = {

@@ -56,11 +56,14 @@ class OverTraining:
             ValidationError: a value is wrong, or there are no milestones or no metrics.
         """
         if train.milestones is None:
-            _refuse((), "needs train.milestones, the steps to keep")
+            refuse(FIELD, (), "needs train.milestones, the steps to keep")
         if evaluate is None:
-            _refuse((), "needs evaluate.extractor")
-        changed = _changed("sample", sample, asked.sample), _changed("evaluate", evaluate, asked.evaluate)
-        return cls(train, *changed)
+            refuse(FIELD, (), "needs evaluate.extractor")
+        return cls(
+            train,
+            changed(FIELD, "sample", sample, asked.sample),
+            changed(FIELD, "evaluate", evaluate, asked.evaluate),
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -93,15 +96,22 @@ class OverTraining:
 
         Raises: as `checkpoints`.
         """
-        sample = located(self.sample, root)
-        return {step: self._evaluation(root, sample, made) for step, made in self.checkpoints(root, latents).items()}
+        stages = (("sample", located(self.sample, root)), ("evaluate", self.evaluate))
+        return {step: evaluation(root, made, stages) for step, made in self.checkpoints(root, latents).items()}
 
-    def _evaluation(self, root: str, sample: SampleConfig, checkpoint: Manifest) -> MetricsManifest | None:
-        made: Manifest | None = checkpoint
-        for name, config in (("sample", sample), ("evaluate", self.evaluate)):
-            made = made and STAGES[name].output(root, config, made).committed(STAGES[name].kind)
-        assert made is None or isinstance(made, MetricsManifest)
-        return made
+
+def evaluation(root: str, model: Manifest, stages: Sequence[tuple[str, Config]]) -> MetricsManifest | None:
+    """The metrics that stages with these configs have made of a model, one after the other; None if they are not done.
+
+    Raises:
+        InputError: an output is damaged or was made from other bytes.
+        StorageError: the store does not answer.
+    """
+    made: Manifest | None = model
+    for name, config in stages:
+        made = made and STAGES[name].output(root, config, made).committed(STAGES[name].kind)
+    assert made is None or isinstance(made, MetricsManifest)
+    return made
 
 
 def best(evaluations: Mapping[int, MetricsManifest], rule: PromotionRule) -> int:
@@ -135,14 +145,24 @@ def model_of(evaluation: MetricsManifest) -> CheckpointManifest:
     return evaluation.parent("samples", SampleManifest).parent("checkpoint", CheckpointManifest)
 
 
-def _changed(stage: str, config: AnyConfig, values: dict[str, Any]) -> AnyConfig:
+def changed(field: str, stage: str, config: AnyConfig, values: dict[str, Any]) -> AnyConfig:
+    """The config of a stage with the other values that a field of the recipe gives.
+
+    Raises:
+        ValidationError: a value is wrong.
+    """
     try:
         return type(config).model_validate(config.model_dump() | values)
     except ValidationError as error:
         wrong = problem(error, values)
-        _refuse((stage, *filter(None, wrong.place.split("."))), wrong.message)
+        refuse(field, (stage, *filter(None, wrong.place.split("."))), wrong.message)
 
 
-def _refuse(place: tuple[str, ...], message: str) -> NoReturn:
-    error = PydanticCustomError("milestones", "{said}", {"said": message})
-    raise ValidationError.from_exception_data("Recipe", [{"type": error, "loc": (FIELD, *place), "input": None}])
+def refuse(field: str, place: tuple[str, ...], message: str) -> NoReturn:
+    """Refuse what a field of the recipe says at a place.
+
+    Raises:
+        ValidationError: always.
+    """
+    error = PydanticCustomError("evaluation", "{said}", {"said": message})
+    raise ValidationError.from_exception_data("Recipe", [{"type": error, "loc": (field, *place), "input": None}])

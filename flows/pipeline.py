@@ -8,10 +8,11 @@ from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
 
 from dit.export import CheckpointManifest
-from flows import processes
+from flows import over_widths, processes
 from flows.contract import STAGES, Outcome
 from flows.milestones import evaluate_milestones
 from flows.over_training import evaluations_of
+from flows.over_widths import OverWidths
 from flows.perform import RunSettings
 from flows.plan.preflight import preflight
 from flows.recipe import Recipe
@@ -27,7 +28,7 @@ from storage.patience import patient
 def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
     """Check that every stage can run, and run them in turn. Finished stages are skipped.
 
-    Milestones are evaluated after training, if the recipe asks for it.
+    Milestones and averages of several widths are evaluated after training, if the recipe asks for it.
     """
     processes.note(flow_run.id, settings.root)
     settings = settings.model_copy(update={"pipeline_id": recipe.pipeline_id})
@@ -45,11 +46,25 @@ def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
                 if name == "train" and recipe.evaluate_milestones:
                     outcomes += evaluate_milestones(recipe, str(sources["encode"]), outcome.manifest, settings)
                     sources[name] = _chosen(recipe, outcome.manifest, outcomes)
+                if name == "train" and recipe.over_widths:
+                    outcomes += evaluate_widths(recipe, recipe.over_widths, outcome.manifest, settings)
                 if name == "average":
                     sources["train"] = outcome.manifest
-            manifests = [Manifest.read(outcome.manifest) for outcome in outcomes if outcome.step is None]
-            publish(recipe.name, manifests, settings.root, run_id, list(evaluations_of(outcomes).values()))
+            manifests = [Manifest.read(outcome.manifest) for outcome in outcomes if outcome.own]
+            further = [*evaluations_of(outcomes).values(), *over_widths.evaluations_of(outcomes).values()]
+            publish(recipe.name, manifests, settings.root, run_id, further)
     create_table_artifact([asdict(outcome) for outcome in outcomes], key="pipeline-stages", description=recipe.name)
+    return outcomes
+
+
+def evaluate_widths(recipe: Recipe, asked: OverWidths, trained: str, settings: RunSettings) -> list[Outcome]:
+    """Make the averages of a training run of all widths that are asked for, and evaluate them in the same way."""
+    outcomes = []
+    for std in asked.averages:
+        source = trained
+        for name, config in asked.stages(std):
+            outcomes.append(run_stage(name, recipe, source, settings, config=config, std=std))
+            source = outcomes[-1].manifest
     return outcomes
 
 

@@ -17,6 +17,7 @@ from flows import yaml_text
 from flows.contract import STAGES, Source, Stage
 from flows.launch.spec import LaunchSpec, LocalLaunch
 from flows.over_training import MilestonesConfig, OverTraining, best, model_of
+from flows.over_widths import OverWidths, WidthsConfig
 from flows.registry.config import RegisterConfig
 from flows.servers import local_home
 from flows.tracking import references, runs
@@ -56,6 +57,8 @@ class Recipe(Config):
     """Generated images to metrics. Default: none, and the pipeline ends with the generated images."""
     evaluate_milestones: MilestonesConfig | None = None
     """Evaluation of the milestones of training, and of its last step. Default: none."""
+    evaluate_widths: WidthsConfig | None = None
+    """Evaluation of averages of several widths, made from those of ``train.ema_power``. Default: none."""
     registry: RegisterConfig = RegisterConfig()
     """A checkpoint to a version in the model registry."""
 
@@ -73,11 +76,22 @@ class Recipe(Config):
             raise ValueError("average: takes the place of the best milestone; set registry.checkpoint: last")
         return self
 
+    @model_validator(mode="after")
+    def _widths_can_be_evaluated(self) -> Self:
+        _ = self.over_widths  # which raises
+        return self
+
     @property
     def over_training(self) -> OverTraining | None:
         """The evaluation of the milestones; None if the recipe asks for none."""
         asked = self.evaluate_milestones
         return None if asked is None else OverTraining.of(asked, self.train, self.sample, self.evaluate)
+
+    @property
+    def over_widths(self) -> OverWidths | None:
+        """The evaluation of averages of several widths; None if the recipe asks for none."""
+        asked = self.evaluate_widths
+        return None if asked is None else OverWidths.of(asked, self.train, self.sample, self.evaluate)
 
     def asked_over_training(self) -> OverTraining:
         """The evaluation of the milestones.
@@ -121,20 +135,24 @@ class Recipe(Config):
         assert isinstance(config, Config)
         return config
 
-    def form(self, stage: str) -> dict[str, Config]:
+    def form(self, stage: str, config: Config | None = None) -> dict[str, Config]:
         """The arguments of a stage's flow: the config, and launcher and archive if the stage takes them.
 
+        Args:
+            stage: its name.
+            config: replaces the recipe's config of the stage.
+
         Raises:
-            InputError: the recipe does not have the stage.
+            InputError: there is no other config, and the recipe does not have the stage.
         """
         launcher = {"launcher": self.launch} if STAGES[stage].ranked else {}
         archive = {} if STAGES[stage].reads else {STAGES[stage].role: self.archive}
-        return {"config": self.config_of(stage), **launcher, **archive}
+        return {"config": self.config_of(stage) if config is None else config, **launcher, **archive}
 
     def finished(self, root: str, before: str | None = None) -> list[Manifest] | None:
         """The manifests of all stages, or of those before one; None if any of them is not done.
 
-        With all stages, the milestones must be evaluated too.
+        With all stages, the milestones and the averages of several widths must be evaluated too.
         """
         made: dict[str, Manifest] = {}
         for name in self.stages:
@@ -149,7 +167,8 @@ class Recipe(Config):
                 return None
             made[name] = manifest
         everything = list(made.values())
-        return None if before is None and None in self.evaluations(root, everything).values() else everything
+        further = (self.evaluations(root, everything), self.widths(root, everything)) if before is None else ()
+        return None if any(None in each.values() for each in further) else everything
 
     def evaluations(self, root: str, made: Sequence[Manifest]) -> dict[int, MetricsManifest | None]:
         """The metrics over training by step, None for a step that is not evaluated; empty if the recipe asks for none.
@@ -160,6 +179,21 @@ class Recipe(Config):
         """
         latents = next(manifest for manifest in made if manifest.stage == STAGES["train"].reads)
         return self.over_training.evaluations(root, latents) if self.over_training else {}
+
+    def widths(self, root: str, made: Sequence[Manifest]) -> dict[float, MetricsManifest | None]:
+        """The metrics of averages by width, None for one that is not evaluated; empty if the recipe asks for none.
+
+        Args:
+            root: folder or URL of all outputs.
+            made: manifests of the recipe's stages, at least up to the training.
+        """
+        trained = next(manifest for manifest in made if manifest.stage == "train")
+        return self.over_widths.evaluations(root, trained) if self.over_widths else {}
+
+    def further(self, root: str, made: Sequence[Manifest]) -> list[MetricsManifest]:
+        """The evaluations of milestones and of averages of several widths that are done. Arguments as `widths`."""
+        found = (*self.evaluations(root, made).values(), *self.widths(root, made).values())
+        return [each for each in found if each is not None]
 
     def chosen(self, trained: Manifest, evaluations: Mapping[int, MetricsManifest]) -> Manifest:
         """The model to sample, evaluate and register: that of the last step, or the best one over training."""

@@ -7,6 +7,7 @@ the URL of its manifest. A stage that was done before ends in the state ``Skippe
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from inspect import Parameter, Signature
 from typing import Any
@@ -63,6 +64,7 @@ def run_stage(
     *,
     config: Config | None = None,
     step: int | None = None,
+    std: float | None = None,
 ) -> Outcome:
     """Run one stage of a recipe on any earlier output.
 
@@ -73,19 +75,20 @@ def run_stage(
         settings: of the run.
         config: replaces the recipe's config of the stage.
         step: the training step of the milestone that the stage evaluates.
+        std: the relative width of the average that the stage makes or evaluates.
     """
-    given = recipe.form(name) | {STAGES[name].role: source} | ({} if config is None else {"config": config})
-    return run_flow(name, given, settings, step=step)
+    which = "" if step is None else f" at step {step:,}"
+    which += "" if std is None else f" of width {std:g}"
+    outcome = run_flow(name, recipe.form(name, config) | {STAGES[name].role: source}, settings, which=which)
+    return replace(outcome, step=step, std=std)
 
 
-def run_flow(name: str, given: Mapping[str, Any], settings: RunSettings, *, step: int | None = None) -> Outcome:
-    """Run the flow of a stage with its arguments, ``settings`` apart."""
-    begin, run = time.monotonic(), stage_flow(name)
-    if step is not None:
-        run = run.with_options(flow_run_name=f"{name} at step {step:,}")
+def run_flow(name: str, given: Mapping[str, Any], settings: RunSettings, *, which: str = "") -> Outcome:
+    """Run the flow of a stage with its arguments, ``settings`` apart; ``which`` is added to the name of its run."""
+    begin, run = time.monotonic(), stage_flow(name).with_options(flow_run_name=f"{name}{which}")
     state = run(**given, settings=settings, return_state=True)
     skipped = state.name == SKIPPED
-    return Outcome(name, "skipped" if skipped else "ran", round(time.monotonic() - begin, 1), state.result(), step)
+    return Outcome(name, "skipped" if skipped else "ran", round(time.monotonic() - begin, 1), state.result())
 
 
 def _parameters(stage: Stage) -> list[Parameter]:

@@ -70,24 +70,25 @@ def scaling(
     return _png(figure)
 
 
-def over_training(
-    steps: Sequence[int], distances: Sequence[Estimate], title: str, shares: Mapping[str, Sequence[float]]
+def over(
+    axis: str, at: Sequence[float], distances: Sequence[Estimate], title: str, shares: Mapping[str, Sequence[float]]
 ) -> bytes:
-    """Metrics against the training step.
+    """Metrics against a number, such as the training step.
 
     Args:
-        steps: the steps.
+        axis: name of the number.
+        at: its values.
         distances: the distance at each of them.
         title: name of the distance.
         shares: metrics from 0 to 1 at each of them, by name.
     """
     figure = Figure(figsize=(9, 3.5), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
-    _errors(left, steps, distances, "o-")
-    left.set(xlabel="training step", ylabel=title)
+    _errors(left, at, distances, "o-")
+    left.set(xlabel=axis, ylabel=title)
     for name, values in shares.items():
-        right.plot(steps, values, "o-", label=name, markersize=4)
-    right.set(xlabel="training step", ylim=(0, 1))
+        right.plot(at, values, "o-", label=name, markersize=4)
+    right.set(xlabel=axis, ylim=(0, 1))
     right.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(visible=True, alpha=0.3)

@@ -9,6 +9,7 @@ from shlex import quote
 from typing import Any
 
 from dit.evaluate import MetricsManifest
+from flows import over_widths
 from flows.command.tables import aligned
 from flows.contract import Outcome
 from flows.over_training import evaluations_of
@@ -30,36 +31,41 @@ def show(options: Namespace, recipe: str, outcomes: list[Outcome]) -> None:
 
 
 def _as_json(outcomes: list[Outcome], root: str) -> dict[str, Any]:
-    """Stages, metrics, and the ids of the MLflow runs by stage and of the pipeline's; the milestones by themselves."""
-    manifests = [Manifest.read(outcome.manifest) for outcome in outcomes if outcome.step is None]
+    """Stages, metrics, and the ids of the MLflow runs by stage and of the pipeline's; other models by themselves."""
+    manifests = [Manifest.read(outcome.manifest) for outcome in outcomes if outcome.own]
     runs = {manifest.stage: manifest.provenance.mlflow_run_id for manifest in manifests}
     pipeline = Manifest.read(outcomes[-1].manifest).provenance.pipeline_id
-    milestones = [
-        asdict(outcome) | {"metrics": Manifest.read(outcome.manifest).metrics}
-        for outcome in outcomes
-        if outcome.step is not None
-    ]
+    further = {
+        "milestones": [_with_metrics(outcome) for outcome in outcomes if outcome.step is not None],
+        "widths": [_with_metrics(outcome) for outcome in outcomes if outcome.std is not None],
+    }
     return {
-        "stages": [asdict(outcome) for outcome in outcomes if outcome.step is None],
-        **({"milestones": milestones} if milestones else {}),
+        "stages": [asdict(outcome) for outcome in outcomes if outcome.own],
+        **{name: made for name, made in further.items() if made},
         "metrics": _metrics(manifests),
         "mlflow_run_ids": runs | ({"pipeline": pipeline_run_id(pipeline, root)} if pipeline else {}),
     }
 
 
+def _with_metrics(outcome: Outcome) -> dict[str, Any]:
+    return asdict(outcome) | {"metrics": Manifest.read(outcome.manifest).metrics}
+
+
 def _show(recipe: str, outcomes: list[Outcome], root: str) -> None:
     """Print a recipe's name, a table of the stages, the metrics, and where to look."""
     print(recipe)
-    manifests = [Manifest.read(outcome.manifest) for outcome in outcomes if outcome.step is None]
-    milestones = evaluations_of(outcomes)
+    manifests = [Manifest.read(outcome.manifest) for outcome in outcomes if outcome.own]
+    milestones, widths = evaluations_of(outcomes), over_widths.evaluations_of(outcomes)
     for manifest in manifests:
         if manifest.stage == ShardManifest.STAGE:
             _print_table([list(line) for line in summary(ShardManifest.read(manifest.uri))])
     if milestones:
         _print_table([[f"step {step:,}", m.distance, str(m.estimate), m.url] for step, m in milestones.items()])
+    if widths:
+        _print_table([[f"width {std:g}", m.distance, str(m.estimate), m.url] for std, m in widths.items()])
     if not manifests:
         return
-    _print_table([[o.name, o.state, f"{o.seconds:.1f} s", o.manifest] for o in outcomes if o.step is None])
+    _print_table([[o.name, o.state, f"{o.seconds:.1f} s", o.manifest] for o in outcomes if o.own])
     _print_table([[name, f"{value:.4g}"] for name, value in _metrics(manifests).items()])
     distances = [
         ["distance", MetricsManifest.read(m.uri).distance] for m in manifests if m.stage == MetricsManifest.STAGE
@@ -75,7 +81,7 @@ def _show(recipe: str, outcomes: list[Outcome], root: str) -> None:
         for version in (ModelManifest.read(m.uri) for m in manifests if m.stage == ModelManifest.STAGE)
         if version.promotion
     ]
-    page = page_url(manifests, root, list(milestones.values()))
+    page = page_url(manifests, root, [*milestones.values(), *widths.values()])
     pictures += [["report", page]] if uri.exists(page) else []
     up = f"{_installed('ditflow')} up --root {quote(uri.redact(root))}"
     _print_table([*distances, *decisions, *pictures, ["runs, models", _tracking_hint(root)], ["flows, forms", up]])

@@ -24,6 +24,6 @@ def run(options: Namespace) -> None:
     done = recipe.finished(options.root)
     if done is None:
         raise InputError(f"report: recipe {recipe.name} is not finished; run it first")
-    milestones = [each for each in recipe.evaluations(options.root, done).values() if each]
-    write_page(recipe.name, done, options.root, milestones)
-    print(page_url(done, options.root, milestones))
+    further = recipe.further(options.root, done)
+    write_page(recipe.name, done, options.root, further)
+    print(page_url(done, options.root, further))

@@ -39,17 +39,22 @@ def _skip(options: Namespace, recipe: "Recipe", done: "list[Manifest]") -> None:
     from dit.sample import SampleManifest
     from flows.command.outcomes import show
     from flows.contract import Outcome
+    from flows.over_training import model_of
     from flows.report import page
     from flows.tracking import over_training, runs
 
     evaluations = {step: each for step, each in recipe.evaluations(options.root, done).items() if each}
-    samples = [each.parent("samples", SampleManifest) for each in evaluations.values()]
-    runs.sync_pipeline(recipe.pipeline_id, [*samples, *evaluations.values(), *done], options.root)
+    widths = {std: each for std, each in recipe.widths(options.root, done).items() if each}
+    further = [*evaluations.values(), *widths.values()]
+    samples = [each.parent("samples", SampleManifest) for each in further]
+    averages = [model_of(each) for each in widths.values()]
+    runs.sync_pipeline(recipe.pipeline_id, [*averages, *samples, *further, *done], options.root)
     over_training.log(next(each for each in done if each.stage == "train"), evaluations, options.root)
-    page.publish_missing(recipe.name, done, options.root, list(evaluations.values()))
+    page.publish_missing(recipe.name, done, options.root, further)
     outcomes = [Outcome(each.stage, "skipped", 0.0, each.url) for each in done]
     milestones = [Outcome(each.stage, "skipped", 0.0, each.url, step) for step, each in evaluations.items()]
-    show(options, recipe.name, [*milestones, *outcomes])
+    averaged = [Outcome(each.stage, "skipped", 0.0, each.url, std=std) for std, each in widths.items()]
+    show(options, recipe.name, [*milestones, *averaged, *outcomes])
 
 
 def _run(options: Namespace, recipes: "list[Recipe]") -> None:

@@ -21,6 +21,7 @@ from flows import yaml_text
 from flows.contract import STAGES, Source
 from flows.launch.spec import LocalLaunch
 from flows.over_training import OverTraining
+from flows.over_widths import OverWidths
 from flows.plan.table import Copy, Line, Plan
 from flows.recipe import Recipe
 from flows.tracking.references import located
@@ -131,12 +132,14 @@ def estimates(recipe: Recipe, root: str, rates: dict[str, float], *, force: bool
             held_out = planner.stage("encode", encoding.encode, planner.before["shard"], force=False)
             yield from (replace(each, stage="encode held_out") for each in held_out)
         for each in planner.stage(name, recipe.config_of(name), source, force=force):
-            planner.before[name] = each.manifest
+            planner.before[name] = last = each.manifest
             yield each
         if name == "train" and recipe.over_training:
             yield from _milestones(planner, recipe.over_training)
             chosen = recipe.source(STAGES["sample"], planner.before, root)
             planner.before[name] = chosen if isinstance(chosen, Manifest) else planner.before[name]
+        if name == "train" and recipe.over_widths:
+            yield from _widths(planner, recipe.over_widths, last)
         if name == "average":
             planner.before["train"] = planner.before[name]
 
@@ -177,6 +180,21 @@ def _milestones(planner: _Planner, asked: OverTraining) -> Iterator[StageEstimat
             for made in planner.stage(name, config, source, force=planner.force, check=not found[name]):  # same for all
                 found[name].append(made)
                 planner.before[name] = source = made.manifest
+    yield from (_together(f"{name} x {len(made)}", made) for name, made in found.items())
+
+
+def _widths(planner: _Planner, asked: OverWidths, trained: Manifest) -> Iterator[StageEstimate]:
+    """The averages of several widths and their evaluations: one estimate for each stage of all of them."""
+    found: dict[str, list[StageEstimate]] = {"average": [], "sample": [], "evaluate": []}
+    for std in asked.averages:
+        source = trained
+        for name, config in asked.stages(std):
+            check = name == "average" or not found[name]  # the others are the same for all
+            for made in planner.stage(name, config, source, force=planner.force, check=check):
+                found[name].append(made)
+                source = made.manifest
+            if name != "average":  # which would be the recipe's own
+                planner.before[name] = source
     yield from (_together(f"{name} x {len(made)}", made) for name, made in found.items())
 
 

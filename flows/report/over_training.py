@@ -39,18 +39,15 @@ def shares(series: Sequence[MetricsManifest]) -> dict[str, list[float]]:
     return {name: [each.metrics[name] for each in series] for name in common}
 
 
-def strips(series: Sequence[MetricsManifest], each: int) -> list[tuple[str, bytes]]:
-    """The first samples after so many steps, each time from the same noise: a name and a PNG.
+def strip(metrics: MetricsManifest, count: int) -> bytes:
+    """A PNG of the first samples that were evaluated.
 
     Raises:
         InputError: samples are gone.
         StorageError: samples are not what was committed.
     """
-    return [(f"step {steps_of(made):,}", _strip(made.parent("samples", SampleManifest), each)) for made in series]
-
-
-def _strip(samples: SampleManifest, each: int) -> bytes:
-    first = np.arange(min(samples.counts["images"], each))
+    samples = metrics.parent("samples", SampleManifest)
+    first = np.arange(min(samples.counts["images"], count))
     return image_grid(RowReader(samples).take("image", first), len(first), gap=2)
 
 

@@ -5,7 +5,7 @@ checks it with all that it shows.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mlflow import MlflowClient
 
@@ -16,7 +16,7 @@ from dit.report import plots
 from dit.report.by_class import by_class
 from dit.report.neighbours import neighbours
 from dit.sample import PICTURE, SampleManifest
-from flows.report import guidance_sweep, over_training, processes
+from flows.report import guidance_sweep, over_training, processes, widths
 from flows.report.html import Figure, Section, Strips, Table, render
 from flows.report.kept import ReportManifest, keep, kept, output
 from flows.tracking import runs
@@ -51,35 +51,33 @@ class ReportConfig(Config):
     """A page depends on the outputs that it shows; its title does not count."""
 
 
-def page_output(manifests: Sequence[Manifest], root: str, milestones: Sequence[MetricsManifest] = ()) -> StageOutput:
+def page_output(manifests: Sequence[Manifest], root: str, further: Sequence[MetricsManifest] = ()) -> StageOutput:
     """The output of the page of some stages. Its parents are the stages, and what its series show.
 
     Args:
         manifests: of the stages.
         root: folder or URL of all outputs.
-        milestones: the evaluations over training that the recipe asks for.
+        further: the evaluations of milestones and of averages that the recipe asks for.
 
     Raises:
         InputError: a stage's output is gone.
     """
     evaluations = _evaluations(manifests)
     swept = [other for manifest in evaluations for other in guidance_sweep.sweep_of(manifest, root)]
-    trained = [other for series in _over_training(evaluations, root, milestones) for other in series]
+    trained = [other for series in _over_training(evaluations, root, further) for other in series]
     beside = [other for manifest in evaluations for other in processes.beside(manifest, root)]
-    shown = {
-        f"{manifest.stage} {manifest.folder_name}": manifest for manifest in (*swept, *trained, *beside, *manifests)
-    }
+    averaged = widths.series_of([*further, *evaluations], root)
+    everything = (*swept, *trained, *averaged, *beside, *manifests)
+    shown = {f"{manifest.stage} {manifest.folder_name}": manifest for manifest in everything}
     return output(ReportManifest, VERSION, ReportConfig(), shown, root)
 
 
-def page_url(manifests: Sequence[Manifest], root: str, milestones: Sequence[MetricsManifest] = ()) -> str:
+def page_url(manifests: Sequence[Manifest], root: str, further: Sequence[MetricsManifest] = ()) -> str:
     """The URL of the page of some stages. Arguments and errors as `page_output`."""
-    return page_output(manifests, root, milestones).url(REPORT)
+    return page_output(manifests, root, further).url(REPORT)
 
 
-def write_page(
-    name: str, manifests: Sequence[Manifest], root: str, milestones: Sequence[MetricsManifest] = ()
-) -> bytes:
+def write_page(name: str, manifests: Sequence[Manifest], root: str, further: Sequence[MetricsManifest] = ()) -> bytes:
     """Write the report of a pipeline's stages, in their order, and return it; one that is there is kept.
 
     Arguments as `page_output`.
@@ -88,8 +86,8 @@ def write_page(
         InputError: a stage's output is gone, or the extractor cannot be loaded.
         StorageError: a picture is not what was committed, or the disk is full.
     """
-    out = page_output(manifests, root, milestones)
-    return keep(out, ReportManifest, REPORT, lambda: page(name, manifests, root, milestones).encode())
+    out = page_output(manifests, root, further)
+    return keep(out, ReportManifest, REPORT, lambda: page(name, manifests, root, further).encode())
 
 
 def publish(
@@ -97,14 +95,14 @@ def publish(
     manifests: Sequence[Manifest],
     root: str,
     run_id: str | None,
-    milestones: Sequence[MetricsManifest] = (),
+    further: Sequence[MetricsManifest] = (),
 ) -> None:
     """Write the report and log it to the pipeline's MLflow run, if there is one.
 
     An error becomes a warning: the stages are committed, and the report must not fail them.
     """
     try:
-        written = write_page(name, manifests, root, milestones)
+        written = write_page(name, manifests, root, further)
         if run_id is not None:
             log_file(MlflowClient(runs.tracking_uri(root)), run_id, REPORT, written)
     except Exception as error:
@@ -112,18 +110,18 @@ def publish(
 
 
 def publish_missing(
-    name: str, manifests: Sequence[Manifest], root: str, milestones: Sequence[MetricsManifest] = ()
+    name: str, manifests: Sequence[Manifest], root: str, further: Sequence[MetricsManifest] = ()
 ) -> None:
     """Publish the report of a finished pipeline if it is missing or damaged.
 
     It is missing if the command was killed before it, or if a series that it shows has grown since.
     """
-    if kept(page_output(manifests, root, milestones), ReportManifest, REPORT) is None:
+    if kept(page_output(manifests, root, further), ReportManifest, REPORT) is None:
         pipeline = manifests[-1].provenance.pipeline_id
-        publish(name, manifests, root, runs.pipeline_run_id(pipeline, root) if pipeline else None, milestones)
+        publish(name, manifests, root, runs.pipeline_run_id(pipeline, root) if pipeline else None, further)
 
 
-def page(name: str, manifests: Sequence[Manifest], root: str, milestones: Sequence[MetricsManifest] = ()) -> str:
+def page(name: str, manifests: Sequence[Manifest], root: str, further: Sequence[MetricsManifest] = ()) -> str:
     """The report as HTML: the same bytes for the same manifests. Arguments and errors as `write_page`."""
     evaluations = _evaluations(manifests)
     sections = [
@@ -131,11 +129,13 @@ def page(name: str, manifests: Sequence[Manifest], root: str, milestones: Sequen
     ]
     own = "Registered and" if any(manifest.stage == "register" for manifest in manifests) else "Samples"
     shown = [f"{own} shown in the other sections: step {over_training.steps_of(each):,}." for each in evaluations]
-    trained = [_trained(series, *shown) for series in _over_training(evaluations, root, milestones)]
+    trained = [_trained(series, *shown) for series in _over_training(evaluations, root, further)]
+    averaged = list(_averaged(widths.series_of([*further, *evaluations], root)))
     for manifest in evaluations:
         sections += [
             _papers(manifest),
             *trained,
+            *averaged,
             *_beside(processes.beside(manifest, root)),
             *_guided(guidance_sweep.sweep_of(manifest, root), manifest.distance),
             _nearest(manifest, root),
@@ -151,9 +151,10 @@ def _evaluations(manifests: Sequence[Manifest]) -> list[MetricsManifest]:
 
 
 def _over_training(
-    evaluations: Sequence[MetricsManifest], root: str, milestones: Sequence[MetricsManifest]
+    evaluations: Sequence[MetricsManifest], root: str, further: Sequence[MetricsManifest]
 ) -> list[list[MetricsManifest]]:
     """The series over training: that of the milestones, and that of the evaluation itself if it is another one."""
+    milestones = [each for each in further if widths.WIDTH not in each.conditions]
     found = [over_training.series_of(each, root) for each in (*milestones[-1:], *evaluations)]
     distinct = {tuple(each.digest for each in series): series for series in found if len(series) > 1}
     return list(distinct.values())
@@ -220,21 +221,46 @@ def _row(row: Row, metrics: MetricsManifest) -> tuple[str, ...]:
 
 def _trained(series: Sequence[MetricsManifest], *notes: str) -> Section:
     """The metrics over training: evaluations after several numbers of steps."""
-    steps, distances = [over_training.steps_of(each) for each in series], [each.estimate for each in series]
-    shares, (metrics, *_) = over_training.shares(series), series
-    best = min(series, key=lambda each: each.estimate.value)
-    line = f"Best: step {over_training.steps_of(best):,}, {metrics.distance} {best.estimate}."
-    line = " ".join([line, f"Each point is from {metrics.counts['samples']:,} samples.", *notes])
+    steps = {f"{over_training.steps_of(each):,}": each for each in series}
+    at = [over_training.steps_of(each) for each in series]
     caption = "The same training and conditions after several numbers of steps; bars are 95 % intervals"
-    plot = plots.over_training(steps, distances, metrics.distance, shares)
+    return _over("Over training", ("training step", "step"), at, steps, caption, *notes)
+
+
+def _averaged(series: Sequence[MetricsManifest]) -> Iterator[Section]:
+    """The metrics over the width of the average, if averages were evaluated."""
+    if series:
+        named = {f"{widths.width_of(each):g}": each for each in series}
+        at = [widths.width_of(each) for each in series]
+        caption = "Averages of other widths of the weights of one training; bars are 95 % intervals"
+        note = f"The averages end at step {over_training.steps_of(series[0]):,}."
+        yield _over("Width of the average", ("relative width", "width"), at, named, caption, note)
+
+
+def _over(
+    title: str,
+    axis: tuple[str, str],
+    at: Sequence[float],
+    named: Mapping[str, MetricsManifest],
+    caption: str,
+    *notes: str,
+) -> Section:
+    """The metrics over a number, whose name is long or short: the best one, a plot, a table, and the first samples."""
+    series, (long, short) = list(named.values()), axis
+    distances, shares, (metrics, *_) = [each.estimate for each in series], over_training.shares(series), series
+    best = min(named, key=lambda name: named[name].estimate.value)
+    line = f"Best: {short} {best}, {metrics.distance} {named[best].estimate}."
+    line = " ".join([line, f"Each point is from {metrics.counts['samples']:,} samples.", *notes])
+    plot = plots.over(long, at, distances, metrics.distance, shares)
     rows = [
-        (f"{step:,}", str(distance), *(f"{value:.4f}" for value in values))
-        for step, distance, *values in zip(steps, distances, *shares.values(), strict=True)
+        (name, str(distance), *(f"{value:.4f}" for value in values))
+        for name, distance, *values in zip(named, distances, *shares.values(), strict=True)
     ]
-    table = Table(("training step", f"{metrics.distance} (95 % interval)", *shares), rows)
-    strips = Strips(over_training.strips(series, _in_a_strip(metrics.parent("samples", SampleManifest))))
+    table = Table((long, f"{metrics.distance} (95 % interval)", *shares), rows)
+    each = _in_a_strip(metrics.parent("samples", SampleManifest))
+    strips = Strips([(f"{short} {name}", over_training.strip(made, each)) for name, made in named.items()])
     same = "The first samples of each, from the same noise."
-    return Section("Over training", [line, Figure(plot, caption, plot=True), table, same, strips])
+    return Section(title, [line, Figure(plot, caption, plot=True), table, same, strips])
 
 
 def _beside(evaluations: Sequence[MetricsManifest]) -> Iterator[Section]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flips import unnoticed
@@ -10,12 +11,14 @@ from mlflow import MlflowClient
 from small import SHAPE, Small
 
 from dit.average import AverageConfig
+from dit.evaluate import MetricsManifest
 from dit.models.choice import DiTChoice
 from dit.training.config import TrainConfig
 from flows.command.main import main
 from flows.contract import STAGES
 from flows.demo import CLASSIFIER
 from flows.plan.estimate import estimates
+from flows.plan.preflight import preflight
 from flows.recipe import load_recipe
 from flows.registry.config import RegisterConfig
 from flows.tracking import runs
@@ -153,3 +156,68 @@ def test_a_registered_one_leads_back_to_it_also_in_a_root_that_was_moved(
     shutil.rmtree(made.uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", runs.tracking_uri(str(small.root)))
     assert runs.resolve(reference, str(moved)) == str(moved / "average" / Path(made.uri).name)
+
+
+WIDTHS = (STD, 0.1)
+ASKED = ["--set", f"evaluate_widths={{stds: {list(WIDTHS)}, sample: {{count: 20}}}}"]
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main([*arguments, "--json"]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_a_sweep_of_widths_is_evaluated_and_reported(
+    small: Small, made: Manifest, recipe: str, prefect_api: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("run", recipe, "--root", str(small.root), *ASKED)
+    first = said(capsys, *arguments)
+    assert {each["name"] for each in first["stages"]} == {"shard", "encode", "train", "sample", "evaluate", "register"}
+    expected = [(std, name) for std in WIDTHS for name in ("average", "sample", "evaluate")]
+    assert [(each["std"], each["name"]) for each in first["widths"]] == expected
+    assert first["widths"][0]["manifest"] == made.url
+    metrics = {each["std"]: MetricsManifest.read(each["manifest"]) for each in first["widths"][2::3]}
+    assert [each.conditions["ema_std"] for each in metrics.values()] == list(WIDTHS)
+    assert {each.counts["samples"] for each in metrics.values()} == {20}
+    (page,) = (small.root / "reports").glob("*/report.html")
+    best = min(WIDTHS, key=lambda std: metrics[std].estimate.value)
+    text = page.read_text()
+    assert "Width of the average" in text
+    assert f"Best: width {best:g}, {metrics[best].distance} {metrics[best].estimate}." in text
+    assert f"The averages end at step {STEPS}." in text
+    shown = Manifest.read(str(page.parent)).parents.values()
+    assert {each.digest for each in metrics.values()} <= {parent.digest for parent in shown}
+
+    again = said(capsys, *arguments)
+    assert {each["state"] for each in (*again["stages"], *again["widths"])} == {"skipped"}
+    assert [(each["std"], each["metrics"]) for each in again["widths"]] == [
+        (std, each.metrics) for std, each in metrics.items()
+    ]
+    assert main(["report", recipe, "--root", str(small.root), *ASKED]) == 0
+    assert capsys.readouterr().out.strip() == str(page)
+    plan = said(capsys, "plan", recipe, "--root", str(small.root), *ASKED)
+    states = {line["stage"]: line["state"] for line in plan["lines"]}
+    assert {states[f"{name} x 2"] for name in ("average", "sample", "evaluate")} == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (["train.ema_power=[]"], "evaluate_widths: needs train.ema_power, the averages to make others from"),
+        (["evaluate=null"], "evaluate_widths: needs evaluate.extractor"),
+        (["evaluate_widths.stds=[]"], "evaluate_widths.stds: Tuple should have at least 1 item"),
+        (["evaluate_widths.stds=[0.3]"], "evaluate_widths.stds.0: Input should be less than 0.288"),
+        (["evaluate_widths.sample.count=0"], "evaluate_widths.sample.count: Input should be greater than"),
+    ],
+)
+def test_what_is_wrong_with_a_sweep_is_named_in_one_line(recipe: str, changes: list[str], line: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(recipe, ["evaluate_widths.stds=[0.06, 0.1]", *changes])
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_width_that_cannot_be_made_stops_the_recipe_before_it_begins(small: Small, recipe: str) -> None:
+    asked = load_recipe(recipe, ["evaluate_widths.stds=[0.08, 0.28]", "train.seed=2"], str(small.root))
+    with pytest.raises(InputError, match=r"average\.std: at step 6 the snapshots give a width of 0\.28 only to within"):
+        preflight(asked, str(small.root))
