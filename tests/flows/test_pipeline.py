@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -27,7 +28,9 @@ from PIL import Image
 from pipelines import KEPT, ODD, STAGES, arguments, ditflow
 from until import until
 
+from dit.sample import SampleManifest
 from flows.command.main import main
+from storage.rows.store import RowReader
 
 OPENED = Path(__file__).with_name("opened")
 REPOSITORY = Path(__file__).parents[2]
@@ -227,6 +230,21 @@ def test_the_registered_model_draws_digits(report: dict[str, Any]) -> None:
     assert image.size == (32, 32)
     assert first.equals(model.predict(labels, params={"seed": 5, "steps": 3}))
     assert not first.equals(model.predict(labels, params={"seed": 6, "steps": 3}))
+
+
+@pytest.mark.full
+def test_normalised_channels_reach_the_samples_and_the_served_model(
+    report: dict[str, Any], root: Path, digits: Path, prefect_api: str
+) -> None:
+    other = reported("run", root, digits, "--set", "train.normalise=channel")
+    assert states(other) == {name: "skipped" if name in ("shard", "encode") else "ran" for name in STAGES}
+    made = manifests(other)
+    assert len(made["train"]["card"]["channels"]["mean"]) == made["encode"]["latent_shape"][0]
+    samples = RowReader(SampleManifest.read(str(Path(root, "sample", made["sample"]["digest"][:16]))))
+    labels, drawn = samples.array("label")[:10], samples.array("image")[:10]
+    served = mlflow.pyfunc.load_model("models:/ditflow-demo@candidate").predict(pd.DataFrame({"label": labels}))
+    images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) for png in served["png_base64"]]
+    assert np.abs(np.stack(images).astype(int) - drawn).max() <= 1
 
 
 def begun(root: Path, stage: str, before: set[Path]) -> bool:

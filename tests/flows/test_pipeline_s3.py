@@ -1,4 +1,4 @@
-"""The whole pipeline with its images and its outputs on S3, as a user runs it."""
+"""The whole pipeline with its images and its outputs on S3, as a user runs it, on normalised channels."""
 
 import json
 import os
@@ -27,7 +27,8 @@ def test_the_pipeline_on_s3(tmp_path: Path, digits: Path, migrated: Callable[[Pa
         )
         for image in digits.rglob("*.png"):
             client.upload_file(str(image), BUCKET, f"digits/{image.relative_to(digits)}")
-        run = ditflow(*arguments("run", f"s3://{BUCKET}/runs", f"s3://{BUCKET}/digits"))
+        sets = ("--set", "train.normalise=channel")
+        run = ditflow(*arguments("run", f"s3://{BUCKET}/runs", f"s3://{BUCKET}/digits", *sets))
         first = subprocess.run(run, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
         assert first.returncode == 0, first.stderr
         report = json.loads(first.stdout)
