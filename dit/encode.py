@@ -26,7 +26,7 @@ from dit.rates import at_once, encoder_rate
 from dit.vae import Vae, VaeRef, info, load_vae, vae_inputs
 from storage import uri
 from storage.archives.open import HELD_OUT
-from storage.channels import ChannelScale, commit_sums, statistics
+from storage.channels import PLANNED, commit_sums, statistics
 from storage.config import Config, operational
 from storage.errors import DitflowError, InputError, StorageError
 from storage.estimate import PlanContext, StageCost, store_objects
@@ -371,7 +371,7 @@ def estimate(config: EncodeConfig, shards: ShardManifest, plan: PlanContext) -> 
     if ref:
         rate = plan.rate("encode", lambda: encoder_rate(ref, config.resolution, config.precision))
         seconds = rows * _flips(config) / rate / at_once(plan.world_size)
-    planned = (ChannelScale.unknown(shape[0]),) * _flips(config) if vae else None
+    planned = (PLANNED,) * _flips(config) if vae else None
     return StageCost(
         images=rows,
         objects=store_objects(layout),

@@ -139,6 +139,16 @@ def vae_inputs(ref: VaeRef | None) -> dict[str, str]:
     return {"vae": json_digest(info(ref).identity())} if ref else {}
 
 
+def packages(ref: VaeRef) -> list[str]:
+    """Packages that this autoencoder needs beside those that all need.
+
+    Raises:
+        InputError: as `load_vae`.
+    """
+    _, _, kind, _ = _read_config(ref)
+    return [kind.NEEDS] if kind.NEEDS else []
+
+
 def fetch(ref: VaeRef, folder: Path) -> dict[str, str]:
     """Copy the autoencoder's config and weights into a local folder, which is created if needed.
 

@@ -9,7 +9,7 @@ whatever ranks, kills and restarts there were.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +31,9 @@ class ChannelScale(Config):
     deviation: tuple[float, ...]
     """(C,)"""
 
-    @classmethod
-    def unknown(cls, channels: int) -> "ChannelScale":
-        """What stands for the statistics of a store that is only planned."""
-        return cls(mean=(0.0,) * channels, deviation=(1.0,) * channels)
+
+PLANNED: Final = ChannelScale(mean=(), deviation=())
+"""Stands for the statistics of a store that is only planned."""
 
 
 class BlockSums(records.Record):

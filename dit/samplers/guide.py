@@ -9,6 +9,7 @@ from dit.export import CheckpointManifest, ModelCard, Trained, load, weights_fil
 from dit.samplers.config import SampleConfig
 from dit.samplers.guidance import UNGUIDED
 from storage import uri
+from storage.channels import PLANNED
 from storage.errors import InputError
 from storage.manifest import Manifest
 
@@ -49,6 +50,8 @@ def guide_of(config: SampleConfig, card: ModelCard) -> CheckpointManifest | None
     assert isinstance(guide, CheckpointManifest)
     where = uri.redact(guide.uri)
     theirs, ours = _facts(guide.card), _facts(card)
+    if card.channels != PLANNED:
+        theirs, ours = theirs | _scales(guide.card), ours | _scales(card)
     for name in ours | theirs:
         if theirs.get(name) != ours.get(name):
             there, here = (facts.get(name, "none") for facts in (theirs, ours))
@@ -81,19 +84,19 @@ def conditions(config: SampleConfig, card: ModelCard) -> dict[str, str | int | f
 
 
 def _facts(card: ModelCard) -> dict[str, object]:
-    """What must be the same: process, autoencoder, scale and shape of the latents, and the classes' names."""
+    """What must be the same: process, autoencoder, shape of the latents, and the classes' names."""
     model = card.model
     names = card.class_names if model.num_classes else ()
     process = {name: value for name, value in card.diffusion.identity().items() if name not in _TRAINING}
     return {
         **{f"diffusion.{name}": value for name, value in process.items()},
         **{f"vae.{name}": value for name, value in (card.vae.identity() if card.vae else {}).items()},
-        **{f"{name} of channel {i}": value for name, scale in _scales(card).items() for i, value in enumerate(scale)},
         **{name: getattr(model, name) for name in ("in_channels", "input_size", "num_classes")},
         **{f"class {label}": name for label, name in enumerate(names)},
     }
 
 
-def _scales(card: ModelCard) -> dict[str, tuple[float, ...]]:
+def _scales(card: ModelCard) -> dict[str, object]:
     """What each channel of the latents is normalised by; empty where the autoencoder's scale is taken for all."""
-    return {"mean": card.channels.mean, "deviation": card.channels.deviation} if card.channels else {}
+    scales = {"mean": card.channels.mean, "deviation": card.channels.deviation} if card.channels else {}
+    return {f"{name} of channel {i}": value for name, scale in scales.items() for i, value in enumerate(scale)}

@@ -29,7 +29,7 @@ from dit.export import MODEL, SAMPLING, CheckpointManifest, weights_file
 from dit.sample import PICTURE, SampleManifest
 from dit.samplers.config import SampleConfig
 from dit.samplers.guide import NAME as GUIDE
-from dit.vae import fetch
+from dit.vae import VaeRef, fetch, packages
 from flows.registry.config import VERSION, ModelManifest, RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, Evaluation, apply_rule
 from flows.tracking.runs import tracking_uri
@@ -160,16 +160,17 @@ def _log(checkpoint: CheckpointManifest, samples: SampleManifest, metrics: Metri
             artifacts=_artifacts(Path(folder), checkpoint, _guide(samples).get(GUIDE), sampling),
             signature=_signature(sampling),
             input_example=(pd.DataFrame({"label": np.array([0], np.int64)}), {"steps": min(sampling.steps, 4)}),
-            pip_requirements=_requirements(),
+            pip_requirements=_requirements(sampling.vae or checkpoint.card.vae_ref),
             code_paths=[str(Path(__file__).parents[2] / package) for package in ("dit", "storage")],
         )
         mlflow.log_metrics(metrics.metrics, model_id=logged.model_id)
     return str(logged.model_uri)
 
 
-def _requirements() -> list[str]:
-    """The packages that dit and storage need, pinned to the versions installed here."""
+def _requirements(vae: VaeRef | None) -> list[str]:
+    """The packages that dit, storage and the autoencoder need, pinned to the versions installed here."""
     needed = {Requirement(text).name for text in requires("ditflow") or () if "extra ==" not in text}
+    needed |= set(packages(vae) if vae else [])
     return sorted(f"{name}=={version(name).partition('+')[0]}" for name in needed - {"prefect", "fastapi"})
 
 

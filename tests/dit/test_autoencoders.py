@@ -17,7 +17,7 @@ from dit import autoencoders
 from dit.convert import read, write
 from dit.export import CheckpointManifest
 from dit.train import card_for
-from dit.vae import CONFIG, VaeRef, info, load_vae
+from dit.vae import CONFIG, VaeRef, info, load_vae, packages
 from storage import uri
 from storage.errors import InputError
 from storage.rows.store import RowReader
@@ -205,6 +205,10 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         load_vae(VaeRef(source=str(tmp_path)))
     needs = "AutoencoderRAE needs the package transformers; run pip install transformers"
     assert str(caught.value) == f"{tmp_path / CONFIG}: {needs}"
+    monkeypatch.setattr(autoencoders, "find_spec", lambda name: name)
+    assert packages(VaeRef(source=str(tmp_path))) == ["transformers"]
+    (tmp_path / CONFIG).write_text(json.dumps({"_class_name": "AutoencoderDC"}))
+    assert packages(VaeRef(source=str(tmp_path))) == []
 
 
 @pytest.mark.parametrize("name", ["AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny"])

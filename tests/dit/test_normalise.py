@@ -16,11 +16,13 @@ from forked import Job, Template
 import dit
 from dit import sample
 from dit.convert import read
+from dit.draw import open_checkpoint, preview
 from dit.encode import held_out_config
 from dit.export import MODEL, CheckpointManifest, ModelCard
 from dit.latent_scale import LatentScale, channel_scale
 from dit.ranks import Ranks
 from dit.sample import SampleManifest, draw, open_decoder
+from dit.samplers.guide import guide_of
 from dit.samplers.state import State, last
 from dit.train import card_for
 from dit.training.config import HeldOutLoss, Init, TrainConfig
@@ -31,13 +33,14 @@ from dit.training.sample_grid import SampleGrid
 from dit.training.start import initial_state
 from dit.vae import VaeRef
 from storage import uri
-from storage.channels import ChannelScale
+from storage.channels import PLANNED, ChannelScale
 from storage.errors import InputError
 from storage.latents import LatentManifest
 from storage.manifest import MANIFEST
 from storage.rows.store import RowReader
 from storage.seal import opened, sealed
 from storage.shards.shard import ShardManifest
+from storage.tracker import NullTracker
 from storage.verify import uncommitted
 
 CHANNEL = tiny.TRAINING.model_copy(update={"normalise": "channel"})
@@ -170,7 +173,7 @@ def test_samples_are_decoded_on_the_scale_of_the_channels(
     assert np.abs(images - expected_images(vae, latents, seen[-1])).max() <= 1
 
 
-def test_the_stage_and_the_grids_of_training_draw_with_the_same_scale(
+def test_the_stage_the_grids_of_training_and_the_command_draw_with_the_same_scale(
     tmp_path: Path, model: CheckpointManifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[LatentScale | None] = []
@@ -183,9 +186,10 @@ def test_the_stage_and_the_grids_of_training_draw_with_the_same_scale(
     monkeypatch.setattr(dit.vae.Vae, "decode", noting)
     tiny.run_sample(tmp_path, tiny.SAMPLING, model)
     assert SampleGrid(model.card, "float32").draw(dit.load(model.uri).model.state_dict())
+    preview(open_checkpoint(model.uri), tiny.SAMPLING, str(tmp_path / "preview"), NullTracker())
     assert model.card.vae is not None
     expected = LatentScale.of(model.card.vae, model.card.channels)
-    assert len(used) > 2
+    assert len(used) > 10
     for scale in used:
         assert scale is not None
         assert torch.equal(scale.shift, expected.shift) and torch.equal(scale.factor, expected.factor)
@@ -228,6 +232,16 @@ def test_held_out_images_are_normalised_as_those_of_training(
     z = [rows.take(name, np.arange(3), np.zeros(3, np.int64)).astype(np.float64) for name in ("mean", "std")]
     mean, deviation = (values[:, None, None] for values in numbers(latents, slice(0, 2)))
     np.testing.assert_allclose(x0, (z[0] + z[1] * draws.posterior.numpy() - mean) / deviation, rtol=1e-4, atol=1e-5)
+
+
+def test_a_guide_on_another_scale_is_refused_and_one_on_a_planned_scale_is_not_yet(
+    model: CheckpointManifest, checkpoint: CheckpointManifest
+) -> None:
+    config = tiny.SAMPLING.model_copy(update={"guide": model.uri})
+    assert guide_of(config, model.card) == model
+    assert guide_of(config, model.card.model_copy(update={"channels": PLANNED})) == model
+    with pytest.raises(InputError, match="has mean of channel 0 -?[0-9.]+, and the model none"):
+        guide_of(config, checkpoint.card)
 
 
 @pytest.mark.parametrize("same", [False, True])
