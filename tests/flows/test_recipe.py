@@ -41,6 +41,16 @@ def test_presets_have_the_papers_settings(
         assert train.warmup_steps == int(10e6 / batch)
 
 
+def test_the_demo_as_a_flow_differs_in_process_and_sampler_alone() -> None:
+    demo, flow = load_recipe("demo"), load_recipe("demo-flow")
+    assert flow.train.diffusion.kind == "flow"
+    assert flow.train.model_copy(update={"diffusion": demo.train.diffusion}) == demo.train
+    method = {"sampler": demo.sample.sampler, "steps": demo.sample.steps, "shift": demo.sample.shift}
+    assert flow.sample.model_copy(update=method) == demo.sample
+    for group in ("archive", "shard", "encode", "evaluate"):
+        assert getattr(flow, group) == getattr(demo, group)
+
+
 def test_a_recipe_without_an_extractor_ends_with_the_samples() -> None:
     recipe = load_recipe("imagenet256-dit")
     assert recipe.stages == ("shard", "encode", "train", "sample")
