@@ -5,13 +5,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dit.diffusion.config import FlowConfig
+from dit.models.choice import DataSpec
+from dit.models.cost import cost
 from flows.recipe import RECIPES, Recipe, load_recipe
 from storage.errors import InputError
 
 
 def chunk_bytes(recipe: Recipe) -> int:
-    """Bytes of a chunk of 4-channel latents, an eighth of the image's side, in float16."""
-    return recipe.encode.chunk_rows * 4 * (recipe.encode.resolution // 8) ** 2 * 2
+    """Bytes of a chunk of latents in float16: of Stable Diffusion's autoencoder, or of one that is 16 times smaller."""
+    channels, factor = (32, 16) if recipe.name.endswith("lightning") else (4, 8)
+    return recipe.encode.chunk_rows * channels * (recipe.encode.resolution // factor) ** 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -21,6 +25,9 @@ def chunk_bytes(recipe: Recipe) -> int:
         ("imagenet512-dit", "dit", 256, 1e-4, 768e6, "ddpm", 250, 1.5),
         ("imagenet256-diffit", "diffit", 256, 3e-4, 1792e6, "ddpm", 250, 4.4),
         ("imagenet512-diffit", "diffit", 512, 1e-4, 1536e6, "ddpm", 250, 1.49),
+        ("imagenet256-sit", "dit", 256, 1e-4, 1792e6, "euler_maruyama", 250, 1.5),
+        ("imagenet512-sit", "dit", 256, 1e-4, 768e6, "euler_maruyama", 250, 1.5),
+        ("imagenet256-lightning", "dit", 1024, 2e-4, 81.92e6, "euler", 250, 10.0),
         ("cifar10-diffit", "diffit_image", 512, 1e-3, 200e6, "heun", 18, None),
         ("ffhq64-diffit", "diffit_image", 256, 2e-4, 200e6, "heun", 40, None),
     ],
@@ -39,6 +46,15 @@ def test_presets_have_the_papers_settings(
     if train.diffusion.kind == "edm":
         assert train.ema_decay == pytest.approx(0.5 ** (batch / 0.5e6), abs=1e-8)
         assert train.warmup_steps == int(10e6 / batch)
+
+
+def test_the_lightning_recipe_is_the_papers_model_and_process() -> None:
+    recipe = load_recipe("imagenet256-lightning")
+    model = recipe.train.model.config(DataSpec(channels=32, side=16, num_classes=1000, learn_variance=False))
+    assert cost(model).trained == 674_961_824
+    assert (recipe.train.normalise, recipe.train.betas) == ("channel", (0.9, 0.95))
+    assert recipe.train.diffusion == FlowConfig(times="logit_normal", cosine=1.0)
+    assert (recipe.sample.shift, recipe.sample.guidance_interval) == (0.3, (0.11, 1.0))
 
 
 def test_the_demo_as_a_flow_differs_in_process_and_sampler_alone() -> None:
