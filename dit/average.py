@@ -126,7 +126,9 @@ def _step(config: AverageConfig, training: TrainConfig) -> int:
 
 
 def _shorter(checkpoint: CheckpointManifest) -> list[CheckpointManifest]:
-    return runs_of_fewer_steps(StageOutput(uri=checkpoint.uri, header=checkpoint), _training(checkpoint))
+    """The snapshots besides the run itself, by step; of several of one step, the first that was made comes last."""
+    found = runs_of_fewer_steps(StageOutput(uri=checkpoint.uri, header=checkpoint), _training(checkpoint))
+    return sorted(found, key=lambda each: (each.card.steps, -each.rerun))
 
 
 def _steps(checkpoint: CheckpointManifest, training: TrainConfig) -> list[int]:

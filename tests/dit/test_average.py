@@ -1,6 +1,7 @@
 """Averages made afterwards: against those that the same run tracks, and a plain sum."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from dit.average import AverageConfig, AverageManifest
 from dit.export import EMA_WEIGHTS, CheckpointManifest
 from dit.training.config import Init
 from dit.training.origin import open_origin
+from storage import uri
 from storage.errors import InputError, StorageError
 from storage.estimate import PlanContext
 from storage.latents import LatentManifest
 from storage.manifest import Manifest, StageOutput
+from storage.seal import sealed
 from storage.tracker import NullTracker
 from storage.verify import outputs
 
@@ -140,6 +143,28 @@ def test_the_name_follows_from_width_step_and_snapshots(
     names.add(output(place, configs[1], milestone(place, latents, 24)).uri)
     assert len(names) == 5
     assert output(place, configs[1], trained).uri in names
+
+
+def test_a_forced_repetition_of_a_milestone_changes_no_name(
+    place: Path, trained: CheckpointManifest, latents: LatentManifest
+) -> None:
+    """And comes before and after it in the order of names, one of several times."""
+    wanted = AverageConfig(std=0.075, step=4)
+    before = output(place, wanted, trained)
+    first = milestone(place, latents, 4)
+    forced = []
+    for rerun in range(1, 5):
+        header = {"rerun": rerun, "digest": uri.sha256(str(rerun).encode()), "created": first.created}
+        again = first.model_copy(update=header)
+        folder = Path(first.uri).with_name(again.folder_name)
+        folder.mkdir()
+        (folder / "manifest.json").write_bytes(sealed(again.model_dump_json().encode()))
+        forced.append(folder)
+    try:
+        assert output(place, wanted, trained) == before
+    finally:
+        for folder in forced:
+            shutil.rmtree(folder)
 
 
 def test_a_run_that_goes_on_has_the_snapshots_of_the_shorter_one(tmp_path: Path, latents: LatentManifest) -> None:
