@@ -23,7 +23,7 @@ from dit.training import origin
 from dit.training.config import TrainConfig
 from dit.training.data import Batches
 from dit.training.divergence import DivergedError, check_compilation, skipped_in_a_row
-from dit.training.held_out import HeldOut, bytes_to_copy, open_held_out, passes
+from dit.training.held_out import HeldOut, bytes_to_copy, check_held_out, open_held_out, passes
 from dit.training.loop import TrainState, eager_loss, train
 from dit.training.milestones import Milestones, milestone_steps
 from dit.training.parallelize import gathered
@@ -123,6 +123,8 @@ def check(config: TrainConfig, latents: LatentManifest, plan: PlanContext) -> No
         InputError: config, latents and what training starts from do not fit each other.
     """
     _check(config, latents, plan.world_size)
+    if config.held_out:
+        check_held_out(latents)
     check_start(config, card_for(config, latents))
 
 
@@ -185,7 +187,10 @@ def _train(
     steps = range(state.step, config.steps)
     with preemption(ranks) as stop, closing(saver), closing(milestones), prefetched(batches, steps) as next_batch:
         meter.begin(state.step)
-        if state.step in milestones and history:  # a kill came between its checkpoint and its commit
+        log.make_up(state)
+        if config.sample_every and state.step and state.step % config.sample_every == 0:
+            _sample(grid, state, config.lora, ranks, tracker)  # again, unless SIGTERM came before
+        if state.step in milestones and history:  # a signal came between its checkpoint and its commit
             milestones.begin(state.step, history)
         for result in train(state, process, next_batch, how, stop=config.steps, ranks=ranks):
             saver.check()
@@ -199,10 +204,10 @@ def _train(
             if logs or saves or result.step % config.max_skipped == 0:
                 skipped = skipped_in_a_row(result, batches, config.max_skipped)
             if logs:
-                log.write(state, result, next_batch.waited)
-            if config.sample_every and result.step % config.sample_every == 0:
+                log.write(state, result, next_batch.waited, measure=not stops)
+            if config.sample_every and result.step % config.sample_every == 0 and not stops:
                 _sample(grid, state, config.lora, ranks, tracker)
-            if result.step in milestones and history:
+            if result.step in milestones and history and not stops:
                 milestones.begin(result.step, history)
             if saves and skipped == 0:  # a checkpoint amid skipped steps would lead a restarted run back to them
                 milestones.wait(before=result.step)  # a run that resumes from this checkpoint does not pass it again
@@ -302,7 +307,8 @@ def _commit(
     card, files = export(out, card, weights)
     counts = {"steps": config.steps, "images_seen": config.steps * config.batch_size}
     counts["parameters"] = sum(tensor.numel() for tensor in weights[RAW_WEIGHTS].values())
-    metrics = {f"final_{name}": value for name, value in history[-1].values.items()}
+    last = history[-1].values if history[-1].step == config.steps else {}  # else the last step was skipped
+    metrics = {f"final_{name}": value for name, value in last.items()}
     out.commit(CheckpointManifest, [*files, *pictures], counts=counts, metrics=metrics, card=card)
 
 

@@ -121,3 +121,5 @@ STAGES = {
     )
 }
 """In the order of the pipeline."""
+ENCODE_HELD_OUT = "encode held_out"
+"""Name of a second encoding in lists of stages: of the images on which training measures its loss."""

@@ -17,10 +17,12 @@ from flows.contract import STAGES, Outcome
 from flows.over_training import OverTraining
 from flows.perform import RunSettings
 from flows.recipe import Recipe
+from flows.settle import settle
 from flows.stages import HERE, run_stage
 from flows.tracking import over_training, runs
 from flows.tracking.references import located
 from storage.archives.once import listed_once
+from storage.errors import DitflowError
 from storage.header import Header
 from storage.latents import LatentManifest
 from storage.manifest import Manifest
@@ -34,6 +36,9 @@ def milestones(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
     """Evaluate the milestones of a recipe while another process trains it, up to the last step.
 
     Waits for shards, latents and milestones that are not there yet.
+
+    Raises:
+        DitflowError: training has ended before its last step.
     """
     asked = recipe.asked_over_training()
     processes.note(flow_run.id, settings.root)
@@ -80,21 +85,29 @@ def _latents(recipe: Recipe, root: str) -> Manifest:
 
 
 def _follow(recipe: Recipe, asked: OverTraining, latents: Manifest, settings: RunSettings) -> list[Outcome]:
-    """Evaluate what training commits, until a look after that at its last step finds nothing new."""
+    """Evaluate what training commits, until a look after that at its last step finds nothing new.
+
+    Raises:
+        DitflowError: training has ended before its last step.
+    """
     training = STAGES["train"].output(settings.root, located(recipe.train, settings.root), latents).header
     points, waiting = _Points(recipe, asked, training, settings), False
     while True:
-        models = asked.checkpoints(settings.root, latents)
+        settle(settings.root, alone=False)  # so that the run of a killed command has ended, too
+        end = over_training.early_end(points.training, settings.root)
+        models = asked.checkpoints(settings.root, latents)  # after it: what training has committed before its end
         points.training = models.get(recipe.train.steps, points.training)  # which names its MLflow run
         new = sorted(models.keys() - points.metrics.keys())
         for step in new:
             points.add(step, models[step])
         if not new and recipe.train.steps in points.metrics:
             return sorted(points.outcomes, key=lambda outcome: outcome.step or 0)
+        missing = sorted({*asked.steps} - points.metrics.keys())
+        if not new and end is not None:
+            what = f"the training of {recipe.name} has ended ({end}) before the steps {missing}"
+            raise DitflowError(f"milestones: {what}; start it again, then this command")
         if not new and not waiting:
-            get_run_logger().info(
-                "waiting for the next of the steps %s", sorted({*asked.steps} - points.metrics.keys())
-            )
+            get_run_logger().info("waiting for the next of the steps %s", missing)
         if not new:
             time.sleep(POLL_SECONDS)
         waiting = not new

@@ -92,6 +92,7 @@ def _perform(
     source = stage.source(runs.resolve(given, settings.root) if isinstance(given, str) else given)
     config = located(config, settings.root)
     provenance = Provenance(
+        name=flow_run.name,
         pipeline_id=settings.pipeline_id,
         prefect_flow_run_id=flow_run.id,
         prefect_flow_run_url=flow_run.ui_url,

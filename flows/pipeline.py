@@ -1,22 +1,22 @@
 """The pipeline: images become tars, latents, a checkpoint, samples, metrics, and a model version."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
 
 from dit.export import CheckpointManifest
-from flows import over_widths, processes
-from flows.contract import STAGES, Outcome
+from flows import processes
+from flows.contract import ENCODE_HELD_OUT, STAGES, Outcome
 from flows.milestones import evaluate_milestones
 from flows.over_training import evaluations_of
 from flows.over_widths import OverWidths
 from flows.perform import RunSettings
 from flows.plan.preflight import preflight
 from flows.recipe import Recipe
-from flows.report.page import publish
+from flows.report.page import Shown, publish
 from flows.stages import HERE, run_stage
 from flows.tracking import runs
 from storage.archives.open import ArchiveRef
@@ -39,7 +39,7 @@ def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
         with runs.pipeline_run(recipe.pipeline_id, settings.root) as run_id:
             for name in recipe.stages:
                 if name == "train":
-                    encode_held_out(recipe, sources, settings)
+                    outcomes += encode_held_out(recipe, sources, settings)
                 outcome = run_stage(name, recipe, sources[STAGES[name].reads], settings)
                 outcomes.append(outcome)
                 sources[name] = outcome.manifest
@@ -50,9 +50,7 @@ def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
                     outcomes += evaluate_widths(recipe, recipe.over_widths, outcome.manifest, settings)
                 if name == "average":
                     sources["train"] = outcome.manifest
-            manifests = [Manifest.read(outcome.manifest) for outcome in outcomes if outcome.own]
-            further = [*evaluations_of(outcomes).values(), *over_widths.evaluations_of(outcomes).values()]
-            publish(recipe.name, manifests, settings.root, run_id, further)
+            publish(Shown.of(recipe.name, outcomes, settings.root), run_id)
     create_table_artifact([asdict(outcome) for outcome in outcomes], key="pipeline-stages", description=recipe.name)
     return outcomes
 
@@ -68,15 +66,20 @@ def evaluate_widths(recipe: Recipe, asked: OverWidths, trained: str, settings: R
     return outcomes
 
 
-def encode_held_out(recipe: Recipe, sources: Mapping[str | None, ArchiveRef | str], settings: RunSettings) -> None:
+def encode_held_out(
+    recipe: Recipe, sources: Mapping[str | None, ArchiveRef | str], settings: RunSettings
+) -> list[Outcome]:
     """Encode the held-out images on which training measures its loss, if it does.
 
     Not again if they are there: they belong to the tars, which a forced pipeline has made anew.
     """
     latents = Manifest.read(str(sources["encode"]))
     encoding = recipe.encoding_held_out(latents, settings.root, force=settings.force)
-    if encoding is not None:
-        run_stage("encode", encoding, sources["shard"], settings.model_copy(update={"force": False}))
+    if encoding is None:
+        there = recipe.held_out([Manifest.read(str(sources["shard"]))], settings.root)
+        return [Outcome(ENCODE_HELD_OUT, "skipped", 0.0, there.url)] if there else []
+    outcome = run_stage("encode", encoding, sources["shard"], settings.model_copy(update={"force": False}))
+    return [replace(outcome, name=ENCODE_HELD_OUT)]
 
 
 def _chosen(recipe: Recipe, trained: str, outcomes: list[Outcome]) -> str:

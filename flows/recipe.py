@@ -23,7 +23,7 @@ from flows.servers import local_home
 from flows.tracking import references, runs
 from storage import uri
 from storage.archives.open import ArchiveRef
-from storage.config import Config, is_text, operational, problem
+from storage.config import Config, added, is_text, operational, problem
 from storage.errors import InputError
 from storage.manifest import Manifest
 from storage.seal import json_digest
@@ -48,14 +48,14 @@ class Recipe(Config):
     """Latents to a checkpoint."""
     launch: LaunchSpec = operational(LocalLaunch())
     """Where the ranks of encode, train, sample and evaluate run."""
-    average: AverageConfig | None = None
+    average: AverageConfig | None = added(None)
     """An average of the trained weights of any width, which is sampled, evaluated and registered in the place of the
     last step. Default: none."""
     sample: SampleConfig = SampleConfig()
     """A checkpoint to generated images."""
     evaluate: EvaluateConfig | None = None
     """Generated images to metrics. Default: none, and the pipeline ends with the generated images."""
-    evaluate_milestones: MilestonesConfig | None = None
+    evaluate_milestones: MilestonesConfig | None = added(None)
     """Evaluation of the milestones of training, and of its last step. Default: none."""
     evaluate_widths: WidthsConfig | None = None
     """Evaluation of averages of several widths, made from those of ``train.ema_power``. Default: none."""
@@ -105,8 +105,11 @@ class Recipe(Config):
 
     @property
     def pipeline_id(self) -> str:
-        """The same for the same recipe and archive, so an interrupted pipeline continues its own MLflow run."""
-        return f"{self.name}-{json_digest(self.model_dump(mode='json'))[:8]}"
+        """The same for the same recipe and archive, so an interrupted pipeline continues its own MLflow run.
+
+        Also after an upgrade that has added fields.
+        """
+        return f"{self.name}-{json_digest(self.stable_values())[:8]}"
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -229,6 +232,19 @@ class Recipe(Config):
         if not force and train.output(root, config, latents).committed(train.kind) is not None:
             return None
         return self.model_copy(update={"encode": held_out_config(self.encode)})
+
+    def held_out(self, made: Sequence[Manifest], root: str) -> Manifest | None:
+        """The latents of the held-out images on which training measures its loss; None if there are none.
+
+        Args:
+            made: manifests of the recipe's stages, at least of the shards.
+            root: folder or URL of all outputs.
+        """
+        if self.train.held_out is None:
+            return None
+        encode = STAGES["encode"]
+        shards = next(manifest for manifest in made if manifest.stage == encode.reads)
+        return encode.output(root, held_out_config(self.encode), shards).committed(encode.kind)
 
     def source_of(self, stage: str, given: str | None, root: str) -> ArchiveRef | str:
         """The input of a stage: the given reference, or the recipe's own earlier output.

@@ -41,8 +41,8 @@ def settled(root: str, *, alone: bool) -> Iterator[None]:
 def settle(root: str, *, alone: bool) -> None:
     """End what belongs to killed processes of a root: as Crashed in Prefect, as KILLED in MLflow.
 
-    Call it when this process has joined the root, and before it runs a flow. An error is only logged, and the next
-    command tries again.
+    Call it when this process has joined the root; with ``alone`` before it runs a flow. An error is only logged, and
+    the next command tries again.
 
     Args:
         root: folder of all outputs.

@@ -47,13 +47,22 @@ class Config(BaseModel):
 
         Operational fields are left out, and so are fields of later versions that have their default.
         """
-        return {
-            name: _identity(value)
-            for name, field in type(self).model_fields.items()
-            if not _is(field, "operational")
-            for value in [getattr(self, name)]
-            if not (_is(field, "added") and value == field.default)
-        }
+
+        def left_out(field: FieldInfo, value: Any) -> bool:
+            return _is(field, "operational") or (_is(field, "added") and value == field.default)
+
+        return dict(_selected(self, left_out))
+
+    def stable_values(self) -> dict[str, Any]:
+        """The JSON values of all fields, but for operational ones and those of later versions that have their default.
+
+        So another version, which has more of them, gives the same values.
+        """
+
+        def left_out(field: FieldInfo, value: Any) -> bool:
+            return (_is(field, "operational") or _is(field, "added")) and value == field.default
+
+        return dict(_selected(self, left_out))
 
 
 def operational(default: Any = ..., **kwargs: Any) -> Any:
@@ -157,13 +166,15 @@ def _place(loc: tuple[str | int, ...], values: Any) -> str:
     return ".".join(parts)
 
 
-def _identity(value: Any) -> Any:
+def _selected(value: Any, left_out: Callable[[FieldInfo, Any], bool]) -> Any:
+    """A JSON value without the fields of configs that are left out."""
     if isinstance(value, Config):
-        return value.identity()
+        fields = [(name, field, getattr(value, name)) for name, field in type(value).model_fields.items()]
+        return {name: _selected(item, left_out) for name, field, item in fields if not left_out(field, item)}
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, tuple | list):
-        return [_identity(item) for item in value]
+        return [_selected(item, left_out) for item in value]
     if isinstance(value, dict):
-        return {key: _identity(item) for key, item in value.items()}
+        return {key: _selected(item, left_out) for key, item in value.items()}
     return value

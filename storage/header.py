@@ -40,6 +40,8 @@ class Parent(Config):
 class Provenance(Config):
     """The runs that made an output. Not part of the digest."""
 
+    name: str | None = None
+    """Of the run, for people; None is that of the stage."""
     mlflow_run_id: str | None = None
     prefect_flow_run_id: str | None = None
     prefect_flow_run_url: str | None = None

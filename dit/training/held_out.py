@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import nn
 
-from dit.devices import Arithmetic, device
+from dit.devices import Arithmetic, device, sent
 from dit.diffusion.build import build_process
 from dit.diffusion.process import Process
 from dit.encode import EncodeConfig, held_out_config
@@ -35,6 +36,7 @@ from dit.training.data import Batch, Data
 from dit.training.draws import StepDraws
 from dit.training.loop import StepConfig, TrainState, loss_terms
 from dit.training.parallelize import is_fsdp
+from dit.training.prefetch import prefetched
 from dit.training.start import open_for, step_config
 from dit.training.throughput import LoggedStep
 from storage import uri
@@ -64,8 +66,7 @@ def held_out_latents(latents: LatentManifest) -> LatentManifest:
     Raises:
         InputError: they are not encoded, or were encoded from other tars; or they are what the model is trained on.
     """
-    if latents.split == HELD_OUT:
-        raise InputError("train.held_out: the model is trained on the held-out images; encode the split train, or null")
+    check_held_out(latents)
     try:
         config = held_out_config(EncodeConfig.model_validate(latents.config))
     except ValidationError as error:
@@ -74,10 +75,21 @@ def held_out_latents(latents: LatentManifest) -> LatentManifest:
     place = StageOutput(uri=latents.uri, header=latents).with_config(config)
     found = place.committed(LatentManifest)
     if found is None:
-        sets, root = f"--set encode.split={HELD_OUT} --set encode.flips=false", uri.redact(place.root)
-        make = f"run the whole recipe, or `ditflow encode RECIPE {sets} --root {root}`"
+        sets = f"--set train.held_out=null --set encode.split={HELD_OUT} --set encode.flips=false"
+        tars, root = uri.redact(latents.parent("shards", ShardManifest).url), uri.redact(place.root)
+        make = f"run the whole recipe, or `ditflow encode RECIPE --from {quote(tars)} {sets} --root {quote(root)}`"
         raise InputError(f"train.held_out: no latents of held-out images in {uri.redact(place.uri)}; {make}")
     return found
+
+
+def check_held_out(latents: LatentManifest) -> None:
+    """Check that the images that a model is to be trained on are others than those that its loss is measured on.
+
+    Raises:
+        InputError: they are the same.
+    """
+    if latents.split == HELD_OUT:
+        raise InputError("train.held_out: the model is trained on the held-out images; encode the split train, or null")
 
 
 def passes(config: TrainConfig, plan: PlanContext) -> int:
@@ -131,7 +143,7 @@ class HeldOut:
     """Measures the loss on held-out images, whose passes the ranks share.
 
     A pass is a batch of images at one level. Its images do not depend on the number of ranks, so neither do the
-    numbers. The batches stay in the host's memory: per rank its share of 2 N L times the numbers of an image.
+    numbers. The batches are made anew for each measurement, in the background, so none of them stays in the memory.
     """
 
     config: HeldOutLoss
@@ -230,18 +242,21 @@ class HeldOut:
         rank, world = self.ranks.rank, self.ranks.world_size
         return [parts[number % len(parts)] for number in range(rank, -(-len(parts) // world) * world, world)]
 
-    @cached_property
-    def _batches(self) -> list[Batch]:
-        """The batch of each pass, in the host's memory."""
-        everything = np.arange(self.count)
-        self.data.expect(everything, np.zeros(self.count, np.bool_))
-        return [self._batch(everything[first:][: self.config.batch_size], level) for first, level in self._parts]
-
-    def _batch(self, items: NDArray[np.int64], level: int) -> Batch:
-        draws = StepDraws(SEED, NEVER + level, items.tolist(), self.latents.latent_shape)
+    def _batch(self, number: int) -> Batch:
+        """The batch of one of this rank's passes."""
+        soon = np.concatenate([self._images(first) for first, _ in self._parts[number : number + 2]])
+        self.data.expect(soon, np.zeros(len(soon), np.bool_))
+        first, level = self._parts[number]
+        items = self._images(first)
+        draws = StepDraws(SEED, NEVER + level, items.tolist(), self.latents.latent_shape, self.device)
         x0 = self.data.x0(items, np.zeros(len(items), np.bool_), draws)
-        labels = torch.from_numpy(self.data.labels[items]).long() if self.labelled else None
-        return Batch(x0, draws.noise, torch.full((len(items),), LEVELS[level], dtype=torch.float64), labels)
+        u = torch.full((len(items),), LEVELS[level], dtype=torch.float64, device=self.device)
+        labels = sent(self.data.labels[items], self.device).long() if self.labelled else None
+        return Batch(x0, draws.noise, u, labels)
+
+    def _images(self, first: int) -> NDArray[np.int64]:
+        """The images of a pass by the first of them."""
+        return np.arange(first, min(first + self.config.batch_size, self.count))
 
     @contextmanager
     def _evaluating(self, model: nn.Module) -> Iterator[None]:
@@ -252,8 +267,9 @@ class HeldOut:
 
     def _losses(self, model: nn.Module) -> NDArray[np.float64] | None:
         """Losses (N, L) on the first rank."""
-        batches = (batch.to(self.device) for batch in self._batches)
-        mine = [loss_terms(model, self.process, batch, self.step_config)["loss"].double() for batch in batches]
+        passes = range(len(self._parts))
+        with prefetched(self._batch, passes) as batch:
+            mine = [loss_terms(model, self.process, batch(each), self.step_config)["loss"].double() for each in passes]
         if is_fsdp(model):
             model.reshard()  # which the outermost module leaves to the backward pass
         shared = self.ranks.gathered(

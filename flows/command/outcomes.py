@@ -3,6 +3,7 @@
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
@@ -11,10 +12,10 @@ from typing import Any
 from dit.evaluate import MetricsManifest
 from flows import over_widths
 from flows.command.tables import aligned
-from flows.contract import Outcome
+from flows.contract import STAGES, Outcome
 from flows.over_training import evaluations_of
 from flows.registry.config import ModelManifest
-from flows.report.page import page_url
+from flows.report.page import Shown, page_url
 from flows.tracking.runs import pipeline_run_id, tracking_uri
 from storage import uri
 from storage.manifest import Manifest
@@ -32,8 +33,8 @@ def show(options: Namespace, recipe: str, outcomes: list[Outcome]) -> None:
 
 def _as_json(outcomes: list[Outcome], root: str) -> dict[str, Any]:
     """Stages, metrics, and the ids of the MLflow runs by stage and of the pipeline's; other models by themselves."""
-    manifests = [Manifest.read(outcome.manifest) for outcome in outcomes if outcome.own]
-    runs = {manifest.stage: manifest.provenance.mlflow_run_id for manifest in manifests}
+    made = {outcome.name: Manifest.read(outcome.manifest) for outcome in outcomes if outcome.own}
+    runs = {name: manifest.provenance.mlflow_run_id for name, manifest in made.items()}
     pipeline = Manifest.read(outcomes[-1].manifest).provenance.pipeline_id
     further = {
         "milestones": [_with_metrics(outcome) for outcome in outcomes if outcome.step is not None],
@@ -42,7 +43,7 @@ def _as_json(outcomes: list[Outcome], root: str) -> dict[str, Any]:
     return {
         "stages": [asdict(outcome) for outcome in outcomes if outcome.own],
         **{name: made for name, made in further.items() if made},
-        "metrics": _metrics(manifests),
+        "metrics": _metrics([manifest for name, manifest in made.items() if name in STAGES]),
         "mlflow_run_ids": runs | ({"pipeline": pipeline_run_id(pipeline, root)} if pipeline else {}),
     }
 
@@ -54,7 +55,8 @@ def _with_metrics(outcome: Outcome) -> dict[str, Any]:
 def _show(recipe: str, outcomes: list[Outcome], root: str) -> None:
     """Print a recipe's name, a table of the stages, the metrics, and where to look."""
     print(recipe)
-    manifests = [Manifest.read(outcome.manifest) for outcome in outcomes if outcome.own]
+    shown = Shown.of(recipe, outcomes, root)
+    manifests = shown.stages
     milestones, widths = evaluations_of(outcomes), over_widths.evaluations_of(outcomes)
     for manifest in manifests:
         if manifest.stage == ShardManifest.STAGE:
@@ -81,7 +83,7 @@ def _show(recipe: str, outcomes: list[Outcome], root: str) -> None:
         for version in (ModelManifest.read(m.uri) for m in manifests if m.stage == ModelManifest.STAGE)
         if version.promotion
     ]
-    page = page_url(manifests, root, [*milestones.values(), *widths.values()])
+    page = page_url(shown)
     pictures += [["report", page]] if uri.exists(page) else []
     up = f"{_installed('ditflow')} up --root {quote(uri.redact(root))}"
     _print_table([*distances, *decisions, *pictures, ["runs, models", _tracking_hint(root)], ["flows, forms", up]])
@@ -102,6 +104,6 @@ def _print_table(rows: list[list[str]]) -> None:
     print(*aligned(rows), "", sep="\n")
 
 
-def _metrics(manifests: list[Manifest]) -> dict[str, float]:
+def _metrics(manifests: Sequence[Manifest]) -> dict[str, float]:
     """The metrics of all stages; a later stage replaces those of the same name."""
     return {name: value for manifest in manifests for name, value in manifest.metrics.items()}

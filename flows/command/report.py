@@ -18,12 +18,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     """Write the report if it is missing; print its URL."""
     from flows.recipe import load_recipe
-    from flows.report.page import page_url, write_page
+    from flows.report.page import Shown, page_url, write_page
 
     recipe = load_recipe(options.recipe, options.set, options.root)
     done = recipe.finished(options.root)
     if done is None:
         raise InputError(f"report: recipe {recipe.name} is not finished; run it first")
-    further = recipe.further(options.root, done)
-    write_page(recipe.name, done, options.root, further)
-    print(page_url(done, options.root, further))
+    further, held_out = recipe.further(options.root, done), recipe.held_out(done, options.root)
+    shown = Shown(recipe.name, done, options.root, further, held_out)
+    write_page(shown)
+    print(page_url(shown))

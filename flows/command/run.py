@@ -45,13 +45,14 @@ def _skip(options: Namespace, recipe: "Recipe", done: "list[Manifest]") -> None:
 
     evaluations = {step: each for step, each in recipe.evaluations(options.root, done).items() if each}
     widths = {std: each for std, each in recipe.widths(options.root, done).items() if each}
-    further = [*evaluations.values(), *widths.values()]
+    further, held_out = [*evaluations.values(), *widths.values()], recipe.held_out(done, options.root)
     samples = [each.parent("samples", SampleManifest) for each in further]
-    averages = [model_of(each) for each in widths.values()]
-    runs.sync_pipeline(recipe.pipeline_id, [*averages, *samples, *further, *done], options.root)
+    averages, encoded = [model_of(each) for each in widths.values()], [held_out] if held_out else []
+    runs.sync_pipeline(recipe.pipeline_id, [*averages, *samples, *further, *encoded, *done], options.root)
     over_training.log(next(each for each in done if each.stage == "train"), evaluations, options.root)
-    page.publish_missing(recipe.name, done, options.root, further)
-    outcomes = [Outcome(each.stage, "skipped", 0.0, each.url) for each in done]
+    shown = page.Shown(recipe.name, done, options.root, further, held_out)
+    page.publish_missing(shown)
+    outcomes = [Outcome(name, "skipped", 0.0, each.url) for name, each in shown.lineage]
     milestones = [Outcome(each.stage, "skipped", 0.0, each.url, step) for step, each in evaluations.items()]
     averaged = [Outcome(each.stage, "skipped", 0.0, each.url, std=std) for std, each in widths.items()]
     show(options, recipe.name, [*milestones, *averaged, *outcomes])

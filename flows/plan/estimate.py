@@ -18,7 +18,7 @@ from dit.devices import device
 from dit.export import CheckpointManifest
 from dit.rates import at_once
 from flows import yaml_text
-from flows.contract import STAGES, Source
+from flows.contract import ENCODE_HELD_OUT, STAGES, Source
 from flows.launch.spec import LocalLaunch
 from flows.over_training import OverTraining
 from flows.over_widths import OverWidths
@@ -130,7 +130,7 @@ def estimates(recipe: Recipe, root: str, rates: dict[str, float], *, force: bool
         encoding = recipe.encoding_held_out(planner.before["encode"], root, force=force) if name == "train" else None
         if encoding is not None:
             held_out = planner.stage("encode", encoding.encode, planner.before["shard"], force=False)
-            yield from (replace(each, stage="encode held_out") for each in held_out)
+            yield from (replace(each, stage=ENCODE_HELD_OUT) for each in held_out)
         for each in planner.stage(name, recipe.config_of(name), source, force=force):
             planner.before[name] = last = each.manifest
             yield each

@@ -6,6 +6,8 @@ checks it with all that it shows.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 from mlflow import MlflowClient
 
@@ -16,6 +18,9 @@ from dit.report import plots
 from dit.report.by_class import by_class
 from dit.report.neighbours import neighbours
 from dit.sample import PICTURE, SampleManifest
+from flows import over_widths
+from flows.contract import ENCODE_HELD_OUT, Outcome
+from flows.over_training import evaluations_of
 from flows.report import guidance_sweep, over_training, processes, widths
 from flows.report.html import Figure, Section, Strips, Table, render
 from flows.report.kept import ReportManifest, keep, kept, output
@@ -51,86 +56,114 @@ class ReportConfig(Config):
     """A page depends on the outputs that it shows; its title does not count."""
 
 
-def page_output(manifests: Sequence[Manifest], root: str, further: Sequence[MetricsManifest] = ()) -> StageOutput:
-    """The output of the page of some stages. Its parents are the stages, and what its series show.
+@dataclass(frozen=True)
+class Shown:
+    """What a report shows."""
 
-    Args:
-        manifests: of the stages.
-        root: folder or URL of all outputs.
-        further: the evaluations of milestones and of averages that the recipe asks for.
+    name: str
+    """The recipe's."""
+    stages: Sequence[Manifest]
+    """In their order."""
+    root: str
+    """Folder or URL of all outputs."""
+    further: Sequence[MetricsManifest] = ()
+    """The evaluations of milestones and of averages that the recipe asks for."""
+    held_out: Manifest | None = None
+    """The latents of the images on which training has measured its loss, if it has."""
+
+    @classmethod
+    def of(cls, name: str, outcomes: Sequence[Outcome], root: str) -> Self:
+        """What the report of a pipeline shows, by the outcomes of its stages."""
+        made = {outcome.name: Manifest.read(outcome.manifest) for outcome in outcomes if outcome.own}
+        held_out = made.pop(ENCODE_HELD_OUT, None)
+        further = [*evaluations_of(outcomes).values(), *over_widths.evaluations_of(outcomes).values()]
+        return cls(name, list(made.values()), root, further, held_out)
+
+    @property
+    def evaluations(self) -> list[MetricsManifest]:
+        """Those of the stages."""
+        return [MetricsManifest.read(made.uri) for made in self.stages if made.stage == MetricsManifest.STAGE]
+
+    @property
+    def series(self) -> list[list[MetricsManifest]]:
+        """The series over training: that of the milestones, and that of the evaluation itself if it is another one."""
+        milestones = [each for each in self.further if widths.WIDTH not in each.conditions]
+        found = [over_training.series_of(each, self.root) for each in (*milestones[-1:], *self.evaluations)]
+        distinct = {tuple(each.digest for each in series): series for series in found if len(series) > 1}
+        return list(distinct.values())
+
+    @property
+    def lineage(self) -> list[tuple[str, Manifest]]:
+        """The stages with their names, and the second encoding behind the first."""
+        rows = [(made.stage, made) for made in self.stages]
+        at = next((row for row, (name, _) in enumerate(rows, start=1) if name == "encode"), 0)
+        return [*rows[:at], *([(ENCODE_HELD_OUT, self.held_out)] if self.held_out else []), *rows[at:]]
+
+
+def page_output(shown: Shown) -> StageOutput:
+    """The output of a page. Its parents are the stages, and what its series show.
 
     Raises:
         InputError: a stage's output is gone.
     """
-    evaluations = _evaluations(manifests)
-    swept = [other for manifest in evaluations for other in guidance_sweep.sweep_of(manifest, root)]
-    trained = [other for series in _over_training(evaluations, root, further) for other in series]
-    beside = [other for manifest in evaluations for other in processes.beside(manifest, root)]
-    averaged = widths.series_of([*further, *evaluations], root)
-    everything = (*swept, *trained, *averaged, *beside, *manifests)
-    shown = {f"{manifest.stage} {manifest.folder_name}": manifest for manifest in everything}
-    return output(ReportManifest, VERSION, ReportConfig(), shown, root)
+    swept = [other for manifest in shown.evaluations for other in guidance_sweep.sweep_of(manifest, shown.root)]
+    trained = [other for series in shown.series for other in series]
+    beside = [other for manifest in shown.evaluations for other in processes.beside(manifest, shown.root)]
+    averaged = widths.series_of([*shown.further, *shown.evaluations], shown.root)
+    stages = [made for _, made in shown.lineage]
+    everything = (*swept, *trained, *averaged, *beside, *stages)
+    parents = {f"{made.stage} {made.folder_name}": made for made in everything}
+    return output(ReportManifest, VERSION, ReportConfig(), parents, shown.root)
 
 
-def page_url(manifests: Sequence[Manifest], root: str, further: Sequence[MetricsManifest] = ()) -> str:
-    """The URL of the page of some stages. Arguments and errors as `page_output`."""
-    return page_output(manifests, root, further).url(REPORT)
+def page_url(shown: Shown) -> str:
+    """The URL of a page. Errors as `page_output`."""
+    return page_output(shown).url(REPORT)
 
 
-def write_page(name: str, manifests: Sequence[Manifest], root: str, further: Sequence[MetricsManifest] = ()) -> bytes:
-    """Write the report of a pipeline's stages, in their order, and return it; one that is there is kept.
-
-    Arguments as `page_output`.
+def write_page(shown: Shown) -> bytes:
+    """Write the report of a pipeline and return it; one that is there is kept.
 
     Raises:
         InputError: a stage's output is gone, or the extractor cannot be loaded.
         StorageError: a picture is not what was committed, or the disk is full.
     """
-    out = page_output(manifests, root, further)
-    return keep(out, ReportManifest, REPORT, lambda: page(name, manifests, root, further).encode())
+    return keep(page_output(shown), ReportManifest, REPORT, lambda: page(shown).encode())
 
 
-def publish(
-    name: str,
-    manifests: Sequence[Manifest],
-    root: str,
-    run_id: str | None,
-    further: Sequence[MetricsManifest] = (),
-) -> None:
+def publish(shown: Shown, run_id: str | None) -> None:
     """Write the report and log it to the pipeline's MLflow run, if there is one.
 
     An error becomes a warning: the stages are committed, and the report must not fail them.
     """
     try:
-        written = write_page(name, manifests, root, further)
+        written = write_page(shown)
         if run_id is not None:
-            log_file(MlflowClient(runs.tracking_uri(root)), run_id, REPORT, written)
+            log_file(MlflowClient(runs.tracking_uri(shown.root)), run_id, REPORT, written)
     except Exception as error:
         LOGGER.warning("no report: %s", one_line(error))
 
 
-def publish_missing(
-    name: str, manifests: Sequence[Manifest], root: str, further: Sequence[MetricsManifest] = ()
-) -> None:
+def publish_missing(shown: Shown) -> None:
     """Publish the report of a finished pipeline if it is missing or damaged.
 
     It is missing if the command was killed before it, or if a series that it shows has grown since.
     """
-    if kept(page_output(manifests, root, further), ReportManifest, REPORT) is None:
-        pipeline = manifests[-1].provenance.pipeline_id
-        publish(name, manifests, root, runs.pipeline_run_id(pipeline, root) if pipeline else None, further)
+    if kept(page_output(shown), ReportManifest, REPORT) is None:
+        pipeline = shown.stages[-1].provenance.pipeline_id
+        publish(shown, runs.pipeline_run_id(pipeline, shown.root) if pipeline else None)
 
 
-def page(name: str, manifests: Sequence[Manifest], root: str, further: Sequence[MetricsManifest] = ()) -> str:
-    """The report as HTML: the same bytes for the same manifests. Arguments and errors as `write_page`."""
-    evaluations = _evaluations(manifests)
+def page(shown: Shown) -> str:
+    """The report as HTML: the same bytes for the same manifests. Errors as `write_page`."""
+    manifests, evaluations, root = shown.stages, shown.evaluations, shown.root
     sections = [
         _samples(SampleManifest.read(manifest.uri)) for manifest in manifests if manifest.stage == SampleManifest.STAGE
     ]
     own = "Registered and" if any(manifest.stage == "register" for manifest in manifests) else "Samples"
-    shown = [f"{own} shown in the other sections: step {over_training.steps_of(each):,}." for each in evaluations]
-    trained = [_trained(series, *shown) for series in _over_training(evaluations, root, further)]
-    averaged = list(_averaged(widths.series_of([*further, *evaluations], root)))
+    steps = [f"{own} shown in the other sections: step {over_training.steps_of(each):,}." for each in evaluations]
+    trained = [_trained(series, *steps) for series in shown.series]
+    averaged = list(_averaged(widths.series_of([*shown.further, *evaluations], root)))
     for manifest in evaluations:
         sections += [
             _papers(manifest),
@@ -143,21 +176,7 @@ def page(name: str, manifests: Sequence[Manifest], root: str, further: Sequence[
     sections.append(Section("Pictures of the stages", list(_pictures(manifests))))
     for manifest in evaluations:
         sections += [_metrics(manifest), _conditions(manifest)]
-    return render(name, [_lead(manifest) for manifest in evaluations], [*sections, _lineage(manifests)])
-
-
-def _evaluations(manifests: Sequence[Manifest]) -> list[MetricsManifest]:
-    return [MetricsManifest.read(manifest.uri) for manifest in manifests if manifest.stage == MetricsManifest.STAGE]
-
-
-def _over_training(
-    evaluations: Sequence[MetricsManifest], root: str, further: Sequence[MetricsManifest]
-) -> list[list[MetricsManifest]]:
-    """The series over training: that of the milestones, and that of the evaluation itself if it is another one."""
-    milestones = [each for each in further if widths.WIDTH not in each.conditions]
-    found = [over_training.series_of(each, root) for each in (*milestones[-1:], *evaluations)]
-    distinct = {tuple(each.digest for each in series): series for series in found if len(series) > 1}
-    return list(distinct.values())
+    return render(shown.name, [_lead(manifest) for manifest in evaluations], [*sections, _lineage(shown.lineage)])
 
 
 def _lead(metrics: MetricsManifest) -> tuple[str, str]:
@@ -329,19 +348,19 @@ def _interval(estimate: Estimate) -> str:
     return "" if estimate.low is None else f"{estimate.low:.6g} to {estimate.high:.6g}"
 
 
-def _lineage(manifests: Sequence[Manifest]) -> Section:
+def _lineage(stages: Sequence[tuple[str, Manifest]]) -> Section:
     rows = [
         (
-            manifest.stage,
+            name,
             manifest.folder_name,
-            ", ".join(f"{name} {short_digest(digest)}" for name, digest in manifest.inputs.items()),
-            ", ".join(f"{value:,} {name}" for name, value in manifest.counts.items()),
+            ", ".join(f"{role} {short_digest(digest)}" for role, digest in manifest.inputs.items()),
+            ", ".join(f"{value:,} {what}" for what, value in manifest.counts.items()),
             manifest.provenance.mlflow_run_id or "",
             manifest.code_version,
         )
-        for manifest in manifests
+        for name, manifest in stages
     ]
     head = ("stage", "digest", "inputs", "counts", "MLflow run", "code")
-    roots = sorted({uri.redact(manifest.root) for manifest in manifests})
+    roots = sorted({uri.redact(manifest.root) for _, manifest in stages})
     where = f"Each output is the folder stage/digest below {' or '.join(roots)}."
     return Section("Lineage", [Table(head, rows), where])

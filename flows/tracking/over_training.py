@@ -18,6 +18,7 @@ from storage.header import Header
 from storage.seal import json_digest
 
 WAY_TAG = "ditflow.milestones"
+ENDED_EARLY = ("FAILED", "KILLED")
 BEST_TAG = "ditflow.best_milestone"
 
 
@@ -37,6 +38,20 @@ def log(training: Header, evaluations: Mapping[int, MetricsManifest], root: str)
         run = None if run_id is None else living_run(client, run_id)
         if run is not None and evaluations:
             _log(client, run, evaluations)
+
+
+def early_end(training: Header, root: str) -> str | None:
+    """How the run of a training has ended early: FAILED or KILLED.
+
+    None if it goes on, there is no such run, or MLflow does not answer. Also if it is FINISHED, as the same training in
+    another root may be.
+    """
+    with BestEffort():
+        client, experiment_id = open_client(root)
+        run_id = training.provenance.mlflow_run_id or find(client, experiment_id, DIGEST_TAG, training.digest)
+        run = None if run_id is None else living_run(client, run_id)
+        return None if run is None or run.info.status not in ENDED_EARLY else str(run.info.status)
+    return None
 
 
 def _log(client: MlflowClient, run: Run, evaluations: Mapping[int, MetricsManifest]) -> None:

@@ -66,7 +66,7 @@ def create(client: MlflowClient, experiment_id: str, header: Header, process: st
 def stage_tags(client: MlflowClient, experiment_id: str, header: Header) -> dict[str, str]:
     """The tags of an output's run; that of its pipeline is created if there is none."""
     provenance = header.provenance
-    tags = {MLFLOW_RUN_NAME: header.stage, STAGE_TAG: header.stage, DIGEST_TAG: header.digest}
+    tags = {MLFLOW_RUN_NAME: provenance.name or header.stage, STAGE_TAG: header.stage, DIGEST_TAG: header.digest}
     if provenance.pipeline_id is not None:
         tags[PIPELINE_TAG] = provenance.pipeline_id
         tags[MLFLOW_PARENT_RUN_ID] = find_or_create_pipeline(client, experiment_id, provenance.pipeline_id)

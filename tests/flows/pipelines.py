@@ -5,6 +5,7 @@ from pathlib import Path
 
 KEPT = {"train": 20, "held_out": 8}  # of each digit
 STAGES = ("shard", "encode", "train", "sample", "evaluate", "register")
+EVERYTHING = (*STAGES[:2], "encode held_out", *STAGES[2:])
 ODD = "a b#c?d%20+é<b>&'\"[z]*{~::$HOME"
 """A name that has its own meaning in URLs, patterns, pages, shells and formats."""
 

@@ -1,6 +1,7 @@
 """Milestones evaluated: by the pipeline, and by another worker while training goes on."""
 
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,17 +13,22 @@ from typing import Any
 import pytest
 from faults import MlflowServer
 from mlflow import MlflowClient
-from pipelines import SMALL, STAGES, arguments
+from pipelines import EVERYTHING, SMALL, arguments
 from small import Small
 from test_killed import KILLED
 from test_pipeline import reported, states
 
 from dit.evaluate import MetricsManifest
 from flows import milestones as watching
+from flows import processes
+from flows.contract import ENCODE_HELD_OUT, STAGES
 from flows.milestones import milestones
 from flows.over_training import model_of
 from flows.perform import RunSettings
 from flows.recipe import Recipe, load_recipe
+from flows.servers import local_home
+from flows.tracking import runs, store
+from storage.errors import DitflowError
 from storage.manifest import Manifest
 
 COUNT = 20
@@ -73,7 +79,7 @@ def made(
 
 
 def test_each_is_a_stage_like_any_other(made: Made) -> None:
-    assert states(made.report) == dict.fromkeys(STAGES, "ran")
+    assert states(made.report) == dict.fromkeys(EVERYTHING, "ran")
     expected = [(step, name, "ran") for step in STEPS for name in ("sample", "evaluate")]
     assert [(each["step"], each["name"], each["state"]) for each in made.report["milestones"]] == expected
     for step, metrics in made.points.items():
@@ -112,7 +118,7 @@ def test_the_best_is_registered_and_named(made: Made, digits: Path) -> None:
 def test_a_second_run_skips_them_and_sends_nothing_twice(made: Made, digits: Path) -> None:
     before = made.history("milestone_fd")
     again = reported("run", made.root, digits, *SETS)
-    assert states(again) == dict.fromkeys(STAGES, "skipped")
+    assert states(again) == dict.fromkeys(EVERYTHING, "skipped")
     assert [(each["step"], each["state"]) for each in again["milestones"]] == [(step, "skipped") for step in STEPS]
     assert made.history("milestone_fd") == before
     assert again["metrics"] == made.report["metrics"]
@@ -154,9 +160,49 @@ def test_another_worker_follows_training(
     ]
     assert looks == [(0, 0), (0, 0), (2, 2)]
     client = MlflowClient(mlflow_server.address)
+    names = [
+        client.get_run(str(Manifest.read(each.manifest).provenance.mlflow_run_id)).info.run_name for each in outcomes
+    ]
+    assert names == [f"{name} at step {step}" for step in STEPS for name in ("sample", "evaluate")]
     training = model_of(MetricsManifest.read(outcomes[-1].manifest))
     history = client.get_metric_history(training.provenance.mlflow_run_id, "milestone_fd")
     assert [metric.step for metric in history] == STEPS
+
+
+@pytest.mark.parametrize("end", ["FAILED", "KILLED"])
+def test_another_worker_ends_with_a_training_that_ends_early(
+    tmp_path: Path,
+    digits: Path,
+    prefect_api: str,
+    mlflow_server: MlflowServer,
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
+) -> None:
+    """Also if its command was killed. What it had committed until then is evaluated."""
+    recipe, small, root = recipe_of(tmp_path, digits, **{"train.held_out": "null"}), Small(tmp_path), str(tmp_path)
+    latents = small.bring("encode", recipe.encode, small.bring("shard", recipe.shard, recipe.archive))
+    asked = recipe.asked_over_training()
+    client, experiment = runs.open_client(root)
+    command = local_home(root) / processes.FOLDER / f"{'0' * 32}@{socket.gethostname()}"
+    output = STAGES["train"].output(root, recipe.train, latents)
+    run_id = store.create(client, experiment, output.header, command.name)
+
+    def wait(_: float) -> None:
+        small.bring("train", asked.configs(root)[10], latents)
+        if end == "FAILED":
+            client.set_terminated(run_id, end)
+        else:
+            command.touch()  # nobody holds its lock
+
+    monkeypatch.setattr(watching, "time", SimpleNamespace(sleep=wait))
+    said = (
+        rf"^milestones: the training of demo has ended \({end}\) before the steps \[20, 30\]; start it again, then this"
+    )
+    processes.join(root)
+    with pytest.raises(DitflowError, match=said):
+        milestones(recipe, RunSettings(root=root))
+    processes.leave(root)
+    assert [len(list(tmp_path.glob(f"{stage}/*/manifest.json"))) for stage in ("train", "evaluate")] == [1, 1]
 
 
 @pytest.mark.full
@@ -167,8 +213,8 @@ def test_a_kill_between_two_of_them_costs_neither(
     killed = subprocess.run([sys.executable, "-c", KILLED, "evaluate", *given], check=False)
     assert killed.returncode == -signal.SIGKILL
     again = reported("run", tmp_path, digits, *SETS)
-    first = ("shard", "encode", "train")
-    assert states(again) == {name: "skipped" if name in first else "ran" for name in STAGES}
+    first = ("shard", "encode", ENCODE_HELD_OUT, "train")
+    assert states(again) == {name: "skipped" if name in first else "ran" for name in EVERYTHING}
     expected = [(step, name, "skipped" if step == 10 else "ran") for step in STEPS for name in ("sample", "evaluate")]
     assert [(each["step"], each["name"], each["state"]) for each in again["milestones"]] == expected
     assert [step for step, _ in Made(tmp_path, again).history("milestone_fd")] == STEPS

@@ -6,7 +6,7 @@ import pytest
 from flips import unnoticed
 from small import Small
 
-from flows.report.page import page_output, write_page
+from flows.report.page import Shown, page_output, write_page
 from storage.manifest import Manifest
 from storage.seal import opened, sealed
 from storage.verify import faults, outputs
@@ -22,8 +22,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifest]:
     metrics = small.evaluated(small.checkpoint(small.latents()))
     chain = [output for output in outputs(metrics.uri) if isinstance(output, Manifest)]
     stages = [output for output in reversed(chain) if output.stage != "references"]
-    write_page("digits", stages, str(root))
-    chain += [Manifest.read(page_output(stages, str(root)).uri)]
+    shown = Shown("digits", stages, str(root))
+    write_page(shown)
+    chain += [Manifest.read(page_output(shown).uri)]
     kept = [Manifest.read(str(path)) for path in sorted((root / "references").iterdir())]
     return {output.stage: output for output in (*kept, *chain)}
 

@@ -25,11 +25,12 @@ import yaml
 from faults import MlflowServer
 from mlflow import MlflowClient
 from PIL import Image
-from pipelines import KEPT, ODD, STAGES, arguments, ditflow
+from pipelines import EVERYTHING, KEPT, ODD, STAGES, arguments, ditflow
 from until import until
 
 from dit.sample import SampleManifest
 from flows.command.main import main
+from flows.contract import ENCODE_HELD_OUT
 from storage.rows.store import RowReader
 
 OPENED = Path(__file__).with_name("opened")
@@ -79,11 +80,11 @@ def manifests(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_every_stage_runs_and_the_report_says_so(report: dict[str, Any]) -> None:
-    assert states(report) == dict.fromkeys(STAGES, "ran")
+    assert states(report) == dict.fromkeys(EVERYTHING, "ran")
     assert all(stage["seconds"] > 0 for stage in report["stages"])
     assert 0 <= report["metrics"]["recognised"] <= 1
     assert report["metrics"]["fd_floor"] < report["metrics"]["fd_ceiling"]
-    assert set(report["mlflow_run_ids"]) == {*STAGES, "pipeline"}
+    assert set(report["mlflow_run_ids"]) == {*EVERYTHING, "pipeline"}
 
 
 def test_lineage_leads_from_the_metrics_to_the_images(report: dict[str, Any]) -> None:
@@ -147,21 +148,23 @@ def test_held_out_images_are_encoded_and_measured(report: dict[str, Any], root: 
     for kind in ("held_out_loss", "held_out_loss_raw_level_4", "held_out_loss_se"):
         assert [metric.step for metric in client.get_metric_history(ids["train"], kind)] == [10, 20, 30]
     assert "held_out_loss.json" in {entry.path for entry in client.list_artifacts(ids["train"])}
-    made = [json.loads(path.read_text()) for path in (root / "encode").glob("*/manifest.json")]
-    (held_out,) = (manifest for manifest in made if manifest["split"] == "held_out")
+    held_out = manifests(report)[ENCODE_HELD_OUT]
+    assert held_out["split"] == "held_out"
     assert (held_out["counts"]["images"], held_out["flips"]) == (10 * KEPT["held_out"], 1)
     run = client.get_run(held_out["provenance"]["mlflow_run_id"])
     assert (run.data.tags["mlflow.parentRunId"], run.info.status) == (ids["pipeline"], "FINISHED")
     said = json.loads(Path(root, "train", train["digest"][:16], "artifacts", "held_out_loss.json").read_text())
     assert said["conditions"]["latents"] == held_out["digest"]
     assert held_out["digest"] not in [parent["digest"] for parent in train["parents"].values()]
+    (page,) = (root / "reports").glob("*/report.html")
+    assert re.search(rf"{ENCODE_HELD_OUT}</td>\s*<td>{held_out['digest'][:16]}", page.read_text())
 
 
 def test_a_second_run_skips_every_stage(report: dict[str, Any], root: Path, digits: Path) -> None:
     (page,) = (root / "reports").glob("*/report.html")
     page.unlink()  # as if the first had been killed before it
     again = reported("run", root, digits)
-    assert states(again) == dict.fromkeys(STAGES, "skipped")
+    assert states(again) == dict.fromkeys(EVERYTHING, "skipped")
     assert [stage["manifest"] for stage in again["stages"]] == [stage["manifest"] for stage in report["stages"]]
     assert page.exists()
     assert again["metrics"] == report["metrics"]
@@ -183,8 +186,8 @@ def test_a_changed_field_reruns_what_depends_on_it(
     report: dict[str, Any], root: Path, digits: Path, prefect_api: str
 ) -> None:
     other = reported("run", root, digits, "--set", "sample.guidance_scale=3.0")
-    expected = {name: "skipped" if name in ("shard", "encode", "train") else "ran" for name in STAGES}
-    assert states(other) == expected
+    before = ("shard", "encode", ENCODE_HELD_OUT, "train")
+    assert states(other) == {name: "skipped" if name in before else "ran" for name in EVERYTHING}
 
 
 def test_one_stage_on_an_earlier_output(report: dict[str, Any], root: Path, digits: Path, prefect_api: str) -> None:

@@ -8,8 +8,18 @@ from pathlib import Path
 
 import boto3
 import pytest
-from pipelines import KEPT, STAGES, arguments, ditflow
+from pipelines import EVERYTHING, KEPT, arguments, ditflow
 from s3_endpoint import BUCKET, SECRET, s3_server
+
+SETS = (
+    "--set",
+    "train.normalise=channel",
+    "--set",
+    "train.milestones=15",
+    "--set",
+    "evaluate_milestones.sample.count=20",
+)
+STEPS = (15, 15, 30, 30)  # each sampled and evaluated
 
 
 @pytest.mark.full
@@ -27,13 +37,19 @@ def test_the_pipeline_on_s3(tmp_path: Path, digits: Path, migrated: Callable[[Pa
         )
         for image in digits.rglob("*.png"):
             client.upload_file(str(image), BUCKET, f"digits/{image.relative_to(digits)}")
-        sets = ("--set", "train.normalise=channel")
-        run = ditflow(*arguments("run", f"s3://{BUCKET}/runs", f"s3://{BUCKET}/digits", *sets))
+        places = (f"s3://{BUCKET}/runs", f"s3://{BUCKET}/digits")
+        run = ditflow(*arguments("run", *places, *SETS))
         first = subprocess.run(run, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
         assert first.returncode == 0, first.stderr
         report = json.loads(first.stdout)
-        assert {stage["name"]: stage["state"] for stage in report["stages"]} == dict.fromkeys(STAGES, "ran")
+        assert {stage["name"]: stage["state"] for stage in report["stages"]} == dict.fromkeys(EVERYTHING, "ran")
         assert all(stage["manifest"].startswith(f"s3://{BUCKET}/runs/") for stage in report["stages"])
+        assert [(each["step"], each["state"]) for each in report["milestones"]] == [(step, "ran") for step in STEPS]
+        follow = ditflow(*arguments("milestones", *places, *SETS))
+        followed = subprocess.run(follow, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
+        assert followed.returncode == 0, followed.stderr
+        states = [(each["step"], each["state"]) for each in json.loads(followed.stdout)["milestones"]]
+        assert states == [(step, "skipped") for step in STEPS]
         verify = ditflow("verify", "--full", f"s3://{BUCKET}/runs")
         seen = subprocess.run(verify, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
         assert seen.returncode == 0, seen.stdout

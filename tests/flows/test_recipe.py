@@ -8,7 +8,9 @@ import yaml
 from dit.diffusion.config import FlowConfig
 from dit.models.choice import DataSpec
 from dit.models.cost import cost
+from dit.training.config import TrainConfig
 from flows.recipe import RECIPES, Recipe, load_recipe
+from storage.config import added, operational
 from storage.errors import InputError
 
 
@@ -107,7 +109,21 @@ def test_a_recipe_round_trips_through_json() -> None:
 
 def test_the_pipeline_id_follows_the_content() -> None:
     assert load_recipe("demo").pipeline_id == load_recipe("demo").pipeline_id
-    assert load_recipe("demo").pipeline_id != load_recipe("demo", ["train.steps=7"]).pipeline_id
+    others = ["train.steps=7", "train.log_every=7", "archive.train=/other", "train.init.source=/other"]
+    assert len({load_recipe("demo", [other]).pipeline_id for other in [*others, "name=demo"]}) == 5
+
+
+def test_the_pipeline_id_stays_when_a_version_adds_fields() -> None:
+    class Later(TrainConfig):
+        more: int | None = operational(None)
+        other: int = added(3)
+
+    before = load_recipe("demo")
+    train = before.train.model_dump()
+    now = before.model_copy(update={"train": Later.model_validate(train)})
+    assert now.pipeline_id == before.pipeline_id
+    changed = before.model_copy(update={"train": Later.model_validate(train | {"more": 1})})
+    assert changed.pipeline_id != before.pipeline_id
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """The loss on held-out images: its numbers, and that it changes nothing else."""
 
 import json
+import re
 import shutil
+import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,9 @@ from dit.encode import held_out_config
 from dit.export import CheckpointManifest, weights_file
 from dit.random import Stream, normals
 from dit.training.config import HeldOutLoss, TrainConfig
-from dit.training.held_out import LEVELS, NEVER, SEED, held_out_latents, summary
+from dit.training.held_out import LEVELS, NEVER, SEED, HeldOut, held_out_latents, summary
 from dit.vae import VaeRef
-from storage.errors import InputError, StorageError
+from storage.errors import InputError, PreemptedError, StorageError
 from storage.latents import LatentManifest
 from storage.shards.shard import ShardManifest
 
@@ -187,6 +190,40 @@ def test_a_killed_run_has_the_numbers_of_an_undisturbed_one(
     assert report(tiny.run_train(tmp_path, MEASURED, both)) == report(whole[1])
 
 
+class Preempter(tiny.Recorder):
+    """SIGTERM arrives before the measurement after step 3, and no time is left for it."""
+
+    def metrics(self, values: Mapping[str, float], *, step: int) -> None:
+        super().metrics(values, step=step)
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("more", [{}, {"milestones": 3}])
+def test_the_save_goes_before_a_measurement_when_sigterm_has_come(
+    tmp_path: Path,
+    both: LatentManifest,
+    whole: tuple[tiny.Recorder, CheckpointManifest],
+    monkeypatch: pytest.MonkeyPatch,
+    more: dict[str, Any],
+) -> None:
+    """The measurement is made up for before training goes on, and a milestone of that step has it."""
+    config = measured(**more)
+    with monkeypatch.context() as patch:
+        patch.delattr(HeldOut, "measure")
+        with pytest.raises(PreemptedError, match="stopped by SIGTERM at step 3"):
+            tiny.run_train(tmp_path, config, both, stopped := Preempter())
+    assert list(stopped.values) == [2]
+    recorder = tiny.Recorder()
+    manifest = tiny.run_train(tmp_path, config, both, recorder)
+    assert report(manifest) == report(whole[1])
+    assert list(recorder.values) == [3, 4, 6]
+    assert recorder.values[3].items() <= whole[0].values[3].items()
+    assert manifest.content == whole[1].content
+    for path in (tmp_path / "train").iterdir():
+        assert report(CheckpointManifest.read(str(path)))["points"][0] == report(whole[1])["points"][0]
+
+
 def test_killed_ranks_have_the_numbers_of_undisturbed_ones(
     tmp_path: Path, template: Template, both: LatentManifest
 ) -> None:
@@ -241,6 +278,19 @@ def test_a_compiled_run_keeps_its_bits(tmp_path: Path, both: LatentManifest) -> 
     assert weights(found[0]) == weights(found[1])
 
 
+def test_a_last_step_that_is_left_out_has_no_final_numbers(
+    tmp_path: Path, template: Template, both: LatentManifest
+) -> None:
+    """So the content does not depend on the steps that were logged before it."""
+    found = []
+    for number, config in enumerate((MEASURED, PLAIN)):
+        out = tiny.output(tmp_path / str(number), CheckpointManifest, config, latents=both)
+        template.finish(Job(out, config, both, faults=Faults(spoilt=[(1, 5)])))
+        found.append(CheckpointManifest.read(out.uri))
+    assert found[0].content == found[1].content
+    assert found[0].metrics == {}
+
+
 def test_a_step_that_is_left_out_is_no_point(tmp_path: Path, template: Template, both: LatentManifest) -> None:
     out = tiny.output(tmp_path, CheckpointManifest, MEASURED, latents=both)
     template.finish(Job(out, MEASURED, both, faults=Faults(spoilt=[(1, 2)])))
@@ -250,9 +300,10 @@ def test_a_step_that_is_left_out_is_no_point(tmp_path: Path, template: Template,
 def test_without_latents_of_held_out_images_a_line_says_how_to_make_them(
     tmp_path: Path, latents: LatentManifest
 ) -> None:
-    said = (
-        r"^train.held_out: no latents of held-out images in .*/encode/[0-9a-f]{16}; run the whole recipe, or `ditflow"
-    )
+    sets = "--set train.held_out=null --set encode.split=held_out --set encode.flips=false"
+    tars = latents.parent("shards", ShardManifest).url
+    said = "^train.held_out: no latents of held-out images in .*/encode/[0-9a-f]{16}; run the whole recipe, or "
+    said += re.escape(f"`ditflow encode RECIPE --from {tars} {sets} --root {latents.root}`") + "$"
     with pytest.raises(InputError, match=said):
         tiny.run_train(tmp_path, MEASURED, latents)
     assert not list(tmp_path.rglob("*"))

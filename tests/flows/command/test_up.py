@@ -17,15 +17,17 @@ from uuid import uuid4
 import psutil
 import pytest
 import yaml
-from pipelines import ODD
+from pipelines import ODD, arguments
 from prefect_rest import call
 from until import until
 
+from dit.evaluate import MetricsManifest
 from flows import servers
 from flows.children import child
 from flows.command import up as command
 from flows.command.main import main
 from flows.demo.digits import write_digits
+from flows.recipe import load_recipe
 from storage.errors import DitflowError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -177,6 +179,17 @@ def test_a_killed_flow_crashes_and_leaves_no_rank(up: Up) -> None:
     assert up.end_of(train) == "CRASHED"
     _, alive = psutil.wait_procs(ranks, timeout=180)
     assert alive == []
+
+
+@pytest.mark.full
+def test_milestones_are_evaluated_from_their_form_while_the_pipeline_trains(up: Up, digits: Path) -> None:
+    more = ("--set", "train.milestones=15", "--set", "evaluate_milestones.sample.count=20")
+    sets = arguments("run", up.root, digits, *more)
+    recipe = load_recipe("demo", sets[sets.index("--set") + 1 :: 2], str(up.root)).model_dump(mode="json")
+    following, training = (up.start(flow, recipe=recipe) for flow in ("milestones", "pipeline"))
+    assert (up.end_of(following), up.end_of(training)) == ("COMPLETED", "COMPLETED")
+    evaluated = [MetricsManifest.read(str(path)) for path in up.root.glob("evaluate/*/manifest.json")]
+    assert sorted(each.conditions["training_steps"] for each in evaluated) == [15, 30, 30]  # and the recipe's own
 
 
 @pytest.mark.full

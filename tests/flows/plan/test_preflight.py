@@ -82,6 +82,15 @@ def test_what_does_not_fit(
     assert written(root) == []
 
 
+def test_a_model_that_would_be_measured_on_what_it_is_trained_on(
+    capsys: pytest.CaptureFixture[str], images: Path, root: Path
+) -> None:
+    values = ["train.held_out={}", f"archive.held_out={images}", "encode.split=held_out"]
+    said = "train.held_out: the model is trained on the held-out images; encode the split train, or null"
+    assert said in refused(capsys, ["run", "demo", *tiny(images, root, *values)])
+    assert written(root) == []
+
+
 def test_too_few_reference_images(capsys: pytest.CaptureFixture[str], tmp_path: Path, root: Path) -> None:
     few = write_images(tmp_path / "few", classes=1, count=3)
     line = refused(capsys, ["run", "demo", *tiny(few, root)])

@@ -24,7 +24,7 @@ from dit.sample import SampleManifest
 from flows.recipe import load_recipe
 from flows.report import guidance_sweep, over_training, processes
 from flows.report import page as pages
-from flows.report.page import page, page_url, write_page
+from flows.report.page import Shown, page, page_url, write_page
 from storage.latents import LatentManifest
 from storage.manifest import Manifest
 from storage.shards.shard import ShardManifest
@@ -98,7 +98,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> I
         small.evaluated(small.checkpoint(latents, shape=OTHER_SHAPE), SAMPLING.model_copy(update=ALIKE[1]))
         small.evaluated(checkpoint, SAMPLING.model_copy(update=OTHER))
         manifests = lineage(metrics)
-        before = page_url(manifests, str(root))
+        before = page_url(Shown(NAME, manifests, str(root)))
         alike = [small.evaluated(checkpoint, SAMPLING.model_copy(update=change)) for change in ALIKE]
         later = small.evaluated(small.checkpoint(latents, steps=LATER))
         flow = small.evaluated(small.checkpoint(latents, diffusion=FLOW), SAMPLING.model_copy(update=EULER))
@@ -114,7 +114,7 @@ def lineage(metrics: MetricsManifest) -> list[Manifest]:
 
 @pytest.fixture(scope="module")
 def read(made: Made) -> Reader:
-    return Reader(page(NAME, made.manifests, made.root))
+    return Reader(page(Shown(NAME, made.manifests, made.root)))
 
 
 def test_nothing_runs_and_nothing_is_fetched(read: Reader) -> None:
@@ -187,7 +187,7 @@ def test_the_same_network_as_another_process_stands_beside(read: Reader, made: M
 
 def test_without_another_process_there_is_no_table(made: Made) -> None:
     assert processes.beside(made.later, made.root) == [made.later]
-    assert "Other processes and samplers" not in page(NAME, lineage(made.later), made.root)
+    assert "Other processes and samplers" not in page(Shown(NAME, lineage(made.later), made.root))
 
 
 def test_of_evaluations_with_equal_steps_the_page_has_its_own(made: Made) -> None:
@@ -218,7 +218,7 @@ def test_numbers_in_another_space_stand_alone(read: Reader, made: Made) -> None:
 def test_rows_of_papers_say_what_was_other_there(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [next(row for row in ROWS if row.data is CIFAR10), next(row for row in ROWS if row.values == (2.16,))]
     monkeypatch.setattr(pages, "rows_for", lambda **_: shown)
-    text = " ".join(Reader(page("digits", made.manifests, made.root)).words)
+    text = " ".join(Reader(page(Shown("digits", made.manifests, made.root))).words)
     assert "this run, 2 steps" in text
     other = "other: count 50000, labels none, sampler heun, steps 18"
     assert re.search(rf"DiffiT 1\.95 {other} Hatamizadeh et al\., arXiv 2312\.02139", text)
@@ -228,27 +228,29 @@ def test_rows_of_papers_say_what_was_other_there(made: Made, monkeypatch: pytest
 
 
 def test_it_is_written_once_and_the_same(made: Made) -> None:
-    first, url = write_page("digits", made.manifests, made.root), page_url(made.manifests, made.root)
+    shown = Shown("digits", made.manifests, made.root)
+    first, url = write_page(shown), page_url(shown)
     assert url != made.url_before
-    assert page("digits", made.manifests, made.root).encode() == first == Path(url).read_bytes()
+    assert page(shown).encode() == first == Path(url).read_bytes()
     written = Path(url).stat().st_mtime_ns
-    assert write_page("digits", made.manifests, made.root) == first
+    assert write_page(shown) == first
     assert Path(url).stat().st_mtime_ns == written
 
 
 def test_it_is_checked_with_all_that_it_shows(made: Made, caplog: pytest.LogCaptureFixture) -> None:
-    first, url = write_page("digits", made.manifests, made.root), Path(page_url(made.manifests, made.root))
+    shown = Shown("digits", made.manifests, made.root)
+    first, url = write_page(shown), Path(page_url(shown))
     chain = [output for output in outputs(str(url.parent)) if isinstance(output, Manifest)]
-    shown = {manifest.digest for manifest in (*made.manifests, *made.alike)}
-    assert chain[0].stage == "reports" and shown < {output.digest for output in chain}
+    parents = {manifest.digest for manifest in (*made.manifests, *made.alike)}
+    assert chain[0].stage == "reports" and parents < {output.digest for output in chain}
     url.write_bytes(first.replace(b"Distance", b"Distanze", 1) + b" ")
     assert faults(chain[0], full=True)
-    assert write_page("digits", made.manifests, made.root) == first == url.read_bytes()
+    assert write_page(shown) == first == url.read_bytes()
     assert "it is made again" in caplog.text
 
 
 def test_without_metrics_there_is_a_page_too(made: Made) -> None:
-    read = Reader(page("digits", made.manifests[:-1], made.root))
+    read = Reader(page(Shown("digits", made.manifests[:-1], made.root)))
     assert read.open == []
     assert "Samples by class" in read.words
     assert "Metrics" not in read.words
@@ -294,7 +296,7 @@ def browse(page: str, folder: Path) -> tuple[str, int]:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
 def test_a_browser_finds_its_sections_and_asks_nobody(made: Made, tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_text(page(NAME, made.manifests, made.root))
+    (tmp_path / "page.html").write_text(page(Shown(NAME, made.manifests, made.root)))
     dom, asked = browse(f"file://{tmp_path / 'page.html'}", tmp_path)
     read = Reader(dom)
     assert [word for word in read.words if word in SECTIONS] == list(SECTIONS)
