@@ -9,7 +9,6 @@ A manifest ends in the hash of its own bytes, and has the hash of each parent's 
 outputs changes unnoticed.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final, Literal, Self, TypeVar
@@ -20,11 +19,15 @@ from storage import uri
 from storage.code_version import code_version
 from storage.config import Config, problem
 from storage.errors import InputError, StorageError
-from storage.header import FileEntry, Header, Parent, Provenance, short_digest
+from storage.header import FileEntry, Header, Parent, Provenance
+from storage.naming import MANIFEST as MANIFEST
+from storage.naming import finished_outputs as finished_outputs
+from storage.naming import folder_of, named_digest, shown
+from storage.naming import is_finished as is_finished
+from storage.naming import output_folder as output_folder
 from storage.parallel import threads
-from storage.seal import BrokenSealError, NeverSealedError, content, json_digest, opened, sealed
+from storage.seal import BrokenSealError, NeverSealedError, content, opened, sealed
 
-MANIFEST = "manifest.json"
 FORMAT: Final = 2
 MAX_BYTES = 2**28
 """Most bytes of a manifest; that of a set of a billion images has fewer."""
@@ -85,7 +88,7 @@ class Manifest(Header):
     @classmethod
     def folder(cls, root: str, digest: str) -> str:
         """Where this stage's output with a digest lies below a root."""
-        return _folder(root, cls.STAGE, digest)
+        return folder_of(root, cls.STAGE, digest)
 
     def as_parent(self) -> Parent:
         """This output as an input of the next stage."""
@@ -157,7 +160,7 @@ class Manifest(Header):
 
     def _place_of(self, parent: Parent) -> str | None:
         stage = uri.name(uri.parent(parent.uri))
-        places = (parent.uri, _folder(self.root, stage, parent.digest))
+        places = (parent.uri, folder_of(self.root, stage, parent.digest))
         return next((folder for folder in places if is_finished(folder)), None)
 
     def other_parent(self, name: str, folder: str) -> InputError:
@@ -264,10 +267,10 @@ class StageOutput(Config):
     def with_config(self, config: Config) -> "StageOutput":
         """The first output of the same stage from the same inputs with another config. No MLflow run made it."""
         header = self.header
-        digest = _digest(header.stage, header.version, config, header.inputs)
+        digest = named_digest(header.stage, header.version, config, header.inputs)
         provenance = header.provenance.model_copy(update={"mlflow_run_id": None})
-        changed = {"digest": digest, "config": _shown(config), "rerun": 0, "provenance": provenance}
-        folder = _folder(self.root, header.stage, digest)
+        changed = {"digest": digest, "config": shown(config), "rerun": 0, "provenance": provenance}
+        folder = folder_of(self.root, header.stage, digest)
         return StageOutput(uri=folder, header=header.model_copy(update=changed))
 
     def url(self, *parts: str) -> str:
@@ -359,8 +362,8 @@ def stage_output(
     digests = {name: parent.digest for name, parent in parents.items()} | dict(inputs)
     rerun = 0
     while True:
-        digest = _digest(stage, version, config, digests, rerun)
-        folder = _folder(root, stage, digest)
+        digest = named_digest(stage, version, config, digests, rerun)
+        folder = folder_of(root, stage, digest)
         if not force or not is_finished(folder):
             break
         rerun += 1
@@ -368,51 +371,10 @@ def stage_output(
         stage=stage,
         version=version,
         digest=digest,
-        config=_shown(config),
+        config=shown(config),
         inputs=digests,
         parents={name: parent.as_parent() for name, parent in parents.items()},
         rerun=rerun,
         provenance=provenance,
     )
     return StageOutput(uri=folder, header=header)
-
-
-def output_folder(url: str) -> str:
-    """The folder of an output, given its URL or that of its manifest."""
-    return uri.parent(url) if url.rpartition("/")[2] == MANIFEST else url.rstrip("/")
-
-
-def is_finished(folder: str) -> bool:
-    """Whether an output's folder holds a manifest.
-
-    Raises:
-        StorageError: the store does not answer.
-    """
-    return uri.exists(uri.join(folder, MANIFEST))
-
-
-def finished_outputs(root: str, stage: str) -> list[str]:
-    """The folders of the finished outputs of a stage below a root, sorted by name.
-
-    Raises:
-        StorageError: the store does not answer.
-    """
-    folder = uri.join(uri.absolute(root), stage)
-    folders = [uri.join(folder, name) for name in uri.names(folder)]
-    with threads(16) as pool:
-        return [folder for folder, finished in zip(folders, pool.map(is_finished, folders), strict=True) if finished]
-
-
-def _digest(stage: str, version: int, config: Config, inputs: Mapping[str, str], rerun: int = 0) -> str:
-    identity = {"stage": stage, "version": version, "config": config.identity(), "inputs": dict(inputs)}
-    return json_digest(identity | ({"rerun": rerun} if rerun else {}))
-
-
-def _shown(config: Config) -> dict[str, Any]:
-    """A config as manifests record it, without secrets."""
-    values: dict[str, Any] = uri.redact_json(json.loads(config.model_dump_json()))
-    return values
-
-
-def _folder(root: str, stage: str, digest: str) -> str:
-    return uri.join(uri.absolute(root), stage, short_digest(digest))

@@ -8,30 +8,31 @@ error of a store becomes one line that names the object.
 import errno
 import hashlib
 import os
-import re
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from storage import magic
 from storage.errors import DitflowError, InputError, StorageError
+from storage.local_file import local_file
 from storage.patience import PatientStore
+from storage.url import chain as chain
+from storage.url import checked as checked
+from storage.url import join as join
+from storage.url import name as name
+from storage.url import parent as parent
+from storage.url import printable as printable
+from storage.url import redact as redact
+from storage.url import redact_json as redact_json
 
 _VERSION_KEYS = ("mtime", "created", "ino", "ETag", "etag", "LastModified", "last_modified", "md5Hash", "generation")
-_SECRET_QUERY = re.compile(
-    r"[?&]([^=&#]*(?:signature|credential|secret|token|passw|key)[^=&#]*|sig|pwd|auth)=", re.IGNORECASE
-)
 MAX_TEXT = 2**26
 """Most bytes of a JSON file that someone else may have written."""
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-"""What file systems without hard links answer, such as FAT and some of FUSE."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -73,87 +74,16 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise InputError(f"{printable(redact(url))}: not a usable URL ({error})") from error
 
 
-def join(url: str, *parts: str) -> str:
-    """The URL of an object below a folder."""
-    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
-
-
-def parent(url: str) -> str:
-    """The URL of the folder that holds an object or folder."""
-    return url.rpartition("/")[0] or ("/" if url.startswith("/") else ".")
-
-
-def name(url: str) -> str:
-    """The last part of a URL."""
-    return url.rstrip("/").rpartition("/")[2]
-
-
 def absolute(url: str) -> str:
     """The absolute form of a local path; any other URL is returned unchanged."""
     path = local_path(url)
     return url if path is None else str(path)
 
 
-def chain(url: str) -> tuple[str, str]:
-    """What stands before the last part of a chained URL such as ``zip://folder::/data/x.zip``, and that part.
-
-    The first is empty if the URL is no chain; in a path ``::`` is a part of the name.
-    """
-    before, _, last = url.rpartition("::") if "://" in url else ("", "", url)
-    return before, last
-
-
 def local_path(url: str) -> Path | None:
     """The path of a local URL; None for a URL of any other file system."""
     fs, path = filesystem(url)
     return Path(path) if isinstance(fs, LocalFileSystem) else None
-
-
-def redact(url: str) -> str:
-    """The URL without user, password and query, to be shown in logs and stored in manifests.
-
-    Outside the web ``?`` and ``#`` are parts of names, unless a value follows, as in ``?versionId=1``.
-    """
-    if "://" not in url:
-        return url
-    query = r"[?#].*" if re.search(r"\bhttps?://", url) else r"[?#][^/]*=.*"
-    return re.sub(query, "", re.sub(r"://[^/\s]*@", "://", url), flags=re.DOTALL)
-
-
-def redact_json(value: Any) -> Any:
-    """A JSON value with `redact` applied to every string."""
-    if isinstance(value, dict):
-        return {redact_json(key): redact_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [redact_json(item) for item in value]
-    return redact(value) if isinstance(value, str) else value
-
-
-def printable(text: str) -> str:
-    """The text in one line, with an escape sequence for each character that no terminal shows."""
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-def checked(url: str) -> str:
-    """The URL itself, checked to contain no secret, since parameters, logs and errors are shown and stored openly.
-
-    Raises:
-        ValueError: it has a user or password, or a signature or key in its query; it is empty, can be read in two
-            ways, or cannot be printed.
-    """
-    if not url:
-        raise ValueError("the name is empty")
-    query = _SECRET_QUERY.search(url) if "://" in url else None
-    if re.search(r"://[^/]*@", url) or query:
-        where = f" ({query[1]} in its query)" if query else ""
-        raise ValueError(f"the URL contains credentials{where}; set them in the environment or in fsspec's config")
-    if _UNPRINTABLE.search(url):
-        raise ValueError("the name has a line break or another character that cannot be printed; rename it")
-    if re.search(r"(^|::)file://.*[%?#]", url):
-        raise ValueError("%, ? and # in a file URL can be read in two ways; write the path without file://")
-    if re.match(r"[a-z][a-z0-9+.-]*:/(?!/)", url):
-        raise ValueError("one slash after the colon; a URL has ://, and a folder of this name needs ./ before it")
-    return url
 
 
 def exists(url: str) -> bool:
@@ -308,7 +238,7 @@ def writing(url: str, size: int) -> Iterator[IO[bytes]]:
     """
     local = local_path(url)
     try:
-        with _local_file(local, exclusive=False) if local else _upload(url) as file:
+        with local_file(local, exclusive=False) if local else _upload(url) as file:
             yield file
     except OSError as error:
         raise _write_error(url, size, error) from error
@@ -409,7 +339,7 @@ def _put(url: str, data: bytes, *, exclusive: bool) -> bool:
     local = local_path(url)
     try:
         if local is not None:
-            with _local_file(local, exclusive=exclusive) as file:
+            with local_file(local, exclusive=exclusive) as file:
                 file.write(data)
             return True
         fs, path = filesystem(url)
@@ -420,46 +350,6 @@ def _put(url: str, data: bytes, *, exclusive: bool) -> bool:
     except OSError as error:
         raise _write_error(url, len(data), error) from error
     return True
-
-
-@contextmanager
-def _local_file(path: Path, *, exclusive: bool) -> Iterator[IO[bytes]]:
-    """A temporary file that is renamed to the path if the block ends without an error, and removed otherwise."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from error
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if exclusive:
-            _move_to_new(temporary, path)
-        else:
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _move_to_new(temporary: Path, path: Path) -> None:
-    """Give a file its name, or raise FileExistsError if the name is taken."""
-    try:
-        os.link(temporary, path)  # unlike a rename, fails if the path exists
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        import fcntl  # not on Windows
-
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)  # against all who create here in this way; a kill frees it
-            if path.exists():
-                raise FileExistsError(errno.EEXIST, "File exists", str(path)) from error
-            temporary.replace(path)
-        finally:
-            os.close(folder)
 
 
 @contextmanager
