@@ -57,7 +57,7 @@ class Recipe(Config):
     """Generated images to metrics. Default: none, and the pipeline ends with the generated images."""
     evaluate_milestones: MilestonesConfig | None = added(None)
     """Evaluation of the milestones of training, and of its last step. Default: none."""
-    evaluate_widths: WidthsConfig | None = None
+    evaluate_widths: WidthsConfig | None = added(None)
     """Evaluation of averages of several widths, made from those of ``train.ema_power``. Default: none."""
     registry: RegisterConfig = RegisterConfig()
     """A checkpoint to a version in the model registry."""
