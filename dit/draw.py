@@ -72,6 +72,7 @@ def _card(pretrained: Pretrained, vae: VaeInfo) -> ModelCard:
         model=config,
         diffusion=pretrained.diffusion,
         vae=vae,
+        channels=pretrained.channels,
         resolution=config.input_size * vae.downsample,
         class_names=pretrained.class_names or tuple(map(str, range(config.num_classes))),
         steps=0,

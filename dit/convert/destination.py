@@ -51,6 +51,9 @@ def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | Non
         raise InputError(f"{uri.redact(destination)}: exists already; name another destination")
     if vae is not None and layout != "pipeline":
         raise InputError("--vae: only a pipeline has an autoencoder; write --to pipeline or remove it")
+    if model.channels and (layout != "reference" or suffix(destination) != SAFETENSORS):
+        text = "its latents are normalised channel by channel, which only --to reference records"
+        raise InputError(f"{uri.redact(destination)}: {text}, in a {SAFETENSORS} file; sample from it here")
     state = with_null_label(model)
     if layout == "reference":
         theirs = tables(model.config) | {published(name): tensor for name, tensor in state.items()}
@@ -79,7 +82,7 @@ def summary(model: Pretrained, destination: str, layout: Layout) -> str:
 
 def _file(state: dict[str, Tensor], model: Pretrained, destination: str) -> bytes:
     if suffix(destination) == SAFETENSORS:
-        record = Record(process=model.diffusion, class_names=model.class_names)
+        record = Record(process=model.diffusion, class_names=model.class_names, channels=model.channels)
         return _safetensors(state, {KEY: record.model_dump_json()})
     if suffix(destination) != ".pt":
         raise InputError(f"{uri.redact(destination)}: a reference checkpoint ends in {SAFETENSORS} or .pt; rename it")

@@ -17,6 +17,7 @@ from dit.convert.process import Found, Told
 from dit.diffusion.config import FlowConfig
 from dit.models.build import build
 from dit.models.config import SIZES, DiffiTConfig, DiTConfig
+from storage.channels import ChannelScale
 from storage.config import problem
 from storage.errors import InputError
 from storage.latents import VaeInfo
@@ -40,6 +41,8 @@ class Hints(TypedDict, total=False):
     """Side of the latents, if the file lacks the position table."""
     process: Told | None
     """Diffusion process."""
+    latent_statistics: str | None
+    """File with the tensors ``mean`` and ``std`` of the latent channels, if they were normalised, by path or URL."""
     class_names: str | None
     """Text file with the names of the classes, one a line in the order of the labels, by path or URL."""
 
@@ -56,6 +59,8 @@ class Pretrained:
     """Diffusion process that it reverses: the published one, unless user or card say otherwise."""
     scales: VaeInfo | None = None
     """Scaling of its latents, if its card records it; else that of the autoencoder."""
+    channels: ChannelScale | None = None
+    """Statistics that each channel of its latents was normalised by; None for the autoencoder's scaling."""
     vae: str | None = None
     """Location of the autoencoder of its latents, if it comes with one."""
     class_names: tuple[str, ...] | None = None

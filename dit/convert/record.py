@@ -5,9 +5,10 @@ from typing import Annotated, Final
 
 from pydantic import Field, ValidationError
 
-from dit.convert.files import Option
+from dit.convert.files import Option, read_content
 from dit.convert.process import Found
 from storage import uri
+from storage.channels import ChannelScale
 from storage.config import Config, problem
 from storage.errors import InputError, StorageError
 
@@ -22,6 +23,8 @@ class Record(Config):
     """The process that it was trained for."""
     class_names: tuple[str, ...] | None = None
     """Names of its classes; None if they are not known."""
+    channels: ChannelScale | None = None
+    """Statistics that each channel of its latents was normalised by; None for the autoencoder's scale."""
 
 
 def recorded(options: Mapping[str, Option], where: str) -> Record | None:
@@ -64,3 +67,19 @@ def told_names(location: str) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise InputError(f"--class-names: {uri.redact(location)} is no text in UTF-8") from error
     return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def told_statistics(location: str, channels: int) -> ChannelScale:
+    """The mean and deviation of each latent channel, in a file with tensors ``mean`` and ``std``, as LightningDiT has.
+
+    Raises:
+        InputError: there is no such file, or it holds other numbers.
+    """
+    where, tensors = uri.redact(location), read_content(location).tensors
+    for name in ("mean", "std"):
+        if name not in tensors or tensors[name].numel() != channels or not tensors[name].isfinite().all():
+            raise InputError(f"{where}: needs tensors mean and std, each with a number for {channels} latent channels")
+    mean, deviation = (tuple(tensors[name].double().flatten().tolist()) for name in ("mean", "std"))
+    if min(deviation) <= 0:
+        raise InputError(f"{where}: a std is not above 0")
+    return ChannelScale(mean=mean, deviation=deviation)

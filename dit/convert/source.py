@@ -10,7 +10,7 @@ from dit.convert.layout import AnyConfig, of_repa
 from dit.convert.network import network, unread_average
 from dit.convert.pretrained import LAYOUT, Hints, Pretrained, completed, fitted, infer
 from dit.convert.process import Told, check_told, process
-from dit.convert.record import check_count, recorded, told_names
+from dit.convert.record import check_count, recorded, told_names, told_statistics
 from dit.diffusion.config import EDMConfig, FlowConfig
 from dit.export import MODEL, load
 from dit.models.config import DiffiTConfig, DiTConfig
@@ -48,8 +48,8 @@ def read(source: str, **hints: Unpack[Hints]) -> Pretrained:
             process is not known, or it contradicts the hints.
     """
     if suffix(source) in (*PICKLES, SAFETENSORS):
-        return _named(_file(source, hints), hints, uri.redact(source))
-    pretrained = _named(_folder(source, hints), hints, uri.redact(source))
+        return _told(_file(source, hints), hints, uri.redact(source))
+    pretrained = _told(_folder(source, hints), hints, uri.redact(source))
     config = pretrained.config
     for name, value, told in (
         ("heads", config.heads, hints.get("heads")),
@@ -61,17 +61,19 @@ def read(source: str, **hints: Unpack[Hints]) -> Pretrained:
     return pretrained
 
 
-def _named(found: Pretrained, hints: Hints, where: str) -> Pretrained:
-    """The same model with the classes' names that the user tells."""
-    told = hints.get("class_names")
-    if told is None:
-        check_count(found.class_names, found.config.num_classes, where)
-        return found
-    if found.class_names is not None:
+def _told(found: Pretrained, hints: Hints, where: str) -> Pretrained:
+    """The same model with what the user says of its classes and latents."""
+    names, statistics = hints.get("class_names"), hints.get("latent_statistics")
+    if names is not None and found.class_names is not None:
         raise InputError(f"{where}: has the names of its classes; remove --class-names")
-    names = told_names(told)
-    check_count(names, found.config.num_classes, uri.redact(told))
-    return replace(found, class_names=names)
+    if statistics is not None and found.channels is not None:
+        raise InputError(f"{where}: has the statistics of its latents; remove --latent-statistics")
+    if names is not None:
+        found = replace(found, class_names=told_names(names))
+    if statistics is not None:
+        found = replace(found, channels=told_statistics(statistics, found.config.in_channels))
+    check_count(found.class_names, found.config.num_classes, where if names is None else uri.redact(names))
+    return found
 
 
 def _file(source: str, hints: Hints) -> Pretrained:
@@ -91,17 +93,19 @@ def _file(source: str, hints: Hints) -> Pretrained:
         other = f", not from the average under {average}, whose tensors have no names of a DiT" if average else ""
         notes = [f"read from {place or 'the file'}{other}", *notes]
     state = fitted(config, completed(config, tensors), where)
-    names = record.class_names if record else None
-    found = Pretrained(config, state, diffusion, class_names=names, notes=(*notes, *left_out, *_open(config)))
+    names, channels = (record.class_names, record.channels) if record else (None, None)
+    notes += left_out + ([] if record else _open(config, hints))
+    found = Pretrained(config, state, diffusion, channels=channels, class_names=names, notes=tuple(notes))
     return _as_flow(found, hints.get("process"))
 
 
-def _open(config: AnyConfig) -> list[str]:
+def _open(config: AnyConfig, hints: Hints) -> list[str]:
     """What the file of a DiT with later options leaves open, a line each."""
     if not isinstance(config, DiTConfig) or not config.options:
         return []
-    scaled = "assumed: latents on the autoencoder's scale; those of LightningDiT are normalised channel by channel"
-    return [scaled] if config.rope else ["assumed: no RoPE, since the file has no feat_rope", scaled]
+    bare = [] if config.rope else ["assumed: no RoPE, since the file has no feat_rope"]
+    scaled = "latents on the autoencoder's scale; those of LightningDiT are normalised (--latent-statistics)"
+    return bare if hints.get("latent_statistics") else [*bare, f"assumed: {scaled}"]
 
 
 def _as_flow(found: Pretrained, told: Told | None) -> Pretrained:
@@ -155,10 +159,9 @@ def _ours(source: str, told: Told | None) -> Pretrained:
     if isinstance(card.diffusion, EDMConfig):
         raise InputError(f"{uri.redact(source)}: was trained with the process edm, which these layouts do not have")
     check_told(card.diffusion, told, uri.redact(source))
-    if card.channels:
-        no_place = "was trained with normalise: channel, and these layouts have no place for the scale of a channel"
-        raise InputError(f"{uri.redact(source)}: {no_place}; sample from it here")
-    return Pretrained(config, trained.model.state_dict(), card.diffusion, card.vae, class_names=card.class_names)
+    names = card.class_names if config.num_classes else None
+    state = trained.model.state_dict()
+    return Pretrained(config, state, card.diffusion, card.vae, card.channels, class_names=names)
 
 
 def _pipeline(source: str, names: list[str], hints: Hints) -> Pretrained:

@@ -121,8 +121,9 @@ def open_origin(init: Init, model: ModelConfig) -> Origin:
         if init.weights != "ema":
             raise InputError(f"train.init.weights: {where} was not trained here, so there are no others than ema")
         other = _read(init.source, model)
-        names = other.class_names if other.config.num_classes else None
-        return Origin(where, other.config, other.diffusion, names, None, lambda: other.state, other.notes)
+        return Origin(
+            where, other.config, other.diffusion, other.class_names, other.channels, lambda: other.state, other.notes
+        )
     file, card = weights_file(init.weights), trained.card
     if file not in card.weights:
         raise InputError(f"train.init.weights: {where} has no {file}; it has {', '.join(sorted(card.weights))}")

@@ -62,6 +62,8 @@ def add_hints(parser: "_ActionsContainer") -> None:
     parser.add_argument("--heads", type=int, help=text)
     text = "number of classes; needed if the label table has no null label, as without label dropout in training"
     parser.add_argument("--classes", type=int, help=text)
+    text = "file with the mean and std of each latent channel; needed if the latents were normalised by them"
+    parser.add_argument("--latent-statistics", metavar="FILE", help=text)
     text = "text file with the names of the classes, one a line in the order of the labels"
     parser.add_argument("--class-names", metavar="FILE", help=text)
     text = "side of the latents; needed if the file has no pos_embed"
@@ -79,6 +81,7 @@ def hints(options: Namespace) -> "Hints":
         "heads": options.heads,
         "classes": options.classes,
         "class_names": options.class_names,
+        "latent_statistics": options.latent_statistics,
         "latent_size": options.latent_size,
         "process": options.process,
     }

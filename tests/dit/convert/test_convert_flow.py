@@ -97,6 +97,9 @@ def test_lightningdit_has_its_norms_mlps_and_rotation(tmp_path: Path, lightning:
     same_numbers(found.build()(x, t, y), plain_dit.forward(lightning, x, t, y, heads=4))
     assert "norm rms, mlp swiglu, rope True" in described(found)[0]
     assert "assumed: latents on the autoencoder's scale; those of LightningDiT are normalised" in found.notes[-1]
+    torch.save({"mean": torch.zeros(1, 8, 1, 1), "std": torch.ones(1, 8, 1, 1)}, tmp_path / "latents_stats.pt")
+    told: Any = FLOW | {"latent_statistics": str(tmp_path / "latents_stats.pt")}
+    assert not any("autoencoder's scale" in note for note in read(str(tmp_path / "x.pt"), **told).notes)
 
 
 def test_without_its_table_the_rotation_is_not_known(tmp_path: Path, lightning: Weights) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from other_checkpoints import refusal, same, saved
 from random_dit import pretrained, random_dit
 from safetensors.torch import save_file
@@ -11,7 +12,11 @@ from safetensors.torch import save_file
 from dit.convert import Layout, read, write
 from dit.convert.record import KEY
 from dit.diffusion.config import DiffusionConfig
+from dit.draw import open_checkpoint
+from dit.vae import VaeRef
 from storage import uri
+from storage.channels import ChannelScale
+from storage.errors import InputError
 
 NAMES = tuple(f"n{number:02}" for number in range(10))
 
@@ -79,3 +84,46 @@ def test_a_record_counts_on_any_file_system(tmp_path: Path, names: str) -> None:
     write(read(saved(tmp_path, random_dit().state_dict()), **hints), url, "reference")
     assert read(url, heads=4).class_names == NAMES
     assert uri.exists(url)
+
+
+MEAN, STD = torch.tensor([0.5, -1.0, 0.25, 2.0]), torch.tensor([1.0, 2.0, 0.5, 4.0])
+
+
+@pytest.mark.parametrize("name", ["latents_stats.pt", "stats.safetensors"])
+def test_statistics_of_latents_are_told_once(tmp_path: Path, name: str) -> None:
+    """In the shape that LightningDiT's have, which broadcasts over a batch of latents."""
+    statistics = {"mean": MEAN[None, :, None, None], "std": STD[None, :, None, None]}
+    torch.save(statistics, tmp_path / name) if name.endswith("pt") else save_file(statistics, tmp_path / name)
+    hints: Any = {"heads": 4, "latent_statistics": str(tmp_path / name)}
+    found = read(saved(tmp_path, random_dit().state_dict()), **hints)
+    assert found.channels == ChannelScale(mean=tuple(MEAN.tolist()), deviation=tuple(STD.tolist()))
+    write(found, str(tmp_path / "x.safetensors"), "reference")
+    assert read(str(tmp_path / "x.safetensors"), heads=4).channels == found.channels
+    message = refusal(tmp_path / "x.safetensors", latent_statistics=str(tmp_path / name))
+    assert message.endswith("x.safetensors: has the statistics of its latents; remove --latent-statistics")
+    with pytest.raises(InputError, match="which only --to reference records, in a .safetensors file"):
+        write(found, str(tmp_path / "bare.pt"), "reference")
+
+
+@pytest.mark.parametrize(
+    ("statistics", "reason"),
+    [
+        ({"mean": MEAN}, "needs tensors mean and std, each with a number for 4 latent channels"),
+        ({"mean": MEAN, "std": STD[:3]}, "needs tensors mean and std, each with a number for 4 latent channels"),
+        ({"mean": MEAN * torch.nan, "std": STD}, "needs tensors mean and std, each with a number for 4 latent"),
+        ({"mean": MEAN, "std": STD - 0.5}, "a std is not above 0"),
+        ([MEAN, STD], "needs tensors mean and std"),
+    ],
+)
+def test_statistics_that_do_not_fit(tmp_path: Path, statistics: Any, reason: str) -> None:
+    told = saved(tmp_path, statistics, "stats.pt")
+    message = refusal(saved(tmp_path, random_dit().state_dict()), latent_statistics=told)
+    assert message.startswith(f"{told}: ")
+    assert reason in message
+
+
+def test_a_model_is_sampled_on_the_scale_of_its_statistics(tmp_path: Path, vae: VaeRef) -> None:
+    told = saved(tmp_path, {"mean": MEAN, "std": STD}, "stats.pt")
+    source = saved(tmp_path, random_dit().state_dict())
+    trained = open_checkpoint(source, heads=4, vae=vae.source, latent_statistics=told)
+    assert trained.card.channels == ChannelScale(mean=tuple(MEAN.tolist()), deviation=tuple(STD.tolist()))

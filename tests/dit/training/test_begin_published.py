@@ -65,9 +65,8 @@ def test_all_but_the_classes_comes_from_the_averages_of_the_file(
     plain = config.model_copy(update={"init": None})
     new = initial_state(plain, card_for(plain, store), Ranks()).model.state_dict()[TABLE]
     for found in (state.model.state_dict(), state.averages["ema"].state_dict()):
-        assert found.keys() == tensors.keys()
-        for name in tensors.keys() - {TABLE, "pos_embed"}:
-            assert torch.equal(found[name], tensors[name]), name
+        same = {name for name, tensor in found.items() if name != TABLE and torch.equal(tensor, tensors[name])}
+        assert same | {TABLE, "pos_embed"} == tensors.keys()  # the fixed table has no average
         assert torch.equal(found[TABLE], torch.cat([new[:-1], tensors[TABLE][-1:]]))
 
 
