@@ -15,7 +15,7 @@ from scipy import linalg
 from torch import Tensor
 
 from benchmarks.common import Measured, Result, fastest, main, seconds
-from benchmarks.sampling import SMALL, sampling
+from benchmarks.sampling_speed import SMALL, sampling
 from dit.devices import device
 from dit.metrics.extractors.inception import DIMS, SIDE, InceptionTF, InceptionV3, fold_norms
 from dit.metrics.extractors.resize import resize_tf1

@@ -1,132 +1,127 @@
-"""Sampling with guidance and decoding, against diffusers' pipeline with the same weights and steps."""
+"""Distance of samples against passes of the network: the demo's digits, with the samplers of both its processes.
 
-# B = batch, C = latent channels, h = latent side
+    python -m benchmarks.sampling --root runs --plot sampling.png
 
-from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass
+trains the recipes ``demo`` and ``demo-flow`` in the root, unless they are there, and goes on where it was ended.
+Samples have the recipes' guidance; a guided pass counts once.
+"""
 
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
-from torch import Tensor
+import argparse
+import json
+from pathlib import Path
+from typing import Any
 
-from benchmarks.common import Measured, Result, seconds
-from benchmarks.peer import diffusers_dit, set_differences
-from dit.devices import device
-from dit.diffusion.config import DiffusionConfig
-from dit.export import ModelCard, Trained
-from dit.models.config import DiTConfig, dit_config
-from dit.models.dit import DiT
-from dit.sample import compiled, draw
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.common import machine
+from dit.diffusion.config import ProcessConfig
+from dit.evaluate import MetricsManifest
+from dit.export import CheckpointManifest
 from dit.samplers.config import SampleConfig
-from dit.vae import Vae
-from storage.latents import VaeInfo
+from dit.samplers.table import sampler
+from flows.contract import STAGES, Source
+from flows.demo.digits import write_digits
+from flows.recipe import Recipe, load_recipe
+from storage.config import Config
+from storage.tracker import NullTracker
 
-SCALE = 1.5
-TOLERANCE = 1e-4
-"""Largest relative difference between the networks' outputs."""
-RATIOS = {"sampling_vs_diffusers": "sampling_compiled", "sampling_eager_vs_diffusers": "sampling"}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is sampled, and how many times."""
-
-    model: DiTConfig
-    widths: tuple[int, ...]
-    """Channels of the autoencoder at each resolution."""
-    groups: int
-    """Groups of the autoencoder's group norms."""
-    images: int
-    steps: int
-    rounds: int
+STEPS = {
+    "demo": {"ddpm": (5, 10, 25, 50), "ddim": (5, 10, 25), "dpm++": (5, 10, 25)},
+    "demo-flow": {"euler": (5, 10, 25), "heun": (3, 5, 13), "euler_maruyama": (5, 10, 25, 50)},
+}
+"""By recipe and sampler."""
+TOLERANCES = (1e-1, 1e-2, 1e-3)
+"""``rtol`` of dopri5; its ``atol`` is a thousandth of that, as in its defaults."""
 
 
-SMALL = Task(dit_config("S/2", input_size=16), (128, 256, 512, 512), 32, images=2, steps=20, rounds=2)
-"""S/2 and Stable Diffusion's autoencoder at 128 px."""
+def measure(root: str, count: int) -> list[dict[str, Any]]:
+    """A row for each sampler and setting: passes of the network, distance and its 95 % interval."""
+    write_digits(Path(root, "digits"))
+    rows = []
+    for name, samplers in STEPS.items():
+        recipe = _recipe(name, root)
+        checkpoint = _trained(recipe, root)
+        settings = [{"sampler": each, "steps": n} for each, steps in samplers.items() for n in steps]
+        if name == "demo-flow":
+            settings += [{"sampler": "dopri5", "rtol": rtol, "atol": rtol / 1000} for rtol in TOLERANCES]
+        rows += [_row(recipe, checkpoint, setting | {"count": count}, root) for setting in settings]
+    return rows
 
 
-def sampling(task: Task) -> Measured:
-    """Images per second, the fastest of the interleaved rounds after a warm-up.
+def plot(rows: list[dict[str, Any]]) -> Figure:
+    """The distances against the passes, both on logarithmic axes."""
+    figure = Figure(figsize=(6.5, 4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(row["sampler"] for row in rows):
+        mine = [row for row in rows if row["sampler"] == name]
+        passes, values, margins = ([row[key] for row in mine] for key in ("nfe", "distance", "margin"))
+        flow = mine[0]["process"] == "flow"
+        style, label = "s--" if flow else "o-", f"{name} ({mine[0]['process']})"
+        axes.errorbar(passes, values, margins, fmt=style, capsize=2, markersize=4, linewidth=1, label=label)
+    axes.set(xlabel="passes of the network", ylabel=rows[0]["name"], xscale="log", yscale="log")
+    axes.grid(visible=True, which="both", alpha=0.2)
+    axes.legend(fontsize=8)
+    return figure
 
-    Raises:
-        ValueError: the networks' outputs differ.
-    """
-    model, vae = _model(task.model), _autoencoder(task)
-    stock = DiTPipeline(set_differences(diffusers_dit(model)).eval(), vae, DDIMScheduler()).to(device())
-    stock.set_progress_bar_config(disable=True)
-    _compare(model, stock)
-    labels = list(range(task.images))
-    contestants: dict[str, Callable[[], object]] = {
-        "sampling_diffusers": lambda: stock(
-            labels, guidance_scale=SCALE, num_inference_steps=task.steps, output_type="np"
-        ),
-        "sampling": _ours(task, model, vae, compile=False),
-        "sampling_compiled": _ours(task, model, vae, compile=True),
+
+def _recipe(name: str, root: str) -> Recipe:
+    splits = [f"archive.{split}={Path(root, 'digits', split)}" for split in ("train", "held_out")]
+    return load_recipe(name, splits)
+
+
+def _trained(recipe: Recipe, root: str) -> CheckpointManifest:
+    source: Source = recipe.archive
+    for name in ("shard", "encode", "train"):
+        source = _made(name, recipe.config_of(name), source, root)
+    assert isinstance(source, CheckpointManifest)
+    return source
+
+
+def _row(recipe: Recipe, checkpoint: CheckpointManifest, fields: dict[str, Any], root: str) -> dict[str, Any]:
+    values = recipe.config_of("sample").model_dump() | fields
+    config, process = SampleConfig.model_validate(values), checkpoint.card.diffusion
+    samples = _made("sample", config, checkpoint, root)
+    metrics = _made("evaluate", recipe.config_of("evaluate"), samples, root)
+    assert isinstance(metrics, MetricsManifest)
+    return {
+        "process": process.kind,
+        "sampler": config.sampler,
+        "nfe": metrics.conditions.get("nfe", _passes(config, process)),
+        "name": metrics.distance,
+        "distance": metrics.estimate.value,
+        "margin": metrics.estimate.margin,
     }
-    for work in contestants.values():
-        work()
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(task.rounds):
-        for name, work in contestants.items():
-            times[name].append(seconds(work))
-    speeds = {name: task.images / min(found) for name, found in times.items()}
-    ratios = {ratio: speeds[name] / speeds["sampling_diffusers"] for ratio, name in RATIOS.items()}
-    return [Result(name, speed, "images/s") for name, speed in speeds.items()], ratios
 
 
-def _ours(task: Task, model: DiT, vae: AutoencoderKL, *, compile: bool) -> Callable[[], object]:
-    """Sampling a batch as the stage does it."""
-    info = VaeInfo(source="", sha256="", downsample=_downsample(task), channels=4, scaling_factor=0.18215)
-    card = ModelCard(
-        model=model.config,
-        diffusion=DiffusionConfig(),
-        vae=info,
-        resolution=model.config.input_size * info.downsample,
-        class_names=tuple(map(str, range(model.config.num_classes))),
-        steps=0,
-    )
-    config = SampleConfig(
-        sampler="ddim", steps=task.steps, guidance_scale=SCALE, guidance_channels="all", compile=compile
-    )
-    decoder = deepcopy(vae).to(device(), memory_format=torch.channels_last)
-    ready, trained = Vae(decoder, **info.model_dump(exclude={"source"})), Trained(deepcopy(model), card)
-    trained, indices = compiled(config, trained), range(task.images)
-    return lambda: draw(config, trained, ready, indices, torch.arange(task.images))
+def _passes(config: SampleConfig, process: ProcessConfig) -> int:
+    return sampler(config, process).passes(config.steps)
 
 
-def _model(config: DiTConfig) -> DiT:
-    """A network without zero weights."""
-    model = DiT(config).eval()
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.02)
-    return model.requires_grad_(False).to(device())
+def _made(name: str, config: Config, source: Source, root: str) -> Any:
+    """The stage's output, made now unless it is there."""
+    stage = STAGES[name]
+    out = stage.output(root, config, source)
+    return out.committed(stage.kind) or stage.run(config, source, out=out, tracker=NullTracker())
 
 
-def _autoencoder(task: Task) -> AutoencoderKL:
-    halvings = len(task.widths)
-    return AutoencoderKL(
-        block_out_channels=task.widths,
-        down_block_types=("DownEncoderBlock2D",) * halvings,
-        up_block_types=("UpDecoderBlock2D",) * halvings,
-        layers_per_block=2,
-        norm_num_groups=task.groups,
-    ).eval()
+def main() -> None:
+    """Measure, write the plot, and print a table or one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", default="runs/sampling", help="folder of all outputs (default: runs/sampling)")
+    parser.add_argument("--count", type=int, default=500, help="images of each sampler and setting (default: 500)")
+    parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    rows = measure(options.root, options.count)
+    if options.plot:
+        FigureCanvasAgg(plot(rows)).print_png(str(options.plot))
+    if options.json:
+        print(json.dumps({"machine": machine(), "count": options.count, "rows": rows}))
+        return
+    for row in rows:
+        print(f"{row['sampler']:<16} {row['nfe']:8.1f} passes {row['distance']:9.2f} ± {row['margin']:.2f}")
 
 
-def _downsample(task: Task) -> int:
-    return int(2 ** (len(task.widths) - 1))
-
-
-def _compare(model: DiT, stock: DiTPipeline) -> None:
-    """Check that both networks have the same output."""
-    side = model.config.input_size
-    x: Tensor = torch.randn(2, model.config.in_channels, side, side, device=device())
-    t, y = torch.tensor([10, 900], device=device()), torch.tensor([0, model.config.num_classes], device=device())
-    with torch.no_grad():
-        ours, theirs = model(x, t, y), stock.transformer(x, timestep=t, class_labels=y).sample
-    apart = float((ours - theirs).norm() / theirs.norm())
-    if not apart < TOLERANCE:
-        raise ValueError(f"the networks disagree by {apart:.1e}")
+if __name__ == "__main__":
+    main()
