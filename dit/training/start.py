@@ -88,7 +88,7 @@ def _begin(config: TrainConfig, card: ModelCard, model: nn.Module, ranks: Ranks)
     source, found = begun
     origin.take(model, source, found)
     for note in source.notes if ranks.first else ():
-        LOGGER.warning("train.init: %s: %s", source.where, note)
+        LOGGER.info("train.init: %s: %s", source.where, note)
     if ranks.first and found.other:
         LOGGER.warning("train.init: new or unused, as it does not fit %s: %s", source.where, origin.described(found))
     if ranks.first and not origin.learned_the_same(source.diffusion, config.diffusion):

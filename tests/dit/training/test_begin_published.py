@@ -1,5 +1,6 @@
 """Fine-tuning from a file of others, in a published layout, on other classes and another number of them."""
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def test_a_file_of_another_process_is_said(
     config: TrainConfig, store: LatentManifest, caplog: pytest.LogCaptureFixture
 ) -> None:
     flow = config.model_copy(update={"diffusion": FlowConfig()})
+    caplog.set_level(logging.INFO)
     initial_state(flow, card_for(flow, store), Ranks())
     assert "was trained for another process than train.diffusion" in caplog.text
     assert "0400000.pt: assumed: it predicts noise" in caplog.text
