@@ -144,7 +144,7 @@ def _commit(work: _Work, writer: RowWriter, out: StageOutput, tracker: Tracker) 
     facts = _facts(config, work.shards, work.shape, vae.info(config.vae.source) if config.vae and vae else None)
     found = statistics(out, _layout(config, work.rows, work.shape).blocks) if vae else None
     if vae and found is None:
-        LOGGER.warning("encode: no statistics of the channels, since an earlier version encoded some of the blocks")
+        LOGGER.warning("encode: no statistics of the channels: some blocks have no sums, as those of earlier versions")
     files, counts = [*writer.finish(), picture], {"images": work.rows}
     out.commit(LatentManifest, files, counts=counts, metrics=metrics, statistics=found, **facts)
 

@@ -5,9 +5,11 @@
 from dataclasses import dataclass
 from typing import Final, Literal
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dit.devices import sent
 from storage import uri
 from storage.channels import ChannelScale, combined
 from storage.errors import InputError
@@ -21,9 +23,9 @@ ENCODE_AGAIN: Final = "encode them again with --force, or set train.normalise=sc
 class LatentScale:
     """A model's data are (z - shift) * factor, of latents z."""
 
-    shift: float | Tensor
-    """A number, or one for each channel, float32 (C, 1, 1)."""
-    factor: float | Tensor
+    shift: float | NDArray[np.float32]
+    """A number, or one for each channel, (C, 1, 1)."""
+    factor: float | NDArray[np.float32]
     """As ``shift``."""
 
     @classmethod
@@ -31,26 +33,16 @@ class LatentScale:
         """That of the channels if there is one, and else the autoencoder's."""
         if channels is None:
             return cls(vae.shift_factor, vae.scaling_factor)
-        shift, deviation = (
-            torch.tensor(numbers, dtype=torch.float64)[:, None, None] for numbers in (channels.mean, channels.deviation)
-        )
-        return cls(shift.float(), (1 / deviation).float())
+        shift, deviation = (np.array(numbers)[:, None, None] for numbers in (channels.mean, channels.deviation))
+        return cls(shift.astype(np.float32), (1 / deviation).astype(np.float32))
 
     def scaled(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, h) as the model's data."""
-        shift, factor = self._on(z)
-        return (z - shift) * factor
+        return (z - _on(self.shift, z)) * _on(self.factor, z)
 
     def unscaled(self, x: Tensor) -> Tensor:
         """The latents of a model's data (B, C, h, h)."""
-        shift, factor = self._on(x)
-        return x / factor + shift
-
-    def _on(self, values: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        shift, factor = self.shift, self.factor
-        if isinstance(shift, Tensor) and isinstance(factor, Tensor):
-            return shift.to(values.device), factor.to(values.device)
-        return shift, factor
+        return x / _on(self.factor, x) + _on(self.shift, x)
 
 
 def channel_scale(normalise: Normalise, latents: LatentManifest, *, flips: bool) -> ChannelScale | None:
@@ -77,3 +69,8 @@ def channel_scale(normalise: Normalise, latents: LatentManifest, *, flips: bool)
         constant = f"channel {scale.deviation.index(0.0)} of {where} is the same number everywhere"
         raise InputError(f"train.normalise: {constant} and has no scale; set train.normalise=scale")
     return scale
+
+
+def _on(numbers: float | NDArray[np.float32], values: Tensor) -> float | Tensor:
+    """A scale where the values are."""
+    return numbers if isinstance(numbers, float) else sent(numbers, values.device)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from diffusers import AutoencoderKL
 from forked import Job, Template
 
 import dit
-from dit import sample
-from dit.convert import Layout, read, write
+from dit.convert import read
 from dit.draw import open_checkpoint, preview
 from dit.encode import held_out_config
 from dit.export import MODEL, CheckpointManifest, ModelCard
@@ -23,7 +21,6 @@ from dit.latent_scale import LatentScale, channel_scale
 from dit.ranks import Ranks
 from dit.sample import SampleManifest, draw, open_decoder
 from dit.samplers.guide import guide_of
-from dit.samplers.state import State, last
 from dit.train import card_for
 from dit.training.config import HeldOutLoss, Init, TrainConfig
 from dit.training.data import open_data
@@ -123,7 +120,7 @@ def test_a_store_of_an_earlier_version_keeps_its_content_and_is_refused(
     (folder / "records" / "rows-00001.json").unlink()
     repaired = tiny.run_encode(folder.parents[1], tiny.encode_config(vae), shards)
     assert (repaired.statistics, repaired.content) == (None, old.content)
-    assert "encode: no statistics of the channels, since an earlier version encoded some" in caplog.text
+    assert "encode: no statistics of the channels: some blocks have no sums" in caplog.text
 
 
 def test_a_channel_without_spread_and_pixels_are_refused(
@@ -162,15 +159,16 @@ def test_samples_are_decoded_on_the_scale_of_the_channels(
     model: CheckpointManifest, latents: LatentManifest, vae: VaeRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
+    decode = dit.vae.Vae.decode
 
-    def noting(states: Iterator[State]) -> torch.Tensor:
-        seen.append(last(states))
-        return seen[-1]
+    def noting(self: Any, x0: torch.Tensor, *given: Any) -> torch.Tensor:
+        seen.append(x0)
+        return decode(self, x0, *given)
 
-    monkeypatch.setattr(sample, "last", noting)
+    monkeypatch.setattr(dit.vae.Vae, "decode", noting)
     trained, config = dit.load(model.uri), tiny.SAMPLING
     images = draw(config, trained, open_decoder(config, trained.card), range(3), torch.tensor([0, 1, 2]))
-    assert np.abs(images - expected_images(vae, latents, seen[-1])).max() <= 1
+    assert np.abs(images - expected_images(vae, latents, torch.cat(seen))).max() <= 1
 
 
 def test_the_stage_the_grids_of_training_and_the_command_draw_with_the_same_scale(
@@ -192,7 +190,7 @@ def test_the_stage_the_grids_of_training_and_the_command_draw_with_the_same_scal
     assert len(used) > 10
     for scale in used:
         assert scale is not None
-        assert torch.equal(scale.shift, expected.shift) and torch.equal(scale.factor, expected.factor)
+        assert np.array_equal(scale.shift, expected.shift) and np.array_equal(scale.factor, expected.factor)
 
 
 @pytest.mark.parametrize("reading", ["auto", "streamed"])
@@ -254,18 +252,6 @@ def test_weights_from_another_scale_are_said(
     assert ("was trained on latents of another scale (train.normalise)" in caplog.text) != same
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"), [("x.pt", "reference"), ("x", "diffusers"), ("x", "pipeline"), ("x.safetensors", "reference")]
-)
-def test_only_the_record_of_a_converted_file_has_a_place_for_it(
-    tmp_path: Path, model: CheckpointManifest, name: str, layout: Layout
-) -> None:
-    found = read(uri.redact(model.uri))
-    assert found.channels == model.card.channels is not None
-    if name == "x.safetensors":
-        write(found, str(tmp_path / name), layout)
-        assert read(str(tmp_path / name), heads=2).channels == model.card.channels
-    else:
-        with pytest.raises(InputError, match=f"{name}: its latents are normalised channel by channel, which only"):
-            write(found, str(tmp_path / name), layout)
-        assert not (tmp_path / name).exists()
+def test_layouts_of_others_have_no_place_for_it(model: CheckpointManifest) -> None:
+    with pytest.raises(InputError, match="was trained with normalise: channel, and these layouts have no place for"):
+        read(uri.redact(model.uri))

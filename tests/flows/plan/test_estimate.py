@@ -68,6 +68,14 @@ def test_hours_follow_from_the_rates(images: Path, root: Path, rates: Path) -> N
     assert unguided.lines[3].hours * 3600 == pytest.approx(6 * 2 * 2 * work.macs / 2e9 + 6 / 5)
 
 
+def test_normalised_channels_change_nothing_in_a_plan(images: Path, root: Path, rates: Path) -> None:
+    """Before their statistics are known, and after."""
+    plain, normalised = recipe_of(images, root), recipe_of(images, root, "train.normalise=channel")
+    for stages in ((), ("shard", "encode")):
+        perform(normalised, root, *stages)
+        assert planned(normalised, root, rates).lines == planned(plain, root, rates).lines
+
+
 def test_held_out_images_are_encoded_and_passed_through_the_model(images: Path, root: Path, rates: Path) -> None:
     held_out = write_images(root.parent / "held_out", count=2)
     more = ("train.held_out={every: 3, images: 5}", "train.steps=7", f"archive.held_out={held_out}")
