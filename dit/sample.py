@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dit.devices import arithmetic, device, dtype
-from dit.diffusion.config import DiffusionConfig, EDMConfig, FlowConfig
+from dit.diffusion.config import EDMConfig, FlowConfig
 from dit.diffusion.edm import EDM
 from dit.export import CheckpointManifest, ModelCard, Trained, load, weights_file
 from dit.latent_scale import LatentScale
@@ -204,6 +204,7 @@ def _guided(config: SampleConfig, trained: Trained) -> Guided:
         config.guidance_channels,
         config.guidance_schedule,
         interval,
+        isinstance(card.diffusion, FlowConfig),
         other.model if other else None,
     )
 
@@ -264,9 +265,9 @@ def check_process(config: SampleConfig, card: ModelCard) -> None:
     interval = config.guidance_interval
     if interval and interval[0] > interval[1]:
         raise InputError(f"sample.guidance_interval: {list(interval)} is empty; write the lowest first")
-    if not isinstance(card.diffusion, DiffusionConfig) and config.guidance_schedule == "power_cosine":
-        process = f"a model of the process {card.diffusion.kind} has not"
-        raise InputError(f"sample.guidance_schedule: power_cosine needs timesteps, which {process}; use constant")
+    if isinstance(card.diffusion, EDMConfig) and config.guidance_schedule == "power_cosine":
+        reason = "power_cosine needs timesteps or a flow's times, which EDM has not"
+        raise InputError(f"sample.guidance_schedule: {reason}; use constant")
     _check_labels(config, card)
     row.check(config, card.diffusion)
 

@@ -143,15 +143,19 @@ def _reevaluate(
     digest = client.get_model_version(name, str(version)).tags[METRICS_DIGEST_TAG]
     metrics = MetricsManifest.read(MetricsManifest.folder(settings.root, digest))
     samples = metrics.parent("samples", SampleManifest)
-    guide = samples.parent(GUIDE, CheckpointManifest).uri if GUIDE in samples.parents else None
-    drawn = SampleConfig.model_validate(samples.config).model_copy(update={"seed": window.seed, "guide": guide})
     checkpoint = samples.parent("checkpoint", CheckpointManifest)
-    fresh = _done("sample", checkpoint=checkpoint.url, config=drawn, settings=settings)
+    fresh = _done("sample", checkpoint=checkpoint.url, config=again(samples, window.seed), settings=settings)
     config = EvaluateConfig.model_validate(metrics.config)
     metrics = MetricsManifest.read(_done("evaluate", samples=fresh, config=config, settings=settings))
     now = Evaluation(distance=metrics.distance, metrics=metrics.metrics, conditions=metrics.conditions)
     check_comparable(f"{name} {version}, as registered and now", then, now)
     return _Reevaluation(version, aliases, then, now)
+
+
+def again(samples: SampleManifest, seed: int) -> SampleConfig:
+    """How samples were drawn, with another seed. Their guide may lie elsewhere now."""
+    guide = samples.parent(GUIDE, CheckpointManifest).uri if GUIDE in samples.parents else None
+    return SampleConfig.model_validate(samples.config).model_copy(update={"seed": seed, "guide": guide})
 
 
 def _done(stage: str, **given: Any) -> str:

@@ -62,8 +62,8 @@ class SampleConfig(Config):
     guidance_channels: Channels = "first3"
     """Latent channels that are guided: the first three, as in the published results of DiT and DiffiT, or all."""
     guidance_schedule: Schedule = "constant"
-    """``constant`` uses the same scale at every timestep; ``power_cosine`` (DiffiT) lets it grow from 1 at pure noise
-    to the scale at the data."""
+    """``constant`` uses the same scale at every time; ``power_cosine`` (DiffiT) lets it grow from 1 at pure noise to
+    the scale at the data, in timesteps or in a flow's time. Not for EDM."""
     guidance_interval: tuple[float, float] | None = None
     """Lowest and highest time at which to guide: timestep of the full process, noise level for EDM, time from 0 at the
     noise to 1 at the data for flows. Outside of it the second pass is saved. Null: at all times."""

@@ -57,6 +57,8 @@ class Guided:
     """A constant scale, or one that grows towards the data (see `power_cosine`)."""
     interval: tuple[float, float] | None = None
     """Lowest and highest time to guide, both included, as the network is given times; None guides at all times."""
+    flow: bool = False
+    """Whether times go from 0 at the noise to 1 at the data. Else they are timesteps, if the schedule asks."""
     guide: Denoiser | None = None
     """The worse model of autoguidance; None guides with the network's own prediction for the null label."""
 
@@ -105,7 +107,8 @@ class Guided:
     def _scale(self, t: Tensor, like: Tensor) -> Tensor | float:
         if self.schedule == "constant":
             return self.scale
-        return power_cosine(self.scale, t).to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+        timesteps = 1000 * (1 - t.double()) if self.flow else t
+        return power_cosine(self.scale, timesteps).to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def power_cosine(scale: float, t: Tensor, *, steps: int = 1000, power: float = 4.0) -> Tensor:

@@ -45,7 +45,8 @@ WAYS = {
         },
         [
             {"sampler": "euler", "shift": 0.3, "guidance_interval": (0.11, 1), "weights": "power-0.1"},
-            {"sampler": "euler", "guide_weights": "power-0.05"},
+            {"sampler": "heun", "guidance_schedule": "power_cosine", "guide_weights": "power-0.05"},
+            {"sampler": "euler_maruyama", "diffusion_coefficient": "linear"},
         ],
     ),
     "gaussian": Way(

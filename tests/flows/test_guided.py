@@ -19,6 +19,7 @@ from flows.command.main import main
 from flows.contract import STAGES
 from flows.over_training import OverTraining
 from flows.recipe import load_recipe
+from flows.reevaluate import again
 from flows.report import guidance_sweep
 from flows.tracking import runs
 from flows.tracking.references import located
@@ -98,6 +99,20 @@ def test_lineage_leads_to_the_guide(bad: Manifest, good: Manifest, metrics: Metr
     try:
         (broken,) = [found for found in outputs(metrics.uri) if not isinstance(found, Manifest)]
         assert Path(bad.uri).name in str(broken)
+    finally:
+        shutil.move(f"{bad.uri}-gone", bad.uri)
+
+
+def test_samples_are_drawn_again_with_the_guide_of_a_root_that_was_moved(
+    bad: Manifest, metrics: MetricsManifest, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(metrics.root, tmp_path / "moved"))
+    there = metrics.parent("samples", SampleManifest).uri
+    samples = SampleManifest.read(str(moved / "sample" / Path(there).name))
+    assert again(samples, 7) == guided(bad.uri, seed=7)
+    shutil.move(bad.uri, f"{bad.uri}-gone")
+    try:
+        assert again(samples, 7) == guided(str(moved / "train" / Path(bad.uri).name), seed=7)
     finally:
         shutil.move(f"{bad.uri}-gone", bad.uri)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,12 @@ def test_each_sample_is_guided_by_the_scale_of_its_time() -> None:
         scale = 1 + 3.4 * (1 - math.cos(math.pi * (1 - float(t) / 1000) ** 4)) / 2
         torch.testing.assert_close(found[i, :3], null[i, :3] + scale * (label[i, :3] - null[i, :3]))
         assert torch.equal(found[i, 3:], label[i, 3:])
+
+
+def test_in_a_flows_time_the_scale_grows_towards_the_data_too() -> None:
+    guided = Guided(Counting(), 4.4, null_label=10, schedule="power_cosine")
+    found = replace(guided, flow=True)(X, torch.tensor([1.0, 0.9, 0.6, 0.001]), LABELS)
+    torch.testing.assert_close(found[:, :3], guided(X, TIMES, LABELS)[:, :3])
 
 
 def test_outside_the_interval_the_network_answers_alone() -> None:
