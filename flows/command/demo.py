@@ -7,7 +7,7 @@ from flows.command import run as running
 from flows.command.options import add_running
 
 HELP = "run the whole pipeline on scanned digits"
-RECIPES = ("demo", "demo-diffit", "demo-flow", "demo-milestones", "demo-scaling")
+RECIPES = ("demo", "demo-diffit", "demo-flow", "demo-milestones", "demo-scaling", "digits-0-7", "finetune-digits")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -105,7 +105,7 @@ def mlflow_errors(root: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         if _is(error, RESOURCE_DOES_NOT_EXIST):
-            raise InputError(f"{where}: {one_line(error)}") from error
+            raise InputError(f"{where}: {one_line(error)}; name one that exists, or make it first") from error
         raise DitflowError(f"{where}: {complaint(error)} ({one_line(error)})") from error
 
 

@@ -83,7 +83,7 @@ def test_a_version_leads_to_the_manifest_of_its_training(models: list[ModelManif
         f"models:/{NAME}": "write models:/name@alias or models:/name/version",
         f"models:/{NAME}@chmpion": "has no alias chmpion; it has candidate, champion",
         f"models:/{NAME}/9": "Model Version .* not found",
-        "models:/other@champion": "Registered Model with name=other not found",
+        "models:/other@champion": "Registered Model with name=other not found; name one that exists, or make it first",
     }.items():
         with pytest.raises(InputError, match=line):
             runs.resolve(reference, root)
