@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from forked import Job, Template
 
 import dit
-from dit.convert import read
+from dit.convert import Layout, read, write
 from dit.draw import open_checkpoint, preview
 from dit.encode import held_out_config
 from dit.export import MODEL, CheckpointManifest, ModelCard
@@ -252,6 +252,18 @@ def test_weights_from_another_scale_are_said(
     assert ("was trained on latents of another scale (train.normalise)" in caplog.text) != same
 
 
-def test_layouts_of_others_have_no_place_for_it(model: CheckpointManifest) -> None:
-    with pytest.raises(InputError, match="was trained with normalise: channel, and these layouts have no place for"):
-        read(uri.redact(model.uri))
+@pytest.mark.parametrize(
+    ("name", "layout"), [("x.pt", "reference"), ("x", "diffusers"), ("x", "pipeline"), ("x.safetensors", "reference")]
+)
+def test_only_the_record_of_a_converted_file_has_a_place_for_it(
+    tmp_path: Path, model: CheckpointManifest, name: str, layout: Layout
+) -> None:
+    found = read(uri.redact(model.uri))
+    assert found.channels == model.card.channels is not None
+    if name == "x.safetensors":
+        write(found, str(tmp_path / name), layout)
+        assert read(str(tmp_path / name), heads=2).channels == model.card.channels
+    else:
+        with pytest.raises(InputError, match=f"{name}: its latents are normalised channel by channel, which only"):
+            write(found, str(tmp_path / name), layout)
+        assert not (tmp_path / name).exists()
