@@ -8,15 +8,20 @@ import pytest
 import tiny
 import torch
 
+import dit
 from dit.diffusion.config import FlowConfig
+from dit.draw import preview
 from dit.export import CheckpointManifest
 from dit.metrics.comparison import differing
-from dit.sample import SampleManifest, check_process
+from dit.models.cost import cost
+from dit.sample import SampleManifest, check_process, estimate
 from dit.samplers.config import SampleConfig
 from dit.samplers.table import SAMPLERS
 from storage.errors import InputError
+from storage.estimate import PlanContext
 from storage.latents import LatentManifest
 from storage.rows.store import RowReader
+from storage.tracker import NullTracker
 
 SAMPLING = SampleConfig(
     count=11, labels="balanced", sampler="euler", steps=4, guidance_scale=3, batch_size=3, block_rows=4
@@ -101,6 +106,26 @@ def test_conditions_are_those_that_bear_on_the_images(tmp_path: Path, flow: Chec
         assert (counted % 6 == 2).all()  # two before the first step, six a step
         assert nfe == round(float(counted.mean()), 2)
     assert differing(samples.conditions, samples.conditions | {"nfe": 1}) == []
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_plan_counts_the_objects_and_the_passes(tmp_path: Path, flow: CheckpointManifest, name: str) -> None:
+    config = changed(sampler=name, **FIELDS[name])
+    out = tiny.output(tmp_path, SampleManifest, config, checkpoint=flow)
+    planned = estimate(config, flow, PlanContext(out, {"sample": 1e9, "decode": 1e9}, 1, 1, {}))
+    samples = tiny.run_sample(tmp_path, config, flow)
+    data = [entry for entry in samples.files if entry.path.startswith("data/") and not entry.path.endswith("zarr.json")]
+    assert planned.size == sum(entry.size for entry in data)
+    passes = SAMPLERS["flow", name].passes(config.steps)
+    work = config.count * 2 * passes * 2 * cost(flow.card.model).macs  # of two rows each, guided
+    assert planned.seconds == pytest.approx(work / 1e9, rel=1e-3)
+
+
+def test_a_picture_without_a_recipe_shows_the_same(tmp_path: Path, flow: CheckpointManifest) -> None:
+    config = changed(sampler="dopri5", **FIELDS["dopri5"], block_rows=11)
+    preview(dit.load(flow.uri), config, str(tmp_path / "out"), NullTracker())
+    found = np.load(tmp_path / "out" / "samples.npz")["arr_0"].astype(int)
+    assert_near(found, images(tiny.run_sample(tmp_path, config, flow)))
 
 
 def test_guidance_within_an_interval_of_times(tmp_path: Path, flow: CheckpointManifest) -> None:
