@@ -8,10 +8,8 @@ import torch
 from pydantic import (
     AfterValidator,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_serializer,
-    model_serializer,
 )
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -69,7 +67,7 @@ class ModelCard(Config):
     """Diffusion process that the model reverses."""
     vae: VaeInfo | None
     """Autoencoder of the latents, and their scaling; None for a model on pixels."""
-    channels: ChannelScale | None = None
+    channels: ChannelScale | None = Field(None, exclude_if=lambda channels: channels is None)
     """Statistics of the latents that training normalised each channel by. None: by the autoencoder's scaling."""
     resolution: int
     """Side of the images, in pixels."""
@@ -88,12 +86,6 @@ class ModelCard(Config):
     def _written(self, config: Config) -> dict[str, Any]:
         """Without fields of later versions at their defaults, so that a repaired model has the bytes it had."""
         return config.identity()
-
-    @model_serializer(mode="wrap")
-    def _without_later_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """For the same reason."""
-        values: dict[str, Any] = write(self)
-        return {name: value for name, value in values.items() if (name, value) != ("channels", None)}
 
     @property
     def vae_ref(self) -> VaeRef | None:
