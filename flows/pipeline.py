@@ -17,9 +17,9 @@ from flows.perform import RunSettings
 from flows.plan.preflight import preflight
 from flows.recipe import Recipe
 from flows.report.page import Shown, publish
-from flows.stages import HERE, run_stage
+from flows.stages import HERE, run_flow, run_stage
 from flows.tracking import runs
-from storage.archives.open import ArchiveRef
+from storage.archives.open import HELD_OUT, ArchiveRef
 from storage.manifest import Manifest
 from storage.patience import patient
 
@@ -78,7 +78,8 @@ def encode_held_out(
     if encoding is None:
         there = recipe.held_out([Manifest.read(str(sources["shard"]))], settings.root)
         return [Outcome(ENCODE_HELD_OUT, "skipped", 0.0, there.url)] if there else []
-    outcome = run_stage("encode", encoding, sources["shard"], settings.model_copy(update={"force": False}))
+    given = encoding.form("encode") | {STAGES["encode"].role: sources["shard"]}
+    outcome = run_flow("encode", given, settings.model_copy(update={"force": False}), which=f" {HELD_OUT}")
     return [replace(outcome, name=ENCODE_HELD_OUT)]
 
 

@@ -153,6 +153,7 @@ def test_held_out_images_are_encoded_and_measured(report: dict[str, Any], root: 
     assert (held_out["counts"]["images"], held_out["flips"]) == (10 * KEPT["held_out"], 1)
     run = client.get_run(held_out["provenance"]["mlflow_run_id"])
     assert (run.data.tags["mlflow.parentRunId"], run.info.status) == (ids["pipeline"], "FINISHED")
+    assert run.info.run_name == ENCODE_HELD_OUT
     said = json.loads(Path(root, "train", train["digest"][:16], "artifacts", "held_out_loss.json").read_text())
     assert said["conditions"]["latents"] == held_out["digest"]
     assert held_out["digest"] not in [parent["digest"] for parent in train["parents"].values()]
