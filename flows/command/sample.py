@@ -41,11 +41,11 @@ def run(options: Namespace) -> None:
     """Run a recipe's sample stage, or draw straight from a checkpoint."""
     if (options.recipe is None) == (options.checkpoint is None):
         raise InputError("sample: pass either a recipe or --checkpoint")
-    options.set = [*options.set, *_chosen(options.chosen, options.count)]
+    chosen = _chosen(options.chosen, options.count)
     if options.recipe:
-        STAGE.run(options)
+        STAGE.run(options, chosen)
         return
-    for place in draw(options.checkpoint, options.set, options.out, vae=options.vae, **hints(options)):
+    for place in draw(options.checkpoint, [*options.set, *chosen], options.out, vae=options.vae, **hints(options)):
         print(place)
 
 

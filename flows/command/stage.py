@@ -1,6 +1,7 @@
 """The commands of the stages, made from the table of stages."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 
 from flows.command.options import add_recipe, add_running
 from flows.command.prefect_server import serving_prefect
@@ -23,16 +24,19 @@ class StageCommand:
             parser.add_argument("--from", dest="source", metavar="MANIFEST", help=text)
         add_running(parser)
 
-    def run(self, options: Namespace) -> None:
-        """Run the stage."""
-        from flows.recipe import load_recipe
+    def run(self, options: Namespace, changes: Sequence[str] = ()) -> None:
+        """Run the stage. ``changes`` are overrides of its own config alone, not of what the recipe does beside it."""
+        from flows.recipe import config_alone, load_recipe
 
         recipe = load_recipe(options.recipe, options.set, options.root)
         source = recipe.source_of(self._stage.name, getattr(options, "source", None), options.root)
+        config = recipe.config_of(self._stage.name)
+        if changes:
+            config = config_alone(type(config), self._stage.name, config.model_dump(mode="json"), changes)
         with serving_prefect(options.root, quiet=options.json):
             from flows.command.outcomes import show
             from flows.perform import RunSettings
             from flows.stages import run_stage
 
             settings = RunSettings(root=options.root, force=options.force, patience=options.patience)
-            show(options, recipe.name, [run_stage(self._stage.name, recipe, source, settings)])
+            show(options, recipe.name, [run_stage(self._stage.name, recipe, source, settings, config=config)])

@@ -19,6 +19,7 @@ from test_killed import KILLED
 from test_pipeline import reported, states
 
 from dit.evaluate import MetricsManifest
+from dit.sample import SampleManifest
 from flows import milestones as watching
 from flows import processes
 from flows.contract import ENCODE_HELD_OUT, STAGES
@@ -30,6 +31,7 @@ from flows.servers import local_home
 from flows.tracking import runs, store
 from storage.errors import DitflowError
 from storage.manifest import Manifest
+from storage.rows.store import RowReader
 
 COUNT = 20
 ASKED = {
@@ -113,6 +115,15 @@ def test_the_best_is_registered_and_named(made: Made, digits: Path) -> None:
     assert recipe.source_of("sample", None, str(made.root)) == model.url
     last = recipe_of(made.root, digits, **{"registry.checkpoint": "last"})
     assert Manifest.read(str(last.source_of("sample", None, str(made.root)))).counts["steps"] == 30
+
+
+def test_chosen_classes_are_drawn_of_the_best(made: Made, digits: Path) -> None:
+    """They change nothing of how the milestones are evaluated, which say another number of images."""
+    drawn = reported("sample", made.root, digits, *SETS, "--class", "3", "--class", "7", "--count", "6")
+    samples = SampleManifest.read(drawn["stages"][0]["manifest"])
+    assert sorted(RowReader(samples).array("label").tolist()) == [3, 3, 3, 7, 7, 7]
+    winner = min(made.points, key=lambda step: made.points[step].metrics["fd"])
+    assert samples.inputs["checkpoint"] == model_of(made.points[winner]).digest
 
 
 def test_a_second_run_skips_them_and_sends_nothing_twice(made: Made, digits: Path) -> None:
