@@ -31,7 +31,8 @@ from flows.recipe import load_recipe
 from storage.errors import DitflowError
 
 REPOSITORY = Path(__file__).parents[3]
-FLOWS = {"pipeline", "milestones", "shard", "encode", "train", "sample", "evaluate", "register", "reevaluate"}
+STAGES = {"shard", "encode", "train", "average", "sample", "evaluate", "register"}
+FLOWS = {*STAGES, "pipeline", "milestones", "reevaluate"}
 
 TRAINING = {"steps": 1_000_000, "checkpoint_every": 100, "log_every": 5, "held_out": None}
 PAUSE = 0.5  # between two questions to the server, which the worker and the flows use as well
