@@ -141,19 +141,17 @@ def test_guidance_within_an_interval_of_times(tmp_path: Path, flow: CheckpointMa
     assert not np.array_equal(images(partly), guided)
 
 
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"sampler": "ddpm"}, "ddpm does not fit the model's process; use euler, heun, euler_maruyama or dopri5"),
-        (
-            {"guidance_schedule": "power_cosine"},
-            "power_cosine needs timesteps, which a model of the process flow",
-        ),
-    ],
-)
-def test_what_does_not_fit_a_flow_is_refused(flow: CheckpointManifest, fields: dict[str, Any], reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
-        check_process(changed(**fields), flow.card)
+def test_the_scale_of_guidance_may_grow_towards_the_data(tmp_path: Path, flow: CheckpointManifest) -> None:
+    config = changed(guidance_schedule="power_cosine")
+    check_process(config, flow.card)
+    found = images(tiny.run_sample(tmp_path / "1", config, flow))
+    for scale in (1, config.guidance_scale):
+        assert not np.array_equal(found, images(tiny.run_sample(tmp_path / "2", changed(guidance_scale=scale), flow)))
+
+
+def test_a_sampler_of_timesteps_is_refused(flow: CheckpointManifest) -> None:
+    with pytest.raises(InputError, match="ddpm does not fit the model's process; use euler, heun, euler_maruyama or"):
+        check_process(changed(sampler="ddpm"), flow.card)
 
 
 def test_steps_that_end_outside_the_bounds_are_refused(flow: CheckpointManifest) -> None:
