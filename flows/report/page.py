@@ -286,7 +286,7 @@ def _beside(evaluations: Sequence[MetricsManifest]) -> Iterator[Section]:
     """Other processes and samplers, if the root has evaluations of any."""
     if len(evaluations) == 1:
         return
-    note = "The same network, trained on the same images in as many steps, and the same guidance. "
+    note = "The same network, trained alike on the same images. "
     note += "The margin of a difference is that of independent samples, at 95 %."
     yield Section("Other processes and samplers", [note, Table(*processes.table(evaluations))])
 

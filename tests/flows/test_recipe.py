@@ -59,11 +59,11 @@ def test_the_lightning_recipe_is_the_papers_model_and_process() -> None:
     assert (recipe.sample.shift, recipe.sample.guidance_interval) == (0.3, (0.11, 1.0))
 
 
-def test_the_demo_as_a_flow_differs_in_process_and_sampler_alone() -> None:
+def test_the_demo_as_a_flow_differs_in_process_sampler_and_guidance_alone() -> None:
     demo, flow = load_recipe("demo"), load_recipe("demo-flow")
     assert flow.train.diffusion.kind == "flow"
     assert flow.train.model_copy(update={"diffusion": demo.train.diffusion}) == demo.train
-    method = {"sampler": demo.sample.sampler, "steps": demo.sample.steps, "shift": demo.sample.shift}
+    method = {"sampler": demo.sample.sampler, "guidance_scale": demo.sample.guidance_scale}
     assert flow.sample.model_copy(update=method) == demo.sample
     for group in ("archive", "shard", "encode", "evaluate"):
         assert getattr(flow, group) == getattr(demo, group)
