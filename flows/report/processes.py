@@ -24,7 +24,8 @@ def beside(metrics: MetricsManifest, root: str) -> list[MetricsManifest]:
         InputError: samples or model of the given one are gone.
         StorageError: the store does not answer.
     """
-    own, found = _method(metrics), {}
+    own = _method(metrics)
+    found: dict[tuple[str, str, str], MetricsManifest] = {}
     for each in alike(metrics, root, _fixed):
         method = _method(each)
         if method[:2] != own[:2]:
