@@ -50,7 +50,7 @@ def measure(root: str, count: int) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]]) -> Figure:
-    """The distances against the passes, both on logarithmic axes."""
+    """The distances against the passes, on a logarithmic axis."""
     figure = Figure(figsize=(6.5, 4), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     for name in dict.fromkeys(row["sampler"] for row in rows):
@@ -59,8 +59,10 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
         flow = mine[0]["process"] == "flow"
         style, label = "s--" if flow else "o-", f"{name} ({mine[0]['process']})"
         axes.errorbar(passes, values, margins, fmt=style, capsize=2, markersize=4, linewidth=1, label=label)
-    axes.set(xlabel="passes of the network", ylabel=rows[0]["name"], xscale="log", yscale="log")
-    axes.grid(visible=True, which="both", alpha=0.2)
+    axes.set(xlabel="passes of the network", ylabel=rows[0]["name"], xscale="log")
+    axes.set_xticks([5, 10, 20, 50, 100], labels=["5", "10", "20", "50", "100"])
+    axes.set_xticks([], minor=True)
+    axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=8)
     return figure
 
