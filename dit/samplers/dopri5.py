@@ -36,7 +36,7 @@ FOURTH = (1951 / 21600, 0, 22642 / 50085, 451 / 720, -12231 / 42400, 649 / 6300,
 """Weights of the slopes in the step of order 4 (Shampine, Mathematics of Computation 46, 1986)."""
 ERROR = tuple(fifth - fourth for fifth, fourth in zip((*STAGES[-1], 0), FOURTH, strict=True))
 TYPICAL = 100
-"""Passes of the network for a sample, about: what a plan counts with."""
+"""Passes of the network for a sample: what a plan counts with. The demo's digits take 36; this is a guess."""
 
 Predict = Callable[[Tensor, Tensor], FlowPrediction]
 
