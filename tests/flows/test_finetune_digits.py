@@ -17,7 +17,7 @@ from flows.recipe import load_recipe
 from storage.archives.open import open_splits
 from storage.manifest import Manifest
 
-LESS = {"train.batch_size": 64, "sample.count": 240, "sample.sampler": "dpm++", "sample.steps": 10}
+LESS = {"sample.count": 240, "sample.sampler": "dpm++", "sample.steps": 10}
 ADAPTERS = ("train.lora={rank: 8}", "train.freeze=['!y_embedder.*']")
 
 
@@ -58,10 +58,10 @@ def test_fine_tuning_is_ahead_of_training_from_scratch(
     tmp_path: Path, prefect_api: str, mlflow_server: MlflowServer
 ) -> None:
     """With as many steps, on the classes that the first model has not seen."""
-    _, _, base, *_ = ran("digits-0-7", tmp_path, "train.steps=400")
+    _, _, base, *_ = ran("digits-0-7", tmp_path)
 
     def trained(*sets: str) -> dict[str, float]:
-        _, _, trained, _, metrics, _ = ran("finetune-digits", tmp_path, "train.steps=150", *sets)
+        _, _, trained, _, metrics, _ = ran("finetune-digits", tmp_path, *sets)
         made = CheckpointManifest.read(trained.url)
         assert made.card.class_names == ("8", "9")
         assert made.inputs.get(NAME) == (None if "train.init=null" in sets else base.digest)
