@@ -127,7 +127,10 @@ def _step(config: AverageConfig, training: TrainConfig) -> int:
 
 def _shorter(checkpoint: CheckpointManifest) -> list[CheckpointManifest]:
     """The snapshots besides the run itself, by step; of several of one step, the first that was made comes last."""
-    found = runs_of_fewer_steps(StageOutput(uri=checkpoint.uri, header=checkpoint), _training(checkpoint))
+    training = _training(checkpoint)
+    if training.decay != "none":  # it has not passed through a run of fewer steps
+        return []
+    found = runs_of_fewer_steps(StageOutput(uri=checkpoint.uri, header=checkpoint), training)
     return sorted(found, key=lambda each: (each.card.steps, -each.rerun))
 
 

@@ -178,6 +178,14 @@ def test_a_run_that_goes_on_has_the_snapshots_of_the_shorter_one(tmp_path: Path,
     assert ours.read_object(EMA_WEIGHTS) == theirs.read_object(EMA_WEIGHTS)
 
 
+def test_a_run_whose_learning_rate_falls_takes_no_run_of_fewer_steps(tmp_path: Path, latents: LatentManifest) -> None:
+    falling = CONFIG.model_copy(update={"milestones": None, "decay": "linear"})
+    for steps in (4, 6):
+        checkpoint = tiny.run_train(tmp_path, falling.model_copy(update={"steps": steps}), latents)
+    assert average.parents(AverageConfig(std=0.05), checkpoint) == {}
+    assert made(tmp_path, checkpoint, 0.05).counts["averages"] == len(CONFIG.ema_power)
+
+
 def test_a_damaged_snapshot_is_named(tmp_path: Path, latents: LatentManifest) -> None:
     trained = tiny.run_train(tmp_path, CONFIG.model_copy(update={"steps": 8}), latents)
     file = Path(milestone(tmp_path, latents, 4).uri, "model-power-0.1.safetensors")
