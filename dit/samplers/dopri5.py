@@ -65,7 +65,7 @@ def dopri5(
     t = torch.full((len(x),), first, dtype=torch.float64, device=x.device)
     now = predict(x, t)
     slope, x0, expected = now.velocity, now.x0, now.x0
-    h = _first_step(predict, x, slope, t, rtol, atol)
+    h = _first_step(predict, x, slope, t, last - first, rtol, atol)
     passes = torch.full_like(t, 2, dtype=torch.int64)
     while (running := t < last).any():
         end = t + h >= last
@@ -87,11 +87,14 @@ def dopri5(
     yield State(0, x0, expected, passes)
 
 
-def _first_step(predict: Predict, x: Tensor, slope: Tensor, t: Tensor, rtol: float, atol: float) -> Tensor:
-    """Sizes (B,) of the first steps, from the first and second derivative (Hairer et al., section II.4)."""
+def _first_step(predict: Predict, x: Tensor, slope: Tensor, t: Tensor, most: float, rtol: float, atol: float) -> Tensor:
+    """Sizes (B,) of the first steps, from the first and second derivative (Hairer et al., section II.4).
+
+    The second derivative is measured over at most ``most``, so within the times of the process.
+    """
     scale = atol + rtol * x.abs()
     d0, d1 = _rms(x / scale), _rms(slope / scale)
-    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp(max=most)
     ahead = predict(x + per_sample(h0, x) * slope, t + h0).velocity
     d2 = _rms((ahead - slope) / scale) / h0
     steepest = torch.maximum(d1, d2)

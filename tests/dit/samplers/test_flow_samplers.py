@@ -291,3 +291,19 @@ def test_a_network_of_zeros_takes_long_steps() -> None:
     assert torch.equal(state.x, start())
     assert state.passes is not None
     assert int(state.passes.max()) < 100
+
+
+@pytest.mark.parametrize("predict", ["velocity", "noise", "data"])
+@pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
+@pytest.mark.parametrize("share", [0.0099, 0.001])
+def test_the_first_step_of_a_flat_flow_stays_within_the_bounds(path: str, predict: str, share: float) -> None:
+    """Its slope alone would let the first step, tried to see how the slope changes, go beyond the last time."""
+    process, asked = flow(path, predict), list[float]()
+
+    def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        asked.append(float(t.max()))
+        return share * x
+
+    state = end(dopri5(process, network, start(), None))
+    assert state.x.isfinite().all()
+    assert max(asked) <= process.bounds[1] + 1e-9
