@@ -181,7 +181,11 @@ class Tiny(Autoencoder):
 
 
 class RAE(Autoencoder):
-    """Representation autoencoders. The network takes and makes images in 0 .. 1, of one size, and scales by itself."""
+    """Representation autoencoders. The network takes and makes images in 0 .. 1, of one size.
+
+    It also multiplies latents by its factor and divides them again. Here that is undone, so that latents are unscaled
+    and the factor is known, as with all others.
+    """
 
     NEEDS: ClassVar[str | None] = "transformers"
 
@@ -204,22 +208,18 @@ class RAE(Autoencoder):
         return self.encoder_hidden_size
 
     @property
-    def scale(self) -> tuple[float, float]:
-        """No scale is left: the network has multiplied by its factor."""
-        return 1.0, 0.0
-
-    @property
     def side(self) -> int | None:
         """See `Autoencoder`."""
         return self.patch_size * (self.encoder_input_size // self.encoder_patch_size)
 
     def posterior(self, network: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         """See `Autoencoder`."""
-        return super().posterior(network, (images + 1) / 2)
+        scaled, std = super().posterior(network, (images + 1) / 2)
+        return scaled / self.scaling_factor, std
 
     def images(self, network: Any, z: Tensor) -> Tensor:
         """See `Autoencoder`."""
-        return 2 * super().images(network, z.contiguous()) - 1
+        return 2 * super().images(network, (z * self.scaling_factor).contiguous()) - 1
 
 
 AUTOENCODERS: Final[dict[str, type[Autoencoder]]] = {

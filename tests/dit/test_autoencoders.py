@@ -17,7 +17,7 @@ from dit import autoencoders
 from dit.convert import read, write
 from dit.export import CheckpointManifest
 from dit.train import card_for
-from dit.vae import CONFIG, VaeRef, info, load_vae, packages
+from dit.vae import CONFIG, VaeRef, info, load_vae, packages, vae_inputs
 from storage import uri
 from storage.errors import InputError
 from storage.rows.store import RowReader
@@ -116,6 +116,10 @@ def patched(model: AutoencoderKLFlux2, latents: Tensor) -> Tensor:
     return (found - mean.view(1, -1, 1, 1)) / torch.sqrt(variance.view(1, -1, 1, 1) + model.config.batch_norm_eps)
 
 
+def unscaled(model: AutoencoderRAE, latents: Tensor) -> Tensor:
+    return latents / model.config.scaling_factor
+
+
 @dataclass(frozen=True)
 class Case:
     make: Callable[[], Any]
@@ -135,7 +139,7 @@ CASES = {
     "VQModel": Case(vq, (2, 3, 0.18215), "latents"),
     "AutoencoderDC": Case(dc, (32, 8, 0.41407), "latent"),
     "AutoencoderTiny": Case(taesd, (8, 16, 1.0), "latents"),
-    "AutoencoderRAE": Case(rae, (16, 64, 1.0), "latent", low=0.0),
+    "AutoencoderRAE": Case(rae, (16, 64, 1.3), "latent", unscaled, low=0.0),
 }
 
 
@@ -182,6 +186,15 @@ def test_there_and_back_is_as_in_diffusers(name: str, tmp_path: Path) -> None:
     found_images = ours.decode(mean * factor).numpy()
     assert exact.std() > 1
     assert np.abs(found_images - exact).max() <= 1.01
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_another_factor_of_the_same_weights_is_another_input(name: str, tmp_path: Path) -> None:
+    made(CASES[name], tmp_path)
+    before = vae_inputs(VaeRef(source=str(tmp_path)))
+    config = json.loads((tmp_path / CONFIG).read_bytes())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"scaling_factor": 0.7}))
+    assert vae_inputs(VaeRef(source=str(tmp_path))) != before
 
 
 @torch.no_grad()
