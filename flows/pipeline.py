@@ -45,6 +45,7 @@ def pipeline(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
                 sources[name] = outcome.manifest
                 if name == "train" and recipe.evaluate_milestones:
                     outcomes += evaluate_milestones(recipe, str(sources["encode"]), outcome.manifest, settings)
+                if name == "train" and recipe.registry.checkpoint == "best":
                     sources[name] = _chosen(recipe, outcome.manifest, outcomes)
                 if name == "train" and recipe.over_widths:
                     outcomes += evaluate_widths(recipe, recipe.over_widths, outcome.manifest, settings)
@@ -84,11 +85,8 @@ def encode_held_out(
 
 
 def _chosen(recipe: Recipe, trained: str, outcomes: list[Outcome]) -> str:
-    """The manifest of the model to sample, evaluate and register."""
+    """The manifest of the best model over training, to sample, evaluate and register."""
     model = recipe.chosen(CheckpointManifest.read(trained), evaluations_of(outcomes))
-    get_run_logger().info(
-        "the model of step %s is sampled and registered (registry.checkpoint: %s)",
-        f"{model.counts['steps']:,}",
-        recipe.registry.checkpoint,
-    )
+    said = "the model of step %s is sampled and registered (registry.checkpoint: best)"
+    get_run_logger().info(said, f"{model.counts['steps']:,}")
     return model.url

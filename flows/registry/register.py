@@ -141,11 +141,12 @@ def _numbers(metrics: MetricsManifest) -> dict[str, str]:
 
 def _lineage(metrics: MetricsManifest, samples: SampleManifest, checkpoint: CheckpointManifest) -> dict[str, str]:
     """Tags with the digests of every output from the archive to the metrics, and the URL of the checkpoint."""
-    guide = _guide(samples)
-    latents = checkpoint.latents()
+    others, latents = _guide(samples), checkpoint.latents()
+    if checkpoint.stage != CheckpointManifest.STAGE:
+        others["training"] = checkpoint.parent("checkpoint", CheckpointManifest)
     shards = latents.parent("shards", ShardManifest)
     made = {"metrics": metrics, "samples": samples, "checkpoint": checkpoint, "latents": latents, "shards": shards}
-    digests = {f"digest.{name}": manifest.digest for name, manifest in (made | guide).items()}
+    digests = {f"digest.{name}": manifest.digest for name, manifest in (made | others).items()}
     digests |= {f"digest.archive.{split}": digest for split, digest in shards.inputs.items()}
     return digests | {MANIFEST_TAG: uri.redact(checkpoint.url), "ditflow.code_version": code_version()}
 

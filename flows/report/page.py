@@ -161,7 +161,7 @@ def page(shown: Shown) -> str:
         _samples(SampleManifest.read(manifest.uri)) for manifest in manifests if manifest.stage == SampleManifest.STAGE
     ]
     own = "Registered and" if any(manifest.stage == "register" for manifest in manifests) else "Samples"
-    steps = [f"{own} shown in the other sections: step {over_training.steps_of(each):,}." for each in evaluations]
+    steps = [f"{own} shown in the other sections: {_model(each)}." for each in evaluations]
     trained = [_trained(series, *steps) for series in shown.series]
     averaged = list(_averaged(widths.series_of([*shown.further, *evaluations], root)))
     for manifest in evaluations:
@@ -177,6 +177,13 @@ def page(shown: Shown) -> str:
     for manifest in evaluations:
         sections += [_metrics(manifest), _conditions(manifest)]
     return render(shown.name, [_lead(manifest) for manifest in evaluations], [*sections, _lineage(shown.lineage)])
+
+
+def _model(metrics: MetricsManifest) -> str:
+    """Which model of a training was evaluated."""
+    step = f"step {over_training.steps_of(metrics):,}"
+    averaged = widths.WIDTH in metrics.conditions
+    return f"the average of width {widths.width_of(metrics):g} at {step}" if averaged else step
 
 
 def _lead(metrics: MetricsManifest) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from small import SHAPE, Small
 
 from dit.average import AverageConfig
 from dit.evaluate import MetricsManifest
+from dit.export import CheckpointManifest
 from dit.models.choice import DiTChoice
 from dit.training.config import TrainConfig
 from flows.command.main import main
@@ -21,8 +22,10 @@ from flows.plan.estimate import estimates
 from flows.plan.preflight import preflight
 from flows.recipe import load_recipe
 from flows.registry.config import RegisterConfig
+from flows.report.page import Shown, page
 from flows.tracking import runs
 from storage.errors import InputError
+from storage.latents import LatentManifest
 from storage.manifest import Manifest
 
 STEPS, STD = 6, 0.08
@@ -143,13 +146,24 @@ def test_a_recipe_that_cannot_make_it_is_refused_before_it_begins(small: Small, 
     assert lines["average"].cost.size > 0
 
 
+def test_a_report_says_that_an_average_is_shown(small: Small, trained: Manifest, made: Manifest) -> None:
+    """And not the model of its last step, which is in the series over training."""
+    latents = trained.parent("latents", LatentManifest)
+    earlier = STAGES["train"].output(str(small.root), TRAIN.model_copy(update={"steps": 3}), latents)
+    series = [small.evaluated(CheckpointManifest.read(model)) for model in (earlier.uri, trained.uri)]
+    text = page(Shown("one", [small.evaluated(made)], str(small.root), series))
+    assert f"Samples shown in the other sections: the average of width {STD} at step {STEPS}." in text
+
+
 def test_a_registered_one_leads_back_to_it_also_in_a_root_that_was_moved(
-    small: Small, made: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Small, trained: Manifest, made: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = small.evaluated(made)
     assert metrics.conditions["ema_std"] == STD
     config = RegisterConfig(model_name="averaged")
     version = small.registered(metrics, config)
+    tags = MlflowClient(runs.tracking_uri(str(small.root))).get_model_version("averaged", "1").tags
+    assert (tags["digest.checkpoint"], tags["digest.training"]) == (made.digest, trained.digest)
     reference = f"models:/averaged/{version.model_version}"
     assert runs.resolve(reference, str(small.root)) == made.url
     moved = shutil.copytree(small.root, tmp_path / "moved")
