@@ -45,7 +45,8 @@ def run(options: Namespace) -> None:
     if options.recipe:
         STAGE.run(options, chosen)
         return
-    for place in draw(options.checkpoint, [*options.set, *chosen], options.out, vae=options.vae, **hints(options)):
+    overrides, given = [*options.set, *chosen], hints(options)
+    for place in draw(options.checkpoint, overrides, options.out, root=options.root, vae=options.vae, **given):
         print(place)
 
 
@@ -61,7 +62,7 @@ def _chosen(classes: Sequence[str] | None, count: int | None) -> list[str]:
 
 
 def draw(
-    checkpoint: str, overrides: Sequence[str], out: str, *, vae: str | None = None, **hints: Unpack["Hints"]
+    checkpoint: str, overrides: Sequence[str], out: str, *, root: str, vae: str | None = None, **hints: Unpack["Hints"]
 ) -> list[str]:
     """Draw samples of any checkpoint into a folder; return the URLs of the picture and the npz.
 
@@ -71,6 +72,7 @@ def draw(
         checkpoint: what `dit.draw.open_checkpoint` opens.
         overrides: ``sample.steps=50`` and the like; without any, 16 images with the sampler that fits.
         out: the folder.
+        root: folder or URL of all outputs, where a guide is known by its MLflow run or version.
         vae: folder, URL or hub id of the autoencoder, where the checkpoint does not name it.
         hints: what the checkpoint does not record.
 
@@ -83,6 +85,10 @@ def draw(
 
     trained = open_checkpoint(checkpoint, vae=vae, **hints)
     config = _config(trained.card, overrides)
+    if config.guide is not None:
+        from flows.tracking.references import located  # imports MLflow, which takes seconds
+
+        config = located(config, root)
     for note in trained.notes:
         sys.stderr.write(f"{note}\n")
     with StageProgress("sample").shown() as progress:

@@ -92,6 +92,19 @@ def test_a_finished_evaluation_over_training_is_found_by_the_name_of_its_guide(
     assert found.digest == metrics.digest
 
 
+def test_a_registered_guide_guides_without_a_recipe_too(
+    good: Manifest, bad: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "resolve", lambda given, root: {"models:/m@champion": bad.url}.get(given, given))
+    sets = ("sample.count=2", "sample.steps=2", "sample.guidance_scale=3")
+    arguments = ["sample", "--checkpoint", good.uri, *(part for each in sets for part in ("--set", each))]
+    for name, more in {"named": ["models:/m@champion"], "there": [bad.uri], "alone": []}.items():
+        guide = [part for each in more for part in ("--set", f"sample.guide={each}")]
+        assert main([*arguments, *guide, "--out", str(tmp_path / name)]) == 0, capsys.readouterr().err
+    named, there, alone = ((tmp_path / name / "samples.png").read_bytes() for name in ("named", "there", "alone"))
+    assert named == there != alone
+
+
 def test_lineage_leads_to_the_guide(bad: Manifest, good: Manifest, metrics: MetricsManifest) -> None:
     chain = {found.uri for found in outputs(metrics.uri) if isinstance(found, Manifest)}
     assert {bad.uri, good.uri} <= chain
