@@ -12,8 +12,11 @@ DIT: Final = "Peebles & Xie, arXiv 2212.09748"
 DIFFIT: Final = "Hatamizadeh et al., arXiv 2312.02139"
 SIT: Final = "Ma et al., arXiv 2401.08740"
 LIGHTNING: Final = "Yao et al., arXiv 2501.01423"
+REPA: Final = "Yu et al., arXiv 2410.06940"
 REPA_E: Final = "Leng et al., arXiv 2504.10483"
 RAE: Final = "Zheng et al., arXiv 2510.11690"
+EDM2: Final = "Karras et al., arXiv 2312.02696"
+AUTOGUIDANCE: Final = "Karras et al., arXiv 2406.02507"
 ANCESTRAL: Final[dict[str, Value]] = {"count": 50_000, "labels": "random", "sampler": "ddpm", "steps": 250}
 GUIDED: Final[dict[str, Value]] = {"guidance_channels": "first3", "guidance_schedule": "constant"}
 UNAIDED: Final[dict[str, Value]] = {"guide": "none"}
@@ -82,6 +85,10 @@ def _sit(size: str, trained: int, fid: float, scale: float = 1.0, **conditions: 
     return _flow(f"SiT-{size}", SIT, fid, scale, training_steps=trained, **conditions)
 
 
+def _imagenet(model: str, source: str, resolution: int, fid: float, **conditions: Value) -> Row:
+    return Row(model, source, IMAGENET, resolution, (fid,), conditions)
+
+
 def _lightning(epochs: int, fid: float, scale: float = 1.0) -> Row:
     guided = {"guidance_channels": "first3", "guidance_interval": "0.11 to 1"} if scale > 1 else {}
     steps = 1_250 * epochs  # of 1,024 images
@@ -113,8 +120,17 @@ ROWS: Final = (
     _lightning(800, 2.17),
     _lightning(800, 1.35, 6.7),
     _flow("SiT-XL/2 with REPA-E, 80 epochs", REPA_E, 4.07, 1.0),
-    Row("SiT-XL/2 with REPA-E, 80 epochs, guided", REPA_E, IMAGENET, 256, (1.67,)),
+    _imagenet("SiT-XL/2 with REPA-E, 80 epochs, guided", REPA_E, 256, 1.67),
+    _imagenet("SiT-XL/2 with REPA, guided", REPA, 256, 1.42),
     _flow("DiT-DH-XL on RAE, 80 epochs", RAE, 2.16, 1.0),
+    _imagenet("SiT-XL/2, guided", SIT, 512, 2.62),
+    _imagenet("EDM2-XS, guided", EDM2, 512, 2.91),
+    _imagenet("EDM2-S, guided", EDM2, 512, 2.23),
+    _imagenet("EDM2-M, guided", EDM2, 512, 2.01),
+    _imagenet("EDM2-L, guided", EDM2, 512, 1.88),
+    _imagenet("EDM2-XL, guided", EDM2, 512, 1.85),
+    _imagenet("EDM2-XXL, guided", EDM2, 512, 1.81),
+    _imagenet("EDM2 with autoguidance", AUTOGUIDANCE, 512, 1.25, guide="a worse model"),
     _edm("DiffiT", DIFFIT, CIFAR10, 32, 18, 1.95),
     _edm("EDM (VP)", DIFFIT, CIFAR10, 32, 18, 1.99),
     _edm("DiffiT", DIFFIT, FFHQ, 64, 40, 2.22),
@@ -144,7 +160,7 @@ def rows_for(*, distance: str, images: int, classes: int, resolution: int) -> li
 def deviations(row: Row, conditions: Mapping[str, Value]) -> list[str]:
     """Conditions of a row that differ from ours, such as ``steps 250``; the training steps may differ.
 
-    No row was guided by another model.
+    Unless a row says so, it was not guided by another model.
     """
     theirs, ours = UNAIDED | row.conditions, {**UNAIDED, **conditions}
     return [f"{name} {theirs[name]}" for name in sorted(theirs.keys() - OWN) if ours.get(name) != theirs[name]]

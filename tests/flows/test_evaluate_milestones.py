@@ -29,6 +29,7 @@ from flows.perform import RunSettings
 from flows.recipe import Recipe, load_recipe
 from flows.servers import local_home
 from flows.tracking import runs, store
+from flows.tracking.over_training import ENDED_EARLY
 from storage.errors import DitflowError
 from storage.manifest import Manifest
 from storage.rows.store import RowReader
@@ -180,7 +181,7 @@ def test_another_worker_follows_training(
     assert [metric.step for metric in history] == STEPS
 
 
-@pytest.mark.parametrize("end", ["FAILED", "KILLED"])
+@pytest.mark.parametrize("end", ENDED_EARLY)
 def test_another_worker_ends_with_a_training_that_ends_early(
     tmp_path: Path,
     digits: Path,
@@ -190,7 +191,9 @@ def test_another_worker_ends_with_a_training_that_ends_early(
     end: str,
 ) -> None:
     """Also if its command was killed. What it had committed until then is evaluated."""
-    recipe, small, root = recipe_of(tmp_path, digits, **{"train.held_out": "null"}), Small(tmp_path), str(tmp_path)
+    # Another seed for each, as they share a server, where a training has one run.
+    values = {"train.held_out": "null", "train.seed": ENDED_EARLY.index(end)}
+    recipe, small, root = recipe_of(tmp_path, digits, **values), Small(tmp_path), str(tmp_path)
     latents = small.bring("encode", recipe.encode, small.bring("shard", recipe.shard, recipe.archive))
     asked = recipe.asked_over_training()
     client, experiment = runs.open_client(root)

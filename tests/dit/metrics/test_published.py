@@ -28,9 +28,12 @@ def test_rows_of_the_same_images_at_the_same_size() -> None:
         *[("LightningDiT-XL/1", scale, fid) for scale, fid in {1.0: 2.17, 6.7: 1.35}.items()],
         ("SiT-XL/2 with REPA-E, 80 epochs", 1.0, 4.07),
         ("SiT-XL/2 with REPA-E, 80 epochs, guided", None, 1.67),
+        ("SiT-XL/2 with REPA, guided", None, 1.42),
         ("DiT-DH-XL on RAE, 80 epochs", 1.0, 2.16),
     ]
-    assert [row.values[0] for row in rows_for(**IMAGENET | {"resolution": 512})] == [12.03, 4.64, 3.04, 2.67]
+    dit, diffit, sit, edm2 = [12.03, 4.64, 3.04], 2.67, 2.62, [2.91, 2.23, 2.01, 1.88, 1.85, 1.81, 1.25]
+    larger = rows_for(**IMAGENET | {"resolution": 512})
+    assert [row.values[0] for row in larger] == [*dit, diffit, sit, *edm2]
     cifar = IMAGENET | {"images": 50_000, "classes": 10, "resolution": 32}
     assert [row.values for row in rows_for(**cifar)] == [(1.95,), (1.99,)]
     ffhq = IMAGENET | {"images": 70_000, "classes": 1, "resolution": 64}
@@ -76,4 +79,6 @@ def test_what_was_other_is_named() -> None:
     other = row.conditions | {"steps": 50, "count": 10_000, "guidance_scale": 4.0}
     assert deviations(row, other) == ["count 50000", "guidance_scale 1.5", "steps 250"]
     assert deviations(row, row.conditions | {"guide": "0" * 64}) == ["guide none"]
+    autoguided = next(row for row in ROWS if row.values == (1.25,))
+    assert deviations(autoguided, {"guide": "0" * 64}) == deviations(autoguided, {}) == ["guide a worse model"]
     assert len(deviations(row, {})) == len(row.conditions) - 1  # training is no deviation
