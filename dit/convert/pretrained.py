@@ -235,7 +235,7 @@ def fitted(config: AnyConfig, tensors: dict[str, Tensor], where: str) -> dict[st
             raise InputError(f"{where}: no tensor {name}; {LAYOUT}")
         if name not in expected and name not in fixed:
             raise InputError(f"{where}: unknown tensor {name}; {LAYOUT}")
-        if not _is_plain(tensors[name]):
+        if not is_plain(tensors[name]):
             raise InputError(f"{where}: {name} is sparse, a part of a tensor, or without values; save plain tensors")
         if name not in expected:
             continue
@@ -249,7 +249,8 @@ def fitted(config: AnyConfig, tensors: dict[str, Tensor], where: str) -> dict[st
     return {name: tensors[published(name)].detach().to(torch.float32, copy=True) for name in network}
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is whole, dense and on the CPU."""
     return type(tensor) in (Tensor, Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
 
 

@@ -1,11 +1,13 @@
 """What weights cannot say: recorded in the metadata of the safetensors files that we write, or told by the user."""
 
 from collections.abc import Mapping
+from math import isfinite, nan
 from typing import Annotated, Final
 
 from pydantic import Field, ValidationError
 
 from dit.convert.files import Option, read_content
+from dit.convert.pretrained import is_plain
 from dit.convert.process import Found
 from storage import uri
 from storage.channels import ChannelScale
@@ -76,10 +78,26 @@ def told_statistics(location: str, channels: int) -> ChannelScale:
         InputError: there is no such file, or it holds other numbers.
     """
     where, tensors = uri.redact(location), read_content(location).tensors
+    numbers = {
+        name: tensor.double().flatten().tolist()
+        for name, tensor in tensors.items()
+        if is_plain(tensor) and tensor.is_floating_point() and tensor.numel() == channels
+    }
     for name in ("mean", "std"):
-        if name not in tensors or tensors[name].numel() != channels or not tensors[name].isfinite().all():
+        if not all(map(isfinite, numbers.get(name, [nan]))):
             raise InputError(f"{where}: needs tensors mean and std, each with a number for {channels} latent channels")
-    mean, deviation = (tuple(tensors[name].double().flatten().tolist()) for name in ("mean", "std"))
-    if min(deviation) <= 0:
+    return ChannelScale(mean=tuple(numbers["mean"]), deviation=tuple(numbers["std"]))
+
+
+def check_scale(scale: ChannelScale | None, channels: int, where: str) -> None:
+    """Check that there are a mean and a deviation for each latent channel.
+
+    Raises:
+        InputError: there are more or fewer, or a deviation is not above 0.
+    """
+    if scale is None:
+        return
+    if (len(scale.mean), len(scale.deviation)) != (channels, channels):
+        raise InputError(f"{where}: has the statistics of {len(scale.mean)} latent channels, not of {channels}")
+    if min(scale.deviation) <= 0:
         raise InputError(f"{where}: a std is not above 0")
-    return ChannelScale(mean=mean, deviation=deviation)

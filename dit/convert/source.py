@@ -10,7 +10,7 @@ from dit.convert.layout import AnyConfig, of_repa
 from dit.convert.network import network, unread_average
 from dit.convert.pretrained import LAYOUT, Hints, Pretrained, completed, fitted, infer
 from dit.convert.process import Told, check_told, process
-from dit.convert.record import check_count, recorded, told_names, told_statistics
+from dit.convert.record import check_count, check_scale, recorded, told_names, told_statistics
 from dit.diffusion.config import EDMConfig, FlowConfig
 from dit.export import MODEL, load
 from dit.models.config import DiffiTConfig, DiTConfig
@@ -73,6 +73,7 @@ def _told(found: Pretrained, hints: Hints, where: str) -> Pretrained:
     if statistics is not None:
         found = replace(found, channels=told_statistics(statistics, found.config.in_channels))
     check_count(found.class_names, found.config.num_classes, where if names is None else uri.redact(names))
+    check_scale(found.channels, found.config.in_channels, where if statistics is None else uri.redact(statistics))
     return found
 
 

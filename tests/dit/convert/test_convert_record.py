@@ -1,5 +1,6 @@
 """What weights cannot say: recorded in what we write, or told."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ def test_names_that_do_not_fit(tmp_path: Path, text: bytes | None, reason: str) 
     assert reason in refusal(saved(tmp_path, random_dit().state_dict()), class_names=str(place))
 
 
+def scaled(mean: list[float], deviation: list[float]) -> str:
+    channels = {"mean": mean, "deviation": deviation}
+    return json.dumps({"process": {"kind": "gaussian"}, "channels": channels})
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -71,6 +77,8 @@ def test_names_that_do_not_fit(tmp_path: Path, text: bytes | None, reason: str) 
         ('{"process": {"kind": "edm"}}', "record of ours: process: "),
         ('{"process": {"kind": "flow", "path": "round"}}', "record of ours: process.flow.path: "),
         ('{"process": {"kind": "gaussian"}, "class_names": ["a"]}', "has the names of 1 classes, and the model has 10"),
+        (scaled([0], [1]), "has the statistics of 1 latent channels, not of 4"),
+        (scaled([0] * 4, [1, 1, 1, 0]), "a std is not above 0"),
     ],
 )
 def test_records_that_are_none(tmp_path: Path, record: str, reason: str) -> None:
@@ -113,6 +121,9 @@ def test_statistics_of_latents_are_told_once(tmp_path: Path, name: str) -> None:
         ({"mean": MEAN * torch.nan, "std": STD}, "needs tensors mean and std, each with a number for 4 latent"),
         ({"mean": MEAN, "std": STD - 0.5}, "a std is not above 0"),
         ([MEAN, STD], "needs tensors mean and std"),
+        ({"mean": MEAN.to_sparse(), "std": STD}, "needs tensors mean and std, each with a number for 4 latent"),
+        ({"mean": MEAN.to("meta"), "std": STD}, "needs tensors mean and std, each with a number for 4 latent"),
+        ({"mean": MEAN.to(torch.complex64), "std": STD}, "needs tensors mean and std, each with a number for 4"),
     ],
 )
 def test_statistics_that_do_not_fit(tmp_path: Path, statistics: Any, reason: str) -> None:
