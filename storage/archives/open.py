@@ -120,7 +120,7 @@ def _open_several(urls: list[str], where: str, class_names: tuple[str, ...] | No
     other = next((url for url in urls if not uri.is_folder(url)), None)
     if other is None:
         return open_folders(urls, Account(where), class_names)
-    if other != urls[0] and not uri.exists(other):
+    if not uri.exists(other):
         raise InputError(f"{uri.redact(other)}: no such folder of images, which {where} names")
     first, last = uri.redact(urls[0]), uri.redact(urls[-1])
     found = f"stands for {first}" if len(urls) == 1 else f"stands for {len(urls):,} files from {first} to {last}"

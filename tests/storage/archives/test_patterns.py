@@ -150,6 +150,7 @@ def test_held_out_images_of_some_classes(tmp_path: Path) -> None:
     ("pattern", "message"),
     [
         ("{0..3}", r"/3: no such folder of images, which .*\{0\.\.3\} names"),
+        ("{7..8}", r"/7: no such folder of images, which .*\{7\.\.8\} names"),
         ("{0,x.tar}", r"stands for 2 files from .*/0 to .*x\.tar; a pattern is for"),
         ("{x.tar,0}", "a pattern is for"),
         ("[0x]*", r"a pattern is for \.tar files, \.parquet files or class folders alone"),
