@@ -31,9 +31,14 @@ def open_checkpoint(source: str, *, vae: str | None = None, **hints: Unpack[Hint
         hints: what the source does not record.
 
     Raises:
-        InputError: there is no such checkpoint, it is damaged, or its autoencoder is not known.
+        InputError: there is no such checkpoint, it is damaged, or its autoencoder is not known; or it was trained
+            here, and records what is said of it.
     """
     if uri.exists(uri.join(source, MODEL)):
+        if told := next((name for name, value in {"vae": vae, **hints}.items() if value is not None), None):
+            hint = "; sample.vae.source names another decoder" if told == "vae" else ""
+            where = uri.redact(source)
+            raise InputError(f"{where}: was trained here and records this; remove --{told.replace('_', '-')}{hint}")
         return load(source, device=device())
     pretrained = read(source, **hints)
     autoencoder = vae or pretrained.vae

@@ -48,6 +48,21 @@ def test_samples_of_a_stage_and_of_its_folder_are_the_same(
     assert found["arr_1"].dtype == np.int64
 
 
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"vae": "other"}, "remove --vae; sample.vae.source names another decoder"),
+        ({"class_names": "names.txt", "heads": None}, "remove --class-names$"),
+        ({"process": "flow"}, "remove --process$"),
+    ],
+)
+def test_nothing_is_told_of_a_model_that_was_trained_here(
+    checkpoint: CheckpointManifest, told: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{checkpoint.uri}: was trained here and records this; {reason}"):
+        open_checkpoint(checkpoint.uri, **told)
+
+
 def test_a_published_file_needs_its_autoencoder_named(tmp_path: Path, published: Path, vae: VaeRef) -> None:
     with pytest.raises(InputError, match=r"does not name its autoencoder; pass --vae, .* stabilityai/sd-vae-ft-ema"):
         open_checkpoint(str(published), heads=4)
