@@ -117,7 +117,7 @@ class Trained:
     """A trained model, in evaluation mode, and its card."""
 
     model: nn.Module
-    """Takes noisy latents (B, C, h, h), timesteps (B,) and labels (B,)."""
+    """Takes noisy latents (B, C, h, h), times (B,) and labels (B,)."""
     card: ModelCard
     notes: tuple[str, ...] = ()
     """For a checkpoint of others: what it is and what was assumed, a line each."""

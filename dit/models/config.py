@@ -80,7 +80,7 @@ class PatchTransformerConfig(TransformerShape, ModelConfig, ABC):
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output: the noise, then the variance if it is learned."""
+        """Channels of the output: those of the data, then the variance if it is learned."""
         return self.in_channels * (2 if self.learn_variance else 1)
 
     @property

@@ -32,12 +32,12 @@ class PatchTransformer(nn.Module, ABC):
 
         Args:
             x: noisy latents (B, C, H, W).
-            t: timesteps (B,) in 0 .. 999, whole or not.
+            t: the process's time (B,), such as a timestep in 0 .. 999, whole or not, or a flow's time in 0 .. 1.
             y: labels (B,) in 0 .. num_classes, the last being the null label; None if unconditional.
 
         Returns:
-            (B, 2C, H, W): the noise in the first C channels, then the variance interpolation, which
-            is -1 at the lower and 1 at the upper bound; (B, C, H, W) without learned variance.
+            (B, 2C, H, W): what the process asks for in the first C channels, such as the noise, then the variance
+            interpolation, which is -1 at the lower and 1 at the upper bound; (B, C, H, W) without learned variance.
 
         Raises:
             InputError: labels for an unconditional model, or none for a conditional one.

@@ -103,5 +103,5 @@ class SampleConfig(Config):
     def _count_is_that_of_labels(self) -> Self:
         chosen = self.count if isinstance(self.labels, str) else sum(self.labels.values())
         if chosen != self.count:
-            raise ValueError(f"count: {self.count} images, but the labels are {chosen}; leave out count")
+            raise ValueError(f"count: {self.count} images, but the labels are {chosen}; set count to {chosen}")
         return self

@@ -52,7 +52,7 @@ class Guided:
     null_label: int
     """The label of no class: the model's ``num_classes``. Not used with a guide."""
     channels: Channels = "first3"
-    """Channels of the noise to guide. The published DiT results guide three of four."""
+    """Channels of the prediction to guide. The published DiT results guide three of four."""
     schedule: Schedule = "constant"
     """A constant scale, or one that grows towards the data (see `power_cosine`)."""
     interval: tuple[float, float] | None = None

@@ -34,7 +34,7 @@ class Batch:
     noise: Tensor
     """Standard normal (B, C, h, h)."""
     u: Tensor
-    """Uniform in [0, 1), (B,), for the timesteps."""
+    """Uniform in [0, 1), (B,), for the times."""
     y: Tensor | None
     """Labels (B,), dropped ones replaced by the null label; None if the model is unconditional."""
     augment: Tensor | None = None

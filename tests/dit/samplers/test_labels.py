@@ -56,5 +56,5 @@ def test_wrong_counts(labels: object, reason: str) -> None:
 
 
 def test_a_count_that_is_not_their_sum() -> None:
-    with pytest.raises(ValidationError, match="count: 9 images, but the labels are 5; leave out count"):
+    with pytest.raises(ValidationError, match="count: 9 images, but the labels are 5; set count to 5"):
         SampleConfig.model_validate({"labels": {"cat": 5}, "count": 9})
