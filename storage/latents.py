@@ -55,9 +55,9 @@ class LatentManifest(Manifest):
     vae: VaeInfo | None
     """The autoencoder; None for pixels."""
     statistics: tuple[ChannelScale, ...] | None = None
-    """Of all unscaled latents, each drawn from its posterior: of the images, and of the mirrored ones if there are any.
-    None: not known, as for pixels and for what earlier versions encoded. They follow from the latents, so they are no
-    part of the content."""
+    """Mean and deviation of each channel over all unscaled latents, each drawn from its posterior: of the images, and
+    then of the mirrored ones if there are any. None: not known, as for pixels and for what earlier versions encoded.
+    They follow from the latents, so they are no part of the content."""
 
     @property
     def count(self) -> int:

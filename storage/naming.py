@@ -1,4 +1,4 @@
-"""Names of outputs: the digest and folder of each, and which are finished. For others a part of `storage.manifest`."""
+"""Names of outputs: the digest and folder of each, and which are finished. Import them from `storage.manifest`."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""URLs as text: their parts, what of them may be shown, and which are refused. For others a part of `storage.uri`."""
+"""URLs as text: their parts, what of them may be shown, and which are refused. Import them from `storage.uri`."""
 
 import re
 from typing import Any

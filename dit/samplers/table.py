@@ -41,7 +41,7 @@ class Sampler:
     fields: tuple[str, ...] = ("steps",)
     """The fields of `SampleConfig` that it uses and not every sampler does."""
     adaptive: bool = False
-    """Whether samples differ in their passes, of which `passes` is then a guess."""
+    """Whether the number of passes differs between samples. Then `passes` is a guess."""
 
 
 def sampler(config: SampleConfig, process: ProcessConfig) -> Sampler:

@@ -1,4 +1,4 @@
-"""Runs that differ from a run in one number: those of fewer steps it goes on from, those of other batches it does not.
+"""Runs that differ from a run in one number. It goes on from those of fewer steps, not from those of other batches.
 
 A run of more steps passes through the states of one with fewer, if nothing else differs and the learning rate does not
 depend on their number. So it takes the shorter run's newest checkpoint, and ends in the bits of a run from step 0.
