@@ -299,7 +299,9 @@ def _weights(config: SampleConfig, card: ModelCard) -> str:
     """File of the weights to sample from."""
     file = weights_file(config.weights)
     if file not in card.weights:
-        hint = f"it has {', '.join(sorted(card.weights))}; train.ema_decays and train.ema_power add averages"
+        others = "train.ema_decays and train.ema_power add averages"
+        others = others if card.ema_std is None else "it is an average itself, whose name is ema"
+        hint = f"it has {', '.join(sorted(card.weights))}; {others}"
         raise InputError(f"sample.weights: the model has no {file} for {config.weights}; {hint}")
     return file
 

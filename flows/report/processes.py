@@ -6,10 +6,12 @@ from dit.evaluate import MetricsManifest
 from dit.export import CheckpointManifest
 from dit.metrics.comparison import NFE, gain
 from dit.sample import SampleManifest
+from dit.samplers.guide import NAME as GUIDE
 from dit.samplers.table import SAMPLERS
 from flows.report.alike import Evaluation, alike, training_identity
 from flows.report.guidance_sweep import GUIDANCE
 from flows.report.over_training import shares
+from storage.header import short_digest
 
 SAMPLER = frozenset({"sampler", NFE}).union(*(row.fields for row in SAMPLERS.values()))
 """Conditions that say how a process was reversed."""
@@ -56,6 +58,7 @@ def _method(metrics: MetricsManifest) -> tuple[str, str, str]:
     conditions = metrics.conditions
     sampler = {name: conditions[name] for name in conditions if name in SAMPLER and name != "sampler"}
     guidance = {name.removeprefix("guidance_"): conditions[name] for name in conditions if name.startswith(GUIDANCE)}
+    guidance |= {GUIDE: short_digest(str(conditions[GUIDE]))} if GUIDE in conditions else {}
     named = (f"{process.kind} {_text(fields)}", f"{conditions['sampler']} {_text(sampler)}", _text(guidance))
     return named[0].strip(), named[1].strip(), named[2]
 

@@ -131,6 +131,8 @@ def test_it_is_a_model_with_its_lineage(place: Path, trained: CheckpointManifest
     sampled = tiny.run_sample(place, tiny.SAMPLING, found)
     assert (sampled.conditions["ema_std"], sampled.conditions["training_steps"]) == (0.075, 24)
     assert "ema_std" not in tiny.run_sample(place, tiny.SAMPLING, trained).conditions
+    with pytest.raises(InputError, match=r"it has model\.safetensors; it is an average itself, whose name is ema"):
+        tiny.run_sample(place, tiny.SAMPLING.model_copy(update={"weights": "power-0.05"}), found)
     origin = open_origin(Init(source=found.uri), found.card.model)
     assert torch.equal(vector(dict(origin.read())), vector(weights(found)))
 

@@ -20,7 +20,7 @@ from flows.contract import STAGES
 from flows.over_training import OverTraining
 from flows.recipe import load_recipe
 from flows.reevaluate import again
-from flows.report import guidance_sweep
+from flows.report import guidance_sweep, processes
 from flows.tracking import runs
 from flows.tracking.references import located
 from storage.manifest import Manifest
@@ -138,6 +138,8 @@ def test_numbers_with_and_without_a_guide_are_not_compared(
     row = next(row for row in ROWS if row.conditions.get("guidance_scale") == 1.5)
     assert "guide none" in deviations(row, metrics.conditions)
     assert "guide none" not in deviations(row, plain.conditions)
+    _, ((_, _, guidance, *_),) = processes.table([metrics])
+    assert guidance.endswith(f"guide {bad.digest[:16]}, guide_weights ema, guide_training_steps 2")
     scale_1 = small.evaluated(good, guided(bad.url, guidance_scale=1))
     assert scale_1.digest == small.evaluated(good, SAMPLING.model_copy(update={"guidance_scale": 1.0})).digest
     among = guidance_sweep.sweep_of(metrics, str(small.root))
