@@ -22,12 +22,6 @@ time.sleep(600)
 """
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child of a busy machine has its time."""
-    monkeypatch.setattr(children, "GRACE_SECONDS", 500)
-
-
 def python(script: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", script, *arguments]
 
