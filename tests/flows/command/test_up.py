@@ -161,18 +161,15 @@ def test_stages_run_on_the_worker_and_a_cancelled_one_ends_its_ranks(up: Up) -> 
     assert {"shard-mlflow", "shard-manifest", "shard-images"} <= artifacts
     assert up.end_of(up.start("encode", shards=shards)) == "COMPLETED"
     train, ranks = up.training(up.manifest("encode"))
-    before = up.saved()
     up.call(f"/flow_runs/{train}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
     assert up.end_of(train) == "CANCELLED"
     _, alive = psutil.wait_procs(ranks, timeout=180)
     assert alive == []
     assert up.ranks() == []
-    assert up.saved() > before
 
 
 @pytest.mark.full
 def test_a_killed_flow_crashes_and_leaves_no_rank(up: Up) -> None:
-    """Whether they save depends on how long torchrun lets them live."""
     train, ranks = up.training(up.manifest("encode"))
     flow = ranks[0].parent()
     assert flow is not None
@@ -180,17 +177,6 @@ def test_a_killed_flow_crashes_and_leaves_no_rank(up: Up) -> None:
     assert up.end_of(train) == "CRASHED"
     _, alive = psutil.wait_procs(ranks, timeout=180)
     assert alive == []
-
-
-@pytest.mark.full
-def test_milestones_are_evaluated_from_their_form_while_the_pipeline_trains(up: Up, digits: Path) -> None:
-    more = ("--set", "train.milestones=15", "--set", "evaluate_milestones.sample.count=20")
-    sets = arguments("run", up.root, digits, *more)
-    recipe = load_recipe("demo", sets[sets.index("--set") + 1 :: 2], str(up.root)).model_dump(mode="json")
-    following, training = (up.start(flow, recipe=recipe) for flow in ("milestones", "pipeline"))
-    assert (up.end_of(following), up.end_of(training)) == ("COMPLETED", "COMPLETED")
-    evaluated = [MetricsManifest.read(str(path)) for path in up.root.glob("evaluate/*/manifest.json")]
-    assert sorted(each.conditions["training_steps"] for each in evaluated) == [15, 30, 30]  # and the recipe's own
 
 
 @pytest.mark.full
@@ -333,14 +319,27 @@ def test_a_killed_worker_ends_everything(up: Up) -> None:
     again = Up(up.root)
     again.wait_until_up()
     run, _ = again.training(again.manifest("encode"))
-    before = again.saved()
     family = again.family()
     (worker,) = [each for each in family if "worker" in each.cmdline()]
     worker.kill()
     assert again.process.wait(180) == 1
     _, alive = psutil.wait_procs(family, timeout=180)
     assert alive == []
-    assert again.saved() > before
     with sqlite3.connect(next(up.root.rglob("prefect.db"))) as database:
         (state,) = database.execute("SELECT state_type FROM flow_run WHERE id = ?", (run,)).fetchone()
     assert state == "CRASHED"
+
+
+@pytest.mark.full
+def test_milestones_are_evaluated_from_their_form_while_the_pipeline_trains(up: Up, digits: Path) -> None:
+    up.stop()
+    again = Up(up.root)
+    again.wait_until_up()
+    more = ("--set", "train.milestones=15", "--set", "evaluate_milestones.sample.count=20")
+    sets = arguments("run", up.root, digits, *more)
+    recipe = load_recipe("demo", sets[sets.index("--set") + 1 :: 2], str(up.root)).model_dump(mode="json")
+    following, training = (again.start(flow, recipe=recipe) for flow in ("milestones", "pipeline"))
+    assert (again.end_of(following), again.end_of(training)) == ("COMPLETED", "COMPLETED")
+    evaluated = [MetricsManifest.read(str(path)) for path in up.root.glob("evaluate/*/manifest.json")]
+    assert sorted(each.conditions["training_steps"] for each in evaluated) == [15, 30, 30]  # and the recipe's own
+    again.stop()
