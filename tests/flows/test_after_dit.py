@@ -49,6 +49,14 @@ WAYS = {
             {"sampler": "euler_maruyama", "diffusion_coefficient": "linear"},
         ],
     ),
+    "flow to data": Way(
+        {"diffusion": {"kind": "flow", "path": "gvp", "predict": "data"}, "model": {"label_dropout": 0.0}},
+        [{"sampler": "dopri5", "rtol": 0.1}, {"sampler": "euler_maruyama", "diffusion_coefficient": "sbdm"}],
+    ),
+    "flow to noise": Way(
+        {"diffusion": {"kind": "flow", "path": "vp", "predict": "noise"}, "model": {}},
+        [{"sampler": "heun"}, {"sampler": "dopri5", "rtol": 0.1, "guidance_interval": (0.2, 1)}],
+    ),
     "gaussian": Way(
         {"model": {"label_dropout": 0.0}, "normalise": "channel", "dispersive": {"block": 1}, "ema_power": [0.1]},
         [
