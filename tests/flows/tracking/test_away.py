@@ -14,6 +14,7 @@ import pytest
 from faults import all_gone, descendants, start
 from launching import TINY
 from mlflow import MlflowClient
+from pipelines import STAGES as RECIPE
 from pipelines import arguments, ditflow
 from prefect_rest import PASSWORD, call
 from until import until
@@ -49,7 +50,7 @@ def test_a_command_starts_its_own_server_again(
         (server,) = [each for each in psutil.Process(command.pid).children() if "server" in each.cmdline()]
         server.kill()
         assert command.wait() == 0
-    assert Counter(flow_runs(tmp_path)) == Counter((name, "COMPLETED") for name in ["demo", *STAGES])
+    assert Counter(flow_runs(tmp_path)) == Counter((name, "COMPLETED") for name in ["demo", *RECIPE])
 
 
 @pytest.mark.full
@@ -59,12 +60,12 @@ def test_two_commands_begin_a_root_at_once(tmp_path: Path, digits: Path, monkeyp
     run = ditflow(*arguments("run", tmp_path, digits, *ONCE))
     with subprocess.Popen(run) as one, subprocess.Popen(run) as other:
         assert (one.wait(), other.wait()) == (0, 0)
-    assert Counter(flow_runs(tmp_path)) == Counter(2 * [(name, "COMPLETED") for name in ["demo", *STAGES]])
+    assert Counter(flow_runs(tmp_path)) == Counter(2 * [(name, "COMPLETED") for name in ["demo", *RECIPE]])
     client = MlflowClient(tracking.address(tmp_path))
     assert [version.version for version in client.search_model_versions()] == [1]
     runs = client.search_runs([client.get_experiment_by_name("ditflow").experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert len(runs) == len(STAGES) + 1
+    assert len(runs) == len(RECIPE) + 1
 
 
 def flow_runs(root: Path) -> list[tuple[str, str]]:
