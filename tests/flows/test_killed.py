@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from pipelines import STAGES, arguments, ditflow
+from pipelines import EVERYTHING, arguments, ditflow
 
 from flows.tracking import runs
 
@@ -57,7 +57,7 @@ def test_the_same_command_again_leaves_nothing_open(
     assert {stage["state"] for stage in report["stages"]} == {"skipped"}
     client = MlflowClient(runs.tracking_uri(str(root)))
     statuses = {name: client.get_run(run_id).info.status for name, run_id in report["mlflow_run_ids"].items()}
-    assert statuses == dict.fromkeys([*STAGES, "pipeline"], "FINISHED")
+    assert statuses == dict.fromkeys([*EVERYTHING, "pipeline"], "FINISHED")
     assert set(flow_runs(root)) == {"COMPLETED", "CRASHED"}
     assert list((root / "running").iterdir()) == []
     assert list(temporary.iterdir()) == []
