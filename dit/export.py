@@ -5,12 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from pydantic import (
-    AfterValidator,
-    Field,
-    ValidationError,
-    field_serializer,
-)
+from pydantic import AfterValidator, Field, ValidationError, field_serializer
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
