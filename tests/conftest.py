@@ -36,3 +36,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> Path:
+    """The folder with CIFAR-10 as JPEGs (train.zip, test.zip), which is no part of the product."""
+    folder = Path(os.environ.get("CIFAR10", Path(__file__).parents[2] / "shared/data/cifar10"))
+    if not (folder / "train.zip").exists():
+        pytest.skip(f"CIFAR-10 is not in {folder}; name its folder in the variable CIFAR10")
+    return folder
