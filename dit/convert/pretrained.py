@@ -22,7 +22,7 @@ from storage.config import problem
 from storage.errors import InputError
 from storage.latents import VaeInfo
 
-LAYOUT = "only an adaLN-Zero DiT or a latent DiffiT has this layout"
+LAYOUT = "only an adaLN-Zero DiT or a latent DiffiT with TMSA has this layout"
 HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
 """Heads of the published sizes, by width. A checkpoint does not record the number of heads."""
 

@@ -155,7 +155,10 @@ def _folder(source: str, hints: Hints) -> Pretrained:
 def _ours(source: str, told: Told | None) -> Pretrained:
     trained = load(source)
     config, card = trained.card.model, trained.card
-    if not (isinstance(config, DiffiTConfig) or (isinstance(config, DiTConfig) and config.block == "adaln_zero")):
+    if not (
+        (isinstance(config, DiffiTConfig) and config.condition == "tmsa")
+        or (isinstance(config, DiTConfig) and config.block == "adaln_zero")
+    ):
         raise InputError(f"{uri.redact(source)}: {MODEL} describes another model; {LAYOUT}")
     if isinstance(card.diffusion, EDMConfig):
         raise InputError(f"{uri.redact(source)}: was trained with the process edm, which these layouts do not have")

@@ -11,6 +11,7 @@ from dit.models.config import (
     SIZES,
     BackboneOptions,
     BlockKind,
+    ConditionOption,
     DiffiTConfig,
     DiffiTImageConfig,
     DiTConfig,
@@ -105,7 +106,7 @@ class DiTChoice(BackboneOptions, _PatchChoice):
         return DiTConfig(**self._patches(data), block=self.block, **options)
 
 
-class DiffiTChoice(_PatchChoice):
+class DiffiTChoice(ConditionOption, _PatchChoice):
     """A latent DiffiT (Hatamizadeh et al., arXiv 2312.02139)."""
 
     kind: Literal["diffit"] = "diffit"
@@ -117,10 +118,10 @@ class DiffiTChoice(_PatchChoice):
         Raises:
             InputError, ValidationError: choice and data do not fit each other.
         """
-        return DiffiTConfig(**self._patches(data))
+        return DiffiTConfig(**self._patches(data), condition=self.condition)
 
 
-class DiffiTImageChoice(ModelChoice):
+class DiffiTImageChoice(ConditionOption, ModelChoice):
     """An image-space DiffiT (Hatamizadeh et al., arXiv 2312.02139). It does not learn a variance."""
 
     kind: Literal["diffit_image"] = "diffit_image"
@@ -141,5 +142,5 @@ class DiffiTImageChoice(ModelChoice):
         size = self.size
         shape = IMAGE_SIZES[size] if isinstance(size, str) else {"dropout": 0.0} | dict(size)
         dropout = {} if self.dropout is None else {"dropout": self.dropout}
-        common = self._common(data) | {"augmented": data.augmented}
+        common = self._common(data) | {"augmented": data.augmented, "condition": self.condition}
         return DiffiTImageConfig.model_validate(shape | common | dropout)

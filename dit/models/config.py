@@ -14,6 +14,7 @@ HEAD_WIDTH = 32
 BlockKind = Literal["in_context", "cross_attention", "adaln", "adaln_zero"]
 NormKind = Literal["layer", "rms"]
 MlpKind = Literal["gelu", "swiglu"]
+ConditionKind = Literal["tmsa", "mlp", "token"]
 Size = Literal["S", "B", "L", "XL"]
 ImageSize = Literal["cifar10", "ffhq64", "digits16"]
 
@@ -130,7 +131,15 @@ class DiTConfig(BackboneOptions, PatchTransformerConfig):
         return {name: getattr(self, name) for name, field in fields if getattr(self, name) != field.default}
 
 
-class DiffiTConfig(PatchTransformerConfig):
+class ConditionOption(Config, ABC):
+    """DiffiT's block and two that its paper compares it with (arXiv 2312.02139, ablations). The default is DiffiT's."""
+
+    condition: ConditionKind = added("tmsa")
+    """How a block sees time and class: in queries, keys and values of its attention (``tmsa``), in the hidden units of
+    its MLP alone (``mlp``), or as a ``token`` of its own that the attention sees beside those of the image."""
+
+
+class DiffiTConfig(ConditionOption, PatchTransformerConfig):
     """A latent DiffiT (Hatamizadeh et al., arXiv 2312.02139). See `diffit_config` for sizes."""
 
     kind: Literal["diffit"] = "diffit"
@@ -155,7 +164,7 @@ class UShape(Config, ABC):
     """Channels of the embedded noise level."""
 
 
-class DiffiTImageConfig(UShape, ModelConfig):
+class DiffiTImageConfig(ConditionOption, UShape, ModelConfig):
     """An image-space DiffiT (Hatamizadeh et al., arXiv 2312.02139). See `diffit_image_config` for sizes."""
 
     kind: Literal["diffit_image"] = "diffit_image"

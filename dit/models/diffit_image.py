@@ -166,7 +166,8 @@ class ResBlock(nn.Module):
         self.norm = group_norm(width)
         self.dropout, self.site = config.dropout, 0
         self.conv = conv3x3(width, width)
-        self.block = TMSABlock(width, width // HEAD_WIDTH, config.time_width, config.window, config.mlp_ratio)
+        heads = width // HEAD_WIDTH
+        self.block = TMSABlock(width, heads, config.time_width, config.window, config.mlp_ratio, config.condition)
 
     def forward(self, x: Tensor, c: Tensor, dropout: Tensor | None = None) -> Tensor:
         """(B, C, H, W), time (B, E) and keys of dropout (B,) to (B, C, H, W)."""

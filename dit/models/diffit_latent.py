@@ -23,9 +23,8 @@ class LatentDiffiT(PatchTransformer):
         super().__init__(config)
         self.config = config
         width = config.width
-        self.blocks = nn.ModuleList(
-            TMSABlock(width, config.heads, width, config.grid, config.mlp_ratio) for _ in range(config.depth)
-        )
+        shape = (width, config.heads, width, config.grid, config.mlp_ratio, config.condition)
+        self.blocks = nn.ModuleList(TMSABlock(*shape) for _ in range(config.depth))
         self.final_layer = Head(width, config.patch_size**2 * config.out_channels)
         self.init_weights()
 

@@ -223,7 +223,9 @@ def test_an_unknown_tensor_is_named(tmp_path: Path, weights: Weights) -> None:
 @pytest.mark.parametrize("block", ["adaln", "in_context", "cross_attention"])
 def test_other_blocks_are_refused(tmp_path: Path, block: str) -> None:
     other = random_dit(block=block).state_dict()
-    assert refused_weights(tmp_path, other).endswith("only an adaLN-Zero DiT or a latent DiffiT has this layout")
+    assert refused_weights(tmp_path, other).endswith(
+        "only an adaLN-Zero DiT or a latent DiffiT with TMSA has this layout"
+    )
 
 
 def test_a_learned_position_table_is_refused(tmp_path: Path, weights: Weights) -> None:
@@ -278,8 +280,16 @@ def test_our_own_diffit_has_the_names_of_the_published_one(tmp_path: Path) -> No
 def test_our_own_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
     other = random_dit(block="adaln")
     exported(tmp_path / "ours", other.config, other.state_dict())
-    assert "only an adaLN-Zero DiT or a latent DiffiT has this layout" in refusal(tmp_path / "ours")
+    assert "only an adaLN-Zero DiT or a latent DiffiT with TMSA has this layout" in refusal(tmp_path / "ours")
     shutil.rmtree(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("condition", ["mlp", "token"])
+def test_our_own_diffits_without_tmsa_are_refused(tmp_path: Path, condition: str) -> None:
+    other = random_diffit(condition=condition)
+    exported(tmp_path / "ours", other.config, other.state_dict())
+    assert refusal(tmp_path / "ours").endswith("a latent DiffiT with TMSA has this layout")
+    assert refused_weights(tmp_path, other.state_dict()).endswith("a latent DiffiT with TMSA has this layout")
 
 
 def test_destinations_that_are_refused(tmp_path: Path, model: DiT) -> None:

@@ -22,6 +22,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "lightning": DiTConfig.model_validate(SMALL | LIGHTNING),
     "diffit": DiffiTConfig.model_validate(SMALL),
     "diffit_image": IMAGE,
+    **{f"diffit {kind}": DiffiTConfig.model_validate(SMALL | {"condition": kind}) for kind in ("mlp", "token")},
 }
 QUICK = "adaln_zero"
 COMPILER = os.environ.get("CXX", "g++")

@@ -14,6 +14,7 @@ LIGHTNING = DIT.model_copy(update={"norm": "rms", "mlp": "swiglu", "rope": True,
 IMAGE = DiffiTImageConfig(
     input_size=16, stem_width=32, widths=(32, 64), depths=(2, 1), window=4, time_width=32, dropout=0.5
 )
+MLP, TOKEN = (IMAGE.model_copy(update={"condition": kind}) for kind in ("mlp", "token"))
 ONE_STAGE = IMAGE.model_copy(update={"widths": (32,), "depths": (2,)})
 
 
@@ -51,7 +52,9 @@ def test_blocks_of_every_model() -> None:
     assert [type(block) for block in blocks(image)] == [ResBlock] * 5
 
 
-@pytest.mark.parametrize("config", [DIT, LIGHTNING, IMAGE], ids=["dit", "lightning", "image"])
+@pytest.mark.parametrize(
+    "config", [DIT, LIGHTNING, IMAGE, MLP, TOKEN], ids=["dit", "lightning", "image", "mlp", "token"]
+)
 def test_going_through_blocks_twice_changes_no_bit_and_keeps_less(config: ModelConfig) -> None:
     plain, twice = drawn(config), drawn(config)
     recompute_blocks(twice)
