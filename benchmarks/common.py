@@ -26,13 +26,22 @@ Measured = tuple[list[Result], dict[str, float]]
 """Results, and ratios by name."""
 
 
-def main(measure: Callable[[], Measured], description: str) -> None:
-    """Measure, and print one JSON object or a table."""
+def main(measure: Callable[..., Measured], description: str, **paths: str) -> None:
+    """Measure, and print one JSON object or a table.
+
+    Args:
+        measure: takes the path of each option that is given, by name.
+        description: what is measured.
+        paths: the options that are paths, with their help.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
-    results, ratios = measure()
-    if options.json:
+    for name, text in paths.items():
+        parser.add_argument(f"--{name}", type=Path, help=text)
+    options = vars(parser.parse_args())
+    as_json = options.pop("json")
+    results, ratios = measure(**{name: path for name, path in options.items() if path is not None})
+    if as_json:
         print(json.dumps({"machine": machine(), "results": [asdict(result) for result in results], "ratios": ratios}))
         return
     for result in results:

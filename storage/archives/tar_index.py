@@ -1,17 +1,16 @@
 """The entries of tars, read by byte ranges. To open a tar is to read its headers, each by a small range."""
 
-import os
 import tarfile
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import IO, NamedTuple, TypeAlias, cast
+from functools import lru_cache
+from typing import IO, NamedTuple, cast
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
 from storage import uri
 from storage.archives.account import SPECIAL, Account
 from storage.archives.listing import first_line, inside_path
+from storage.archives.ranges import Read, reader
 from storage.errors import InputError
 from storage.magic import stand_in
 from storage.parallel import threads
@@ -24,10 +23,6 @@ _PIECE = 1 << 16  # bytes that are read at once after the end of a tar
 _SPECIAL = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"V")  # V: the name of a volume
 _LISTED_FOLDER = b"D"  # a folder with the list of its files, in an incremental archive of GNU tar
 _READERS = 16  # threads
-_OPEN_FILES = 64  # local files that are kept open
-
-Read: TypeAlias = Callable[[str, int, int], bytes]
-"""Returns bytes of an object, given its path, the first byte and their number."""
 
 
 class Span(NamedTuple):
@@ -64,21 +59,8 @@ class Tar(NamedTuple):
 
 def span_reader(fs: fsspec.AbstractFileSystem) -> Callable[[Span], bytes]:
     """A function that returns the bytes of a span."""
-    read = _reader(fs)
+    read = reader(fs)
     return lambda span: read(span.path, span.start, span.size) if span.size else b""
-
-
-def _reader(fs: fsspec.AbstractFileSystem) -> Read:
-    """A function that reads a range of an object. Local files stay open, since opening takes longer than reading."""
-    if not isinstance(fs, LocalFileSystem):
-        return lambda path, start, size: bytes(fs.cat_file(path, start=start, end=start + size))
-    opened = lru_cache(maxsize=_OPEN_FILES)(partial(open, mode="rb", buffering=0))
-
-    def read(path: str, start: int, size: int) -> bytes:
-        file = opened(path)  # this reference keeps it open if the cache drops it meanwhile
-        return os.pread(file.fileno(), size, start)
-
-    return read
 
 
 def list_tars(fs: fsspec.AbstractFileSystem, urls: list[str]) -> tuple[tuple[Tar, ...], str]:
@@ -102,7 +84,7 @@ def list_tars(fs: fsspec.AbstractFileSystem, urls: list[str]) -> tuple[tuple[Tar
 @lru_cache(maxsize=4)  # a million headers take minutes, and a run opens its archive more than once
 def indexed(fs: fsspec.AbstractFileSystem, spans: tuple[tuple[str, Span], ...], stamp: str) -> tuple[Tar, ...]:
     """The tars in spans, each given with its URL; another stamp makes them be read again."""
-    read = _reader(fs)
+    read = reader(fs)
     with threads(_READERS) as pool:
         return tuple(pool.map(lambda item: index(read, *item), spans))
 

@@ -5,15 +5,15 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import IO, NamedTuple
-
-import fsspec
 
 from storage import uri
 from storage.archives.account import Account
 from storage.archives.classes import Found, class_folders
 from storage.archives.listing import MAX_BYTES, Archive, first_line, inside_path
+from storage.archives.ranges import reader
 from storage.errors import InputError
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # signature, ..., lengths of name and extra field
@@ -67,7 +67,8 @@ def open_zip(url: str, class_names: tuple[str, ...] | None = None) -> Archive:
     files = list(_found(account, infos, directory, f"{top}/" if top else ""))
     folders = [found.path for found in files if found.location is None]
     images = class_folders(account, [found for found in files if found.location is not None], folders, class_names)
-    return Archive(account, images, lambda location: _fetch(fs, path, location), class_names)
+    read = partial(reader(fs), path)
+    return Archive(account, images, partial(_fetch, read), class_names)
 
 
 def _found(account: Account, infos: list[zipfile.ZipInfo], directory: int, top: str) -> Iterator[Found]:
@@ -149,13 +150,13 @@ def _check(account: Account, path: str, info: zipfile.ZipInfo, stop: int) -> Non
         raise account.refused(path, problem)
 
 
-def _fetch(fs: fsspec.AbstractFileSystem, path: str, location: _Location) -> bytes:
-    """The bytes of a file.
+def _fetch(read: Callable[[int, int], bytes], location: _Location) -> bytes:
+    """The bytes of a file, given a function that reads a number of bytes of the zip from some byte on.
 
     Raises:
         ValueError: the file does not match the central directory.
     """
-    raw = fs.cat_file(path, start=location.start, end=location.stop)
+    raw = read(location.start, location.stop - location.start)
     if len(raw) < _LOCAL_HEADER.size or raw[:4] != _SIGNATURE:
         raise ValueError(f"no file begins at byte {location.start:,}")
     *_, name, extra = _LOCAL_HEADER.unpack_from(raw)
@@ -164,7 +165,7 @@ def _fetch(fs: fsspec.AbstractFileSystem, path: str, location: _Location) -> byt
         data = _inflated(data, location)
     if len(data) != location.size or zlib.crc32(data) != location.crc:
         raise ValueError(f"damaged from byte {location.start:,} on: size or checksum differs from the listed one")
-    return bytes(data)
+    return data
 
 
 def _inflated(data: bytes, location: _Location) -> bytes:

@@ -7,30 +7,46 @@ too early: the entropy-coded data of a scan, however damaged, always decodes to 
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 _FRAME, _HUFFMAN, _END, _SCAN, _QUANTIZATION, _RESTART_INTERVAL = 0xC0, 0xC4, 0xD9, 0xDA, 0xDB, 0xDD
-_SKIPPED = frozenset({*range(0xE0, 0xF0), 0xFE})  # APPn and comments
+_COMMENT, _JFIF_ADOBE, _WHOLE = 0xFE, (0xE0, 0xEE), 12  # APP0 and APP14, and their bytes at least
+_SKIPPED = frozenset({*range(0xE0, 0xF0), _COMMENT})  # APPn and comments
 _IN_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # a marker that is neither a stuffed byte nor a restart
 _HUFFMAN_TABLES = frozenset({*range(4), *range(0x10, 0x14)})  # class and number: DC 0 to 3, AC 0 to 3
 _SAMPLINGS = ((0x11,), (0x11, 0x11, 0x11), (0x21, 0x11, 0x11), (0x12, 0x11, 0x11), (0x22, 0x11, 0x11))
 
 
-def is_complete(data: bytes) -> bool:
-    """Whether this is a complete baseline JPEG, grey or of three components, with a single scan.
+class Jpeg(NamedTuple):
+    """What the markers of a complete JPEG say."""
 
-    If it is False, the file may still be a complete JPEG of another type: only decoding can tell.
+    width: int
+    height: int
+    is_bare: bool
+    """Whether it holds nothing beside the picture but comments and the headers of JFIF and Adobe: no reader parses more
+    of it than this module does."""
+
+
+def complete(data: bytes) -> Jpeg | None:
+    """The facts of a complete baseline JPEG, grey or of three components, with a single scan; None if it is none.
+
+    If it is None, the file may still be a complete JPEG of another type: only decoding can tell.
     """
-    defined, components = set[int](), b""
+    defined, frame, is_bare = set[int](), b"", True
     for marker, segment, after in _segments(data):
         if marker in (_QUANTIZATION, _HUFFMAN) and (tables := _tables(marker, segment)) is not None:
             defined |= tables
-        elif marker == _FRAME and not components and _plain_frame(segment):
-            components = segment[6:]
+        elif marker == _FRAME and not frame and _plain_frame(segment):
+            frame = segment
         elif marker == _SCAN:
-            return _plain_scan(segment, components, defined) and _ends(data, after)
-        elif marker not in _SKIPPED and not (marker == _RESTART_INTERVAL and len(segment) == 2):
-            return False
-    return False
+            if not (_plain_scan(segment, frame[6:], defined) and _ends(data, after)):
+                return None
+            return Jpeg(int.from_bytes(frame[3:5]), int.from_bytes(frame[1:3]), is_bare)
+        elif marker in _SKIPPED:
+            is_bare &= marker == _COMMENT or (marker in _JFIF_ADOBE and len(segment) >= _WHOLE)
+        elif not (marker == _RESTART_INTERVAL and len(segment) == 2):
+            return None
+    return None
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from storage.images.jpeg import is_complete
+from storage.images.jpeg import complete
 from storage.magic import RAW, not_an_image, unsupported
 
 CROP_ID = "box-bicubic-centre"
@@ -72,7 +72,10 @@ def inspect(data: bytes) -> Facts:
     Raises:
         UnreadableImage: as `decode`.
     """
-    image, name = _decoded(data, header_only=is_complete(data))
+    jpeg = complete(data)
+    if jpeg and jpeg.is_bare and _fault(jpeg.width, jpeg.height) is None:
+        return Facts(jpeg.width, jpeg.height, _EXTENSIONS["JPEG"])
+    image, name = _decoded(data, header_only=jpeg is not None)
     return Facts(image.width, image.height, _EXTENSIONS.get(name, "jpg"))  # MPO: a JPEG followed by more images
 
 
@@ -184,13 +187,20 @@ def _decoded(data: bytes, *, header_only: bool = False) -> tuple[Image.Image, st
 
 def _opened(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=tuple(_EXTENSIONS))
-    if image.width * image.height > MAX_PIXELS:
-        raise UnreadableImage(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise UnreadableImage(f"{image.width}x{image.height} pixels, one side over {MAX_ASPECT} times the other")
+    if (fault := _fault(image.width, image.height)) is not None:
+        raise UnreadableImage(fault)
     if isinstance(image, TiffImageFile) and (_has_preview(image) or not_an_image(data)):
         raise UnreadableImage(unsupported(RAW))
     return image
+
+
+def _fault(width: int, height: int) -> str | None:
+    """What is wrong with the size of an image in pixels, or None."""
+    if width * height > MAX_PIXELS:
+        return f"{width}x{height} pixels, more than {MAX_PIXELS:,}"
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return f"{width}x{height} pixels, one side over {MAX_ASPECT} times the other"
+    return None
 
 
 def _has_preview(image: TiffImageFile) -> bool:

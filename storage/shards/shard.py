@@ -342,7 +342,9 @@ def _split(split: str, tasks: list[_Task], done: list[ShardRecord]) -> Split:
 
 def _contact_sheet(source: Archive, record: ShardRecord) -> bytes:
     members = [source.members[entry.source_index] for entry in record.entries[:_SHEET]]
-    return image_grid(np.stack([load_image(source.read(member), _THUMBNAIL) for member in members]), _COLUMNS, gap=2)
+    with threads(0) as pool:
+        thumbnails = list(pool.map(lambda member: load_image(source.read(member), _THUMBNAIL), members))
+    return image_grid(np.stack(thumbnails), _COLUMNS, gap=2)
 
 
 def _read_shard(manifest: ShardManifest, task: _Task, first: int) -> Iterator[Sample]:

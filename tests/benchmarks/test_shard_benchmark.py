@@ -1,24 +1,37 @@
 """The benchmark of sharding, in small."""
 
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from benchmarks import shard
-from benchmarks.imagenet_like import file_bytes
-from benchmarks.shard import against_tarfile, growth
+from benchmarks.imagenet_like import file_bytes, file_name, write_archive
+from benchmarks.shard import WRITERS, against_peers, growth
+
+IMAGES, CLASSES, SIZE = 30, 4, (32, 24)
 
 
-def test_against_tarfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "REPEATS", 1)
-    results, ratios = against_tarfile(tmp_path, images=30, size=(32, 24), classes=4)
+def write_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as packed:
+        for number in range(IMAGES):
+            packed.writestr(file_name(number, CLASSES), file_bytes(number, SIZE))
+
+
+@pytest.mark.parametrize("name", ["images.tar", "images.zip"])
+def test_all_write_the_same_images(tmp_path: Path, name: str) -> None:
+    archive = tmp_path / name
+    write_zip(archive) if name.endswith(".zip") else write_archive(archive, IMAGES, CLASSES, SIZE)
+    results, ratios = against_peers(tmp_path, archive, repeats=1)
     values = {result.name: result.value for result in results}
-    assert ratios == {"shard_vs_tarfile": pytest.approx(values["shard"] / values["tarfile"])}
-    peer, ours = (next(tmp_path.glob(f"{name}-0/**/*.tar")) for name in ("peer", "ours"))
-    found = [sorted(tar.extractfile(info).read() for info in tar) for tar in map(tarfile.open, (peer, ours))]  # type: ignore[union-attr]
-    assert found[0] == found[1]
-    assert {file_bytes(number, (32, 24)) for number in range(30)} <= set(found[0])
+    assert ratios["shard_vs_webdataset"] == pytest.approx(values["shard"] / values["webdataset"])
+    assert ratios["shard_cpu_vs_tarfile"] == pytest.approx(values["tarfile_cpu"] / values["shard_cpu"])
+    found = {}
+    for writer in WRITERS:
+        with tarfile.open(next((tmp_path / f"{writer}-0").rglob("*.tar"))) as tar:
+            found[writer] = sorted(tar.extractfile(info).read() for info in tar)  # type: ignore[union-attr]
+    assert found["shard"] == found["tarfile"] == found["tarfile_synced"] == found["webdataset"]
+    assert {file_bytes(number, SIZE) for number in range(IMAGES)} <= set(found["shard"])
 
 
 def test_growth(tmp_path: Path) -> None:
