@@ -1,0 +1,1 @@
+"""The papers' claims, tried again on CIFAR-10."""
