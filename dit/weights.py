@@ -20,7 +20,7 @@ from storage import uri
 from storage.errors import InputError, StorageError, one_line
 
 Network = TypeVar("Network", bound=nn.Module)
-SUFFIXES: Final = (".safetensors", ".pth", ".pt")
+SUFFIXES: Final = (".safetensors", ".pth", ".pt", ".onnx")
 """Endings of weights files. A URL with another ending is a folder."""
 HINT: Final = "check the location of the weights file"
 DIFFUSERS_WEIGHTS: Final = tuple(

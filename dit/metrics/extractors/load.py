@@ -1,15 +1,19 @@
-"""The table of feature extractors. A new one is a module beside this one and a row in `EXTRACTORS`."""
+"""The table of feature extractors. A new one is a module beside this one and a row in `EXTRACTORS`.
+
+Networks that are no part of this package are ONNX files, which the config describes.
+"""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from dit.metrics.extractors import demo_digits, dinov2, inception
+from dit.metrics.extractors import demo_digits, dinov2, inception, onnx_file
 from dit.metrics.extractors.base import FeatureExtractor
+from dit.metrics.extractors.onnx_file import OnnxNetwork, load_onnx
 from dit.weights import WeightsFile
-from storage.config import Config, Location, operational
+from storage.config import Config, Location, added, operational
 
 
 class _Load(Protocol):
@@ -36,11 +40,12 @@ EXTRACTORS: Final = {
     "inception-tf": Extractor("Inception-v3 as FID uses it", inception.FILE, inception.load_inception),
     "dinov2": Extractor("DINOv2 as FD-DINOv2 uses it", dinov2.FILE, dinov2.load_dinov2),
 }
+ONNX: Final = "onnx"
 
 if TYPE_CHECKING:
     Name = str
 else:
-    Name = Literal[tuple(EXTRACTORS)]
+    Name = Literal[(*EXTRACTORS, ONNX)]
 
 
 class ExtractorRef(Config):
@@ -48,12 +53,28 @@ class ExtractorRef(Config):
 
     name: Name = Field(
         "demo-digits",
-        description=f"The network: {', '.join(f'``{name}`` is {row.help}' for name, row in EXTRACTORS.items())}.",
+        description=f"The network: {', '.join(f'``{name}`` is {row.help}' for name, row in EXTRACTORS.items())}, "
+        f"``{ONNX}`` is any other one, as an ONNX file.",
     )
     weights: Location = operational()
     """Weights file of the network, or the folder that contains it, by path or fsspec URL."""
     sha256: str | None = operational(None, pattern=r"^[0-9a-fA-F]{64}$")
     """SHA-256 that the weights file must have, 64 hex digits. Null: any file is accepted."""
+    onnx: OnnxNetwork | None = added(None)
+    """What the network of an ONNX file takes and gives, for ``onnx`` alone."""
+
+    @model_validator(mode="after")
+    def _onnx_is_described(self) -> Self:
+        if (self.name == ONNX) != (self.onnx is not None):
+            raise ValueError("name: onnx and the settings in onnx (name, side, mean, deviation, ...) need each other")
+        if self.onnx is not None and self.onnx.name in EXTRACTORS:
+            raise ValueError(f"onnx.name: {self.onnx.name} is the name of another extractor; choose one of your own")
+        return self
+
+    @property
+    def file(self) -> WeightsFile:
+        """The weights file."""
+        return onnx_file.FILE if self.name == ONNX else EXTRACTORS[self.name].file
 
 
 def weights_sha256(ref: ExtractorRef) -> str:
@@ -64,13 +85,15 @@ def weights_sha256(ref: ExtractorRef) -> str:
     Raises:
         InputError: the file is missing, or has another hash than ``ref`` says.
     """
-    return EXTRACTORS[ref.name].file.sha256(ref.weights, ref.sha256)
+    return ref.file.sha256(ref.weights, ref.sha256)
 
 
 def load_extractor(ref: ExtractorRef, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """The extractor, ready to run on a device.
+    """The extractor, ready to run on a device; an ONNX file runs on the CPU.
 
     Raises:
-        InputError: the weights are missing or broken, or have another hash than ``ref`` says.
+        InputError: the weights are missing or broken, or have another hash than ``ref`` says; or as `load_onnx`.
     """
+    if ref.onnx is not None:
+        return load_onnx(ref.weights, ref.sha256, ref.onnx)
     return EXTRACTORS[ref.name].load(ref.weights, ref.sha256, device)

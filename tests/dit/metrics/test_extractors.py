@@ -141,5 +141,5 @@ def test_broken_weights_are_refused_in_one_line(folder: Path, data: bytes) -> No
 
 
 def test_unknown_extractor_is_refused() -> None:
-    with pytest.raises(ValidationError, match="'demo-digits', 'inception-tf' or 'dinov2'"):
+    with pytest.raises(ValidationError, match="'demo-digits', 'inception-tf', 'dinov2' or 'onnx'"):
         ExtractorRef.model_validate({"name": "inception", "weights": "."})
