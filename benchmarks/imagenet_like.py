@@ -3,6 +3,7 @@
 import io
 import struct
 import tarfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -40,17 +41,30 @@ def file_bytes(number: int, size: tuple[int, int] = SIZE) -> bytes:
 
 
 def write_archive(path: Path, images: int, classes: int = CLASSES, size: tuple[int, int] = SIZE) -> None:
-    """Write the tar, with one class in memory at a time."""
+    """Write a tar of class tars, with one class in memory at a time."""
+    write_class_tars(path, images, classes, lambda number: file_bytes(number, size))
+
+
+def write_class_tars(path: Path, images: int, classes: int, content: Callable[[int], bytes]) -> None:
+    """Write a tar of class tars, with one class in memory at a time.
+
+    Args:
+        path: of the tar.
+        images: number of images over all classes.
+        classes: number of classes.
+        content: the bytes of an image file, by its number.
+    """
     with tarfile.open(path, "w") as outer:
         for label in range(classes):
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode="w") as tar:
                 for number in range(label, images, classes):
-                    _add(tar, file_name(number, classes).partition("/")[2], file_bytes(number, size))
-            _add(outer, f"{class_name(label)}.tar", inner.getvalue())
+                    add(tar, file_name(number, classes).partition("/")[2], content(number))
+            add(outer, f"{class_name(label)}.tar", inner.getvalue())
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file to a tar."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))

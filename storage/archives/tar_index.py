@@ -1,7 +1,8 @@
 """The entries of tars, read by byte ranges. To open a tar is to read its headers, each by a small range."""
 
+import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import IO, NamedTuple, cast
 
@@ -23,6 +24,11 @@ _PIECE = 1 << 16  # bytes that are read at once after the end of a tar
 _SPECIAL = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"V")  # V: the name of a volume
 _LISTED_FOLDER = b"D"  # a folder with the list of its files, in an incremental archive of GNU tar
 _READERS = 16  # threads
+_PLAIN = re.compile(
+    rb"(.{100})[0-7 \0]{24}([0-7]{11})[ \0][0-7 \0]{12}([0-7]{6})([ \0]{2})0.{100}ustar.{67}[0-7 \0]{16}\0.{166}",
+    re.DOTALL,
+)
+"""The header of a file as nearly all are, which has its whole name: name, size, checksum and what ends it."""
 
 
 class Span(NamedTuple):
@@ -106,12 +112,8 @@ def index(read: Read, where: str, span: Span) -> Tar:
         if (instead := stand_in(headers.read(_BLOCK))) is not None:
             raise InputError(f"{where}: {instead}")
         headers.seek(0)
-        with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:") as tar:  # calls read, seek and tell
-            while (info := tar.next()) is not None:
-                if tar.offset <= end:
-                    raise tarfile.HeaderError("a header points backwards")
-                end = tar.offset
-                _add(found, span, info, headers)
+        for stop in _added(found, span, headers):
+            end = stop
         headers.seek(end)
         if headers.read(_BLOCK) != bytes(_BLOCK):
             raise tarfile.ReadError("no end-of-archive mark")
@@ -135,8 +137,37 @@ def _check_rest(where: str, headers: "_Headers", span: Span) -> None:
             raise InputError(f"{where}: {text}; keep them apart, or join them with `tar --concatenate`")
 
 
+def _added(tar: Tar, whole: Span, headers: "_Headers") -> Iterator[int]:
+    """Add the entries of a tar, and yield the byte after each. `tarfile` reads the headers that are not plain."""
+    end, header = 0, headers.read(_BLOCK)
+    while header != bytes(_BLOCK):
+        plain = _PLAIN.fullmatch(header)
+        if plain and int(plain[3], 8) == sum(header) - sum(plain[3] + plain[4]) + 8 * ord(" "):
+            name, size = plain[1].partition(b"\0")[0].decode(tarfile.ENCODING, "surrogateescape"), int(plain[2], 8)
+            _add_file(tar, whole, name, end + _BLOCK, size, headers)
+            end += _BLOCK - -size // _BLOCK * _BLOCK
+        else:
+            headers.seek(end)
+            with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:") as rest:  # calls read, seek and tell
+                while (info := rest.next()) is not None:
+                    if rest.offset <= end:
+                        raise tarfile.HeaderError("a header points backwards")
+                    end = rest.offset
+                    _add(tar, whole, info, headers)
+                    if not rest.pax_headers:  # nothing that holds for all further entries
+                        break
+                else:
+                    return
+        yield end
+        headers.seek(end)
+        header = headers.read(_BLOCK)
+
+
 def _add(tar: Tar, whole: Span, info: tarfile.TarInfo, headers: "_Headers") -> None:
     """Add the entry of a header to those of its tar."""
+    if info.isreg() and not info.issparse():
+        _add_file(tar, whole, info.name, info.offset_data, info.size, headers)
+        return
     name = inside_path(tar.where, info.name)
     if not name or not tar.account.sees(name):
         return
@@ -144,21 +175,26 @@ def _add(tar: Tar, whole: Span, info: tarfile.TarInfo, headers: "_Headers") -> N
         tar.folders.append(name)
     elif info.type in _SPECIAL:
         tar.account.pass_over(SPECIAL, name)
-    elif not info.isreg() or info.issparse():
+    else:
         problem = (
             "is a link, a sparse file or a part of one; pack it again with plain files (tar -h --hard-dereference)"
         )
         raise InputError(f"{tar.where}: {info.name!a} {problem}")
-    else:
-        text = _label(tar, name, info, headers) if name.endswith(".cls") else b""
-        tar.entries.append(Entry(name, Span(whole.path, whole.start + info.offset_data, info.size), text))
 
 
-def _label(tar: Tar, name: str, info: tarfile.TarInfo, headers: "_Headers") -> bytes:
-    if info.size > _MAX_LABEL:
-        raise tar.account.refused(name, f"a label of {info.size:,} bytes; a label is a number or a name")
-    headers.seek(info.offset_data)
-    return headers.read(info.size)
+def _add_file(tar: Tar, whole: Span, path: str, start: int, size: int, headers: "_Headers") -> None:
+    """Add a file, given the place of its bytes in its tar."""
+    name = inside_path(tar.where, path)
+    if name and tar.account.sees(name):
+        text = _label(tar, name, start, size, headers) if name.endswith(".cls") else b""
+        tar.entries.append(Entry(name, Span(whole.path, whole.start + start, size), text))
+
+
+def _label(tar: Tar, name: str, start: int, size: int, headers: "_Headers") -> bytes:
+    if size > _MAX_LABEL:
+        raise tar.account.refused(name, f"a label of {size:,} bytes; a label is a number or a name")
+    headers.seek(start)
+    return headers.read(size)
 
 
 class _Headers:

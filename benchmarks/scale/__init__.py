@@ -1,0 +1,1 @@
+"""ImageNet's size, rehearsed with tiny images: what each stage takes, and what it would take if it grew."""
