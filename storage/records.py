@@ -5,6 +5,7 @@ if it has no record, or one that is damaged, does not match its objects, or was 
 other units are kept.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from pydantic import Field
@@ -80,16 +81,14 @@ def commit(out: StageOutput, path: str, record: Record, *, replace: bool) -> Non
         raise StorageError(f"{where}: another run committed other bytes at the same time; delete it and run again")
 
 
-def load_all(out: StageOutput, paths: list[str], kind: type[AnyRecord]) -> list[tuple[AnyRecord, FileEntry]]:
-    """All records of a stage, each checked against its objects, with the record's own file entry.
+def load_all(out: StageOutput, paths: Iterable[str], kind: type[AnyRecord]) -> Iterator[tuple[AnyRecord, FileEntry]]:
+    """All records of a stage in turn, each checked against its objects, with the record's own file entry.
 
     Raises:
         StorageError: a unit is not committed.
     """
-    committed = []
     for path in paths:
         record = load(out, path, kind)
         if record is None:
             raise StorageError(f"{uri.redact(out.url(path))}: not committed; run the same command again")
-        committed.append((record, out.describe(path)))
-    return committed
+        yield record, out.describe(path)

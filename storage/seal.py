@@ -66,5 +66,10 @@ def _without_places(value: Any) -> Any:
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value in canonical form (sorted keys, no spaces), 64 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """SHA-256 of a JSON value in canonical form, 64 hex digits."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """A JSON value as text: sorted keys, no spaces, only ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

@@ -3,21 +3,24 @@
 File names in an archive are untrusted. They appear in lists and errors, but never become paths on a disk.
 """
 
+import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 from storage.archives.account import Account, is_document_name
 from storage.errors import InputError, StorageError
 from storage.magic import begins_as_image
-from storage.seal import json_digest
+from storage.seal import canonical
 
 MAX_BYTES = 1 << 28
 """Largest image file, bytes."""
 
+_PIECE = 4096  # files that are put into one text
 _TRIED = 16  # files of a class that are looked into if all are named as documents
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NUMBER = re.compile(r"\d{1,9}", re.ASCII)
@@ -33,6 +36,8 @@ class Member:
     """Index of its class among the class names."""
     size: int | None
     """Bytes; None if only reading the file would tell."""
+    location: Any = field(default=None, compare=False, repr=False)
+    """Location of its bytes, for the archive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +90,17 @@ class Archive:
         class_names: tuple[str, ...] | None = None,
         content: Any = None,
     ) -> None:
-        files = sorted(files, key=lambda file: file.name)
         where = account.where
-        names = sorted({file.class_name for file in files})
+        named = sorted(((file.name, file) for file in files), key=itemgetter(0))
+        names = sorted({file.class_name for _, file in named})
         self.class_names = tuple(names) if class_names is None else class_names
         labels = {name: label for label, name in enumerate(self.class_names)}
-        _check(where, files, names, labels)
-        self.members = tuple(Member(file.name, labels[file.class_name], file.size) for file in files)
-        listing = [[member.name, member.size] for member in self.members]
-        identity = {"class_names": self.class_names, "members": listing}
-        self.digest = json_digest(identity if content is None else identity | {"sealed": content})
+        _check_classes(where, names, labels)
+        self.members = tuple(Member(name, labels[file.class_name], file.size, file.location) for name, file in named)
+        _check(where, self.members)
+        self.digest = _digest(self.class_names, self.members, content)
         self.account = account.closed()
         self._where, self._fetch = f"{where}/{account.top}".rstrip("/"), fetch
-        self._locations = {file.name: file.location for file in files}
         self._check_documents()
 
     def _check_documents(self) -> None:
@@ -120,7 +123,7 @@ class Archive:
         """
         where = f"{self._where}/{member.name}"
         try:
-            data = self._fetch(self._locations[member.name])
+            data = self._fetch(member.location)
         except (OSError, ValueError) as error:
             raise StorageError(f"{where}: cannot be read ({first_line(error)})") from error
         if member.size is not None and len(data) != member.size:
@@ -164,22 +167,26 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).partition("\n")[0][:300]
 
 
-def _check(where: str, files: list[ListedFile], names: list[str], labels: dict[str, int]) -> None:
-    if not files:
+def _check_classes(where: str, names: list[str], labels: dict[str, int]) -> None:
+    """Check that there are images, and that the classes of all of them are known."""
+    if not names:
         raise InputError(f"{where}: no images; put the images of each class in a folder of its own")
     _check_forms(where, [*labels, *names])
     unknown = [name for name in names if name not in labels]
     if unknown:
         known = f"the {len(labels)} classes to train on"
         raise InputError(f"{where}: class {unknown[0]!r} is not one of {known}; rename or remove it")
-    for file in files:
-        if file.size is not None and file.size > MAX_BYTES:
-            raise InputError(
-                f"{where}/{file.name}: {file.size:,} bytes, more than the {MAX_BYTES:,} allowed; remove it"
-            )
-        if _CONTROL.search(file.name) or not _is_text(file.name):
-            raise InputError(f"{where}/{file.name!a}: the file name is not printable UTF-8; rename the file")
-    duplicate = next((one.name for one, other in pairwise(files) if one.name == other.name), None)
+
+
+def _check(where: str, members: Sequence[Member]) -> None:
+    """Check sizes and names of all files."""
+    for member in members:
+        if member.size is not None and member.size > MAX_BYTES:
+            problem = f"{member.size:,} bytes, more than the {MAX_BYTES:,} allowed; remove it"
+            raise InputError(f"{where}/{member.name}: {problem}")
+        if not _is_text(member.name):
+            raise InputError(f"{where}/{member.name!a}: the file name is not printable UTF-8; rename the file")
+    duplicate = next((one.name for one, other in pairwise(members) if one.name == other.name), None)
     if duplicate is not None:
         raise InputError(f"{where}/{duplicate}: two files have this name; rename or remove one")
 
@@ -201,8 +208,21 @@ def _check_forms(where: str, names: Iterable[str]) -> None:
 
 
 def _is_text(name: str) -> bool:
+    """Whether a name has no control characters, and a form in UTF-8."""
+    if name.isascii():
+        return name.isprintable()
     try:
         name.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return not _CONTROL.search(name)
+
+
+def _digest(class_names: tuple[str, ...], members: Sequence[Member], content: Any) -> str:
+    """SHA-256 of the listing as JSON: that of `json_digest`, without the whole text in memory."""
+    sha256 = hashlib.sha256(b'{"class_names":%s,"members":[' % canonical(class_names))
+    for first in range(0, len(members), _PIECE):
+        piece = canonical([[member.name, member.size] for member in members[first : first + _PIECE]])
+        sha256.update((b"," if first else b"") + piece[1:-1])
+    sha256.update(b"]}" if content is None else b'],"sealed":%s}' % canonical(content))
+    return sha256.hexdigest()

@@ -146,6 +146,7 @@ def _added(tar: Tar, whole: Span, headers: "_Headers") -> Iterator[int]:
             name, size = plain[1].partition(b"\0")[0].decode(tarfile.ENCODING, "surrogateescape"), int(plain[2], 8)
             _add_file(tar, whole, name, end + _BLOCK, size, headers)
             end += _BLOCK - -size // _BLOCK * _BLOCK
+            yield end
         else:
             headers.seek(end)
             with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:") as rest:  # calls read, seek and tell
@@ -154,11 +155,11 @@ def _added(tar: Tar, whole: Span, headers: "_Headers") -> Iterator[int]:
                         raise tarfile.HeaderError("a header points backwards")
                     end = rest.offset
                     _add(tar, whole, info, headers)
+                    yield end
                     if not rest.pax_headers:  # nothing that holds for all further entries
                         break
                 else:
                     return
-        yield end
         headers.seek(end)
         header = headers.read(_BLOCK)
 

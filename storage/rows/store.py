@@ -178,7 +178,7 @@ class RowWriter:
         Raises:
             StorageError: a block is not committed.
         """
-        done = records.load_all(self._out, [_record(block) for block in range(self._layout.blocks)], records.Record)
+        done = list(records.load_all(self._out, map(_record, range(self._layout.blocks)), records.Record))
         metadata: dict[str, Any] = {}
         _create(self._layout, self._attributes, metadata)
         written = [self._out.put(f"{DATA}/{key}", value.to_bytes()) for key, value in metadata.items()]

@@ -5,7 +5,6 @@ depend on each other. Each is built in memory, written whole and committed by it
 the image files are not changed, and the same images give the same tars, byte for byte.
 """
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -15,7 +14,6 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from webdataset.tariterators import tar_file_iterator
 
 from storage import records, uri
 from storage.archives.account import SplitAccount
@@ -23,12 +21,13 @@ from storage.archives.open import Archive, ArchiveRef, open_splits
 from storage.config import Config, operational
 from storage.errors import InputError
 from storage.estimate import PlanContext, StageCost
+from storage.header import FileEntry
 from storage.images.grid import image_grid
 from storage.images.transforms import load as load_image
 from storage.manifest import Manifest, StageOutput
 from storage.order import permutation
 from storage.parallel import threads
-from storage.shards.pack import Entry, Unreadable, pack, packed_size, timed
+from storage.shards.pack import Entry, Unreadable, pack, packed_size, timed, unpacked
 from storage.shards.runners import Runner, Threads, local_workers
 from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
@@ -289,21 +288,28 @@ def _build(config: ShardConfig, source: Archive, out: StageOutput, task: _Task) 
 
 
 def _finish(plan: _Plan, out: StageOutput, tracker: Tracker) -> ShardManifest:
-    """Check every record against its tar and commit the stage."""
-    tasks, train = plan.tasks, plan.archives["train"]
-    done = records.load_all(out, [task.record for task in tasks], ShardRecord)
-    _check_classes(train, [r for (r, _), task in zip(done, tasks, strict=True) if task.split == "train"])
-    splits = {split: _split(split, tasks, [record for record, _ in done]) for split in plan.archives}
-    sheet = publish(out, tracker, "images.png", _contact_sheet(train, done[0][0]))
-    files = [sheet, *(entry for _, entry in done), *(file for record, _ in done for file in record.files)]
-    unreadable = tuple(item for record, _ in done for item in record.unreadable)
+    """Check every record against its tar and commit the stage. Only one record is in memory at a time."""
+    train, shown, labels = plan.archives["train"], tuple[Entry, ...](), set[int]()
+    files, unreadable = list[FileEntry](), list[Unreadable]()
+    shards: dict[str, list[ShardFile]] = {split: [] for split in plan.archives}
+    done = records.load_all(out, [task.record for task in plan.tasks], ShardRecord)
+    for task, (record, entry) in zip(plan.tasks, done, strict=True):
+        shards[task.split].append(ShardFile(path=task.tar, count=len(record.entries)))
+        files += [entry, *record.files]
+        unreadable += record.unreadable
+        if task.split == "train":
+            labels |= {image.label for image in record.entries}
+            shown = shown or record.entries[:_SHEET]
+    _check_classes(train, labels)
+    splits = {split: _split(split, found) for split, found in shards.items()}
     counts = {
         "images": sum(split.count for split in splits.values()),
         "unreadable": len(unreadable),
         "classes": len(train.class_names),
-        "shards": len(tasks),
+        "shards": len(plan.tasks),
     }
-    found = {"class_names": train.class_names, "splits": splits, "unreadable": unreadable}
+    files.append(publish(out, tracker, "images.png", _contact_sheet(train, shown)))
+    found = {"class_names": train.class_names, "splits": splits, "unreadable": tuple(unreadable)}
     return out.commit(ShardManifest, files, counts=counts, account=_account(plan.archives), **found)
 
 
@@ -321,38 +327,31 @@ def _check_limit(unreadable: list[Unreadable], done: int, total: int, limit: flo
     )
 
 
-def _check_classes(train: Archive, done: list[ShardRecord]) -> None:
-    seen = {entry.label for record in done for entry in record.entries}
-    empty = [name for label, name in enumerate(train.class_names) if label not in seen]
+def _check_classes(train: Archive, labels: set[int]) -> None:
+    empty = [name for label, name in enumerate(train.class_names) if label not in labels]
     if empty:
         raise InputError(f"class {empty[0]!r}: none of its files is a readable image; repair or remove it")
 
 
-def _split(split: str, tasks: list[_Task], done: list[ShardRecord]) -> Split:
-    shards = tuple(
-        ShardFile(path=task.tar, count=len(record.entries))
-        for task, record in zip(tasks, done, strict=True)
-        if task.split == split
-    )
+def _split(name: str, shards: list[ShardFile]) -> Split:
     count = sum(shard.count for shard in shards)
     if not count:
-        raise InputError(f"the {split} archive has no readable image")
-    return Split(count=count, shards=shards)
+        raise InputError(f"the {name} archive has no readable image")
+    return Split(count=count, shards=tuple(shards))
 
 
-def _contact_sheet(source: Archive, record: ShardRecord) -> bytes:
-    members = [source.members[entry.source_index] for entry in record.entries[:_SHEET]]
+def _contact_sheet(source: Archive, entries: Sequence[Entry]) -> bytes:
+    members = [source.members[entry.source_index] for entry in entries]
     with threads(0) as pool:
         thumbnails = list(pool.map(lambda member: load_image(source.read(member), _THUMBNAIL), members))
     return image_grid(np.stack(thumbnails), _COLUMNS, gap=2)
 
 
 def _read_shard(manifest: ShardManifest, task: _Task, first: int) -> Iterator[Sample]:
-    record = records.parse(manifest.read_object(task.record), ShardRecord)
-    tar = io.BytesIO(manifest.read_object(task.tar))
-    images = tar_file_iterator(tar, select_files=lambda name: not name.endswith(".cls"))
-    for position, (entry, image) in enumerate(zip(record.entries, images, strict=True)):
-        yield Sample(first + position, entry.source_index, entry.name, entry.label, image["data"])
+    entries = records.parse(manifest.read_object(task.record), ShardRecord).entries
+    images = unpacked(manifest.read_object(task.tar), entries)
+    for position, (entry, data) in enumerate(zip(entries, images, strict=True)):
+        yield Sample(first + position, entry.source_index, entry.name, entry.label, data)
 
 
 def estimate(config: ShardConfig, archive: ArchiveRef, plan: PlanContext) -> StageCost:

@@ -5,8 +5,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from storage.archives import listing
+from storage.archives.account import Account
 from storage.archives.open import Archive, ArchiveRef, Member, open_archive
 from storage.errors import InputError, StorageError
+from storage.seal import json_digest
 
 
 def write(root: Path, *names: str) -> Path:
@@ -38,6 +41,15 @@ def test_names_that_look_like_urls_are_plain_names(tmp_path: Path) -> None:
     archive = open_archive(str(write(tmp_path, *names)))
     assert listed(archive) == sorted(names)
     assert [archive.read(member).decode() for member in archive.members] == sorted(names)
+
+
+@pytest.mark.parametrize("content", [None, ["sealed"]])
+def test_the_digest_is_that_of_the_whole_listing(monkeypatch: pytest.MonkeyPatch, content: list[str] | None) -> None:
+    monkeypatch.setattr(listing, "_PIECE", 2)
+    files = [listing.ListedFile(name, "ü.png", size, None) for name, size in (("b", 1), ("a", 2), ("c", None))]
+    archive = listing.Archive(Account("x"), files, bytes, content=content)
+    whole = {"class_names": ["a", "b", "c"], "members": [["a/ü.png", 2], ["b/ü.png", 1], ["c/ü.png", None]]}
+    assert archive.digest == json_digest(whole | ({"sealed": content} if content else {}))
 
 
 def test_digest_is_independent_of_place_and_time_only(tmp_path: Path, memory: str) -> None:

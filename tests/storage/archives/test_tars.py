@@ -83,6 +83,37 @@ def test_all_forms_of_headers(tmp_path: Path, form: int) -> None:
     assert [archive.read(member).decode().removeprefix("./") for member in archive.members] == expected
 
 
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_of_plain_files_are_read_without_tarfile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: int
+) -> None:
+    """And all others as `tarfile` reads them, wherever they are."""
+    plain, long = {f"{n % 3}/{n:04d}.png": b"x" * n for n in range(300)}, {f"0/{'y' * 120}.png": b"y", "1/ü.png": b"z"}
+    files = dict(sorted({**plain, **(long if form != tarfile.USTAR_FORMAT else {})}.items()))
+    where, opened = put(tmp_path, packing.tar(files, form)), list[object]()
+    theirs = tarfile.open
+
+    def noted(**kwargs: object) -> object:
+        opened.append(kwargs)
+        return theirs(**kwargs)
+
+    monkeypatch.setattr(tarfile, "open", noted)
+    archive = open_archive(where)
+    assert {member.name: archive.read(member) for member in archive.members} == files
+    assert len(opened) == len(files) - len(plain) - (form == tarfile.GNU_FORMAT)  # whose ü is one of the header
+
+
+def test_a_header_for_all_further_files_is_not_forgotten(tmp_path: Path) -> None:
+    """As `git archive` writes one; that of a path is not sensible, but shows whether it holds."""
+    for number, headers in enumerate(({"comment": "c0ffee"}, {"path": "c/3.png"})):
+        with tarfile.open(tmp_path / f"{number}.tar", "w", format=tarfile.PAX_FORMAT, pax_headers=headers) as tar:
+            for name in ("a/1.png", "a/2.png"):
+                tar.addfile(tarfile.TarInfo(name))
+    assert [member.name for member in open_archive(f"{tmp_path}/0.tar").members] == ["a/1.png", "a/2.png"]
+    with pytest.raises(InputError, match=r"c/3\.png: two files have this name"):
+        open_archive(f"{tmp_path}/1.tar")
+
+
 def test_a_tar_cut_between_two_files_is_not_whole(tmp_path: Path) -> None:
     """`tarfile` itself would take it for a shorter tar."""
     whole = packing.tar({"a/1.png": b"1", "a/2.png": b"2"})
