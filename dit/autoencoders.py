@@ -39,6 +39,8 @@ class Autoencoder(BaseModel):
 
     NEEDS: ClassVar[str | None] = None
     """A package that the network needs and that diffusers does not bring."""
+    EXTRA: ClassVar[str | None] = None
+    """The extra of ours that brings it."""
 
     block_out_channels: Widths = (64,)
     latent_channels: Count = 4
@@ -188,6 +190,7 @@ class RAE(Autoencoder):
     """
 
     NEEDS: ClassVar[str | None] = "transformers"
+    EXTRA: ClassVar[str | None] = "rae"
 
     encoder_hidden_size: Count = 768
     encoder_patch_size: Count = 14
@@ -251,5 +254,5 @@ def parse(config: bytes, where: str) -> tuple[str, Autoencoder]:
     except ValidationError as error:
         raise InputError(f"{where}: not the config of an autoencoder: {problem(error)}") from error
     if found.NEEDS and find_spec(found.NEEDS) is None:
-        raise InputError(f"{where}: {name} needs the package {found.NEEDS}; run pip install {found.NEEDS}")
+        raise InputError(f"{where}: {name} needs {found.NEEDS}; pip install 'ditflow[{found.EXTRA}]'")
     return name, found

@@ -362,7 +362,8 @@ def picture(images: NDArray[np.uint8], card: ModelCard) -> bytes:
 def estimate(config: SampleConfig, checkpoint: CheckpointManifest, plan: PlanContext) -> StageCost:
     """What it takes to draw the samples."""
     card, ref = checkpoint.card, config.vae or checkpoint.card.vae_ref
-    passes, macs = sampler(config, card.diffusion).passes(config.steps), cost(card.model).macs
+    passes, adaptive = sampler(config, card.diffusion).passes(config.steps), _adaptive(config, card)
+    macs = cost(card.model).macs
     if _scale(config, card.model) != UNGUIDED:  # the second pass is within the interval alone, if there is one
         worse = guide.guide_of(config, card)
         macs += cost(worse.card.model).macs if worse else macs
@@ -370,7 +371,7 @@ def estimate(config: SampleConfig, checkpoint: CheckpointManifest, plan: PlanCon
     seconds = config.count * passes * 2 * macs / rate
     if ref:
         seconds += config.count / plan.rate("decode", lambda: decoder_rate(ref, card.resolution, config.precision))
-    rows = layout(config.count, config.block_rows, card.resolution, nfe=_adaptive(config, card))
+    rows = layout(config.count, config.block_rows, card.resolution, nfe=adaptive)
     facts = {"resolution": card.resolution, "class_names": card.class_names, "conditions": {}}
     return StageCost(
         images=config.count,
@@ -380,6 +381,7 @@ def estimate(config: SampleConfig, checkpoint: CheckpointManifest, plan: PlanCon
         done=plan.records(),
         seconds=seconds / at_once(plan.world_size),
         leaves={"counts": {"images": config.count}, **facts},
+        guess=f"{config.sampler} with {passes} passes for an image, which is a guess" if adaptive else "",
     )
 
 

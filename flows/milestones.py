@@ -38,7 +38,7 @@ def milestones(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
     Waits for shards, latents and milestones that are not there yet.
 
     Raises:
-        DitflowError: training has ended before its last step.
+        DitflowError: training, or the pipeline before it, has ended early.
     """
     asked = recipe.asked_over_training()
     processes.note(flow_run.id, settings.root)
@@ -74,12 +74,20 @@ def evaluate_milestones(recipe: Recipe, latents: str, trained: str, settings: Ru
 
 
 def _latents(recipe: Recipe, root: str) -> Manifest:
-    """Wait for what the recipe trains on."""
+    """Wait for what the recipe trains on.
+
+    Raises:
+        DitflowError: the pipeline has ended before that.
+    """
     with listed_once():
         while True:
+            settle(root, alone=False)  # so that the run of a killed command has ended, too
+            end = over_training.early_end(recipe.pipeline_id, None, root)
             made = recipe.finished(root, before="train")
             if made is not None:
                 return made[-1]
+            if end is not None:
+                raise _ended(recipe, end, "training")
             get_run_logger().info("waiting for the latents of %s", recipe.name)
             time.sleep(POLL_SECONDS)
 
@@ -88,13 +96,13 @@ def _follow(recipe: Recipe, asked: OverTraining, latents: Manifest, settings: Ru
     """Evaluate what training commits, until a look after that at its last step finds nothing new.
 
     Raises:
-        DitflowError: training has ended before its last step.
+        DitflowError: training, or the pipeline before it, has ended early.
     """
     training = STAGES["train"].output(settings.root, located(recipe.train, settings.root), latents).header
     points, waiting = _Points(recipe, asked, training, settings), False
     while True:
-        settle(settings.root, alone=False)  # so that the run of a killed command has ended, too
-        end = over_training.early_end(points.training, settings.root)
+        settle(settings.root, alone=False)
+        end = over_training.early_end(recipe.pipeline_id, points.training, settings.root)
         models = asked.checkpoints(settings.root, latents)  # after it: what training has committed before its end
         points.training = models.get(recipe.train.steps, points.training)  # which names its MLflow run
         new = sorted(models.keys() - points.metrics.keys())
@@ -104,13 +112,16 @@ def _follow(recipe: Recipe, asked: OverTraining, latents: Manifest, settings: Ru
             return sorted(points.outcomes, key=lambda outcome: outcome.step or 0)
         missing = sorted({*asked.steps} - points.metrics.keys())
         if not new and end is not None:
-            what = f"the training of {recipe.name} has ended ({end}) before the steps {missing}"
-            raise DitflowError(f"milestones: {what}; start it again, then this command")
+            raise _ended(recipe, end, f"the steps {missing}")
         if not new and not waiting:
             get_run_logger().info("waiting for the next of the steps %s", missing)
         if not new:
             time.sleep(POLL_SECONDS)
         waiting = not new
+
+
+def _ended(recipe: Recipe, end: str, before: str) -> DitflowError:
+    return DitflowError(f"milestones: {recipe.name}: {end} before {before}; start it again, then this command")
 
 
 @dataclass

@@ -53,6 +53,8 @@ class OverWidths:
             refuse(FIELD, (), "needs train.ema_power, the averages to make others from")
         if evaluate is None:
             refuse(FIELD, (), "needs evaluate.extractor")
+        if asked.step is not None and asked.step > train.steps:
+            refuse(FIELD, ("step",), f"{asked.step:,} is after the last step of training, {train.steps:,}")
         return cls(
             {std: AverageConfig(std=std, step=asked.step) for std in sorted(set(asked.stds))},
             changed(FIELD, "sample", sample, {"weights": "ema"} | asked.sample),

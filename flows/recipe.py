@@ -69,16 +69,12 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
-    def _milestones_can_be_evaluated(self) -> Self:
+    def _models_can_be_evaluated(self) -> Self:
+        _ = self.over_widths  # which raises
         if self.over_training is None and self.registry.checkpoint == "best":
             raise ValueError("registry.checkpoint: best needs evaluate_milestones")
         if self.average is not None and self.registry.checkpoint == "best":
             raise ValueError("average: takes the place of the best milestone; set registry.checkpoint: last")
-        return self
-
-    @model_validator(mode="after")
-    def _widths_can_be_evaluated(self) -> Self:
-        _ = self.over_widths  # which raises
         return self
 
     @property

@@ -39,6 +39,8 @@ class StageCost:
     """What to change in the config for a smaller output."""
     save_memory: str = ""
     """What to change in the config for less memory."""
+    guess: str = ""
+    """What the estimate takes for granted and the run decides, for people."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ BLOCKS = {
     "adaln_zero": (675.1, 118.64),
 }
 
+# SiT (arXiv 2401.08740) has DiT's networks.
+SIT = {name: (params, gmac) for name, (params, gmac, _) in DIT.items() if name.endswith("/2")}
+
 # LightningDiT-XL/1 (arXiv 2501.01423), with the fixed position table as DiT's.
 LIGHTNING_XL1 = (674_961_824 + 294_912) / 1e6
 

@@ -239,6 +239,18 @@ def dit_config(name: str, **fields: Any) -> DiTConfig:
     return DiTConfig.model_validate(_sized(name) | fields)
 
 
+def sit_config(name: str, **fields: Any) -> DiTConfig:
+    """The config of a SiT (arXiv 2401.08740) such as ``"XL/2"`` (size, patch size), with other fields as given.
+
+    It is DiT without a learned variance. The published files have DiT's outputs, of which SiT does not use the second
+    half.
+
+    Raises:
+        InputError: there is no such size.
+    """
+    return dit_config(name, **{"learn_variance": False} | fields)
+
+
 def lightning_config(name: str, **fields: Any) -> DiTConfig:
     """The config of a LightningDiT such as ``"XL/1"`` (size, patch size), with other fields as given.
 

@@ -1,7 +1,7 @@
 """Parameters, operations and memory of a model, counted on the module itself, without weights or arithmetic."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import get_args
 
 import torch
@@ -15,10 +15,12 @@ from dit.models.config import (
     SIZES,
     BlockKind,
     ModelConfig,
+    TransformerShape,
     diffit_config,
     diffit_image_config,
     dit_config,
     lightning_config,
+    sit_config,
 )
 from storage.errors import InputError
 
@@ -53,10 +55,19 @@ class Cost:
 def cost(config: ModelConfig, prepare: Callable[[nn.Module], None] | None = None) -> Cost:
     """Count a model's parameters and the operations of one forward pass on torch's "meta" device.
 
+    Of a transformer whose blocks are alike two depths are counted, and the rest follows.
+
     Args:
         config: the model.
         prepare: applied to the model before; it may choose what is trained.
     """
+    if prepare is None and isinstance(config, TransformerShape) and config.depth > 2:
+        one, two = (astuple(_counted(config.model_copy(update={"depth": depth}))) for depth in (1, 2))
+        return Cost(*(second + (config.depth - 2) * (second - first) for first, second in zip(one, two, strict=True)))
+    return _counted(config, prepare)
+
+
+def _counted(config: ModelConfig, prepare: Callable[[nn.Module], None] | None = None) -> Cost:
     with torch.device("meta"):
         model = build(config)
         if prepare is not None:
@@ -124,6 +135,8 @@ def catalogue(latent: int) -> Iterator[tuple[str, ModelConfig]]:
     for block in get_args(BlockKind):
         for name in names:
             yield f"DiT-{name} {block}", dit_config(name, input_size=latent, block=block)
+    for size in SIZES:
+        yield f"SiT-{size}/2", sit_config(f"{size}/2", input_size=latent)
     for size in SIZES:
         yield f"LightningDiT-{size}/1", lightning_config(f"{size}/1", input_size=latent // 2)
     for name in names:

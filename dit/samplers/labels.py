@@ -1,5 +1,6 @@
 """The class of each sample: at random, in turn, or as chosen by name."""
 
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Literal
@@ -25,7 +26,7 @@ def class_label(name: str, class_names: Sequence[str]) -> int:
     """
     if name in class_names:
         return class_names.index(name)
-    if name.isascii() and name.isdecimal() and int(name) < len(class_names):
+    if re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(class_names):
         return int(name)
     close = get_close_matches(name, class_names, 1)
     hint = (

@@ -15,6 +15,7 @@ HELP = "list every model with its parameters, compute and memory"
 HEADER = ("model", "params M", "GMAC", "GFLOP/image", "weights", "gradients", "AdamW", "EMA GiB")
 WIDTHS = (24, 9, 8, 12, 8, 10, 7, 8)
 NOTE = """params M: with DiT's fixed position table and without DiffiT's, as the papers count them
+SiT: as it is trained here, without the half of the outputs that the published files have and SiT does not use
 LightningDiT: for the same images, with an autoencoder of 32 channels and half the side"""
 
 

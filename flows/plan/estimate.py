@@ -88,6 +88,7 @@ def plan(recipe: Recipe, root: str, given: Mapping[str, float]) -> Plan:
         archive=tuple(
             line for each in stages if isinstance(each.manifest, ShardManifest) for line in summary(each.manifest)
         ),
+        guesses=tuple(f"{each.stage}: {each.cost.guess}" for each in stages if each.cost.guess and not each.finished),
         problems=(*no_disk(stages, root, missing, there), *_no_memory(stages, recipe, memory_there), *no_room(copy)),
     )
 

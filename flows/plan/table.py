@@ -53,6 +53,8 @@ class Plan:
     """None if the latents are local or streamed, or the model is trained already."""
     archive: tuple[tuple[str, str], ...]
     """What the recipe's archive holds, as `storage.shards.summary` yields it."""
+    guesses: tuple[str, ...]
+    """What the hours take for granted."""
     problems: tuple[str, ...]
     """Why the recipe cannot run as it is, and what to change."""
 
@@ -70,7 +72,7 @@ class Plan:
         return rows
 
     def needs(self) -> list[str]:
-        """One line each for disk, cache and memory."""
+        """One line each for disk, cache, memory and what is guessed."""
         there = _free(self.disk_there)
         copy = self.copy and f"{self.copy.size / 1e9:,.2f} GB of latents to copy to {self.copy.folder}, "
         need, available = f"{self.memory / 2**30:,.1f} GiB", f"{self.memory_there / 2**30:,.1f} GiB"
@@ -78,6 +80,7 @@ class Plan:
             f"disk    {self.disk / 1e9:,.2f} GB to write, {there}",
             *([f"cache   {copy}{_free(self.copy.there)}"] if self.copy else []),
             f"memory  {need} on each rank in training, {available} available",
+            *(f"hours   {guess}" for guess in self.guesses),
         ]
 
 

@@ -13,7 +13,7 @@ from dit.evaluate import MetricsManifest
 from dit.metrics.comparison import NFE
 from flows.tracking.runs import BestEffort, living_run, open_client
 from flows.tracking.sink import log_records
-from flows.tracking.store import DIGEST_TAG, MILESTONE, find
+from flows.tracking.store import DIGEST_TAG, MILESTONE, find, find_pipeline
 from storage.header import Header
 from storage.seal import json_digest
 
@@ -40,17 +40,26 @@ def log(training: Header, evaluations: Mapping[int, MetricsManifest], root: str)
             _log(client, run, evaluations)
 
 
-def early_end(training: Header, root: str) -> str | None:
-    """How the run of a training has ended early: FAILED or KILLED.
+def early_end(pipeline_id: str, training: Header | None, root: str) -> str | None:
+    """What has ended early, and how: the training or, if that has no run yet, its pipeline; FAILED or KILLED.
 
     None if it goes on, there is no such run, or MLflow does not answer. Also if it is FINISHED, as the same training in
     another root may be.
+
+    Args:
+        pipeline_id: of the recipe.
+        training: header of the output of the training; None if its inputs are not there yet.
+        root: folder or URL of all outputs.
     """
     with BestEffort():
         client, experiment_id = open_client(root)
-        run_id = training.provenance.mlflow_run_id or find(client, experiment_id, DIGEST_TAG, training.digest)
+        what, run_id = "training", None
+        if training is not None:
+            run_id = training.provenance.mlflow_run_id or find(client, experiment_id, DIGEST_TAG, training.digest)
+        if run_id is None:
+            what, run_id = "pipeline", find_pipeline(client, experiment_id, pipeline_id)
         run = None if run_id is None else living_run(client, run_id)
-        return None if run is None or run.info.status not in ENDED_EARLY else str(run.info.status)
+        return None if run is None or run.info.status not in ENDED_EARLY else f"{what} has ended ({run.info.status})"
     return None
 
 

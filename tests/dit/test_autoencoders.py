@@ -87,7 +87,6 @@ def taesd() -> AutoencoderTiny:
 
 
 def rae() -> AutoencoderRAE:
-    pytest.importorskip("transformers")
     return AutoencoderRAE(
         encoder_hidden_size=64,
         encoder_num_hidden_layers=1,
@@ -216,7 +215,7 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(autoencoders, "find_spec", lambda _: None)
     with pytest.raises(InputError) as caught:
         load_vae(VaeRef(source=str(tmp_path)))
-    needs = "AutoencoderRAE needs the package transformers; run pip install transformers"
+    needs = "AutoencoderRAE needs transformers; pip install 'ditflow[rae]'"
     assert str(caught.value) == f"{tmp_path / CONFIG}: {needs}"
     monkeypatch.setattr(autoencoders, "find_spec", lambda name: name)
     assert packages(VaeRef(source=str(tmp_path))) == ["transformers"]

@@ -222,6 +222,7 @@ def test_a_sweep_of_widths_is_evaluated_and_reported(
         (["evaluate_widths.stds=[]"], "evaluate_widths.stds: Tuple should have at least 1 item"),
         (["evaluate_widths.stds=[0.3]"], "evaluate_widths.stds.0: Input should be less than 0.288"),
         (["evaluate_widths.sample.count=0"], "evaluate_widths.sample.count: Input should be greater than"),
+        (["evaluate_widths.step=7"], "evaluate_widths.step: 7 is after the last step of training, 6"),
     ],
 )
 def test_what_is_wrong_with_a_sweep_is_named_in_one_line(recipe: str, changes: list[str], line: str) -> None:

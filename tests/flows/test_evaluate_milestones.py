@@ -209,14 +209,36 @@ def test_another_worker_ends_with_a_training_that_ends_early(
             command.touch()  # nobody holds its lock
 
     monkeypatch.setattr(watching, "time", SimpleNamespace(sleep=wait))
-    said = (
-        rf"^milestones: the training of demo has ended \({end}\) before the steps \[20, 30\]; start it again, then this"
-    )
+    said = rf"^milestones: demo: training has ended \({end}\) before the steps \[20, 30\]; start it again, then this"
     processes.join(root)
     with pytest.raises(DitflowError, match=said):
         milestones(recipe, RunSettings(root=root))
     processes.leave(root)
     assert [len(list(tmp_path.glob(f"{stage}/*/manifest.json"))) for stage in ("train", "evaluate")] == [1, 1]
+
+
+def test_another_worker_ends_with_a_pipeline_that_fails_before_training(
+    tmp_path: Path, digits: Path, prefect_api: str, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before there are latents, and when they are there. Until it has failed the worker waits."""
+    recipe, small = recipe_of(tmp_path, digits, **{"train.held_out": "null", "train.seed": 7}), Small(tmp_path)
+    root, looks = str(tmp_path), list[float]()
+
+    def fail(seconds: float) -> None:
+        looks.append(seconds)
+        with pytest.raises(ValueError, match="a stage"), runs.pipeline_run(recipe.pipeline_id, root):
+            raise ValueError("a stage")
+
+    monkeypatch.setattr(watching, "time", SimpleNamespace(sleep=fail))
+    processes.join(root)
+    with pytest.raises(DitflowError, match=r"^milestones: demo: pipeline has ended \(FAILED\) before training; start"):
+        milestones(recipe, RunSettings(root=root))
+    assert len(looks) == 1
+    small.bring("encode", recipe.encode, small.bring("shard", recipe.shard, recipe.archive))
+    with pytest.raises(DitflowError, match=r"pipeline has ended \(FAILED\) before the steps \[10, 20, 30\]; start it"):
+        milestones(recipe, RunSettings(root=root))
+    processes.leave(root)
+    assert len(looks) == 1
 
 
 @pytest.mark.full

@@ -1,10 +1,22 @@
 """Counts against counts by hand, and the list of what there is."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from dit.models.build import build
-from dit.models.config import SIZES, DiTConfig, ModelConfig, diffit_image_config, dit_config, lightning_config
+from dit.models.config import (
+    SIZES,
+    BlockKind,
+    DiTConfig,
+    ModelConfig,
+    diffit_config,
+    diffit_image_config,
+    dit_config,
+    lightning_config,
+    sit_config,
+)
 from dit.models.cost import activations, catalogue, cost
 from storage.errors import InputError
 
@@ -29,15 +41,36 @@ def test_labels_of_a_model_on_images_are_counted() -> None:
     assert cost(diffit_image_config("digits16", num_classes=10)).parameters == plain.parameters + 11 * 128
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(dit_config("S/2", input_size=16, block=block) for block in get_args(BlockKind)),
+        lightning_config("S/2", qk_norm=True),
+        diffit_config("S/2", input_size=16),
+        diffit_config("S/2", input_size=16, depth=2),
+    ],
+)
+def test_what_follows_from_two_depths_is_what_is_counted(config: ModelConfig) -> None:
+    assert cost(config) == cost(config, lambda model: None)
+
+
+def test_sit_is_dit_without_the_outputs_of_a_learned_variance() -> None:
+    dit, sit = dit_config("S/2"), sit_config("S/2")
+    assert (dit.out_channels, sit.out_channels) == (8, 4)
+    assert cost(dit).parameters - cost(sit).parameters == 2 * 2 * 4 * (sit.width + 1)
+    assert sit_config("S/2", learn_variance=True) == dit  # as it is published
+
+
 def test_catalogue_has_every_model_once_and_the_latent_is_theirs() -> None:
     models = dict(catalogue(64))
-    assert len(models) == len(list(catalogue(32))) == 4 * 12 + 12 + 4 + 3
+    assert len(models) == len(list(catalogue(32))) == 4 * 12 + 4 + 12 + 4 + 3
     assert {
         "DiT-XL/2 adaln_zero",
         "DiT-S/8 in_context",
         "DiffiT-B/4",
         "DiffiT cifar10",
         "LightningDiT-XL/1",
+        "SiT-XL/2",
     } <= models.keys()
     assert {c.input_size for name, c in models.items() if "/" in name} == {64, 32}
     assert {name for name, c in models.items() if c.input_size == 32} >= {f"LightningDiT-{size}/1" for size in SIZES}

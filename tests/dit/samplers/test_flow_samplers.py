@@ -286,6 +286,18 @@ def test_a_sample_that_is_lost_ends_and_spoils_no_other(bad: float) -> None:
     assert torch.equal(found[kept], last(dopri5(flow(), network, start()[kept], None)).flatten())
 
 
+def test_a_tolerance_below_the_rounding_errors_of_the_network_ends_with_what_to_change() -> None:
+    """They do not become smaller with the steps, as the errors of a smooth velocity do."""
+
+    def rounded(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        return torch.tanh(3 * x + column(t)).bfloat16().double()
+
+    x = SampleNoise(0, range(2), (4, 8, 8)).initial().double()
+    said = r"sample\.rtol: dopri5 has taken 5,000 passes up to time 0\.\d+ of 1; raise sample\.rtol or atol, or set"
+    with pytest.raises(InputError, match=rf"^{said} sample\.precision=float32$"):
+        last(dopri5(flow(), rounded, x, None, rtol=0, atol=1e-9))
+
+
 def test_a_network_of_zeros_takes_long_steps() -> None:
     state = end(dopri5(flow(), lambda x, t, y: 0 * x, start(), None))
     assert torch.equal(state.x, start())

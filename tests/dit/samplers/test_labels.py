@@ -17,7 +17,13 @@ def test_a_name_comes_before_a_number(name: str, label: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("dgo", "did you mean 'dog'?"), ("4", "a name or a number from 0 to 3"), ("-1", "a name"), ("²", "a ")],
+    [
+        ("dgo", "did you mean 'dog'?"),
+        ("4", "a name or a number from 0 to 3"),
+        ("-1", "a name"),
+        ("²", "a "),
+        ("9" * 5000, "a name or a number from 0 to 3"),
+    ],
 )
 def test_a_class_that_is_none(name: str, hint: str) -> None:
     with pytest.raises(InputError, match=f"no class '{name}'; .*{hint.replace('?', '.')}"):

@@ -28,6 +28,7 @@ def published(latent: int) -> dict[str, tuple[float | None, float, float]]:
         found[f"DiT-{name} adaln_zero"] = (params, gmac, 5e-3) if latent == 32 else (None, gmac_512, 5e-3)
     if latent == 32:
         found |= {f"DiT-XL/2 {block}": (*row, 1e-3) for block, row in published_costs.BLOCKS.items()}
+        found |= {f"SiT-{name}": (*row, 5e-3) for name, row in published_costs.SIT.items()}
         found["LightningDiT-XL/1"] = (published_costs.LIGHTNING_XL1, 118.6, 1e-3)
         found |= {f"DiffiT {name}": (*row, 5e-3) for name, row in published_costs.DIFFIT_IMAGE.items()}
     return found | {
@@ -54,10 +55,11 @@ def test_every_published_size(latent: int, monkeypatch: pytest.MonkeyPatch, caps
 
 def test_table(few: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
-    header, *lines, note, other_note = capsys.readouterr().out.splitlines()
+    header, *lines, note, of_sit, of_lightning = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["model", "params", "M"]
-    assert len(lines) == 4 * 3 + 1 + 3 + 1
-    assert other_note.startswith("LightningDiT: for the same images")
+    assert len(lines) == 4 * 3 + 1 + 1 + 3 + 1
+    assert of_sit.startswith("SiT: as it is trained here, without")
+    assert of_lightning.startswith("LightningDiT: for the same images")
     assert len({len(line) for line in (header, *lines)}) == 1
     assert note.startswith("params M: with DiT's fixed position table and without DiffiT's")
     assert next(line.split() for line in lines if line.startswith("DiffiT-S/2"))[1] == "27.32"

@@ -12,6 +12,7 @@ import pytest
 from command_line import SIDE, refused, tiny, write_images
 
 from dit.models.build import build
+from dit.models.choice import DataSpec
 from dit.models.cost import cost
 from flows.command.main import main
 from flows.contract import STAGES
@@ -68,6 +69,16 @@ def test_hours_follow_from_the_rates(images: Path, root: Path, rates: Path) -> N
     assert unguided.lines[3].hours * 3600 == pytest.approx(6 * 2 * 2 * work.macs / 2e9 + 6 / 5)
 
 
+def test_a_guess_of_the_plan_is_said(images: Path, root: Path, rates: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flow = ("train.diffusion={kind: flow}", "sample.sampler=dopri5", "sample.guidance_scale=1")
+    recipe = recipe_of(images, root, *flow)
+    found, work = planned(recipe, root, rates), cost(recipe.train.model.config(_given(learn_variance=False)))
+    assert found.lines[3].hours * 3600 == pytest.approx(6 * 60 * 2 * work.macs / 2e9 + 6 / 5)
+    assert found.guesses == ("sample: dopri5 with 60 passes for an image, which is a guess",)
+    assert f"hours   {found.guesses[0]}" in found.needs()
+    assert not planned(recipe_of(images, root), root, rates).guesses
+
+
 def test_normalised_channels_change_nothing_in_a_plan(images: Path, root: Path, rates: Path) -> None:
     """Before their statistics are known, and after."""
     plain, normalised = recipe_of(images, root), recipe_of(images, root, "train.normalise=channel")
@@ -117,10 +128,8 @@ def test_the_archive_is_accounted_for(
         assert all(f"{name:5}  {line}" in out for name, line in said)
 
 
-def _given() -> object:
-    from dit.models.choice import DataSpec
-
-    return DataSpec(channels=4, side=SIDE // 4, num_classes=3, learn_variance=True)
+def _given(*, learn_variance: bool = True) -> DataSpec:
+    return DataSpec(channels=4, side=SIDE // 4, num_classes=3, learn_variance=learn_variance)
 
 
 def test_objects_and_bytes_are_those_that_the_stages_write(images: Path, root: Path, rates: Path) -> None:
