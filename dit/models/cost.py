@@ -15,7 +15,7 @@ from dit.models.config import (
     SIZES,
     BlockKind,
     ModelConfig,
-    TransformerShape,
+    PatchTransformerConfig,
     diffit_config,
     diffit_image_config,
     dit_config,
@@ -61,7 +61,7 @@ def cost(config: ModelConfig, prepare: Callable[[nn.Module], None] | None = None
         config: the model.
         prepare: applied to the model before; it may choose what is trained.
     """
-    if prepare is None and isinstance(config, TransformerShape) and config.depth > 2:
+    if prepare is None and isinstance(config, PatchTransformerConfig) and config.depth > 2:
         one, two = (astuple(_counted(config.model_copy(update={"depth": depth}))) for depth in (1, 2))
         return Cost(*(second + (config.depth - 2) * (second - first) for first, second in zip(one, two, strict=True)))
     return _counted(config, prepare)
