@@ -1,6 +1,5 @@
-"""Packs images of an archive with their labels into one webdataset tar, in memory, and checks each image."""
+"""Packs images of an archive with their labels into one webdataset tar, and checks each image."""
 
-import io
 import tarfile
 import time
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from storage.archives.open import Archive, Member
 from storage.config import Config
 from storage.images.transforms import UnreadableImage, inspect
 from storage.parallel import threads
+from storage.pieces import Pieces
 
 TIMED_IMAGES = 256
 """Images that are read to measure the rate."""
@@ -47,17 +47,17 @@ class Entry(Config):
 
 
 class Packed(NamedTuple):
-    """A tar and the list of its images."""
+    """What a tar holds, and what was left out of it."""
 
-    data: bytes
     entries: tuple[Entry, ...]
     unreadable: tuple[Unreadable, ...]
 
 
-def pack(source: Archive, split: str, indices: NDArray[np.int64], min_side: int) -> Packed:
-    """A webdataset tar of images, with the image files' own bytes. The same images give the same tar.
+def pack(tar: Pieces, source: Archive, split: str, indices: NDArray[np.int64], min_side: int) -> Packed:
+    """Write a webdataset tar of images, with the image files' own bytes. The same images give the same tar.
 
     Args:
+        tar: receives the tar, image by image.
         source: the archive.
         split: name of the split, for the list of unreadable files.
         indices: indices among the archive's files, in the tar's order.
@@ -66,7 +66,7 @@ def pack(source: Archive, split: str, indices: NDArray[np.int64], min_side: int)
     Raises:
         StorageError: as `Archive.read`.
     """
-    tar, entries, unreadable = io.BytesIO(), list[Entry](), list[Unreadable]()
+    entries, unreadable = list[Entry](), list[Unreadable]()
     for index in map(int, indices):
         member = source.members[index]
         data = source.read(member)
@@ -79,8 +79,8 @@ def pack(source: Archive, split: str, indices: NDArray[np.int64], min_side: int)
         _add(tar, _name(index, entry.extension), data)
         entries.append(entry)
     tar.write(bytes(2 * tarfile.BLOCKSIZE))  # end-of-archive mark
-    tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
-    return Packed(tar.getvalue(), tuple(entries), tuple(unreadable))
+    tar.write(bytes(-tar.size % tarfile.RECORDSIZE))
+    return Packed(tuple(entries), tuple(unreadable))
 
 
 def unpacked(tar: bytes, entries: Iterable[Entry]) -> Iterator[bytes]:
@@ -140,7 +140,7 @@ def _name(index: int, extension: str) -> bytes:
     return f"{index:08d}.{extension}".encode()
 
 
-def _add(tar: io.BytesIO, name: bytes, data: bytes) -> None:
+def _add(tar: Pieces, name: bytes, data: bytes) -> None:
     """Append a file without time and owner. The header is what `tarfile` writes, in a tenth of its time."""
     header = bytearray(_HEADER)
     header[: len(name)] = name

@@ -1,7 +1,7 @@
 """The stage `shard`: the images of an archive are checked, shuffled and packed into webdataset tars.
 
 Shard k of a split is slice k of a keyed permutation of the split's sorted files, so shards do not
-depend on each other. Each is built in memory, written whole and committed by its record. The bytes of
+depend on each other. Each is written under another name, synced, renamed and committed by its record. The bytes of
 the image files are not changed, and the same images give the same tars, byte for byte.
 """
 
@@ -27,6 +27,7 @@ from storage.images.transforms import load as load_image
 from storage.manifest import Manifest, StageOutput
 from storage.order import permutation
 from storage.parallel import threads
+from storage.pieces import pieces
 from storage.shards.pack import Entry, Unreadable, pack, packed_size, timed, unpacked
 from storage.shards.runners import Runner, Threads, local_workers
 from storage.stage import StageDefinition
@@ -53,7 +54,7 @@ class ShardConfig(Config):
     min_side: int = Field(8, ge=1)
     """Shortest allowed side of an image, pixels; smaller images count as unreadable."""
     runner: Runner = operational(Threads())
-    """Workers that build the shards; each holds one tar in memory."""
+    """Workers that build the shards. If the root is no local disk, each holds one tar in memory."""
 
 
 class ShardFile(Config):
@@ -281,8 +282,11 @@ def _build(config: ShardConfig, source: Archive, out: StageOutput, task: _Task) 
     record = records.load(out, task.record, ShardRecord)
     if record is None:
         replace = uri.exists(out.url(task.record))
-        data, entries, unreadable = pack(source, task.split, task.indices, config.min_side)
-        record = ShardRecord(files=(out.put(task.tar, data),), entries=entries, unreadable=unreadable)
+        size = packed_size([source.members[index].size or 0 for index in task.indices])
+        with pieces(out.url(task.tar), size) as tar:
+            entries, unreadable = pack(tar, source, task.split, task.indices, config.min_side)
+        file = FileEntry(path=task.tar, size=tar.size, sha256=tar.sha256)
+        record = ShardRecord(files=(file,), entries=entries, unreadable=unreadable)
         records.commit(out, task.record, record, replace=replace)
     return record.unreadable
 

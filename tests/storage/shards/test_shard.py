@@ -20,6 +20,7 @@ from storage.archives.open import Archive, ArchiveRef, open_archive, open_splits
 from storage.errors import InputError, StorageError
 from storage.manifest import StageOutput, stage_output
 from storage.order import permutation
+from storage.pieces import Pieces
 from storage.shards import shard
 from storage.shards.pack import pack, unpacked
 from storage.shards.runners import Threads
@@ -119,12 +120,13 @@ def test_other_tools_read_the_tars(tmp_path: Path, archive: ArchiveRef) -> None:
 
 
 def test_a_tar_of_other_images_than_listed_is_refused(tmp_path: Path, archive: ArchiveRef) -> None:
-    packed = pack(open_splits(archive)["train"], "train", np.arange(3), 1)
-    assert len(list(unpacked(packed.data, packed.entries))) == 3
+    tar = io.BytesIO()
+    entries, _ = pack(Pieces(tar), open_splits(archive)["train"], "train", np.arange(3), 1)
+    assert len(list(unpacked(tar.getvalue(), entries))) == 3
     with pytest.raises(ValueError, match=r"b'00000001\.\w+' is not in its place"):
-        list(unpacked(packed.data, packed.entries[1:]))
+        list(unpacked(tar.getvalue(), entries[1:]))
     with pytest.raises(ValueError, match="is not in its place"):
-        list(unpacked(packed.data, [*packed.entries, packed.entries[0]]))
+        list(unpacked(tar.getvalue(), [*entries, entries[0]]))
 
 
 def test_the_tars_are_those_of_webdatasets_own_writer(tmp_path: Path, archive: ArchiveRef) -> None:
@@ -196,9 +198,9 @@ def test_a_committed_shard_is_not_built_again(
     (folder / "train/00002.tar").unlink()
     built, pack = [], shard.pack
 
-    def counted(source: Archive, split: str, indices: NDArray[np.int64], min_side: int) -> object:
+    def counted(tar: Pieces, source: Archive, split: str, indices: NDArray[np.int64], min_side: int) -> object:
         built.append((split, list(indices)))
-        return pack(source, split, indices, min_side)
+        return pack(tar, source, split, indices, min_side)
 
     monkeypatch.setattr(shard, "pack", counted)
     run(tmp_path / "out", archive)
