@@ -181,11 +181,11 @@ def _drawn(
         if not final.x.isfinite().all():
             which = f"samples {indices[0]:,} to {indices[-1]:,}"
             raise DitflowError(f"{which} are not finite; check the model's training loss")
-        rows = {"image": _decoded(config, card, vae, final.x).numpy()}
+        rows = {"image": decoded(config, card, vae, final.x).numpy()}
     return rows if final.passes is None else rows | {"nfe": final.passes.cpu().numpy().astype(np.int32)}
 
 
-def _decoded(config: SampleConfig, card: ModelCard, vae: Vae | None, x0: torch.Tensor) -> torch.Tensor:
+def decoded(config: SampleConfig, card: ModelCard, vae: Vae | None, x0: torch.Tensor) -> torch.Tensor:
     """The images uint8 (B, H, H, 3) of latents or pixels (B, C, h, h), on the CPU."""
     if vae is None or card.vae is None:
         return to_bytes(x0, config.rounding).cpu()

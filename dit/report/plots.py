@@ -7,11 +7,22 @@ from itertools import takewhile
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogFormatter
 
 from dit.metrics.comparison import Estimate
 from dit.metrics.power_law import PowerLaw
+from dit.report.attention import NUMBERS, Attention
+
+RECEIVED = 8
+"""Attention that a token receives, in shares of what it would have if all were alike, at the ends of the colours."""
+TICKS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
+LOOKS = {
+    "tokens": "tokens that a query looks at",
+    "distance": "distance to them, in tokens",
+    "moved": "share moved by the time itself",
+}
 
 
 def curve(
@@ -121,6 +132,47 @@ def guidance(lines: Sequence[GuidanceLine], title: str) -> bytes:
         axes.grid(visible=True, alpha=0.3)
         axes.legend(fontsize=8)
     return _png(figure)
+
+
+def attention(found: Attention) -> bytes:
+    """The first sample on its way, what its tokens receive in each layer, and the numbers of the layers."""
+    rows, columns = 2 + len(found.layers), len(found.times)
+    figure = Figure(figsize=(1.1 * columns + 1.6, 1.15 * rows + 3.2), dpi=120, layout="constrained")
+    (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.15 * rows, 3.2))
+    cells = above.subplots(rows, columns, squeeze=False)
+    for axes in cells.flat:
+        axes.set(xticks=[], yticks=[])
+    for axes, time in zip(cells[0], found.times, strict=True):
+        axes.set_title(time, fontsize=8)
+    for line, name, images in zip(cells, ("noisy", "expected"), (found.noisy, found.expected), strict=False):
+        line[0].set_ylabel(name, fontsize=7)
+        for axes, image in zip(line, images, strict=True):
+            axes.imshow(image)
+    for line, layer in zip(cells[2:], found.layers, strict=True):
+        line[0].set_ylabel(layer.name.replace(": ", "\n").replace(" in ", "\nin "), fontsize=7)
+        for axes, received in zip(line, layer.received, strict=True):
+            shown = axes.imshow(received, cmap="coolwarm", norm=LogNorm(1 / RECEIVED, RECEIVED))
+    bar = above.colorbar(shown, ax=cells, extend="both", pad=0.01, aspect=50, format="%g", ticks=TICKS)
+    bar.ax.tick_params(labelsize=6)
+    bar.ax.minorticks_off()
+    _layers(below, found)
+    return _png(figure)
+
+
+def _layers(figure: SubFigure, found: Attention) -> None:
+    """The numbers of each layer on the way."""
+    places = figure.subplots(1, len(NUMBERS))
+    for axes, name in zip(places, NUMBERS, strict=True):
+        for layer in found.layers:
+            _errors(axes, range(len(found.times)), layer.estimates(name), "o-", label=layer.name)
+        axes.set_xticks(range(len(found.times)), found.times, rotation=60, fontsize=7)
+        axes.set(ylim=(0, None))
+        axes.set_title(LOOKS[name], fontsize=8)
+        axes.tick_params(axis="y", labelsize=7)
+        axes.grid(visible=True, alpha=0.3)
+    figure.legend(
+        *places[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found.layers), fontsize=7
+    )
 
 
 def _without_common_start(names: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from dit.sample import PICTURE, SampleManifest
 from flows import over_widths
 from flows.contract import ENCODE_HELD_OUT, Outcome
 from flows.over_training import evaluations_of
-from flows.report import guidance_sweep, over_training, processes, widths
+from flows.report import attention, guidance_sweep, over_training, processes, widths
 from flows.report.html import Figure, Section, Strips, Table, render
 from flows.report.kept import ReportManifest, keep, kept, output
 from flows.tracking import runs
@@ -35,7 +35,7 @@ from storage.tracker import NullTracker
 
 LOGGER = logging.getLogger(__name__)
 REPORT = "report.html"
-VERSION = 6
+VERSION = 7
 """Raised when the same manifests make another page."""
 CLASSES, EACH, WIDE = 10, 16, 1024
 """Number of classes shown, most samples of each, and width of a strip in pixels."""
@@ -157,9 +157,8 @@ def publish_missing(shown: Shown) -> None:
 def page(shown: Shown) -> str:
     """The report as HTML: the same bytes for the same manifests. Errors as `write_page`."""
     manifests, evaluations, root = shown.stages, shown.evaluations, shown.root
-    sections = [
-        _samples(SampleManifest.read(manifest.uri)) for manifest in manifests if manifest.stage == SampleManifest.STAGE
-    ]
+    drawn = [SampleManifest.read(manifest.uri) for manifest in manifests if manifest.stage == SampleManifest.STAGE]
+    sections = [_samples(samples) for samples in drawn]
     own = "Registered and" if any(manifest.stage == "register" for manifest in manifests) else "Samples"
     steps = [f"{own} shown in the other sections: {_model(each)}." for each in evaluations]
     trained = [_trained(series, *steps) for series in shown.series]
@@ -173,6 +172,7 @@ def page(shown: Shown) -> str:
             *_guided(guidance_sweep.sweep_of(manifest, root), manifest.distance),
             _nearest(manifest, root),
         ]
+    sections += [section for samples in drawn for section in attention.sections(samples)]
     sections.append(Section("Pictures of the stages", list(_pictures(manifests))))
     for manifest in evaluations:
         sections += [_metrics(manifest), _conditions(manifest)]

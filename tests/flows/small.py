@@ -65,8 +65,8 @@ class Small:
         return self.bring("encode", EncodeConfig(vae=None, resolution=16, flips=False), shards)
 
     def checkpoint(self, latents: Manifest, steps: int = 2, shape: Shape = SHAPE, **fields: Any) -> Manifest:
-        model = DiTChoice(size=shape, patch_size=4)
-        config = TrainConfig(model=model, steps=steps, batch_size=8, learning_rate=0.01, ema_decay=0.5, **fields)
+        given = {"model": DiTChoice(size=shape, patch_size=4), "learning_rate": 0.01, "ema_decay": 0.5} | fields
+        config = TrainConfig(steps=steps, batch_size=8, **given)
         return self.bring("train", config, latents)
 
     def evaluated(self, checkpoint: Manifest, sampling: SampleConfig = SAMPLING) -> MetricsManifest:

@@ -9,17 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
-from small import SAMPLING, Small
+from small import SAMPLING, SHAPE, Small
 
 from dit.diffusion.config import FlowConfig
 from dit.evaluate import MetricsManifest
 from dit.export import CheckpointManifest
 from dit.metrics.comparison import gain
 from dit.metrics.published import CIFAR10, ROWS, deviations
-from dit.models.choice import Shape
+from dit.models.choice import DiffiTChoice, Shape
+from dit.models.config import ConditionKind
 from dit.sample import SampleManifest
 from flows.recipe import load_recipe
 from flows.report import guidance_sweep, over_training, processes
@@ -228,6 +230,20 @@ def test_rows_of_papers_say_what_was_other_there(made: Made, monkeypatch: pytest
     unknown = "other: guidance_scale 1.0; not stated: count, labels, sampler, steps"
     assert re.search(rf"RAE, 80 epochs 2\.16 {unknown} Zheng et al\., arXiv 2510\.11690", text)
     assert "Rows under other conditions do not rank this run." in text
+
+
+@pytest.mark.parametrize("condition", get_args(ConditionKind))
+def test_attention_of_a_diffit_is_shown(read: Reader, made: Made, condition: ConditionKind) -> None:
+    title = "Attention over the noise levels"
+    assert title not in read.words
+    small, model = Small(Path(made.root)), DiffiTChoice(size=SHAPE, patch_size=4, condition=condition)
+    samples = small.bring("sample", SAMPLING, small.checkpoint(made.manifests[1], model=model))
+    found = Reader(page(Shown("digits", [*made.manifests[:2], samples], made.root)))
+    assert title in found.words
+    text = " ".join(found.words)
+    number = r"[-\d.e]+ \([-\d.e]+ to [-\d.e]+\)"
+    assert re.search(rf"layer 1 of 1: 4 x 4 tokens t 999 {number} {number} 0 \(0 to 0\)", text)
+    assert re.search(rf"layer 1 of 1: 4 x 4 tokens t 0 {number} {number} {number}", text)
 
 
 def test_it_is_written_once_and_the_same(made: Made) -> None:
