@@ -2,7 +2,6 @@
 
 import tarfile
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -75,34 +74,12 @@ def pack(tar: Pieces, source: Archive, split: str, indices: NDArray[np.int64], m
         except UnreadableImage as error:
             unreadable.append(Unreadable(split=split, name=member.name, reason=str(error)))
             continue
-        _add(tar, _name(index, "cls"), str(member.label).encode())
-        _add(tar, _name(index, entry.extension), data)
+        _add(tar, f"{index:08d}.cls", str(member.label).encode())
+        _add(tar, f"{index:08d}.{entry.extension}", data)
         entries.append(entry)
     tar.write(bytes(2 * tarfile.BLOCKSIZE))  # end-of-archive mark
     tar.write(bytes(-tar.size % tarfile.RECORDSIZE))
     return Packed(tuple(entries), tuple(unreadable))
-
-
-def unpacked(tar: bytes, entries: Iterable[Entry]) -> Iterator[bytes]:
-    """The image files in a tar that `pack` has made.
-
-    Args:
-        tar: its bytes.
-        entries: the list of its images.
-
-    Raises:
-        ValueError: the tar does not hold these images in this order.
-    """
-    view, position = memoryview(tar), 0
-    for entry in entries:
-        position += 2 * tarfile.BLOCKSIZE  # header and data of the label
-        header = tar[position : position + tarfile.BLOCKSIZE]
-        name = _name(entry.source_index, entry.extension)
-        if header[: len(name)] != name:
-            raise ValueError(f"{name!a} is not in its place in the tar")
-        size, start = int(header[_SIZE], 8), position + tarfile.BLOCKSIZE
-        yield bytes(view[start : start + size])
-        position = start - -size // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
 
 
 def packed_size(sizes: list[int]) -> int:
@@ -136,14 +113,10 @@ def timed(archive: Archive, workers: int) -> tuple[float, float]:
     return len(members) / (time.perf_counter() - begin), sum(sizes) / len(sizes)
 
 
-def _name(index: int, extension: str) -> bytes:
-    return f"{index:08d}.{extension}".encode()
-
-
-def _add(tar: Pieces, name: bytes, data: bytes) -> None:
+def _add(tar: Pieces, name: str, data: bytes) -> None:
     """Append a file without time and owner. The header is what `tarfile` writes, in a tenth of its time."""
     header = bytearray(_HEADER)
-    header[: len(name)] = name
+    header[: len(name)] = name.encode()
     header[_SIZE] = b"%011o" % len(data)
     header[_CHECKSUM] = b"%06o\0" % sum(header)
     tar.write(header)

@@ -5,6 +5,7 @@ depend on each other. Each is written under another name, synced, renamed and co
 the image files are not changed, and the same images give the same tars, byte for byte.
 """
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -14,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from webdataset.tariterators import tar_file_iterator
 
 from storage import records, uri
 from storage.archives.account import SplitAccount
@@ -28,7 +30,7 @@ from storage.manifest import Manifest, StageOutput
 from storage.order import permutation
 from storage.parallel import threads
 from storage.pieces import pieces
-from storage.shards.pack import Entry, Unreadable, pack, packed_size, timed, unpacked
+from storage.shards.pack import Entry, Unreadable, pack, packed_size, timed
 from storage.shards.runners import Runner, Threads, local_workers
 from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
@@ -353,9 +355,10 @@ def _contact_sheet(source: Archive, entries: Sequence[Entry]) -> bytes:
 
 def _read_shard(manifest: ShardManifest, task: _Task, first: int) -> Iterator[Sample]:
     entries = records.parse(manifest.read_object(task.record), ShardRecord).entries
-    images = unpacked(manifest.read_object(task.tar), entries)
-    for position, (entry, data) in enumerate(zip(entries, images, strict=True)):
-        yield Sample(first + position, entry.source_index, entry.name, entry.label, data)
+    tar = io.BytesIO(manifest.read_object(task.tar))
+    images = tar_file_iterator(tar, select_files=lambda name: not name.endswith(".cls"))
+    for position, (entry, image) in enumerate(zip(entries, images, strict=True)):
+        yield Sample(first + position, entry.source_index, entry.name, entry.label, image["data"])
 
 
 def estimate(config: ShardConfig, archive: ArchiveRef, plan: PlanContext) -> StageCost:

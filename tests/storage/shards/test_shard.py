@@ -16,13 +16,12 @@ from recorder import Recorder
 
 from storage import uri, verify
 from storage.archives.account import SplitAccount
-from storage.archives.open import Archive, ArchiveRef, open_archive, open_splits
+from storage.archives.open import Archive, ArchiveRef, open_archive
 from storage.errors import InputError, StorageError
 from storage.manifest import StageOutput, stage_output
 from storage.order import permutation
 from storage.pieces import Pieces
 from storage.shards import shard
-from storage.shards.pack import pack, unpacked
 from storage.shards.runners import Threads
 from storage.shards.shard import ShardConfig, ShardManifest, read_images
 from storage.shards.summary import summary
@@ -117,16 +116,6 @@ def test_other_tools_read_the_tars(tmp_path: Path, archive: ArchiveRef) -> None:
         members = tar.getmembers()
     assert len(members) == 14
     assert {(item.mtime, item.uname, item.mode) for item in members} == {(0, "ditflow", 0o444)}
-
-
-def test_a_tar_of_other_images_than_listed_is_refused(tmp_path: Path, archive: ArchiveRef) -> None:
-    tar = io.BytesIO()
-    entries, _ = pack(Pieces(tar), open_splits(archive)["train"], "train", np.arange(3), 1)
-    assert len(list(unpacked(tar.getvalue(), entries))) == 3
-    with pytest.raises(ValueError, match=r"b'00000001\.\w+' is not in its place"):
-        list(unpacked(tar.getvalue(), entries[1:]))
-    with pytest.raises(ValueError, match="is not in its place"):
-        list(unpacked(tar.getvalue(), [*entries, entries[0]]))
 
 
 def test_the_tars_are_those_of_webdatasets_own_writer(tmp_path: Path, archive: ArchiveRef) -> None:
