@@ -1,9 +1,10 @@
 """Train the demo's autoencoder: ``python -m flows.demo.train_vae`` (a few minutes on two cores).
 
 A small KL autoencoder (Kingma and Welling 2014; Rombach et al. 2022) of diffusers' own class, so
-the demo's latents are made by the same code as those of a larger one.
+the demo's latents are made by the same code as those of a larger one. Options train one on other small images.
 """
 
+import argparse
 import json
 import logging
 import time
@@ -21,6 +22,8 @@ from dit.vae import CONFIG, WEIGHTS, Vae, VaeRef, load_vae
 from flows.demo import METRICS, VAE
 from flows.demo.digits import SIZE, digit_images
 from storage import uri
+from storage.archives.open import open_archive
+from storage.images.transforms import center_crop, decode
 
 # B = batch, H = W = 32 pixels, C = 4 latent channels, h = w = 8 latent sides
 
@@ -28,6 +31,8 @@ SEED: Final = 0
 STEPS: Final = 600
 BATCH: Final = 32
 LEARNING_RATE: Final = 2e-3
+MEASURED: Final = 2_000
+"""About how many images the factor of the latents, and the error, are measured on."""
 KL_WEIGHT: Final = 1e-3
 """Weight of an image's KL divergence in nats, added to its squared error summed over pixels in [-1, 1].
 
@@ -36,10 +41,10 @@ needs more steps to learn the digits.
 """
 
 
-def build() -> AutoencoderKL:
-    """An untrained autoencoder: 3x32x32 to 4x8x8, a quarter of a million weights."""
+def build(width: int = 16) -> AutoencoderKL:
+    """An untrained autoencoder: 3x32x32 to 4x8x8, a quarter of a million weights at a width of 16 channels."""
     return AutoencoderKL(
-        block_out_channels=(16, 32, 32),
+        block_out_channels=(width, 2 * width, 2 * width),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
@@ -62,12 +67,12 @@ def loss(model: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 def train(model: AutoencoderKL, images: NDArray[np.uint8], steps: int = STEPS) -> None:
     """Fit the model to uint8 images (N, H, W, 3), and their mirror images, in random batches."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     pixels = torch.cat([pixels, pixels.flip(3)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.05)
     for step in range(steps):
-        error, divergence = loss(model, pixels[torch.randint(len(pixels), (BATCH,))])
+        error, divergence = loss(model, pixels[torch.randint(len(pixels), (BATCH,))] / 127.5 - 1)
         optimizer.zero_grad()
         (error + KL_WEIGHT * divergence).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0)
@@ -105,24 +110,51 @@ def save(model: AutoencoderKL, folder: Path) -> None:
     uri.write(str(folder / WEIGHTS), safetensors.torch.save(weights, metadata={"format": "pt"}))
 
 
+def archive_images(url: str) -> NDArray[np.uint8]:
+    """All images of an archive, cropped to 32 pixels: (N, 32, 32, 3).
+
+    Raises:
+        InputError, StorageError, UnreadableImage: the archive or an image cannot be read.
+    """
+    archive = open_archive(url)
+    return np.stack([center_crop(decode(archive.read(member)), SIZE) for member in archive.members])
+
+
+def some(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Every image of a small set, evenly spaced ones of a large one."""
+    return images[:: max(1, len(images) // MEASURED)]
+
+
 def main() -> None:
     """Train, save and measure."""
+    parser = argparse.ArgumentParser(description="Train a small autoencoder of images of 32 pixels.")
+    parser.add_argument("--train", help="archive of training images (default: the demo's digits)")
+    parser.add_argument("--held-out", help="archive of held-out images; with --train")
+    parser.add_argument("--folder", type=Path, default=VAE, help="where to write it (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=16, help="channels of the first level (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
+    options = parser.parse_args()
+    if (options.train is None) != (options.held_out is None):
+        parser.error("name both archives, --train and --held-out, or neither")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(SEED)
-    images, _ = digit_images("train")
-    model, start = build(), time.perf_counter()
-    train(model, images)
+    images, held_out = (
+        archive_images(url) if url else digit_images(split)[0]
+        for url, split in ((options.train, "train"), (options.held_out, "held_out"))
+    )
+    model, start = build(options.width), time.perf_counter()
+    train(model, images, options.steps)
     seconds = time.perf_counter() - start
-    model.register_to_config(**latent_scale(model, images))
-    save(model, VAE)
-    vae = load_vae(VaeRef(source=str(VAE)))
+    model.register_to_config(**latent_scale(model, some(images)))
+    save(model, options.folder)
+    vae = load_vae(VaeRef(source=str(options.folder)))
     metrics = {
-        "held_out_psnr_db": round(reconstruction_psnr(vae, digit_images("held_out")[0]), 2),
+        "held_out_psnr_db": round(reconstruction_psnr(vae, some(held_out)), 2),
         "sha256": vae.sha256,
         "train_seconds": round(seconds, 1),
     }
-    uri.write(str(VAE / METRICS), json.dumps(metrics, indent=2).encode() + b"\n")
-    logging.info("%s: %s", VAE, metrics)
+    uri.write(str(options.folder / METRICS), json.dumps(metrics, indent=2).encode() + b"\n")
+    logging.info("%s: %s", options.folder, metrics)
 
 
 if __name__ == "__main__":

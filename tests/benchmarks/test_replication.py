@@ -1,0 +1,88 @@
+"""The sweeps of the papers' claims, and what is made of their runs, in small and on the digits."""
+
+from pathlib import Path
+
+import pytest
+from small import few_digits
+
+from benchmarks.replication import __main__ as replication
+from benchmarks.replication.runs import Run, finished
+from flows.contract import STAGES, Source
+from flows.demo import CLASSIFIER
+from flows.sweep import load_recipes
+from storage.errors import InputError
+from storage.tracker import NullTracker
+
+SWEEPS = {path.stem: path for path in Path(replication.__file__).parent.glob("*.yaml")}
+PICTURE = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Values that make a sweep of photographs one of digits, and tiny."""
+    digits = few_digits(tmp_path_factory.mktemp("digits") / "digits", {"train": 6, "held_out": 2})
+    return [
+        *(f"archive.{split}={digits / split}" for split in ("train", "held_out")),
+        *("encode.vae=null", "encode.resolution=8", "encode.block_rows=60", "encode.chunk_rows=60"),
+        *("train.steps=2", "train.batch_size=8", "sample.count=20", "sample.steps=2"),
+        f"evaluate.extractor={{name: demo-digits, weights: {CLASSIFIER}}}",
+    ]
+
+
+def run_all(sweep: str, overrides: list[str], root: Path) -> None:
+    for recipe in load_recipes(str(SWEEPS[sweep]), overrides):
+        source: Source = recipe.archive
+        for name in ("shard", "encode", "train", "sample", "evaluate"):
+            stage, config = STAGES[name], recipe.config_of(name)
+            out = stage.output(str(root), config, source)
+            source = out.committed(stage.kind) or stage.run(config, source, out=out, tracker=NullTracker())
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_sweep_is_one_of_small_models_of_photographs(sweep: str) -> None:
+    recipes = load_recipes(str(SWEEPS[sweep]))
+    assert len(recipes) > 1
+    assert {recipe.archive.train for recipe in recipes} == {"cifar10/train.zip"}
+    assert len({recipe.pipeline_id for recipe in recipes}) == len(recipes)
+
+
+def test_figures_of_finished_sweeps(overrides: list[str], tmp_path: Path) -> None:
+    def runs(sweep: str) -> list[Run]:
+        return finished(sweep, overrides, str(tmp_path))
+
+    with pytest.raises(InputError, match="process-0: not finished; run the sweep process first"):
+        runs("process")
+    overrides = [*overrides, "train.model.size={depth: 1, width: 32, heads: 2}"]
+    for sweep in ("blocks", "process", "guidance"):
+        run_all(sweep, overrides, tmp_path)
+    found, picture = replication.processes(runs)
+    assert [(run.variant, run.seed, run.passes) for run in found] == [
+        *(("dit adaln_zero", 0, 2), ("dit adaln_zero", 1, 2)),
+        *(("dit adaln_zero, flow", 0, 3), ("dit adaln_zero, flow", 1, 3)),
+    ]
+    assert picture.startswith(PICTURE)
+    assert [run.guidance_scale for run in replication.guidance(runs)[0]] == [1, 1.25, 1.5, 2, 3, 4, 6]
+    kinds = [run.variant for run in replication.blocks(runs)[0][::2]]
+    assert kinds == ["dit in_context", "dit cross_attention", "dit adaln", "dit adaln_zero"]
+    row = found[0].row()
+    assert row.startswith("| dit adaln_zero 1x32x2/2 | 0 | 2 | ")
+    assert row.count("|") == Run.HEADER.splitlines()[0].count("|")
+
+
+def test_compute_is_counted(overrides: list[str], tmp_path: Path) -> None:
+    overrides = [*overrides, "train.milestones=null", "evaluate_milestones=null"]
+
+    def runs(sweep: str) -> list[Run]:
+        return finished(sweep, overrides, str(tmp_path)) if sweep == "patches" else []
+
+    run_all("patches", overrides, tmp_path)
+    found, picture = replication.sizes(runs)
+    small, _, base = found
+    assert [run.model for run in found] == ["2x64x2/1", "3x96x3/1", "4x128x4/1"]
+    linear = 64 * 4 * 12 * 128**2  # tokens, blocks, and their weights that see each token
+    assert 0.9 < linear / (1e9 * base.gmac) < 1
+    assert base.training_flops == pytest.approx(6e9 * base.gmac * 2 * 8)
+    assert base.sampling_gmac == 2 * base.gmac
+    assert small.gmac < base.gmac / 6
+    assert picture.startswith(PICTURE)
+    assert replication.training_compute(runs)[1].startswith(PICTURE)
