@@ -1,25 +1,27 @@
 # make demo       the whole pipeline on real images, on a CPU
 # make test       lint, types, import layers, and the tests of ten minutes
-# make test-all   the same, and then all the other tests
+# make test-all   the same with all tests
 
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations=10
 
-.PHONY: demo test test-all up clean
+.PHONY: demo lint test test-all up clean
 
 demo: .venv/installed
 	$(BIN)/ditflow demo $(ARGS)
 
-test: .venv/installed
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+test: lint
 	$(PYTEST) -m "not full" $(ARGS)
 
-test-all: test
-	$(PYTEST) -m full $(ARGS)
+test-all: lint
+	$(PYTEST) $(ARGS)
 
 up: .venv/installed
 	$(BIN)/ditflow up $(ARGS)

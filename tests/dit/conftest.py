@@ -110,6 +110,14 @@ def checkpoint(root: Path, latents: LatentManifest) -> CheckpointManifest:
 
 
 @pytest.fixture(scope="session")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, latents: LatentManifest
+) -> tuple[tiny.Recorder, CheckpointManifest]:
+    """A training that nothing interrupts, and what it told."""
+    return tiny.through(tmp_path_factory.mktemp("whole"), tiny.TRAINING, latents)
+
+
+@pytest.fixture(scope="session")
 def samples(root: Path, checkpoint: CheckpointManifest) -> SampleManifest:
     return tiny.run_sample(root, tiny.SAMPLING, checkpoint)
 

@@ -1,15 +1,12 @@
+"""Training against a plain loop, and its options against each other."""
+
 import json
-import logging
 import math
-import os
-import resource
 import shutil
-import signal
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +15,8 @@ import tiny
 import torch
 from forked import Job, Template
 from pydantic import ValidationError
-from safetensors.torch import load_file
 
 import dit
-from dit import train
 from dit.diffusion.gaussian import GaussianDiffusion
 from dit.export import CheckpointManifest
 from dit.models.build import build
@@ -30,28 +25,12 @@ from dit.ranks import Ranks
 from dit.samplers.config import SampleConfig
 from dit.train import model_for
 from dit.training.config import TrainConfig
-from dit.training.data import Batch, Batches, open_data
-from dit.training.start import decays, learning_rate
+from dit.training.data import Batches, open_data
 from dit.vae import VaeRef
-from storage import uri
-from storage.errors import DitflowError, InputError, PreemptedError, StorageError
+from storage.errors import DitflowError, InputError
 from storage.latents import LatentManifest
-from storage.order import permutation
 from storage.shards.shard import ShardManifest
 from storage.verify import faults
-
-
-def through(tmp_path: Path, config: TrainConfig, latents: LatentManifest) -> tuple[tiny.Recorder, CheckpointManifest]:
-    recorder = tiny.Recorder()
-    return recorder, tiny.run_train(tmp_path, config, latents, recorder)
-
-
-@pytest.fixture(scope="module")
-def whole(
-    tmp_path_factory: pytest.TempPathFactory, latents: LatentManifest
-) -> tuple[tiny.Recorder, CheckpointManifest]:
-    """A run that nothing interrupts."""
-    return through(tmp_path_factory.mktemp("whole"), tiny.TRAINING, latents)
 
 
 def by_hand(config: TrainConfig, latents: LatentManifest) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -110,7 +89,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop(
 def test_betas_eps_and_weight_decay_are_adamws(tmp_path: Path, latents: LatentManifest) -> None:
     fields = {"betas": (0.7, 0.95), "eps": 1e-3, "weight_decay": 0.1, "steps": 6}
     config = tiny.TRAINING.model_copy(update=fields)
-    recorder, manifest = through(tmp_path, config, latents)
+    recorder, manifest = tiny.through(tmp_path, config, latents)
     losses, weights = by_hand(config, latents)
     np.testing.assert_allclose([recorder.values[step]["loss"] for step in range(1, 7)], losses, rtol=1e-4)
     assert abs(losses[-1] - by_hand(config.model_copy(update={"betas": (0.9, 0.999)}), latents)[0][-1]) > 1e-3
@@ -147,108 +126,11 @@ def test_manifest_describes_the_model(
     assert not faults(manifest, full=True)
 
 
-@pytest.mark.parametrize(("when", "resumed_after"), [(3, 0), (4, 0), (5, 4), (7, 4), (11, 8)])
-def test_an_interrupted_run_ends_in_the_same_bits(
-    tmp_path: Path,
-    latents: LatentManifest,
-    whole: tuple[tiny.Recorder, CheckpointManifest],
-    when: int,
-    resumed_after: int,
-) -> None:
-    """Killed as a step is logged, which is before its checkpoint is written."""
-    first, expected = whole
-    with pytest.raises(tiny.Killed):
-        tiny.run_train(tmp_path, tiny.TRAINING, latents, tiny.Killer(when))
-    torch.rand(7)  # the state of torch's own generator does not matter
-    recorder, manifest = through(tmp_path, tiny.TRAINING, latents)
-    assert list(recorder.values) == list(range(resumed_after + 1, 13))
-    assert recorder.values == {step: first.values[step] for step in recorder.values}
-    assert tiny.objects(manifest) == tiny.objects(expected)
-
-
-def test_a_run_may_be_killed_again_and_again(
-    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
-) -> None:
-    config = tiny.TRAINING.model_copy(update={"checkpoint_every": 1, "keep_checkpoints": 1})
-    for when in (2, 3, 6, 9, 12):
-        with pytest.raises(tiny.Killed):
-            tiny.run_train(tmp_path, config, latents, tiny.Killer(when))
-    assert tiny.objects(tiny.run_train(tmp_path, config, latents)) == tiny.objects(whole[1])
-
-
-def test_a_broken_checkpoint_costs_time_but_no_bits(
-    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
-) -> None:
-    with pytest.raises(tiny.Killed):
-        tiny.run_train(tmp_path, tiny.TRAINING, latents, tiny.Killer(10))
-    (state,) = tmp_path.rglob("step-000000008/state-00000-000.safetensors")
-    state.write_bytes(state.read_bytes()[:-1])
-    recorder, manifest = through(tmp_path, tiny.TRAINING, latents)
-    assert min(recorder.values) == 5
-    assert tiny.objects(manifest) == tiny.objects(whole[1])
-
-
-class Preempter(tiny.Recorder):
-    """Wants the machine back at a step."""
-
-    def __init__(self, when: int) -> None:
-        super().__init__()
-        self.when = when
-
-    def progress(self, done: int, total: int, unit: str) -> None:
-        if done == self.when:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_sigterm_saves_and_goes(
-    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
-) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(PreemptedError, match="stopped by SIGTERM at step 7; run the same command to continue"):
-        tiny.run_train(tmp_path, tiny.TRAINING, latents, Preempter(6))
-    assert signal.getsignal(signal.SIGTERM) is before
-    recorder, manifest = through(tmp_path, tiny.TRAINING, latents)
-    assert min(recorder.values) == 8
-    assert tiny.objects(manifest) == tiny.objects(whole[1])
-
-
-def test_sigterm_at_the_last_step_comes_too_late(
-    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
-) -> None:
-    manifest = tiny.run_train(tmp_path, tiny.TRAINING, latents, Preempter(11))
-    assert tiny.objects(manifest) == tiny.objects(whole[1])
-
-
-class Filler(tiny.Recorder):
-    """Fills the disk at a step: no file may be longer than this."""
-
-    def progress(self, done: int, total: int, unit: str) -> None:
-        if done == 6:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(
-    tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
-) -> None:
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        with pytest.raises(
-            StorageError, match=r"step-000000008/state-00000-000.safetensors: the disk is full .* make room"
-        ):
-            tiny.run_train(tmp_path, tiny.TRAINING, latents, Filler())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert [path.parent.name for path in tmp_path.rglob("record.json")] == ["step-000000004"]
-    recorder, manifest = through(tmp_path, tiny.TRAINING, latents)
-    assert min(recorder.values) == 5
-    assert tiny.objects(manifest) == tiny.objects(whole[1])
-
-
 def test_how_often_to_log_and_save_changes_no_weights(
     tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
 ) -> None:
     config = tiny.TRAINING.model_copy(update={"log_every": 5, "checkpoint_every": 3, "keep_checkpoints": 3})
-    recorder, manifest = through(tmp_path, config, latents)
+    recorder, manifest = tiny.through(tmp_path, config, latents)
     assert manifest.digest == whole[1].digest
     assert recorder.values == {step: whole[0].values[step] for step in (5, 10, 12)}
     for name in ("model.safetensors", "model-raw.safetensors", "model.json"):
@@ -262,7 +144,7 @@ def test_micro_batches_change_the_order_of_sums_alone(
     tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest], micro_batch: int
 ) -> None:
     config = tiny.TRAINING.model_copy(update={"micro_batch": micro_batch})
-    recorder, manifest = through(tmp_path, config, latents)
+    recorder, manifest = tiny.through(tmp_path, config, latents)
     assert manifest.digest == whole[1].digest
     for step, values in recorder.values.items():
         assert values["loss"] == pytest.approx(whole[0].values[step]["loss"], rel=1e-5)
@@ -304,7 +186,7 @@ def test_a_compiled_run_is_near_and_goes_on_in_the_same_bits(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
     torch.compiler.reset()
     config = tiny.TRAINING.model_copy(update={"compile": True, "steps": 4, "checkpoint_every": 2})
-    recorder, manifest = through(tmp_path / "through", config, latents)
+    recorder, manifest = tiny.through(tmp_path / "through", config, latents)
     losses, expected = ([run.values[step]["loss"] for step in range(1, 5)] for run in (recorder, whole[0]))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert config.identity() != config.model_copy(update={"compile": False}).identity()
@@ -340,7 +222,7 @@ def test_samples_are_drawn_along_the_way_and_change_no_bit(
     """From the average of that step, by the process' own sampler: the last ones are those of the finished model."""
     config = tiny.TRAINING.model_copy(update={"sample_every": 6})
     before = torch.random.get_rng_state()
-    recorder, manifest = through(tmp_path, config, latents)
+    recorder, manifest = tiny.through(tmp_path, config, latents)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert tiny.objects(manifest) == tiny.objects(whole[1])
     drawn = {name: data for name, data in recorder.artifacts.items() if name.startswith("samples")}
@@ -353,7 +235,7 @@ def test_samples_are_drawn_along_the_way_and_change_no_bit(
 
 def test_without_the_decoder_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = tiny.TRAINING.model_copy(update={"sample_every": 2, "steps": 2})
-    recorder, manifest = through(tmp_path, config, synthetic.latents(tmp_path))
+    recorder, manifest = tiny.through(tmp_path, config, synthetic.latents(tmp_path))
     assert manifest.counts["steps"] == 2
     assert list(recorder.artifacts) == ["loss.png"]
     assert "no sample grid at this step: nowhere" in caplog.text
@@ -370,7 +252,7 @@ def test_the_seed_decides(
 
 def test_it_learns(tmp_path: Path, latents: LatentManifest) -> None:
     config = tiny.TRAINING.model_copy(update={"steps": 150, "learning_rate": 3e-3, "batch_size": 16})
-    recorder, _ = through(tmp_path, config, latents)
+    recorder, _ = tiny.through(tmp_path, config, latents)
     mse = [values["mse"] for values in recorder.values.values()]
     assert 0.9 < mse[0] < 1.1  # an untrained model predicts zero
     assert np.mean(mse[-30:]) < 0.6
@@ -379,7 +261,7 @@ def test_it_learns(tmp_path: Path, latents: LatentManifest) -> None:
 def test_half_precision_is_near(
     tmp_path: Path, latents: LatentManifest, whole: tuple[tiny.Recorder, CheckpointManifest]
 ) -> None:
-    recorder, manifest = through(tmp_path, tiny.TRAINING.model_copy(update={"precision": "bfloat16"}), latents)
+    recorder, manifest = tiny.through(tmp_path, tiny.TRAINING.model_copy(update={"precision": "bfloat16"}), latents)
     losses, expected = ([run.values[step]["loss"] for step in range(1, 13)] for run in (recorder, whole[0]))
     np.testing.assert_allclose(losses, expected, rtol=0.1)
     assert losses != expected
@@ -391,78 +273,6 @@ def test_without_classes(tmp_path: Path, latents: LatentManifest) -> None:
     manifest = tiny.run_train(tmp_path, config, latents)
     assert manifest.card.model.num_classes == 0
     assert not any("y_embedder" in name for name in dit.load(manifest.uri).model.state_dict())
-
-
-DIVERGED = (
-    "training diverged: 3 steps from step 2 on had no finite loss or gradient; the first of them used images "
-    "{}, ... of the store; lower train.learning_rate, check these images, or set train.verify=every_start "
-    "to see if bits flipped"
-)
-
-
-def test_a_loss_that_stays_without_a_number_ends_the_run_at_the_last_good_checkpoint(
-    tmp_path: Path, latents: LatentManifest, caplog: pytest.LogCaptureFixture
-) -> None:
-    changes = {"learning_rate": 1e30, "log_every": 100, "checkpoint_every": 1, "max_skipped": 3, "batch_size": 9}
-    config = tiny.TRAINING.model_copy(update=changes)
-    with pytest.raises(DitflowError) as caught, caplog.at_level(logging.WARNING):
-        tiny.run_train(tmp_path, config, latents)
-    line = DIVERGED.format(", ".join(map(str, permutation(config.seed, 0, tiny.COUNT)[9:17])))
-    assert str(caught.value) == line
-    assert f"{line}; restarting from the last checkpoint" in caplog.messages
-    (state,) = tmp_path.rglob("state-00000-000.safetensors")  # of the step before
-    assert state.parent.name == "step-000000001"
-    assert all(tensor.isfinite().all() for tensor in load_file(state).values())
-
-
-class Faulty(Batches):
-    """The batches of some steps are spoilt when they are made first, as by a fault of the machine."""
-
-    spoilt: ClassVar[set[int]] = set()
-
-    def __call__(self, step: int) -> Batch:
-        batch = super().__call__(step)
-        if step in self.spoilt:
-            self.spoilt.discard(step)
-            return replace(batch, x0=torch.full_like(batch.x0, torch.nan))
-        return batch
-
-
-def test_steps_that_are_not_finite_are_left_out(
-    tmp_path: Path,
-    latents: LatentManifest,
-    whole: tuple[tiny.Recorder, CheckpointManifest],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The checkpoint that would be written in between is not, and a restart knows how many they were."""
-    monkeypatch.setattr(train, "Batches", Faulty)
-    monkeypatch.setattr(Faulty, "spoilt", {2})
-    with pytest.raises(tiny.Killed):
-        tiny.run_train(tmp_path, tiny.TRAINING, latents, tiny.Killer(6))
-    Faulty.spoilt.update({6, 7})
-    recorder = tiny.Recorder()
-    manifest = tiny.run_train(tmp_path, tiny.TRAINING, latents, recorder)
-    assert list(recorder.values) == list(range(5, 13))
-    assert {step: values["skipped_steps"] for step, values in recorder.values.items()} == {
-        5: 1, 6: 1, 7: 2, 8: 3, 9: 3, 10: 3, 11: 3, 12: 3,
-    }  # fmt: skip
-    assert "loss" not in recorder.values[7]
-    assert recorder.values[9]["loss"] != whole[0].values[9]["loss"]
-    assert manifest.counts["steps"] == 12
-    saved = sorted(path.name for path in Path(manifest.uri, "checkpoints").iterdir())
-    assert saved == ["step-000000004", "step-000000012"]
-
-
-def test_a_fault_that_passes_costs_the_way_back_and_no_bits(
-    tmp_path: Path,
-    latents: LatentManifest,
-    whole: tuple[tiny.Recorder, CheckpointManifest],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(train, "Batches", Faulty)
-    monkeypatch.setattr(Faulty, "spoilt", {8, 9, 10})
-    config = tiny.TRAINING.model_copy(update={"max_skipped": 3})
-    assert tiny.objects(tiny.run_train(tmp_path, config, latents)) == tiny.objects(whole[1])
 
 
 @pytest.mark.parametrize(
@@ -479,51 +289,6 @@ def test_a_model_that_does_not_fit_is_refused(
     config = tiny.TRAINING.model_copy(update={"model": tiny.MODEL.model_copy(update=changes)})
     with pytest.raises(InputError, match=reason):
         tiny.run_train(tmp_path, config, latents)
-
-
-def test_the_learning_rate_warms_up() -> None:
-    config = tiny.TRAINING.model_copy(update={"learning_rate": 0.3, "warmup_steps": 3})
-    assert [learning_rate(config, step) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3])
-    assert learning_rate(tiny.TRAINING, 0) == tiny.TRAINING.learning_rate
-
-
-def test_a_warm_up_in_images_is_as_long_for_any_batch_size() -> None:
-    config = TrainConfig.model_validate({"batch_size": 8, "learning_rate": 0.5, "warmup_images": 20, "steps": 6})
-    assert [learning_rate(config, step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.5, 0.5])
-    larger = config.model_copy(update={"batch_size": 16})
-    assert [learning_rate(larger, step) for step in range(3)] == pytest.approx([0.4, 0.5, 0.5])
-    falling = config.model_copy(update={"decay": "linear"})
-    assert [learning_rate(falling, step) for step in (2, 3, 5)] == pytest.approx([0.5, 0.5 * 3 / 3.5, 0.5 / 3.5])
-
-
-@pytest.mark.parametrize("batch_size", [256, 512])
-def test_a_half_life_in_images_is_as_long_for_any_batch_size(batch_size: int) -> None:
-    config = TrainConfig(batch_size=batch_size, ema_halflife_images=500_000, ema_decays=(0.9,))
-    steps = 500_000 / batch_size
-    assert decays(config)["ema"] ** steps == pytest.approx(0.5)
-    assert decays(config)["ema-0.9"] == 0.9
-
-
-@pytest.mark.parametrize(
-    ("images", "steps"), [("warmup_images", {"warmup_steps": 5}), ("ema_halflife_images", {"ema_decay": 0.99})]
-)
-def test_the_same_in_steps_and_in_images_is_refused(images: str, steps: dict[str, float]) -> None:
-    with pytest.raises(ValidationError, match=f"{images}: takes the place of {next(iter(steps))}, which must be left"):
-        TrainConfig.model_validate({images: 500, **steps})
-
-
-@pytest.mark.parametrize(
-    ("decay", "rates"), [("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.8535534, 0.5, 0.1464466])]
-)
-def test_the_learning_rate_falls_behind_the_warm_up(decay: str, rates: list[float]) -> None:
-    changes = {"learning_rate": 1.0, "warmup_steps": 2, "steps": 6, "decay": decay}
-    config = tiny.TRAINING.model_copy(update=changes)
-    assert [learning_rate(config, step) for step in range(6)] == pytest.approx([0.5, 1, *rates])
-
-
-def test_the_learning_rate_falls_to_a_share_of_its_peak() -> None:
-    config = tiny.TRAINING.model_copy(update={"learning_rate": 2.0, "steps": 4, "decay": "linear", "decay_to": 0.2})
-    assert [learning_rate(config, step) for step in range(5)] == pytest.approx([2.0, 1.6, 1.2, 0.8, 0.4])
 
 
 def test_flips_need_latents_of_both(tmp_path: Path, shards: ShardManifest, vae: VaeRef) -> None:
@@ -554,35 +319,6 @@ def test_streaming_in_shuffled_order_is_refused() -> None:
     with pytest.raises(ValidationError, match="a chunk for each image if order is shuffled; set order: pooled"):
         TrainConfig(reading="streamed")
     assert TrainConfig(reading="streamed", order="pooled").reading == "streamed"
-
-
-def test_damage_is_named_before_the_first_step(tmp_path: Path, shards: ShardManifest, vae: VaeRef) -> None:
-    latents = tiny.run_encode(tmp_path, tiny.encode_config(vae), shards)
-    path = Path(latents.uri, "data/std/c/0/1/0/0/0")
-    data = path.read_bytes()
-    path.write_bytes(data[:9] + b"?" + data[10:])
-    recorder = tiny.Recorder()
-    with pytest.raises(StorageError, match="data/std/c/0/1/0/0/0: does not hold the bytes that were committed"):
-        tiny.run_train(tmp_path, tiny.TRAINING, latents, recorder)
-    assert not recorder.steps
-
-
-def test_bits_that_flip_after_the_first_start_are_noticed_if_every_start_is_to_look(
-    tmp_path: Path, shards: ShardManifest, vae: VaeRef, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    latents = tiny.run_encode(tmp_path, tiny.encode_config(vae), shards)
-    monkeypatch.setattr(uri, "version", lambda url: {"size": "the same"})  # as on a disk whose bits flip
-    with pytest.raises(tiny.Killed):
-        tiny.run_train(tmp_path, tiny.TRAINING, latents, tiny.Killer(2))
-    path = Path(latents.uri, "data/mean/c/0/0/0/0/0")
-    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])  # the last bit of a mantissa
-    with pytest.raises(tiny.Killed):
-        tiny.run_train(tmp_path, tiny.TRAINING, latents, tiny.Killer(4))
-    every = tiny.TRAINING.model_copy(update={"verify": "every_start"})
-    with pytest.raises(StorageError, match="data/mean/c/0/0/0/0/0: does not hold the bytes that were .*") as caught:
-        tiny.run_train(tmp_path, every, latents)
-    assert "\n" not in str(caught.value)
-    assert TrainConfig(verify="every_start").identity() == TrainConfig().identity()
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -122,6 +122,12 @@ def run_train(
     return train.run(config, latents, out=out, tracker=tracker or NullTracker())
 
 
+def through(root: Path | str, config: TrainConfig, latents: LatentManifest) -> tuple[Recorder, CheckpointManifest]:
+    """A training, and what it told."""
+    recorder = Recorder()
+    return recorder, run_train(root, config, latents, recorder)
+
+
 def run_sample(
     root: Path, config: SampleConfig, checkpoint: CheckpointManifest, tracker: Tracker | None = None
 ) -> SampleManifest:

@@ -67,6 +67,9 @@ WAYS = {
 }
 
 
+QUICK = ("lightning", "gaussian")
+
+
 class Killed(BaseException):
     """Ends a stage as a signal would."""
 
@@ -97,7 +100,9 @@ def latents(small: Small) -> Manifest:
     return small.bring("encode", config, small.bring("shard", ShardConfig(images_per_shard=50), archive))
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in WAYS]
+)
 def test_all_that_came_after_dit_from_a_kill_to_metrics(
     small: Small, latents: Manifest, tmp_path: Path, name: str
 ) -> None:

@@ -181,7 +181,7 @@ def test_another_worker_follows_training(
     assert [metric.step for metric in history] == STEPS
 
 
-@pytest.mark.parametrize("end", ENDED_EARLY)
+@pytest.mark.parametrize("end", ["FAILED", pytest.param("KILLED", marks=pytest.mark.full)])
 def test_another_worker_ends_with_a_training_that_ends_early(
     tmp_path: Path,
     digits: Path,

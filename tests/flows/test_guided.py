@@ -152,6 +152,7 @@ def test_numbers_with_and_without_a_guide_are_not_compared(
 MILESTONES = ("--set", "train.milestones=10", "--set", "train.held_out=null", "--set", "evaluate=null")
 
 
+@pytest.mark.full
 def test_a_milestone_guides_the_last_step(
     tmp_path: Path, digits: Path, prefect_api: str, mlflow_server: MlflowServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -167,6 +167,7 @@ def test_a_half_migrated_prefect_database_is_named(tmp_path: Path, prefect_templ
         servers.prefect_server(tmp_path, password=PASSWORD).__enter__()
 
 
+@pytest.mark.full
 def test_what_a_killed_launcher_leaves_is_ended(tmp_path: Path, migrated: Callable[[Path], None]) -> None:
     migrated(tmp_path)
     before = set(descendants())

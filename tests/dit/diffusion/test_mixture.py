@@ -17,8 +17,8 @@ from dit.samplers.noise import SampleNoise
 from dit.samplers.state import last
 
 CONFIGS = {"gaussian": DiffusionConfig(), "edm": EDMConfig(sigma_data=1)}
-COUNT, STEPS = 2000, 1200
-NOISE = SampleNoise(0, range(COUNT), (1, 1, 1))
+STEPS = 1200
+NOISE = SampleNoise(0, range(2), (1, 1, 1000))
 
 
 def mixture(count: int, generator: torch.Generator) -> Tensor:
@@ -42,8 +42,8 @@ def trained(kind: str) -> Callable[..., Tensor]:
 
     def model(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         time = torch.stack([t / 1000, (t / 1000).sqrt()] if kind == "gaussian" else [t, t.exp()], 1).float()
-        features = torch.cat([x.flatten(1), time], 1)
-        return torch.cat([net(features) for net in nets], 1)[..., None, None]  # the noise, then the variance
+        features = torch.cat([x.reshape(-1, 1), time.repeat_interleave(x[0].numel(), 0)], 1)
+        return torch.cat([net(features).reshape(x.shape) for net in nets], 1)  # the noise, then the variance
 
     for step in range(STEPS):
         for group in optimizer.param_groups:
