@@ -1,7 +1,7 @@
 """A classifier of CIFAR-10 as an ONNX file, for ``evaluate.extractor``.
 
 ``python -m benchmarks.replication.classifier <folder> cifar10/resnet56.onnx`` reads ``resnet56.safetensors`` and
-``test.zip`` from the folder, and prints the file's sha256 and its accuracy.
+``test.zip`` from the folder, and prints what a recipe says of the file, and its accuracy.
 """
 
 # B = batch, C = channels, h = side of a feature map
@@ -9,18 +9,21 @@
 import argparse
 import io
 from itertools import starmap
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 import onnx
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
+from dit.evaluate import Classifier
+from dit.metrics.extractors.load import ExtractorRef, load_extractor
+from dit.metrics.extractors.onnx_file import OnnxNetwork
 from dit.weights import WeightsFile
 from storage import uri
-from storage.archives.open import open_archive
+from storage.archives.open import Archive, open_archive
 from storage.images.transforms import load
 
 WEIGHTS: Final = WeightsFile(
@@ -101,29 +104,44 @@ def exported(network: nn.Module, side: int) -> bytes:
     return data
 
 
-def accuracy(network: nn.Module, test: str) -> float:
+def accuracy(classifier: Classifier, archive: Archive) -> float:
     """The share in 0..1 of images of an archive that are given the class of their folder."""
-    archive, right = open_archive(test), 0
-    mean, deviation = (torch.tensor(each) for each in (MEAN, DEVIATION))
+    right = 0
     for first in range(0, len(archive.members), BATCH):
         members = archive.members[first : first + BATCH]
-        pixels = torch.from_numpy(np.stack([load(archive.read(member), SIDE) for member in members]))
-        logits = network(((pixels / 255 - mean) / deviation).permute(0, 3, 1, 2))[1]
-        right += int((logits.argmax(1) == torch.tensor([member.label for member in members])).sum())
+        found = classifier.classify(np.stack([load(archive.read(member), SIDE) for member in members]))
+        right += int((found == torch.tensor([member.label for member in members])).sum())
     return right / len(archive.members)
 
 
+def extractor(file: str, sha256: str, class_names: tuple[str, ...]) -> ExtractorRef:
+    """What a recipe says of the file."""
+    network = OnnxNetwork(
+        name="resnet56",
+        side=SIDE,
+        mean=MEAN,
+        deviation=DEVIATION,
+        logits="logits",
+        spatial="spatial",
+        class_names=class_names,
+    )
+    return ExtractorRef(name="onnx", weights=file, sha256=sha256, onnx=network)
+
+
 def main() -> None:
-    """Write the file and measure it."""
+    """Write the file, measure it, and print the value of ``evaluate.extractor``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="with resnet56.safetensors and test.zip")
-    parser.add_argument("file", type=Path, help="ONNX file to write")
+    parser.add_argument("file", help="ONNX file to write")
     options = parser.parse_args()
-    network, _ = WEIGHTS.load(options.folder, None, lambda _: ResNet56())
-    data = exported(network, SIDE)
-    uri.write(str(options.file), data)
-    print(f"{options.file}: sha256 {uri.sha256(data)}")
-    print(f"accuracy on test.zip: {accuracy(network, uri.join(options.folder, 'test.zip')):.2%}")
+    data = exported(WEIGHTS.load(options.folder, None, lambda _: ResNet56())[0], SIDE)
+    uri.write(options.file, data)
+    archive = open_archive(uri.join(options.folder, "test.zip"))
+    ref = extractor(options.file, uri.sha256(data), archive.class_names)
+    classifier = load_extractor(ref)
+    assert isinstance(classifier, Classifier)
+    print(yaml.safe_dump({"extractor": ref.model_dump(mode="json", exclude_defaults=True)}, sort_keys=False))
+    print(f"accuracy on test.zip: {accuracy(classifier, archive):.2%}")
 
 
 if __name__ == "__main__":
