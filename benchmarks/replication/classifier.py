@@ -85,16 +85,22 @@ def _stage(width_in: int, width: int) -> nn.Sequential:
     return nn.Sequential(Block(width_in, width), *(Block(width, width) for _ in range(8)))
 
 
-def exported(network: nn.Module, side: int) -> bytes:
-    """A network of images (B, 3, side, side) as an ONNX file with the outputs `OUTPUTS`: the same bytes each time."""
+def exported(network: nn.Module, side: int, batch: int | None = None) -> bytes:
+    """A network of images (B, 3, side, side) as an ONNX file with the outputs `OUTPUTS`: the same bytes each time.
+
+    Args:
+        network: gives features, logits and spatial features.
+        side: of the images, in pixels.
+        batch: B, if the file is for one number of images alone.
+    """
     buffer = io.BytesIO()
     torch.onnx.export(
         network,
-        (torch.zeros(1, 3, side, side),),
+        (torch.zeros(batch or 1, 3, side, side),),
         buffer,  # type: ignore[arg-type]  # takes files, too
         input_names=["images"],
         output_names=OUTPUTS,
-        dynamic_axes={name: {0: "batch"} for name in ("images", *OUTPUTS)},
+        dynamic_axes=None if batch else {name: {0: "batch"} for name in ("images", *OUTPUTS)},
         opset_version=OPSET,
         dynamo=False,
     )

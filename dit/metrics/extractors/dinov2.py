@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dit.devices import exact_float32
 from dit.metrics.extractors.base import Images, Outputs, checked
-from dit.metrics.extractors.resize import resize_pillow
+from dit.metrics.extractors.resize import resize_bicubic
 from dit.weights import WeightsFile
 
 WEIGHTS: Final = "dinov2_vitl14_pretrain.pth"
@@ -153,7 +153,7 @@ class DinoV2:
         """
         tensor = checked(images, self.name, self.network.cls_token.device)
         mean, deviation = (torch.tensor(each, device=tensor.device).view(3, 1, 1) for each in (MEAN, DEVIATION))
-        x = (resize_pillow(tensor.permute(0, 3, 1, 2).float(), SIDE, "bicubic") / 255 - mean) / deviation
+        x = (resize_bicubic(tensor.permute(0, 3, 1, 2).float(), SIDE) / 255 - mean) / deviation
         with exact_float32():
             features: Tensor = self.network(x)
         return features

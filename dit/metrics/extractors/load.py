@@ -65,8 +65,10 @@ class ExtractorRef(Config):
 
     @model_validator(mode="after")
     def _onnx_is_described(self) -> Self:
-        if (self.name == ONNX) != (self.onnx is not None):
-            raise ValueError("name: onnx and the settings in onnx (name, side, mean, deviation, ...) need each other")
+        if self.name == ONNX and self.onnx is None:
+            raise ValueError("name: onnx needs onnx: its name, side, mean and deviation")
+        if self.name != ONNX and self.onnx is not None:
+            raise ValueError("onnx is for name: onnx alone")
         if self.onnx is not None and self.onnx.name in EXTRACTORS:
             raise ValueError(f"onnx.name: {self.onnx.name} is the name of another extractor; choose one of your own")
         return self

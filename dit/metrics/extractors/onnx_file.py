@@ -6,9 +6,8 @@ custom operators is loaded.
 
 # B = batch, H, W = image sides, D = features, C = classes, S = spatial features
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 import numpy as np
@@ -18,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dit.metrics.extractors.base import Images, Outputs, checked
-from dit.metrics.extractors.resize import resize_pillow, resize_tf1
+from dit.metrics.extractors.resize import resize_bicubic, resize_tf1
 from dit.weights import WeightsFile, read_weights
 from storage import uri
 from storage.config import Config
@@ -37,14 +36,10 @@ FILE: Final = WeightsFile(
 BATCH: Final = 16
 """Images in one run, unless the file has a fixed number. Always as many, so the batch changes no bit."""
 MAX_BATCH: Final = 1024
+"""Most images in one run."""
 MAX_DIMS: Final = 8192
 """Most features: their covariance has as many rows and columns."""
-Resize = Literal["pillow-bicubic", "pillow-bilinear", "tf1-bilinear"]
-RESIZE: Final[dict[Resize, Callable[[Tensor, int], Tensor]]] = {
-    "pillow-bicubic": partial(resize_pillow, mode="bicubic"),
-    "pillow-bilinear": partial(resize_pillow, mode="bilinear"),
-    "tf1-bilinear": resize_tf1,
-}
+RESIZE: Final = {"pillow-bicubic": resize_bicubic, "tf1-bilinear": resize_tf1}
 Colours = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -56,7 +51,7 @@ class OnnxNetwork(Config):
     """Name of the network, in small letters, for the distance: ``FD[name@sha256]``."""
     side: int = Field(ge=1, le=2048)
     """Side of the images that it takes, in pixels. Other images are resized."""
-    resize: Resize = "pillow-bicubic"
+    resize: Literal["pillow-bicubic", "tf1-bilinear"] = "pillow-bicubic"
     """How images of another side are resized: with antialiasing as by Pillow, or as for Inception."""
     mean: Colours
     """Mean of red, green and blue, of pixels in 0..1: it is subtracted."""
@@ -231,7 +226,7 @@ def _batch(session: "InferenceSession", network: OnnxNetwork) -> int:
     wanted = (None, 3, network.side, network.side)
     sizes = zip(shape[1:], wanted[1:], strict=False)
     if len(shape) != 4 or any(isinstance(size, int) and size != want for size, want in sizes):
-        raise InputError(f"takes {shape}, not (B, 3, {network.side}, {network.side}); correct onnx.side, or export it")
+        raise InputError(f"takes {shape}, not (B, 3, {network.side}, {network.side}); correct onnx.side or the file")
     batch = shape[0] if isinstance(shape[0], int) else BATCH
     if not 1 <= batch <= MAX_BATCH:
         raise InputError(f"takes {batch:,} images at once, not 1 to {MAX_BATCH:,}; export it with a dynamic batch")

@@ -2,8 +2,6 @@
 
 # B = batch, C = channels, H, W = image sides
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,13 +16,13 @@ def resize_tf1(images: Tensor, side: int) -> Tensor:
     return _along(_along(images, side, 3), side, 2)
 
 
-def resize_pillow(images: Tensor, side: int, mode: Literal["bilinear", "bicubic"]) -> Tensor:
-    """Images float32 (B, C, H, W) in whole levels 0..255 to (B, C, side, side), as Pillow's filter of that name.
+def resize_bicubic(images: Tensor, side: int) -> Tensor:
+    """Images float32 (B, C, H, W) in whole levels 0..255 to (B, C, side, side), as Pillow's bicubic filter.
 
     Antialiased; across, then down, each rounded to a level.
     """
     for size in ((images.shape[2], side), (side, side)):
-        images = F.interpolate(images, size, mode=mode, antialias=True).round().clamp(0, 255)
+        images = F.interpolate(images, size, mode="bicubic", antialias=True).round().clamp(0, 255)
     return images
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from dit.metrics.extractors.base import FeatureExtractor
 from dit.metrics.extractors.dinov2 import WEIGHTS, VisionTransformer, load_dinov2
 from dit.metrics.extractors.load import ExtractorRef, load_extractor
-from dit.metrics.extractors.resize import resize_pillow
+from dit.metrics.extractors.resize import resize_bicubic
 from storage import uri
 from storage.errors import InputError
 
@@ -110,9 +110,7 @@ def test_features_are_those_of_the_formulae(weights: Path, state: State, side: i
 @pytest.mark.parametrize("side", [32, 256, 500])
 def test_resizing_is_pillows(side: int) -> None:
     images = pictures(side)
-    found = (
-        resize_pillow(torch.from_numpy(images).permute(0, 3, 1, 2).float(), 224, "bicubic").permute(0, 2, 3, 1).numpy()
-    )
+    found = resize_bicubic(torch.from_numpy(images).permute(0, 3, 1, 2).float(), 224).permute(0, 2, 3, 1).numpy()
     pillow = [np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)) for image in images]
     apart = np.abs(found - np.stack(pillow))
     assert apart.max() <= 1
