@@ -7,9 +7,10 @@ each head, for the tokens and conditions that reach them (`dit.models.tmsa.TMSA.
     received    the sum of w over the queries, in the mean over heads: 1 everywhere, if all keys are alike
     tokens      exp(-sum_j w log w), the tokens that a query looks at: 1 to K, in the geometric mean
     distance    the mean of |place of i - place of j| under w, in tokens
-    moved       sum_j |w - w'| / 2, where w' are the weights for the same tokens, if the layer is told that it is at the
-                begin of the way: the share of the attention that is elsewhere because of the time itself. All other
-                change comes from the tokens
+    changed     sum_j |w - w'| / 2, where w' are the weights at the beginning of the way: the share of the attention
+                that is elsewhere now
+    moved       the same, where w' are the weights for the tokens as they are now, but with the condition of the
+                beginning: the share that is elsewhere because of the time itself
 
 Where the condition is a token (`condition: token`), it counts among the K; distance is that to the image's tokens.
 """
@@ -21,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import exp, isqrt
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -48,7 +49,8 @@ SHOWN: Final = 8
 """T, how many of these steps are shown."""
 SAMPLES: Final = 8
 """B, unless there are fewer."""
-NUMBERS: Final = ("tokens", "distance", "moved")
+SHARES: Final = ("changed", "moved")
+NUMBERS: Final = ("tokens", "distance", *SHARES)
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,18 @@ class Attention:
     """What the model expects it to become, likewise."""
     layers: list[Layer]
     """In the order of the network."""
+
+
+class Given(NamedTuple):
+    """What reaches a layer: tokens (B * W, N, D), the windows of an image next to each other, and conditions (B, E)."""
+
+    x: Tensor
+    c: Tensor
+
+    def images(self) -> list["Given"]:
+        """That of each image."""
+        windows = len(self.x) // len(self.c)
+        return [Given(*each) for each in zip(self.x.split(windows), self.c.split(1), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -155,14 +169,13 @@ def _layers(model: nn.Module, way: Sequence[_Step], y: Tensor | None) -> list[La
     """The first, the middle and the last layer on the way."""
     total = sum(isinstance(module, TMSA) for module in model.modules())
     chosen = sorted({0, total // 2, total - 1})
-    steps, begin = [], list[Tensor]()
+    steps, first = [], _seen(model, way[0], y, chosen)
     for step in way:
         seen = _seen(model, step, y, chosen)
-        begin = begin or [c for _, _, c in seen]
-        steps.append([measured(*each, before) for each, before in zip(seen, begin, strict=True)])
+        steps.append([measured(*now, before) for now, (_, before) in zip(seen, first, strict=True)])
     return [
         Layer(
-            f"layer {place + 1} of {total}: {_tokens(seen[row], len(way[0].x))}",
+            f"layer {place + 1} of {total}: {_tokens(*first[row])}",
             np.stack([step[row][0] for step in steps]),
             {name: np.stack([step[row][1][name] for step in steps]) for name in NUMBERS},
         )
@@ -170,13 +183,13 @@ def _layers(model: nn.Module, way: Sequence[_Step], y: Tensor | None) -> list[La
     ]
 
 
-def _seen(model: nn.Module, step: _Step, y: Tensor | None, chosen: Sequence[int]) -> list[tuple[TMSA, Tensor, Tensor]]:
-    """The chosen layers with what reaches them in a step: tokens (B * W, N, D) and conditions (B, E)."""
-    found, calls = list[tuple[TMSA, Tensor, Tensor]](), count()
+def _seen(model: nn.Module, step: _Step, y: Tensor | None, chosen: Sequence[int]) -> list[tuple[TMSA, Given]]:
+    """The chosen layers with what reaches them in a step."""
+    found, calls = list[tuple[TMSA, Given]](), count()
 
     def keep(layer: nn.Module, given: tuple[Tensor, Tensor]) -> None:
         if next(calls) in chosen and isinstance(layer, TMSA):
-            found.append((layer, *given))
+            found.append((layer, Given(*given)))
 
     hooks = [module.register_forward_pre_hook(keep) for module in model.modules() if isinstance(module, TMSA)]
     model(step.x, step.t, y)
@@ -185,31 +198,28 @@ def _seen(model: nn.Module, step: _Step, y: Tensor | None, chosen: Sequence[int]
     return found
 
 
-def _tokens(seen: tuple[TMSA, Tensor, Tensor], images: int) -> str:
+def _tokens(layer: TMSA, given: Given) -> str:
     """The tokens of a layer in words."""
-    layer, x, _ = seen
-    window, windows = layer.bias.window, len(x) // images
+    window, windows = layer.bias.window, len(given.x) // len(given.c)
     side = isqrt(windows) * window
     return f"{side} x {side} tokens" + (f" in windows of {window} x {window}" if windows > 1 else "")
 
 
-def measured(
-    layer: TMSA, x: Tensor, c: Tensor, begin: Tensor
-) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float64]]]:
-    """What the first image's tokens receive, and the `NUMBERS` of each image; an image at a time, to save memory.
+def measured(layer: TMSA, now: Given, before: Given) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float64]]]:
+    """What the first image's tokens receive now (H, H), and the `NUMBERS` of each image (B,).
 
     Args:
         layer: the attention.
-        x: its tokens (B * W, N, D).
-        c: its conditions (B, E).
-        begin: those at the begin of the way (B, E).
+        now: what reaches it.
+        before: what reached it at the beginning of the way.
     """
-    window, images = layer.bias.window, x.unflatten(0, (len(c), -1))
-    side = isqrt(images.shape[1]) * window
-    weights = layer.weights(images[0], c[:1])
-    received = from_windows(_received(weights)[:, :, None], window, side, side)[0, 0]
-    each = [_numbers(layer, *given) for given in zip(images, c.split(1), begin.split(1), strict=True)]
-    return received.float().cpu().numpy(), {name: np.array([numbers[name] for numbers in each]) for name in NUMBERS}
+    pairs = list(zip(now.images(), before.images(), strict=True))  # an image at a time, to save memory
+    window = layer.bias.window
+    received = _received(layer.weights(*pairs[0][0]))
+    side = isqrt(len(received)) * window
+    each = [_numbers(layer, *pair) for pair in pairs]
+    numbers = {name: np.array([found[name] for found in each]) for name in NUMBERS}
+    return from_windows(received[:, :, None], window, side, side)[0, 0].float().cpu().numpy(), numbers
 
 
 def _received(weights: Tensor) -> Tensor:
@@ -217,14 +227,14 @@ def _received(weights: Tensor) -> Tensor:
     return weights[..., : weights.shape[2]].sum(2).mean(1)
 
 
-def _numbers(layer: TMSA, x: Tensor, c: Tensor, begin: Tensor) -> dict[str, float]:
-    """The `NUMBERS` of an image with tokens (W, N, D) and condition (1, E), which was (1, E) at the begin."""
-    weights, before = layer.weights(x, c), layer.weights(x, begin)
+def _numbers(layer: TMSA, now: Given, before: Given) -> dict[str, float]:
+    """The `NUMBERS` of one image."""
+    weights = layer.weights(*now)
     own = weights[..., : weights.shape[2]]
     far = (own * _distances(layer.bias.window, own.device)).sum(-1) / own.sum(-1)
-    tokens = torch.special.entr(weights).sum(-1).mean().exp()
-    moved = (weights - before).abs().sum(-1) / 2
-    return {"tokens": float(tokens), "distance": float(far.mean()), "moved": float(moved.mean())}
+    others = {"changed": layer.weights(*before), "moved": layer.weights(now.x, before.c)}
+    shares = {name: float((weights - other).abs().sum(-1).mean() / 2) for name, other in others.items()}
+    return {"tokens": float(torch.special.entr(weights).sum(-1).mean().exp()), "distance": float(far.mean())} | shares
 
 
 def _distances(window: int, on: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogFormatter
 
 from dit.metrics.comparison import Estimate
 from dit.metrics.power_law import PowerLaw
-from dit.report.attention import NUMBERS, Attention
+from dit.report.attention import NUMBERS, SHARES, Attention
 
 RECEIVED = 8
 """Attention that a token receives, in shares of what it would have if all were alike, at the ends of the colours."""
@@ -21,7 +21,8 @@ TICKS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 LOOKS = {
     "tokens": "tokens that a query looks at",
     "distance": "distance to them, in tokens",
-    "moved": "share moved by the time itself",
+    "changed": "share elsewhere than at first",
+    "moved": "share elsewhere by the time itself",
 }
 
 
@@ -166,7 +167,7 @@ def _layers(figure: SubFigure, found: Attention) -> None:
         for layer in found.layers:
             _errors(axes, range(len(found.times)), layer.estimates(name), "o-", label=layer.name)
         axes.set_xticks(range(len(found.times)), found.times, rotation=60, fontsize=7)
-        axes.set(ylim=(0, None))
+        axes.set(ylim=(0, 1 if name in SHARES else None))
         axes.set_title(LOOKS[name], fontsize=8)
         axes.tick_params(axis="y", labelsize=7)
         axes.grid(visible=True, alpha=0.3)

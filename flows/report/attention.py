@@ -24,16 +24,16 @@ def sections(samples: SampleManifest) -> Iterator[Section]:
     )
     note = (
         "Tokens: how many a query looks at, exp of the entropy of its weights. Distance: from the query to them, in "
-        "tokens. Moved: the share of the attention that is elsewhere than if the layer were told that the way is "
-        f"still at {found.times[0]}, with the same tokens; this is what the time itself does. Means over queries, "
-        "heads and samples, with 95 % intervals over the samples."
+        f"tokens. Changed: the share of the attention that is elsewhere than at {found.times[0]}. Moved: the share "
+        f"that is elsewhere than if the layer were told {found.times[0]} with its tokens as they are, so what the time "
+        "itself does. Means over queries, heads and samples, with 95 % intervals over the samples."
     )
     figure = Figure(plots.attention(found), "Attention on the way from noise (left) to an image (right)", plot=True)
     yield Section("Attention over the noise levels", [lead, figure, _table(found), note])
 
 
 def _table(found: Attention) -> Table:
-    """The numbers at the begin, in the middle and at the end of the way."""
+    """The numbers at the beginning, in the middle and at the end of the way."""
     last = len(found.times) - 1
     rows = [
         (layer.name, found.times[step], *(str(layer.estimates(name)[step]) for name in NUMBERS))

@@ -90,6 +90,8 @@ def test_latent_that_does_not_divide(latent: int) -> None:
         dit_config("S/8", input_size=16, num_classes=3),
         lightning_config("S/4", qk_norm=True),
         diffit_image_config("digits16"),
+        diffit_image_config("digits16", condition="mlp"),
+        diffit_image_config("digits16", condition="token"),
     ],
 )
 def test_activations_are_what_a_real_forward_pass_keeps(config: ModelConfig, autocast: torch.dtype | None) -> None:

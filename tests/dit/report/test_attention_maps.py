@@ -17,7 +17,7 @@ from dit.models.choice import DiffiTChoice, DiffiTImageChoice, ImageShape, Model
 from dit.models.config import ConditionKind
 from dit.models.tmsa import TMSA
 from dit.report import plots
-from dit.report.attention import SHOWN, Layer, attention, measured
+from dit.report.attention import SHOWN, Given, Layer, attention, measured
 from dit.sample import SampleManifest
 from dit.samplers.config import SampleConfig
 from dit.samplers.table import FITTING
@@ -58,20 +58,23 @@ def weights(layer: TMSA, x: Tensor, c: Tensor, condition: ConditionKind) -> NDAr
 @pytest.mark.parametrize("condition", ["tmsa", "mlp", "token"])
 def test_numbers_are_those_of_plain_loops(condition: ConditionKind) -> None:
     """Two images of four windows."""
-    layer, x, c, begin = drawn(condition), torch.randn(8, N, WIDTH), torch.randn(2, E), torch.randn(2, E)
-    received, numbers = measured(layer, x, c, begin)
+    layer, now, before = drawn(condition), *(Given(torch.randn(8, N, WIDTH), torch.randn(2, E)) for _ in range(2))
+    received, numbers = measured(layer, now, before)
     places = [(i // WINDOW, i % WINDOW) for i in range(N)]
     for image in range(2):
-        entropies, distances, moved = [], [], []
+        entropies, distances, changed, moved = [], [], [], []
         for window in range(4):
-            w = weights(layer, x[4 * image + window], c[image], condition)
-            before = weights(layer, x[4 * image + window], begin[image], condition)
+            row = 4 * image + window
+            w = weights(layer, now.x[row], now.c[image], condition)
+            earlier = weights(layer, before.x[row], before.c[image], condition)
+            untold = weights(layer, now.x[row], before.c[image], condition)
             for h in range(HEADS):
                 for i in range(N):
                     far = [np.hypot(*np.subtract(places[i], places[j])) for j in range(N)]
                     entropies.append(-sum(share * np.log(share) for share in w[h, i]))
                     distances.append(np.dot(w[h, i, :N], far) / w[h, i, :N].sum())
-                    moved.append(np.abs(w[h, i] - before[h, i]).sum() / 2)
+                    changed.append(np.abs(w[h, i] - earlier[h, i]).sum() / 2)
+                    moved.append(np.abs(w[h, i] - untold[h, i]).sum() / 2)
             if image == 0:
                 top, left = window // 2 * WINDOW, window % 2 * WINDOW
                 expected = w[:, :, :N].sum(1).mean(0).reshape(WINDOW, WINDOW)
@@ -79,6 +82,7 @@ def test_numbers_are_those_of_plain_loops(condition: ConditionKind) -> None:
                 np.testing.assert_allclose(place, expected, rtol=1e-4)
         assert numbers["tokens"][image] == pytest.approx(np.exp(np.mean(entropies)), rel=1e-4)
         assert numbers["distance"][image] == pytest.approx(np.mean(distances), rel=1e-4)
+        assert numbers["changed"][image] == pytest.approx(np.mean(changed), rel=1e-3)
         assert numbers["moved"][image] == pytest.approx(np.mean(moved), rel=1e-3, abs=1e-6)
     assert received.shape == (2 * WINDOW, 2 * WINDOW)
     assert (numbers["moved"] == 0).all() == (condition == "mlp")
@@ -88,9 +92,9 @@ def test_uniform_attention_looks_at_all_tokens() -> None:
     layer = drawn("tmsa")
     for parameter in layer.parameters():
         parameter.zero_()
-    received, numbers = measured(layer, torch.randn(1, N, WIDTH), torch.randn(1, E), torch.randn(1, E))
+    received, numbers = measured(layer, *(Given(torch.randn(1, N, WIDTH), torch.randn(1, E)) for _ in range(2)))
     np.testing.assert_allclose(received, 1, rtol=1e-6)
-    expected = {"tokens": 4, "distance": (0 + 1 + 1 + 2**0.5) / 4, "moved": 0}
+    expected = {"tokens": 4, "distance": (0 + 1 + 1 + 2**0.5) / 4, "changed": 0, "moved": 0}
     assert {name: values.item() for name, values in numbers.items()} == pytest.approx(expected)
 
 
@@ -133,8 +137,9 @@ def test_way_of_every_process_and_its_picture(tmp_path: Path, kind: str) -> None
     assert [layer.received.shape for layer in found.layers] == [(SHOWN, side, side) for side in (16, 8, 16)]
     for layer in found.layers:
         assert all(values.shape == (SHOWN, 5) for values in layer.numbers.values())
-        assert (layer.numbers["moved"][0] == 0).all()
-        assert (layer.numbers["moved"][1:] > 0).all()
+        for name in ("changed", "moved"):
+            assert (layer.numbers[name][0] == 0).all()
+            assert (layer.numbers[name][1:] > 0).all()
     picture = Image.open(io.BytesIO(plots.attention(found)))
     assert picture.width > picture.height / 2 > 200
 

@@ -242,8 +242,8 @@ def test_attention_of_a_diffit_is_shown(read: Reader, made: Made, condition: Con
     assert title in found.words
     text = " ".join(found.words)
     number = r"[-\d.e]+ \([-\d.e]+ to [-\d.e]+\)"
-    assert re.search(rf"layer 1 of 1: 4 x 4 tokens t 999 {number} {number} 0 \(0 to 0\)", text)
-    assert re.search(rf"layer 1 of 1: 4 x 4 tokens t 0 {number} {number} {number}", text)
+    assert re.search(rf"layer 1 of 1: 4 x 4 tokens t 999 {number} {number} 0 \(0 to 0\) 0 \(0 to 0\)", text)
+    assert re.search(rf"layer 1 of 1: 4 x 4 tokens t 0 {number} {number} {number} {number}", text)
 
 
 def test_it_is_written_once_and_the_same(made: Made) -> None:
