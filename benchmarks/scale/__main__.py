@@ -86,7 +86,7 @@ def _command(*arguments: str, phase: Any = lambda: "") -> Watched:
 
 def _recipe(archive: dict[str, str], vae: Path, samples: int) -> dict[str, Any]:
     """Everything tiny but the number of images."""
-    model = {"kind": "dit", "size": {"depth": 2, "width": 32, "heads": 2}, "patch_size": 4}
+    model = {"kind": "dit", "size": {"depth": 2, "width": 32, "heads": 2}, "patch_size": 2}
     return {
         "name": "scale",
         "archive": archive,

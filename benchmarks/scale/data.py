@@ -78,14 +78,14 @@ def write(folder: Path, images: int, held_out: int, pictures: Pictures, classes:
 
 
 def write_autoencoder(folder: Path) -> None:
-    """A tiny autoencoder of two levels with random weights: 32 x 32 pixels to 4 x 16 x 16."""
+    """A tiny autoencoder with random weights, which halves the sides twice: 32 x 32 pixels to 4 x 8 x 8."""
     torch.manual_seed(0)
     AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(2, 2, 4),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
-        norm_num_groups=4,
+        norm_num_groups=2,
         latent_channels=4,
         sample_size=SIDE,
     ).save_pretrained(folder)

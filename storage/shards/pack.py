@@ -136,7 +136,8 @@ def _entry(index: int, member: Member, data: bytes, min_side: int) -> Entry:
     facts = inspect(data)
     if min(facts.width, facts.height) < min_side:
         raise UnreadableImage(f"{facts.width}x{facts.height} pixels, smaller than {min_side}")
-    return Entry(source_index=index, name=member.name, label=member.label, extension=facts.extension)
+    # constructed, since to validate it takes as long as to check the image
+    return Entry.model_construct(source_index=index, name=member.name, label=member.label, extension=facts.extension)
 
 
 _HEADER = _blank()
