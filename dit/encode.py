@@ -22,7 +22,7 @@ from pydantic import Field
 
 from dit.devices import Arithmetic, arithmetic, device, dtype
 from dit.ranks import Ranks, Share, cores, joined
-from dit.rates import at_once, encoder_rate
+from dit.rates import at_once, beside, encoder_rate
 from dit.vae import Vae, VaeRef, info, load_vae, vae_inputs
 from storage import uri
 from storage.archives.open import HELD_OUT
@@ -367,10 +367,11 @@ def estimate(config: EncodeConfig, shards: ShardManifest, plan: PlanContext) -> 
     vae, ref = info(config.vae) if config.vae else None, config.vae
     rows, shape = _count(config, shards), _shape(config, vae)
     layout = _layout(config, rows, shape)
-    seconds = rows / plan.rates["shard"]
+    seconds = rows / plan.rates["load"] / plan.nodes
     if ref:
-        rate = plan.rate("encode", lambda: encoder_rate(ref, config.resolution, config.precision))
-        seconds = rows * _flips(config) / rate / at_once(plan.world_size)
+        batch = config.batch_size or CPU_BATCH
+        rate = plan.rate("encode", lambda: encoder_rate(ref, config.resolution, config.precision, batch))
+        seconds = beside(seconds, rows * _flips(config) / rate / at_once(plan.world_size))
     planned = (PLANNED,) * _flips(config) if vae else None
     return StageCost(
         images=rows,

@@ -23,7 +23,7 @@ from dit.metrics.reference import ReferenceManifest, kept, reference
 from dit.metrics.sets import NOISE_SEED, NoiseImages, SplitImages, StoredImages
 from dit.metrics.summary import Summary, check_counts, compare
 from dit.ranks import joined
-from dit.rates import at_once, extractor_rate
+from dit.rates import at_once, beside, comparison_rate, extractor_rate, pairs
 from dit.sample import SampleManifest
 from storage.archives.open import HELD_OUT
 from storage.config import Config, operational
@@ -252,14 +252,17 @@ def estimate(config: EvaluateConfig, samples: SampleManifest, plan: PlanContext)
     counts = _planned(samples, plan)
     earlier, ours = plan.before.get(MetricsManifest.STAGE), plan.out.header.inputs
     kept = counts["reference"] if earlier and earlier.inputs["extractor"] == ours["extractor"] else 0
-    rate = plan.rate("evaluate", lambda: extractor_rate(config.extractor, samples.resolution))
+    rate = plan.rate("evaluate", lambda: extractor_rate(config.extractor, samples.resolution, config.batch_size))
+    compared = plan.rate("compare", lambda: comparison_rate(config.extractor))
+    decoding = (counts["reference"] - kept + counts["floor"]) / plan.rates["load"] / plan.nodes
+    measuring = beside(decoding, (_total(counts) - kept) / rate / at_once(plan.world_size))
     return StageCost(
         images=counts["reference_kept"] + counts["samples"],
         objects=2,
         size=10_000,
         units=1,
         done=0,
-        seconds=(_total(counts) - kept) / rate / at_once(plan.world_size),
+        seconds=measuring + pairs(counts["reference_kept"], counts["samples"]) / compared,
         leaves={"distance": "", "conditions": {}},
     )
 
@@ -271,6 +274,9 @@ DEFINITION = StageDefinition(
     run,
     lambda config, _: {"extractor": weights_sha256(config.extractor)},
     estimate,
-    {"evaluate": "images passed through the feature extractor in a second"},
+    {
+        "evaluate": "images passed through the feature extractor in a second",
+        "compare": "pairs of features compared in a second",
+    },
     check,
 )

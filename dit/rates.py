@@ -11,6 +11,8 @@ from torch import nn
 
 from dit.devices import Arithmetic, arithmetic, device, dtype
 from dit.metrics.extractors.load import ExtractorRef, load_extractor
+from dit.metrics.kernel import kernel_distance
+from dit.metrics.precision_recall import precision_recall
 from dit.models.build import build
 from dit.models.config import ModelConfig
 from dit.models.cost import cost
@@ -22,6 +24,11 @@ BLOCKS = 2
 """Transformer blocks that are measured, in place of all: they are alike."""
 CPU_FLOPS = 10**11
 """FLOP of the step that is measured on a CPU."""
+CPU_PIXELS = 2**16
+"""Pixels of the batch that an autoencoder is measured with on a CPU: a 256 px image; extractors have eight times as
+many."""
+COMPARED = 2048
+"""Features of either set whose comparison is measured."""
 
 
 def at_once(world_size: int) -> int:
@@ -29,24 +36,30 @@ def at_once(world_size: int) -> int:
     return world_size if device().type == "cuda" else 1
 
 
-def encoder_rate(ref: VaeRef, resolution: int, precision: Arithmetic) -> float:
-    """Images encoded a second.
+def beside(decoding: float, network: float) -> float:
+    """Seconds that images take which are decoded on CPU cores while a network works: on a CPU both share the cores.
+
+    Args:
+        decoding: seconds of the decoding alone.
+        network: seconds of the network alone.
+    """
+    return max(decoding, network) if device().type == "cuda" else decoding + network
+
+
+def encoder_rate(ref: VaeRef, resolution: int, precision: Arithmetic, batch: int) -> float:
+    """Images encoded a second, ``batch`` at a time; on a CPU fewer if they are large.
 
     Raises:
         InputError: the autoencoder is missing or broken.
     """
-    vae, images = load_vae(ref, device(), dtype(precision)), _images(8 if device().type == "cuda" else 1, resolution)
+    vae, images = load_vae(ref, device(), dtype(precision)), _images(_fitting(batch, resolution), resolution)
     with arithmetic(precision):
         return len(images) * _rate(lambda: vae.encode(images))
 
 
-def decoder_rate(ref: VaeRef, resolution: int, precision: Arithmetic) -> float:
-    """Latents of images of this side decoded a second.
-
-    Raises:
-        InputError: the autoencoder is missing or broken.
-    """
-    vae, batch = load_vae(ref, device(), dtype(precision)), 8 if device().type == "cuda" else 1
+def decoder_rate(ref: VaeRef, resolution: int, precision: Arithmetic, batch: int) -> float:
+    """Latents of images of this side decoded a second. Arguments and errors as `encoder_rate`."""
+    vae, batch = load_vae(ref, device(), dtype(precision)), _fitting(batch, resolution)
     side = resolution // vae.downsample
     latents = torch.zeros(batch, vae.channels, side, side)
     with arithmetic(precision):
@@ -100,14 +113,39 @@ def _piece(
     return config, batch, forward, model
 
 
-def extractor_rate(ref: ExtractorRef, resolution: int) -> float:
-    """Images a second that pass through an extractor.
+def extractor_rate(ref: ExtractorRef, resolution: int, batch: int) -> float:
+    """Images a second that pass through an extractor, ``batch`` at a time; on a CPU fewer if they are large.
 
     Raises:
         InputError: its weights are missing or broken, or it cannot read such images.
     """
-    extractor, images = load_extractor(ref, device()), _images(32 if device().type == "cuda" else 8, resolution)
+    size = _fitting(batch, resolution, CPU_PIXELS * 8)
+    extractor, images = load_extractor(ref, device()), _images(size, resolution)
     return len(images) * _rate(lambda: extractor.outputs(images))
+
+
+def comparison_rate(ref: ExtractorRef) -> float:
+    """Pairs of features a second that are compared for the kernel distance, precision and recall.
+
+    Raises:
+        InputError: the extractor's weights are missing or broken.
+    """
+    features = torch.randn(COMPARED, load_extractor(ref).dims).to(device())
+
+    def compare() -> None:
+        kernel_distance(features, features)
+        precision_recall(features, features, "fp32")
+
+    return pairs(COMPARED, COMPARED) * _rate(compare)
+
+
+def pairs(reference: int, samples: int) -> int:
+    """Pairs of features within and between two sets."""
+    return reference**2 + samples**2 + reference * samples
+
+
+def _fitting(batch: int, resolution: int, pixels: int = CPU_PIXELS) -> int:
+    return batch if device().type == "cuda" else max(1, min(batch, pixels // resolution**2))
 
 
 def _images(count: int, resolution: int) -> torch.Tensor:

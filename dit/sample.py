@@ -370,7 +370,9 @@ def estimate(config: SampleConfig, checkpoint: CheckpointManifest, plan: PlanCon
     rate = plan.rate("sample", lambda: forward_rate(card.model, config.batch_size, config.precision))
     seconds = config.count * passes * 2 * macs / rate
     if ref:
-        seconds += config.count / plan.rate("decode", lambda: decoder_rate(ref, card.resolution, config.precision))
+        seconds += config.count / plan.rate(
+            "decode", lambda: decoder_rate(ref, card.resolution, config.precision, config.decode_batch_size)
+        )
     rows = layout(config.count, config.block_rows, card.resolution, nfe=adaptive)
     facts = {"resolution": card.resolution, "class_names": card.class_names, "conditions": {}}
     return StageCost(

@@ -67,6 +67,7 @@ class Archive:
         digest: SHA-256 of class names, file names and file sizes, 64 hex digits. It does not depend on
             location, time or type of the archive, except for types that do not give file sizes.
         account: what else is in the archive, and how it was understood.
+        seconds: how long listing took, with all that tells which files are images.
 
     Args:
         account: of the archive, with its URL and what is passed over once all files are taken.
@@ -100,6 +101,7 @@ class Archive:
         _check(where, self.members)
         self.digest = _digest(self.class_names, self.members, content)
         self.account = account.closed()
+        self.seconds = 0.0
         self._where, self._fetch = f"{where}/{account.top}".rstrip("/"), fetch
         self._check_documents()
 

@@ -1,5 +1,6 @@
 """Opens an archive of any type: folders, tars, zips and Parquet, on any fsspec file system."""
 
+import time
 from typing import Self
 
 from pydantic import model_validator
@@ -89,6 +90,13 @@ def open_archive(url: str, class_names: tuple[str, ...] | None = None, labels: s
         InputError: there is no archive of these types, it is damaged, or as `Archive`.
         StorageError: the labels cannot be read.
     """
+    begin = time.perf_counter()
+    archive = _opened(url, class_names, labels)
+    archive.seconds = time.perf_counter() - begin
+    return archive
+
+
+def _opened(url: str, class_names: tuple[str, ...] | None, labels: str | None) -> Archive:
     where = uri.redact(url)
     name = where.lower()
     if name.endswith(_COMPRESSED):

@@ -24,7 +24,17 @@ from storage.manifest import Manifest
 from storage.rows.store import RowReader
 from storage.tracker import NullTracker
 
-RATES = "shard: 100\nencode: 10\ntrain: 1.0e9\nsample: 2.0e9\ndecode: 5\nevaluate: 20\n"
+RATES = """
+list: 1_000
+shard: 100
+load: 50
+encode: 10
+train: 1.0e9
+sample: 2.0e9
+decode: 5
+evaluate: 20
+compare: 10_000
+"""
 
 
 @pytest.fixture
@@ -60,11 +70,13 @@ def test_hours_follow_from_the_rates(images: Path, root: Path, rates: Path) -> N
     assert list(lines) == ["shard", "encode", "train", "sample", "evaluate"]
     assert {line.state for line in found.lines} == {"to do"}
     work = cost(recipe.train.model.config(_given()))
-    assert lines["shard"].hours * 3600 == pytest.approx(24 / 100)
-    assert lines["encode"].hours * 3600 == pytest.approx(24 * 2 / 10)
+    assert lines["shard"].hours * 3600 == pytest.approx(24 / 1_000 + 24 / 100)
+    assert lines["encode"].hours * 3600 == pytest.approx(24 / 50 + 24 * 2 / 10)  # on a CPU one after the other
     assert lines["train"].hours * 3600 == pytest.approx(2 * 4 * 6 * work.macs / 1e9)
     assert lines["sample"].hours * 3600 == pytest.approx(6 * 2 * 2 * 2 * work.macs / 2e9 + 6 / 5)
-    assert lines["evaluate"].hours * 3600 == pytest.approx((24 + 2 * 6) / 20)
+    assert lines["evaluate"].hours * 3600 == pytest.approx(
+        24 / 50 + (24 + 2 * 6) / 20 + (24 * 24 + 6 * 6 + 24 * 6) / 10_000
+    )
     unguided = planned(recipe_of(images, root, "sample.guidance_scale=1"), root, rates)
     assert unguided.lines[3].hours * 3600 == pytest.approx(6 * 2 * 2 * work.macs / 2e9 + 6 / 5)
 
@@ -207,8 +219,9 @@ def test_evaluations_of_milestones_are_counted(images: Path, root: Path, rates: 
     alone = planned(recipe_of(images, root, "sample.count=4"), root, rates).lines[3]
     assert (samples.images, samples.objects, samples.size) == (12, 3 * alone.objects, 3 * alone.size)
     assert samples.hours == pytest.approx(3 * alone.hours)
-    assert metrics.hours * 3600 == pytest.approx((24 + 3 * 2 * 4) / 20)  # the training images are measured once
-    assert evaluate.hours * 3600 == pytest.approx(2 * 6 / 20)
+    once = 24 / 50 + 24 / 20  # the training images are measured once
+    assert metrics.hours * 3600 == pytest.approx(once + 3 * (2 * 4 / 20 + (24 * 24 + 4 * 4 + 24 * 4) / 10_000))
+    assert evaluate.hours * 3600 == pytest.approx(2 * 6 / 20 + (24 * 24 + 6 * 6 + 24 * 6) / 10_000)
     assert found.disk == plain.disk + samples.size + metrics.size
 
     _, latents, last = perform(recipe, root, "shard", "encode", "train")  # commits the milestones 2 and 4
