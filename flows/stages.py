@@ -14,6 +14,7 @@ from typing import Any
 
 from prefect import Flow
 from prefect.client.schemas.objects import State
+from prefect.settings.context import temporary_settings
 
 from flows.contract import STAGES, Outcome, Stage
 from flows.launch.spec import LaunchSpec, LocalLaunch
@@ -86,7 +87,8 @@ def run_stage(
 def run_flow(name: str, given: Mapping[str, Any], settings: RunSettings, *, which: str = "") -> Outcome:
     """Run the flow of a stage with its arguments, ``settings`` apart; ``which`` is added to the name of its run."""
     begin, run = time.monotonic(), stage_flow(name).with_options(flow_run_name=f"{name}{which}")
-    state = run(**given, settings=settings, return_state=True)
+    with temporary_settings({"flows.heartbeat_frequency": None}):  # the end would wait for the thread, up to a second
+        state = run(**given, settings=settings, return_state=True)
     skipped = state.name == SKIPPED
     return Outcome(name, "skipped" if skipped else "ran", round(time.monotonic() - begin, 1), state.result())
 
