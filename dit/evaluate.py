@@ -28,6 +28,7 @@ from dit.sample import SampleManifest
 from storage.archives.open import HELD_OUT
 from storage.config import Config, operational
 from storage.estimate import PlanContext, StageCost
+from storage.header import Header
 from storage.images import transforms
 from storage.latents import LatentManifest
 from storage.manifest import Manifest, StageOutput
@@ -250,8 +251,8 @@ def estimate(config: EvaluateConfig, samples: SampleManifest, plan: PlanContext)
         InputError: the extractor cannot be loaded.
     """
     counts = _planned(samples, plan)
-    earlier, ours = plan.before.get(MetricsManifest.STAGE), plan.out.header.inputs
-    kept = counts["reference"] if earlier and earlier.inputs["extractor"] == ours["extractor"] else 0
+    earlier = plan.before.get(MetricsManifest.STAGE)
+    kept = counts["reference"] if earlier and _judge(earlier) == _judge(plan.out.header) else 0
     rate = plan.rate("evaluate", lambda: extractor_rate(config.extractor, samples.resolution, config.batch_size))
     compared = plan.rate("compare", lambda: comparison_rate(config.extractor))
     decoding = (counts["reference"] - kept + counts["floor"]) / plan.rates["load"] / plan.nodes
@@ -265,6 +266,11 @@ def estimate(config: EvaluateConfig, samples: SampleManifest, plan: PlanContext)
         seconds=measuring + pairs(counts["reference_kept"], counts["samples"]) / compared,
         leaves={"distance": "", "conditions": {}},
     )
+
+
+def _judge(output: Header) -> tuple[str, Any]:
+    """What must be equal for the statistics of the training images to be found again."""
+    return output.inputs["extractor"], output.config["extractor"].get("onnx")
 
 
 DEFINITION = StageDefinition(

@@ -33,7 +33,7 @@ FILE: Final = WeightsFile(
     title="an ONNX network",
     hint="onnx reads model.onnx, or the file that evaluate.extractor.weights names",
 )
-BATCH: Final = 16
+BATCH: Final = 8
 """Images in one run, unless the file has a fixed number. Always as many, so the batch changes no bit."""
 MAX_BATCH: Final = 1024
 """Most images in one run."""
