@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -31,9 +32,9 @@ class Config(BaseModel):
     @classmethod
     def _as_written(cls, values: Any) -> Any:
         """Refuse what pydantic would turn into another type: text or a truth value in a number's place, and so on."""
-        for name, field in cls.model_fields.items():
-            value = values.get(name) if isinstance(values, dict) else None
-            expected = _other_type(value, field.annotation)
+        for name, kinds in _numbers(cls).items() if isinstance(values, dict) else ():
+            value = values.get(name)
+            expected = _other_type(value, kinds)
             if expected:
                 said = f"must be {expected}, not {'the text ' * isinstance(value, str)}{json.dumps(value)}"
                 error = PydanticCustomError("as_written", "{said}", {"said": said})
@@ -115,10 +116,16 @@ def _members(kind: Any) -> Iterator[Any]:
         yield kind
 
 
-def _other_type(value: Any, kind: Any) -> str:
+@cache
+def _numbers(config: type[BaseModel]) -> dict[str, frozenset[type]]:
+    """The fields of a config that hold nothing but numbers and truth values, and which of them."""
+    kinds = {name: frozenset(_members(field.annotation)) - {NoneType} for name, field in config.model_fields.items()}
+    return {name: found for name, found in kinds.items() if found and found <= {int, float, bool}}
+
+
+def _other_type(value: Any, kinds: frozenset[type]) -> str:
     """What belongs in the place of a value that has another type than a number or truth value; empty if it fits."""
-    kinds = set(_members(kind)) - {NoneType}
-    if not kinds or not kinds <= {int, float, bool} or not isinstance(value, str | bool | int | float):
+    if not isinstance(value, str | bool | int | float):
         return ""
     fits = not isinstance(value, str) and isinstance(value, bool) == (bool in kinds)
     return "" if fits else "true or false" if bool in kinds else "a number"
