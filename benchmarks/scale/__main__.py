@@ -132,9 +132,8 @@ def _stages(root: Path, planned: list[dict[str, Any]], ran: Watched) -> list[Lin
 
 
 def _stage_line(name: str, seconds: float, manifest: Path, plan: dict[str, Any], ran: Watched) -> Line:
-    text = manifest.read_bytes()
-    made = json.loads(text)
-    sizes = [entry["size"] for entry in made["files"]]
+    made = json.loads(manifest.read_bytes())
+    files = [path for path in manifest.parent.rglob("*") if path.is_file()]
     measured = sum(made["counts"].get(part, 0) for part in ("reference", "samples", "samples", "floor"))
     return Line(
         name,
@@ -142,9 +141,9 @@ def _stage_line(name: str, seconds: float, manifest: Path, plan: dict[str, Any],
         seconds,
         ran.processor[name],
         dict(ran.peaks[name]),
-        len(sizes) + 1,
-        sum(sizes) + len(text),
-        len(text),
+        len(files),
+        sum(path.stat().st_size for path in files),
+        manifest.stat().st_size,
         3600 * plan["hours"] if plan else None,
         plan.get("objects"),
         plan.get("size"),
