@@ -20,7 +20,8 @@ def sections(samples: SampleManifest) -> Iterator[Section]:
     lead = (
         f"The first {found.samples} samples once more, from their noise and labels, by {found.way} and without "
         "guidance. The first of them is shown: with its noise, as the model expects it to become, and with what its "
-        "tokens receive of the attention in three layers, 1 being what each has if all are alike."
+        "tokens receive of the attention in three layers, 1 being what each has if all are alike. A token of the "
+        "condition, if the model has one, takes its share of it."
     )
     note = (
         "Tokens: how many a query looks at, exp of the entropy of its weights. Distance: from the query to them, in "

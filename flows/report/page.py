@@ -35,7 +35,7 @@ from storage.tracker import NullTracker
 
 LOGGER = logging.getLogger(__name__)
 REPORT = "report.html"
-VERSION = 8
+VERSION = 9
 """Raised when the same manifests make another page."""
 CLASSES, EACH, WIDE = 10, 16, 1024
 """Number of classes shown, most samples of each, and width of a strip in pixels."""
