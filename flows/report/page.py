@@ -125,7 +125,7 @@ def write_page(shown: Shown) -> bytes:
     """Write the report of a pipeline and return it; one that is there is kept.
 
     Raises:
-        InputError: a stage's output is gone, or the extractor cannot be loaded.
+        InputError: a stage's output is gone, or the extractor or a DiffiT's autoencoder cannot be loaded.
         StorageError: a picture is not what was committed, or the disk is full.
     """
     return keep(page_output(shown), ReportManifest, REPORT, lambda: page(shown).encode())
