@@ -1,7 +1,7 @@
 """Any network as a feature extractor: an ONNX file, and the preprocessing and the outputs that the config names.
 
 The file is untrusted. It is read as one piece: tensors that it keeps in other files are refused, and no library of
-custom operators is loaded.
+custom operators is loaded. Time and memory of its run have no limit, so an unknown file can still fill the machine.
 """
 
 # B = batch, H, W = image sides, D = features, C = classes, S = spatial features
