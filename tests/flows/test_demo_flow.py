@@ -1,4 +1,4 @@
-"""The demo and the demo as a flow, run as `make demo` does: one is as good as the other, and the report shows both."""
+"""The demo and the demo as a flow, with a third of their steps: the flow is ahead, and its report shows both."""
 
 import io
 import json
@@ -16,21 +16,21 @@ from flows.command.main import main
 
 def run(recipe: str, root: Path) -> dict[str, Any]:
     with redirect_stdout(io.StringIO()) as said:
-        assert main(["demo", "--recipe", recipe, "--root", str(root), "--json"]) == 0
+        assert main(["demo", "--recipe", recipe, "--root", str(root), "--json", "--set", "train.steps=400"]) == 0
     return dict(json.loads(said.getvalue()))
 
 
 @pytest.mark.full
-def test_the_flow_is_as_good_as_the_demo_and_stands_beside_it(
+def test_the_flow_is_ahead_of_the_demo_and_stands_beside_it(
     tmp_path: Path, prefect_api: str, mlflow_server: MlflowServer, migrated: Callable[[Path], None]
 ) -> None:
     migrated(tmp_path)
     demo, flow = (run(recipe, tmp_path) for recipe in ("demo", "demo-flow"))
     assert [stage["name"] for stage in flow["stages"] if stage["state"] == "skipped"] == ["shard", "encode"]
     before, after = demo["metrics"], flow["metrics"]
-    assert after["recognised"] >= before["recognised"]
+    assert after["recognised"] > max(0.6, before["recognised"])
     better = gain("fd", "lower", before, after)
-    assert better.value + better.margin > 0, (before, after)  # not worse beyond the interval
+    assert better.value > better.margin, (before, after)  # beyond the interval
     pages = [page.read_text() for page in tmp_path.glob("reports/*/report.html")]
     (both,) = [page for page in pages if "Other processes and samplers" in page]
     assert str(gain("fd", "lower", after, before)) in both

@@ -20,6 +20,7 @@ from storage.rows.store import RowReader
 FAST = {
     "train.batch_size": 16,
     "train.model.size": "{depth: 1, width: 32, heads: 2}",
+    "train.held_out.images": 40,
     "sample.count": 40,
     "sample.steps": 10,
     "evaluate_milestones.sample.count": 20,
