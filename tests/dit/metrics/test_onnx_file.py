@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from benchmarks.replication.classifier import exported
+from dit import evaluate
 from dit.evaluate import Classifier, EvaluateConfig, MetricsManifest
 from dit.metrics.comparison import differing
 from dit.metrics.extractors.inception import InceptionTF, InceptionV3, fold_norms
@@ -24,7 +25,11 @@ from dit.metrics.reference import ReferenceManifest
 from dit.sample import SampleManifest
 from storage import uri
 from storage.errors import InputError
+from storage.estimate import PlanContext
+from storage.latents import LatentManifest
+from storage.manifest import StageOutput, stage_output
 from storage.rows.store import RowReader
+from storage.shards.shard import ShardManifest
 
 SIDE, CLASSES = 8, 3
 MEAN, DEVIATION = (0.5, 0.25, 0.125), (0.5, 0.25, 2.0)
@@ -286,3 +291,22 @@ def test_two_preprocessings_of_one_file_are_two_extractors(root: Path, tmp_path:
     assert differing(one.conditions, other.conditions) == ["extractor_preprocessing"]
     kept = [metrics.parent("reference", ReferenceManifest).digest for metrics in (one, other)]
     assert kept[0] != kept[1]
+
+
+def test_a_plan_counts_on_kept_statistics_of_the_same_preprocessing_alone(
+    root: Path, tmp_path: Path, samples: SampleManifest, shards: ShardManifest, latents: LatentManifest
+) -> None:
+    def output(config: EvaluateConfig) -> StageOutput:
+        inputs = {"extractor": weights_sha256(config.extractor)}
+        return stage_output(str(root), "evaluate", 1, config, parents={"samples": samples}, inputs=inputs)
+
+    def seconds(config: EvaluateConfig, *earlier: MetricsManifest) -> float:
+        before = {manifest.stage: manifest for manifest in (shards, latents, *earlier)}
+        rates = {"evaluate": 1.0, "compare": 1e9, "load": 1e9}
+        cost = evaluate.estimate(config, samples, PlanContext(output(config), rates, 1, 1, before))
+        return cost.seconds
+
+    one, other = (EvaluateConfig(extractor=ref(tmp_path, mean=mean)) for mean in (MEAN, (0.5, 0.25, 0.0)))
+    made = evaluate.run(one, samples, out=output(one), tracker=tiny.Recorder())
+    assert seconds(one) - seconds(one, made) == pytest.approx(tiny.COUNT, rel=1e-3)
+    assert seconds(other, made) == seconds(other)
