@@ -1,4 +1,4 @@
-"""A training step of DiT, against diffusers' DiT in a plain training loop with the same data and weights.
+"""A training step of DiT, against diffusers' DiT and a minimal one in a plain loop with the same data and weights.
 
 Also the same of SiT, which is a DiT that is trained as a flow, what LightningDiT's options cost in a step, and what a
 whole run costs beside its steps: see `benchmarks.training`.
@@ -20,11 +20,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common, training
 from benchmarks.common import Measured, Result, main
+from benchmarks.minimal import MinimalDiT
 from benchmarks.peer import diffusers_dit, set_differences
 from dit.devices import device
 from dit.diffusion.build import build_process
 from dit.diffusion.config import DiffusionConfig, FlowConfig, ProcessConfig
-from dit.diffusion.process import Process
+from dit.diffusion.process import Denoiser, Process
 from dit.models.config import LIGHTNING, BackboneOptions, DiTConfig, dit_config
 from dit.models.cost import cost
 from dit.models.dit import DiT
@@ -32,7 +33,7 @@ from dit.ranks import Ranks
 from dit.training.data import Batch
 from dit.training.ema import EMA
 from dit.training.loop import StepConfig, TrainState, train
-from dit.training.per_block import compile_blocks
+from dit.training.per_block import choose_attention, compile_blocks
 from dit.training.throughput import matmul_speed
 
 LEARNING_RATE, EMA_DECAY = 1e-4, 0.9999
@@ -62,6 +63,7 @@ SIT = dit_config("S/2", learn_variance=False)
 """As the network of SiT-S/2, without the outputs that it does not use."""
 CPU_TASKS = {
     "S/2": Task(dit_config("S/2"), 2, 5),
+    "S/2-16": Task(dit_config("S/2"), 16, 3),
     "B/2": Task(dit_config("B/2"), 1, 2),
     "SiT-S/2": Task(SIT, 2, 5, FlowConfig()),
 }
@@ -88,14 +90,27 @@ class Contestant:
 
 
 def plain(model: DiT, batch: Batch, dtype: torch.dtype, process: Process) -> Contestant:
-    """The model of diffusers in eager mode, unfused AdamW, and an EMA in a loop over the parameters."""
+    """The model of diffusers in a plain loop."""
     peer = set_differences(diffusers_dit(model)).train().to(batch.x0.device)
-    average = deepcopy(peer).requires_grad_(False)
-    optimizer = torch.optim.AdamW(peer.parameters(), LEARNING_RATE, weight_decay=0)
 
     def denoise(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         out: Tensor = peer(x, timestep=t, class_labels=y).sample
         return out
+
+    return plain_loop(peer, denoise, batch, dtype, process)
+
+
+def minimal(model: DiT, batch: Batch, dtype: torch.dtype, process: Process) -> Contestant:
+    """A hundred lines of torch in a plain loop."""
+    peer = MinimalDiT(model.config).to(batch.x0.device)
+    peer.load_state_dict(model.state_dict())
+    return plain_loop(peer, peer, batch, dtype, process)
+
+
+def plain_loop(peer: nn.Module, denoise: Denoiser, batch: Batch, dtype: torch.dtype, process: Process) -> Contestant:
+    """Eager steps with torch's own AdamW, and an EMA in a loop over the parameters."""
+    average = deepcopy(peer).requires_grad_(False)
+    optimizer = torch.optim.AdamW(peer.parameters(), LEARNING_RATE, weight_decay=0)
 
     def step() -> Tensor:
         with torch.autocast(batch.x0.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
@@ -115,13 +130,14 @@ def plain(model: DiT, batch: Batch, dtype: torch.dtype, process: Process) -> Con
 
 def ours(model: DiT, batch: Batch, dtype: torch.dtype, process: Process, compiled: bool) -> Contestant:
     """The steps of `dit.training.loop`, with each block compiled or in eager mode."""
-    model = deepcopy(model)
+    model, autocast = deepcopy(model), None if dtype is torch.float32 else dtype
+    choose_attention(model, autocast)
     if compiled:
         compile_blocks(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0, fused=True)
     state = TrainState(model, {"ema": EMA(model, EMA_DECAY)}, optimizer)
-    step_config = StepConfig(lambda _: LEARNING_RATE, autocast=None if dtype is torch.float32 else dtype)
+    step_config = StepConfig(lambda _: LEARNING_RATE, autocast=autocast)
     steps = train(state, process, lambda step: batch, step_config, stop=10**9, ranks=Ranks())
     averages = list(state.averages["ema"].state_dict().values())
     return Contestant(lambda: next(steps).terms["loss"], model, optimizer, averages)
@@ -141,6 +157,8 @@ Ratios = dict[str, tuple[str, str]]
 CONTESTANTS: Contestants = {
     "plain_fp32": (torch.float32, plain),
     "plain_autocast": (torch.bfloat16, plain),
+    "minimal_fp32": (torch.float32, minimal),
+    "minimal_autocast": (torch.bfloat16, minimal),
     "ours_fp32_eager": (torch.float32, partial(ours, compiled=False)),
     "ours_fp32": (torch.float32, partial(ours, compiled=True)),
     "ours_bf16": (torch.bfloat16, partial(ours, compiled=True)),
@@ -153,6 +171,8 @@ RATIOS: Ratios = {
     "fp32_vs_fp32": ("plain_fp32", "ours_fp32"),
     "fp32_vs_autocast": ("plain_autocast", "ours_fp32"),
     "fp32_eager_vs_fp32": ("plain_fp32", "ours_fp32_eager"),
+    "vs_minimal_autocast": ("minimal_autocast", "ours_bf16"),
+    "fp32_vs_minimal": ("minimal_fp32", "ours_fp32"),
 }
 
 OF_LIGHTNING = {name: value for name, value in LIGHTNING.items() if name in BackboneOptions.model_fields}

@@ -27,7 +27,7 @@ from dit.training.held_out import HeldOut, bytes_to_copy, check_held_out, open_h
 from dit.training.loop import TrainState, eager_loss, train
 from dit.training.milestones import Milestones, milestone_steps
 from dit.training.parallelize import gathered
-from dit.training.per_block import recompute_blocks
+from dit.training.per_block import choose_attention, recompute_blocks
 from dit.training.preemption import preemption
 from dit.training.prefetch import prefetched
 from dit.training.sample_grid import SampleGrid
@@ -353,6 +353,7 @@ def _parts(config: TrainConfig, plan: PlanContext) -> int:
 def _activations(config: TrainConfig, model: ModelConfig, batch: int) -> int:
     def prepare(network: nn.Module) -> None:
         prepared(config)(network)
+        choose_attention(network, autocast(config))
         if config.checkpoint_activations:
             recompute_blocks(network)
 

@@ -4,6 +4,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,20 @@ from storage.errors import InputError
 NORM_EPS = 1e-6
 FREQUENCIES = 128
 EMBEDDING_STD = 0.02
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values (B, h, N, D/h) to softmax(q k^T / sqrt(D/h)) v, (B, h, N, D/h)."""
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """An `Attend` of plain matrix products, with the scores in float32: (B, h, N, N) are kept for the backward pass.
+
+    Torch's fused kernel for CPUs takes half as long again for bfloat16 and its gradient, which is less exact, too.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q.float() / math.sqrt(q.shape[-1])) @ k.float().transpose(2, 3)
+        return scores.softmax(-1).to(v.dtype) @ v
 
 
 class SelfInitialised(nn.Module, ABC):
@@ -85,6 +100,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.attend: Attend = F.scaled_dot_product_attention
+        """Attention of queries, keys and values; training may choose another way to compute it."""
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm, self.k_norm = head_norms(width // heads, qk_norm)
         self.proj = nn.Linear(width, width)
@@ -95,7 +112,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
         return out
 
 

@@ -1,4 +1,4 @@
-"""Compilation and activation checkpointing, block by block. The model does not know."""
+"""Compilation, activation checkpointing and the choice of attention, block by block. The model does not know."""
 
 from functools import partial
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from dit.devices import device
+from dit.models.layers import Attention, attend_by_products
 
 GRAPHS = 2
 """Compiled graphs of a block at most: for a full micro-batch, and for a smaller last one."""
@@ -15,6 +18,14 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of a model in order: the members of its lists called ``blocks``."""
     lists = (module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks")
     return [block for each in lists for block in each.children()]
+
+
+def choose_attention(model: nn.Module, autocast: torch.dtype | None) -> None:
+    """Let a model compute its attention in the way that is fastest in training on this device."""
+    if device().type == "cpu" and autocast is torch.bfloat16:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.attend = attend_by_products
 
 
 def compile_blocks(model: nn.Module) -> None:

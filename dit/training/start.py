@@ -21,7 +21,7 @@ from dit.training.data import Data, open_data
 from dit.training.ema import EMA, Decay
 from dit.training.loop import StepConfig, TrainState
 from dit.training.parallelize import shard
-from dit.training.per_block import compile_blocks, recompute_blocks
+from dit.training.per_block import choose_attention, compile_blocks, recompute_blocks
 from dit.training.trainable import choose
 from storage.errors import InputError
 from storage.latents import LatentManifest
@@ -109,6 +109,7 @@ def initial_state(config: TrainConfig, card: ModelCard, ranks: Ranks) -> TrainSt
         model = build(card.model)
         prepared(config)(model)
     model.to(device())
+    choose_attention(model, autocast(config))
     _begin(config, card, model, ranks)
     if config.compile:
         compile_blocks(model)

@@ -10,6 +10,7 @@ def test_distances_agree_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     results, ratios = distances(20)
     values = {result.name: result.value for result in results}
     assert ratios["fd_vs_sqrtm"] == pytest.approx(values["fd_sqrtm"] / values["fd"])
+    assert ratios["fd_vs_eigvals"] == pytest.approx(values["fd_eigvals"] / values["fd"])
     monkeypatch.setattr(evaluate, "frechet_distance", lambda *_: 1.0)
     with pytest.raises(ValueError, match="disagree"):
         distances(20)

@@ -1,13 +1,15 @@
-"""Blocks that are compiled or gone through twice compute what they computed before."""
+"""Blocks that are compiled, gone through twice or attend in another way compute what they computed before."""
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dit.models.build import build
 from dit.models.config import DiffiTImageConfig, DiTConfig, ModelConfig
 from dit.models.diffit_image import ResBlock
-from dit.training.per_block import blocks, compile_blocks, recompute_blocks
+from dit.models.layers import Attend, Attention, attend_by_products
+from dit.training.per_block import blocks, choose_attention, compile_blocks, recompute_blocks
 
 DIT = DiTConfig(input_size=8, width=32, depth=3, heads=2, num_classes=4)
 LIGHTNING = DIT.model_copy(update={"norm": "rms", "mlp": "swiglu", "rope": True, "qk_norm": True})
@@ -87,3 +89,36 @@ def test_blocks_are_compiled_for_both_sizes_of_micro_batches(
             for one, other in zip(found, expected, strict=True):
                 torch.testing.assert_close(one, other)
     assert len(made) == 2 * graphs
+
+
+def test_attention_by_products_is_as_exact_as_the_fused_kernel() -> None:
+    torch.manual_seed(0)
+    q, k, v, slope = (scale * torch.randn(2, 3, 256, 64, dtype=torch.float64) for scale in (2, 2, 1, 1))
+
+    def gaps(attend: Attend) -> list[float]:
+        """Relative errors of the output and of three gradients in bfloat16."""
+        exact, low = (
+            [part.bfloat16().to(dtype).requires_grad_() for part in (q, k, v)]
+            for dtype in (torch.float64, torch.bfloat16)
+        )
+        out, expected = attend(*low), F.scaled_dot_product_attention(*exact)
+        found = [out, *torch.autograd.grad(out, low, slope.bfloat16())]
+        true = [expected, *torch.autograd.grad(expected, exact, slope.bfloat16().double())]
+        return [float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(found, true, strict=True)]
+
+    ours, fused = gaps(attend_by_products), gaps(F.scaled_dot_product_attention)
+    assert max(ours) < 3e-3
+    assert max(ours[1:]) <= max(fused[1:])
+
+
+@pytest.mark.parametrize("config", [DIT, LIGHTNING])
+def test_attention_is_chosen_for_bfloat16_on_a_cpu(config: ModelConfig) -> None:
+    model, ways = drawn(config), list[list[Attend]]()
+    outputs = list[Tensor]()
+    for autocast in (None, torch.bfloat16):
+        choose_attention(model, autocast)
+        ways.append([module.attend for module in model.modules() if isinstance(module, Attention)])
+        torch.manual_seed(1)
+        outputs.append(torch.cat([found.flatten() for found in passed(model, config)[0]]))
+    assert ways == [[F.scaled_dot_product_attention] * 3, [attend_by_products] * 3]
+    assert 0 < (outputs[0] - outputs[1]).norm() < 0.02 * outputs[0].norm()
