@@ -33,7 +33,7 @@ def sizes(runs: Runs) -> Figure:
 
 
 def training_compute(runs: Runs) -> Figure:
-    """DiT, figure 9: the distance against the compute of training, at three steps of each model."""
+    """DiT, figure 9: the distance against the compute of training, at two steps of each model."""
     found = runs("sizes") + runs("patches")
     groups = _groups(found, lambda run: run.model)
     return found, against("FLOPs of training", lambda run: run.training_flops, groups)

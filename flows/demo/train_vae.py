@@ -25,7 +25,7 @@ from storage import uri
 from storage.archives.open import open_archive
 from storage.images.transforms import center_crop, decode
 
-# B = batch, H = W = 32 pixels, C = 4 latent channels, h = w = 8 latent sides
+# B = batch, H = W = 32 pixels, C = latent channels, h = w = 8 latent sides
 
 SEED: Final = 0
 STEPS: Final = 600
@@ -41,15 +41,15 @@ needs more steps to learn the digits.
 """
 
 
-def build(width: int = 16) -> AutoencoderKL:
-    """An untrained autoencoder: 3x32x32 to 4x8x8, a quarter of a million weights at a width of 16 channels."""
+def build(width: int = 16, channels: int = 4) -> AutoencoderKL:
+    """An untrained autoencoder: 3x32x32 to Cx8x8, a quarter of a million weights at a width of 16."""
     return AutoencoderKL(
         block_out_channels=(width, 2 * width, 2 * width),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
         norm_num_groups=8,
-        latent_channels=4,
+        latent_channels=channels,
         sample_size=SIZE,
     )
 
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--held-out", help="archive of held-out images; with --train")
     parser.add_argument("--folder", type=Path, default=VAE, help="where to write it (default: %(default)s)")
     parser.add_argument("--width", type=int, default=16, help="channels of the first level (default: %(default)s)")
+    parser.add_argument("--channels", type=int, default=4, help="channels of the latents (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
     options = parser.parse_args()
     if (options.train is None) != (options.held_out is None):
@@ -142,7 +143,7 @@ def main() -> None:
         archive_images(url) if url else digit_images(split)[0]
         for url, split in ((options.train, "train"), (options.held_out, "held_out"))
     )
-    model, start = build(options.width), time.perf_counter()
+    model, start = build(options.width, options.channels), time.perf_counter()
     train(model, images, options.steps)
     seconds = time.perf_counter() - start
     model.register_to_config(**latent_scale(model, some(images)))
