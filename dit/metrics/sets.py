@@ -22,7 +22,7 @@ from storage.images import transforms
 from storage.parallel import threads
 from storage.rows.store import RowReader
 from storage.seal import json_digest
-from storage.shards.shard import ShardManifest, read_images
+from storage.shards.shard import Sample, ShardManifest, read_images
 
 Batches = Iterator[NDArray[np.uint8]]
 """Images (B, H, H, 3)."""
@@ -83,9 +83,14 @@ class SplitImages:
     def batches(self, size: int, ranges: Sequence[range] | None = None) -> Batches:
         """See `ImageSet.batches`."""
         with threads(cores()) as pool:
+            samples: Iterator[Sample] = iter(())
+            reached = -1
             for part in or_all(self, ranges):
-                samples = read_images(self.shards, self.split, part.start, part.stop)
-                while batch := list(islice(samples, size)):
+                if part.start != reached:  # a tar that the ranges before have begun is not read again
+                    samples = read_images(self.shards, self.split, part.start)
+                reached = part.stop
+                for rows in batch_ranges(size, [part]):
+                    batch = islice(samples, len(rows))
                     yield np.stack(list(pool.map(lambda sample: transforms.load(sample.data, self.side), batch)))
 
 

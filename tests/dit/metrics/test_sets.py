@@ -42,6 +42,22 @@ def test_a_batch_spans_no_two_stretches(images: ImageSet) -> None:
     assert np.array_equal(np.concatenate(parts), whole[[1, 2, 3, 4, 9, 10]])
 
 
+def test_ranges_that_follow_each_other_read_each_tar_once(
+    shards: ShardManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, theirs = list[str](), ShardManifest.read_object
+
+    def noted(manifest: ShardManifest, path: str, most: int | None = None) -> bytes:
+        read.append(path)
+        return theirs(manifest, path, most)
+
+    monkeypatch.setattr(ShardManifest, "read_object", noted)
+    images = SplitImages(shards, "train", tiny.SIDE)
+    parts = [range(first, min(first + 3, images.count)) for first in range(0, images.count, 3)]
+    assert sum(len(batch) for batch in images.batches(2, parts)) == images.count
+    assert [path for path in read if path.endswith(".tar")] == [shard.path for shard in shards.splits["train"].shards]
+
+
 @pytest.fixture
 def reference(tmp_path: Path, pictures: Path) -> Path:
     """Class folders of which one is a link, as is a folder inside another."""
