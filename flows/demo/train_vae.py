@@ -23,7 +23,7 @@ from flows.demo import METRICS, VAE
 from flows.demo.digits import SIZE, digit_images
 from storage import uri
 from storage.archives.open import open_archive
-from storage.images.transforms import center_crop, decode
+from storage.images.transforms import load
 
 # B = batch, H = W = 32 pixels, C = latent channels, h = w = 8 latent sides
 
@@ -117,7 +117,7 @@ def archive_images(url: str) -> NDArray[np.uint8]:
         InputError, StorageError, UnreadableImage: the archive or an image cannot be read.
     """
     archive = open_archive(url)
-    return np.stack([center_crop(decode(archive.read(member)), SIZE) for member in archive.members])
+    return np.stack([load(archive.read(member), SIZE) for member in archive.members])
 
 
 def some(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
