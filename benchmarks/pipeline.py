@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.common import Measured, Result, main
 from flows.contract import STAGES, Source
 from flows.demo.digits import write_digits
-from flows.recipe import load_recipe
+from flows.recipe import Recipe, load_recipe
 from storage.tracker import NullTracker
 
 
@@ -20,7 +20,7 @@ def measure() -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         orchestrated, total = _demo(Path(folder, "full"))
         _, skipped = _demo(Path(folder, "full"))
-        bare = _bare(Path(folder, "bare"))
+        bare = _demo_bare(Path(folder, "bare"))
     results = [Result(f"{name}_orchestrated", seconds, "s") for name, seconds in orchestrated.items()]
     results += [Result(f"{name}_bare", seconds, "s") for name, seconds in bare.items()]
     extra = {name: orchestrated[name] - seconds for name, seconds in bare.items()}
@@ -36,15 +36,18 @@ def _demo(root: Path) -> tuple[dict[str, float], float]:
     return {stage["name"]: stage["seconds"] for stage in report["stages"]}, time.monotonic() - begin
 
 
-def _bare(root: Path) -> dict[str, float]:
+def _demo_bare(root: Path) -> dict[str, float]:
     write_digits(root / "digits")
     splits = [f"archive.{split}={root / 'digits' / split}" for split in ("train", "held_out")]
-    recipe = load_recipe("demo", splits)
+    return bare_seconds(load_recipe("demo", splits), root)
+
+
+def bare_seconds(recipe: Recipe, root: Path) -> dict[str, float]:
+    """Seconds of each stage function of a recipe before ``register``, run in this process."""
     source: Source = recipe.archive
     seconds = {}
-    for name, stage in list(STAGES.items())[:-1]:
-        begin = time.monotonic()
-        config = recipe.config_of(name)
+    for name in recipe.stages[: recipe.stages.index("register")]:
+        stage, config, begin = STAGES[name], recipe.config_of(name), time.monotonic()
         source = stage.run(config, source, out=stage.output(str(root), config, source), tracker=NullTracker())
         seconds[name] = time.monotonic() - begin
     return seconds
