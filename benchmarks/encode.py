@@ -25,6 +25,7 @@ from dit.devices import Arithmetic, arithmetic, device, dtype
 from dit.encode import EncodeConfig
 from dit.pixels import to_unit
 from dit.vae import VaeRef, load_vae
+from storage.archives.known import input_digests
 from storage.archives.open import ArchiveRef
 from storage.images import transforms
 from storage.latents import LatentManifest
@@ -174,7 +175,7 @@ def _tars(task: Task, folder: Path) -> ShardManifest:
     for number in range(task.images):
         (images / f"{number:06d}.jpg").write_bytes(pictures[number % len(pictures)])
     config, archive = ShardConfig(), ArchiveRef(train=str(images.parent))
-    inputs = shard.input_digests(archive)
+    inputs = input_digests(archive)
     out = stage_output(str(folder), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
     return shard.run(config, archive, out=out, tracker=NullTracker())
 

@@ -82,20 +82,35 @@ class Counted(MemoryFileSystem):
         return data
 
 
-def measure() -> Measured:
-    """Measure all readers."""
+def measure(latents: Path | None = None) -> Measured:
+    """Measure all readers, on made latents or on those of an output of ``encode``.
+
+    Raises:
+        InputError: there is no such output.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        return contest(Task(), Path(folder))
+        if latents is None:
+            return contest(Task(), Path(folder))
+        manifest = LatentManifest.read(str(latents))
+        items = np.arange(manifest.counts["images"])
+        means = RowReader(manifest, Path(folder, "cache")).take("mean", items, np.zeros_like(items))
+        return contest(Task(rows=len(means), shape=manifest.latent_shape), Path(folder), means)
 
 
-def contest(task: Task, folder: Path) -> Measured:
+def contest(task: Task, folder: Path, latents: NDArray[np.float16] | None = None) -> Measured:
     """Latents per second of CPU time, in turns, and the requests of one streamed epoch.
+
+    Args:
+        task: what is read.
+        folder: for the stores.
+        latents: (N, C, h, h); None makes some.
 
     Raises:
         ValueError: a reader returns other latents than np.memmap.
     """
     fsspec.register_implementation("counted", Counted, clobber=True)
-    latents = np.random.default_rng(0).integers(0, 0x7C00, (task.rows, *task.shape), np.uint16).view(np.float16)
+    if latents is None:
+        latents = np.random.default_rng(0).integers(0, 0x7C00, (task.rows, *task.shape), np.uint16).view(np.float16)
     turns = readers(task, folder, latents)
     speeds: dict[str, list[float]] = {name: [] for name in turns}
     for round_number in range(-1, task.rounds):
@@ -254,4 +269,4 @@ def requests(task: Task, folder: Path, latents: NDArray[np.float16]) -> list[Res
 
 
 if __name__ == "__main__":
-    main(measure, __doc__)
+    main(measure, __doc__, latents="an output of encode to read, instead of made latents")

@@ -4,22 +4,23 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from torch import Tensor
 
-from benchmarks.common import Measured, Result, seconds
-from benchmarks.peer import diffusers_dit, set_differences
+from benchmarks.common import Measured, Result, main, seconds
+from benchmarks.peer import diffusers_dit, set_differences, set_null_class
 from dit.devices import device
 from dit.diffusion.config import DiffusionConfig
-from dit.export import ModelCard, Trained
+from dit.export import ModelCard, Trained, load
 from dit.models.config import DiTConfig, dit_config
 from dit.models.dit import DiT
 from dit.sample import compiled, draw
 from dit.samplers.config import SampleConfig
-from dit.vae import Vae
+from dit.vae import Vae, load_vae
 from storage.latents import VaeInfo
 
 SCALE = 1.5
@@ -44,55 +45,88 @@ class Task:
 
 SMALL = Task(dit_config("S/2", input_size=16), (128, 256, 512, 512), 32, images=2, steps=20, rounds=2)
 """S/2 and Stable Diffusion's autoencoder at 128 px."""
+TRAINED_IMAGES = 100
+"""Images of a trained model in a batch."""
 
 
 def sampling(task: Task) -> Measured:
-    """Images per second, the fastest of the interleaved rounds after a warm-up.
+    """A network and an autoencoder with made weights, in turns with the peer.
 
     Raises:
         ValueError: the networks' outputs differ.
     """
-    model, vae = _model(task.model), _autoencoder(task)
-    stock = DiTPipeline(set_differences(diffusers_dit(model)).eval(), vae, DDIMScheduler()).to(device())
+    downsample = int(2 ** (len(task.widths) - 1))
+    info = VaeInfo(source="", sha256="", downsample=downsample, channels=4, scaling_factor=0.18215)
+    card = ModelCard(
+        model=task.model,
+        diffusion=DiffusionConfig(),
+        vae=info,
+        resolution=task.model.input_size * info.downsample,
+        class_names=tuple(map(str, range(task.model.num_classes))),
+        steps=0,
+    )
+    vae = Vae(_autoencoder(task), **info.model_dump(exclude={"source"}))
+    return contest(Trained(_model(task.model), card), vae, task.images, task.steps, task.rounds)
+
+
+def measure(checkpoint: Path | None = None) -> Measured:
+    """A trained model and its autoencoder, one batch of `TRAINED_IMAGES`; without one, `SMALL`.
+
+    Raises:
+        InputError: there is no such checkpoint, or its autoencoder is gone.
+        ValueError: it is no DiT on latents, or the networks' outputs differ.
+    """
+    if checkpoint is None:
+        return sampling(SMALL)
+    trained = load(str(checkpoint), device=device())
+    if trained.card.vae_ref is None or not isinstance(trained.model, DiT):
+        raise ValueError(f"{checkpoint}: diffusers has a pipeline for a DiT on latents only")
+    return contest(trained, load_vae(trained.card.vae_ref), TRAINED_IMAGES, SMALL.steps, SMALL.rounds)
+
+
+def contest(trained: Trained, vae: Vae, images: int, steps: int, rounds: int) -> Measured:
+    """Images per second, the fastest of the interleaved rounds after a warm-up.
+
+    Args:
+        trained: a DiT.
+        vae: its autoencoder, on the CPU.
+        images: images in a batch.
+        steps: steps of DDIM.
+        rounds: turns of each contestant.
+
+    Raises:
+        ValueError: the networks' outputs differ.
+    """
+    model = trained.model
+    assert isinstance(model, DiT)
+    theirs = deepcopy(vae.model).to(memory_format=torch.contiguous_format)
+    stock = DiTPipeline(set_differences(diffusers_dit(model)).eval(), theirs, DDIMScheduler()).to(device())
     stock.set_progress_bar_config(disable=True)
     _compare(model, stock)
-    labels = list(range(task.images))
+    set_null_class(stock.transformer)
+    labels = [image % model.config.num_classes for image in range(images)]
     contestants: dict[str, Callable[[], object]] = {
-        "sampling_diffusers": lambda: stock(
-            labels, guidance_scale=SCALE, num_inference_steps=task.steps, output_type="np"
-        ),
-        "sampling": _ours(task, model, vae, compile=False),
-        "sampling_compiled": _ours(task, model, vae, compile=True),
+        "sampling_diffusers": lambda: stock(labels, guidance_scale=SCALE, num_inference_steps=steps, output_type="np"),
+        "sampling": _ours(trained, vae, labels, steps, compile=False),
+        "sampling_compiled": _ours(trained, vae, labels, steps, compile=True),
     }
     for work in contestants.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(task.rounds):
+    for _ in range(rounds):
         for name, work in contestants.items():
             times[name].append(seconds(work))
-    speeds = {name: task.images / min(found) for name, found in times.items()}
+    speeds = {name: images / min(found) for name, found in times.items()}
     ratios = {ratio: speeds[name] / speeds["sampling_diffusers"] for ratio, name in RATIOS.items()}
     return [Result(name, speed, "images/s") for name, speed in speeds.items()], ratios
 
 
-def _ours(task: Task, model: DiT, vae: AutoencoderKL, *, compile: bool) -> Callable[[], object]:
+def _ours(trained: Trained, vae: Vae, labels: list[int], steps: int, *, compile: bool) -> Callable[[], object]:
     """Sampling a batch as the stage does it."""
-    info = VaeInfo(source="", sha256="", downsample=_downsample(task), channels=4, scaling_factor=0.18215)
-    card = ModelCard(
-        model=model.config,
-        diffusion=DiffusionConfig(),
-        vae=info,
-        resolution=model.config.input_size * info.downsample,
-        class_names=tuple(map(str, range(model.config.num_classes))),
-        steps=0,
-    )
-    config = SampleConfig(
-        sampler="ddim", steps=task.steps, guidance_scale=SCALE, guidance_channels="all", compile=compile
-    )
-    decoder = deepcopy(vae).to(device(), memory_format=torch.channels_last)
-    ready, trained = Vae(decoder, **info.model_dump(exclude={"source"})), Trained(deepcopy(model), card)
-    trained, indices = compiled(config, trained), range(task.images)
-    return lambda: draw(config, trained, ready, indices, torch.arange(task.images))
+    config = SampleConfig(sampler="ddim", steps=steps, guidance_scale=SCALE, guidance_channels="all", compile=compile)
+    ready = replace(vae, model=deepcopy(vae.model).to(device(), memory_format=torch.channels_last))
+    own = compiled(config, Trained(deepcopy(trained.model), trained.card))
+    return lambda: draw(config, own, ready, range(len(labels)), torch.tensor(labels))
 
 
 def _model(config: DiTConfig) -> DiT:
@@ -116,10 +150,6 @@ def _autoencoder(task: Task) -> AutoencoderKL:
     ).eval()
 
 
-def _downsample(task: Task) -> int:
-    return int(2 ** (len(task.widths) - 1))
-
-
 def _compare(model: DiT, stock: DiTPipeline) -> None:
     """Check that both networks have the same output."""
     side = model.config.input_size
@@ -130,3 +160,7 @@ def _compare(model: DiT, stock: DiTPipeline) -> None:
     apart = float((ours - theirs).norm() / theirs.norm())
     if not apart < TOLERANCE:
         raise ValueError(f"the networks disagree by {apart:.1e}")
+
+
+if __name__ == "__main__":
+    main(measure, __doc__, checkpoint="a trained DiT on latents, instead of S/2 with made weights")

@@ -20,6 +20,7 @@ from webdataset import ShardWriter
 from benchmarks.common import Measured, Result, main, seconds
 from benchmarks.imagenet_like import CLASSES, SIZE, write_archive
 from benchmarks.memory import peak_mib
+from storage.archives.known import input_digests
 from storage.archives.once import listed_once
 from storage.archives.open import ArchiveRef
 from storage.manifest import stage_output
@@ -93,7 +94,7 @@ def _measured(archive: Path, out: Path) -> tuple[float, float]:
 def _shard(archive: Path, root: Path, images_per_shard: int = PER_SHARD) -> ShardManifest:
     config, ref = ShardConfig(images_per_shard=images_per_shard), ArchiveRef(train=str(archive))
     with listed_once():  # as every command does
-        inputs = shard.input_digests(ref)
+        inputs = input_digests(ref)
         out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
         return shard.run(config, ref, out=out, tracker=NullTracker())
 

@@ -45,7 +45,7 @@ class Autoencoder(BaseModel):
     block_out_channels: Widths = (64,)
     latent_channels: Count = 4
     scaling_factor: Factor = 1.0
-    shift_factor: float | None = Field(None, allow_inf_nan=False)
+    shift_factor: float | None = Field(default=None, allow_inf_nan=False)
     latents_mean: None = None
     latents_std: None = None
     quantization_config: None = None
@@ -106,7 +106,7 @@ class Flux2(KL):
     latent_channels: Count = 32
     scaling_factor: Factor = 1.0
     patch_size: tuple[Count, Count] = (2, 2)
-    batch_norm_eps: float = Field(1e-4, ge=0, allow_inf_nan=False)
+    batch_norm_eps: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _square_patches(self) -> Self:
@@ -164,14 +164,14 @@ class VQ(Autoencoder):
 class DC(Autoencoder):
     """Deep compression autoencoders, f32 and more."""
 
-    block_out_channels: Widths = Field((128, 256, 512, 512, 1024, 1024), alias="encoder_block_out_channels")
+    block_out_channels: Widths = Field(default=(128, 256, 512, 512, 1024, 1024), alias="encoder_block_out_channels")
     latent_channels: Count = 32
 
 
 class Tiny(Autoencoder):
     """TAESD and its like. The network itself turns -1 .. 1 into 0 .. 1 and back, and bounds what it decodes."""
 
-    block_out_channels: Widths = Field((64, 64, 64, 64), alias="encoder_block_out_channels")
+    block_out_channels: Widths = Field(default=(64, 64, 64, 64), alias="encoder_block_out_channels")
     decoder_block_out_channels: Widths = (64, 64, 64, 64)
     upsampling_scaling_factor: Literal[2] = 2
 

@@ -42,7 +42,7 @@ class AverageConfig(Config):
     std: float = Field(gt=0, lt=MAX_WIDTH)
     """Relative width of the average: the standard deviation of the steps that count, as a share of ``step``. Widths
     near the tracked ones of ``train.ema_power``, half to twice, need few milestones."""
-    step: int | None = Field(None, ge=1)
+    step: int | None = Field(default=None, ge=1)
     """Training step at which the average ends. It should be one of ``train.milestones``. Null: the last step."""
 
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dit.devices import device
 from dit.evaluate import EvaluateConfig
 from dit.metrics.extractors.base import FeatureExtractor
@@ -10,7 +13,7 @@ from dit.metrics.measure import KEPT_REFERENCE, Measure, conditions, modes, name
 from dit.metrics.npz import Npz
 from dit.metrics.reference import reference as kept_reference
 from dit.metrics.sets import FolderImages, ImageSet, SplitImages, StoredImages
-from dit.metrics.summary import Summary, compare
+from dit.metrics.summary import Summary, check_counts, compare
 from dit.sample import SampleManifest
 from storage import uri
 from storage.config import Config
@@ -42,6 +45,35 @@ class _Reference:
     images: ImageSet | None
     statistics: Npz | None
     conditions: Conditions
+
+
+def compare_arrays(
+    samples: NDArray[np.uint8], reference: NDArray[np.uint8], extractor: FeatureExtractor, *, batch_size: int = 256
+) -> dict[str, float]:
+    """Compare samples in memory with a reference in memory, by the metrics of `dit.metrics.summary.compare`.
+
+    Args:
+        samples: uint8 (N, H, H, 3), at least four.
+        reference: uint8 (M, H, H, 3), at least four.
+        extractor: the network in whose feature space they are compared.
+        batch_size: images in one pass of the extractor.
+
+    Returns:
+        The metrics by name, such as ``fd``, with its 95 % interval ``fd_low`` to ``fd_high``.
+
+    Raises:
+        InputError: there are too few images, or the extractor cannot read them.
+    """
+    check_counts(len(reference), len(samples))
+
+    def summary(images: NDArray[np.uint8], keep: int) -> Summary:
+        measured = Summary(extractor.dims)
+        for first in range(0, len(images), batch_size):
+            measured.update(extractor.outputs(images[first : first + batch_size]), keep)
+        return measured
+
+    real, drawn = summary(reference, KEPT_REFERENCE), summary(samples, len(samples))
+    return compare(real, drawn, names(extractor), modes(extractor))
 
 
 def compare_images(

@@ -1,8 +1,9 @@
-"""Samples of any checkpoint, written to a picture and an npz file."""
+"""Samples of any model or checkpoint: in memory, or written to a picture and an npz file."""
 
 from typing import Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dit.convert import Hints, Pretrained, described, read
 from dit.devices import device
@@ -16,7 +17,7 @@ from storage import uri
 from storage.errors import InputError
 from storage.latents import VaeInfo
 from storage.rows.store import gathered
-from storage.tracker import Tracker
+from storage.tracker import NullTracker, Tracker
 
 PICTURE = "samples.png"
 ARRAYS = "samples.npz"
@@ -49,6 +50,45 @@ def open_checkpoint(source: str, *, vae: str | None = None, **hints: Unpack[Hint
     return Trained(pretrained.build(device()), card, tuple(described(pretrained)))
 
 
+def draw_samples(
+    trained: Trained,
+    config: SampleConfig,
+    tracker: Tracker = NullTracker(),  # noqa: B008  it has no state
+) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """Draw samples of a model into memory.
+
+    Args:
+        trained: the model.
+        config: how to draw them, and how many.
+        tracker: receives the progress.
+
+    Returns:
+        The images uint8 (count, H, H, 3) and their labels (count,), -1 of a model without classes.
+
+    Raises:
+        InputError: the config does not fit the model, or its decoder cannot be loaded.
+        DitflowError: the samples are not finite.
+
+    Examples:
+        >>> from dit.fit import Training
+        >>> from dit.training.config import TrainConfig
+        >>> model = {"kind": "dit", "size": {"depth": 1, "width": 16, "heads": 2}}
+        >>> config = TrainConfig(model=model, diffusion={"kind": "flow"}, steps=1, batch_size=2)
+        >>> training = Training(config, np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 1]))
+        >>> for _ in training:
+        ...     pass
+        >>> sampling = SampleConfig(count=4, labels="balanced", sampler="euler", steps=2)
+        >>> images, labels = draw_samples(training.trained(), sampling)
+        >>> images.shape, images.dtype, labels.tolist()
+        ((4, 8, 8, 3), dtype('uint8'), [0, 1, 0, 1])
+    """
+    vae = open_decoder(config, trained.card)
+    trained = with_guide(config, trained, device())
+    parts = generate(config, compiled(config, trained), vae, 0, config.count)
+    rows = gathered(parts, tracker, start=0, total=config.count, unit="images")
+    return rows["image"], rows["label"]
+
+
 def preview(trained: Trained, config: SampleConfig, out: str, tracker: Tracker) -> list[str]:
     """Draw samples into a folder: ``samples.png``, and ``samples.npz`` with images and labels as ADM writes them.
 
@@ -62,12 +102,9 @@ def preview(trained: Trained, config: SampleConfig, out: str, tracker: Tracker) 
     for url in urls:
         if uri.exists(url):
             raise InputError(f"--out: {uri.redact(out)} has samples already; name another folder")
-    vae = open_decoder(config, trained.card)
-    trained = with_guide(config, trained, device())
-    parts = generate(config, compiled(config, trained), vae, 0, config.count)
-    rows = gathered(parts, tracker, start=0, total=config.count, unit="images")
-    uri.write(urls[0], picture(rows["image"], trained.card))
-    npz.write(urls[1], iter([rows["image"]]), rows["label"].astype(np.int64), trained.card.resolution)
+    images, labels = draw_samples(trained, config, tracker)
+    uri.write(urls[0], picture(images, trained.card))
+    npz.write(urls[1], iter([images]), labels.astype(np.int64), trained.card.resolution)
     return urls
 
 

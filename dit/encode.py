@@ -62,7 +62,7 @@ class EncodeConfig(Config):
 
     vae: VaeRef | None
     """Autoencoder that turns images into latents. Null: keep pixels, for models that work on images."""
-    resolution: int = Field(256, ge=8)
+    resolution: int = Field(default=256, ge=8)
     """Side of the square to which images are resized and cropped, in pixels."""
     split: str = "train"
     """Split of the data set to encode, such as ``train``."""
@@ -75,13 +75,13 @@ class EncodeConfig(Config):
     compile: bool = False
     """Compile the autoencoder's encoder: takes minutes at the start, then encoding is faster. The last bits of the
     latents differ."""
-    batch_size: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     """Images in one pass of the autoencoder. It can change the last bits of the latents. Null: the largest power of two
     that fits in half of the free GPU memory, or 8 on a CPU."""
-    block_rows: int = Field(4096, ge=1)
+    block_rows: int = Field(default=4096, ge=1)
     """Images in one object of the store, the unit of work and resume. 4096 latents of 32 x 32 are 32 MiB, as are 1024
     of 64 x 64."""
-    chunk_rows: int = Field(256, ge=1)
+    chunk_rows: int = Field(default=256, ge=1)
     """Images in one chunk of an object, the unit of reading. 256 latents of 32 x 32 are 2 MiB, as are 64 of 64 x 64."""
     threads: int = operational(0, ge=0)
     """Threads that decode images. 0: one for each core, shared among the ranks of a machine."""
@@ -105,7 +105,7 @@ def run(config: EncodeConfig, shards: ShardManifest, *, out: StageOutput, tracke
         work = _work(config, shards, out)
         writer = RowWriter(out, _layout(config, work.rows, work.shape), _attributes(work))
         _encode(work, writer, out, ranks, tracker)
-        ranks.wait()
+        ranks.finish()
         if ranks.first:
             _commit(work, writer, out, tracker)
         ranks.wait()

@@ -109,6 +109,7 @@ def run(config: EvaluateConfig, samples: SampleManifest, *, out: StageOutput, tr
         check_counts(counts["reference"], counts["samples"])
         measure = Measure(extractor, tracker, _total(counts), config.batch_size, ranks)
         summaries = _summaries(measure, sets, counts, out.root)
+        ranks.finish()
         if ranks.first:
             metrics = _metrics(summaries, extractor)
             if isinstance(extractor, Classifier) and set(samples.class_names) <= set(extractor.class_names):

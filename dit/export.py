@@ -62,7 +62,7 @@ class ModelCard(Config):
     """Diffusion process that the model reverses."""
     vae: VaeInfo | None
     """Autoencoder of the latents, and their scaling; None for a model on pixels."""
-    channels: ChannelScale | None = Field(None, exclude_if=lambda channels: channels is None)
+    channels: ChannelScale | None = Field(default=None, exclude_if=lambda channels: channels is None)
     """Statistics of the latents that training normalised each channel by. None: by the autoencoder's scaling."""
     resolution: int
     """Side of the images, in pixels."""
@@ -70,9 +70,9 @@ class ModelCard(Config):
     """Names of the classes; a label is an index into them."""
     steps: int = Field(ge=0)
     """Training steps taken."""
-    lora: Lora | None = Field(None, exclude_if=lambda lora: lora is None)
+    lora: Lora | None = Field(default=None, exclude_if=lambda lora: lora is None)
     """Adapters that were trained, and are part of the weights; None if the weights themselves were."""
-    ema_std: float | None = Field(None, exclude_if=lambda std: std is None)
+    ema_std: float | None = Field(default=None, exclude_if=lambda std: std is None)
     """Relative width of an average that was made after training."""
     weights: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of each weights file, by name."""

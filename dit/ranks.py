@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # by a star import
 
+from storage import cost
 from storage.patience import seconds
 from storage.tracker import NullTracker, Tracker
 
@@ -46,6 +47,11 @@ class Ranks:
         values: list[Any] | None = [None] * self.world_size if self.first else None
         dist.gather_object(value, values)
         return values or []
+
+    def finish(self) -> None:
+        """Wait until all ranks have done their part and noted what it cost. Then the first one commits."""
+        cost.note()
+        self.wait()
 
     def wait(self) -> None:
         """Wait until all ranks call this."""

@@ -78,7 +78,7 @@ def run(config: SampleConfig, checkpoint: CheckpointManifest, *, out: StageOutpu
         rows = layout(config.count, config.block_rows, resolution, nfe=_adaptive(config, trained.card))
         writer = RowWriter(out, rows, {"range": [0, 255]})
         _draw(work, writer, ranks, out, tracker)
-        ranks.wait()
+        ranks.finish()
         if ranks.first:
             _commit(work, writer, out)
         ranks.wait()

@@ -21,9 +21,9 @@ from dit.ranks import Ranks, joined
 from dit.rates import at_once, training_rate
 from dit.training import origin
 from dit.training.config import TrainConfig
-from dit.training.data import Batches
+from dit.training.data import Batches, Data
 from dit.training.divergence import DivergedError, check_compilation, skipped_in_a_row
-from dit.training.held_out import HeldOut, bytes_to_copy, check_held_out, open_held_out, passes
+from dit.training.held_out import REPORT, HeldOut, bytes_to_copy, check_held_out, open_held_out, passes
 from dit.training.loop import TrainState, eager_loss, train
 from dit.training.milestones import Milestones, milestone_steps
 from dit.training.parallelize import gathered
@@ -59,7 +59,7 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
     with joined() as ranks, arithmetic(config.precision):
         card = card_for(config, latents)
         held_out = open_held_out(config, card, latents, ranks)
-        batches = _batches(config, card, latents, ranks)
+        batches = batches_of(config, card, latents, ranks)
         trained = None
         try:
             trained = _train(config, card, batches, held_out, ranks, out, tracker)
@@ -67,14 +67,15 @@ def run(config: TrainConfig, latents: LatentManifest, *, out: StageOutput, track
             LOGGER.warning("%s; restarting from the last checkpoint", error)
         # A transient fault does not return. The restart is outside the except block: the error holds the old state.
         state, history = trained or _train(config, card, batches, held_out, ranks, out, tracker)
-        weights = _weights(state, config.lora, ranks)
+        weights = weights_of(state, config.lora, ranks)
+        ranks.finish()
         if ranks.first:
             _commit(config, card, weights, history, held_out, out, tracker)
         ranks.wait()
         return CheckpointManifest.read(out.uri)
 
 
-def _weights(state: TrainState, lora: Lora | None, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
+def weights_of(state: TrainState, lora: Lora | None, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
     """Copies of all weights in the first rank's host memory, by the name of their file. All ranks must call this.
 
     Adapters are merged into them.
@@ -143,11 +144,26 @@ def _check(config: TrainConfig, latents: LatentManifest, ranks: int) -> None:
             raise InputError(f"train.dispersive: {reason}; remove it, or freeze less")
 
 
-def _batches(config: TrainConfig, card: ModelCard, latents: LatentManifest, ranks: Ranks) -> Batches:
+def batches_of(
+    config: TrainConfig, card: ModelCard, latents: LatentManifest, ranks: Ranks, data: Data | None = None
+) -> Batches:
+    """The batches of a run, which depend on the config and the step alone.
+
+    Args:
+        config: of the training.
+        card: of the model.
+        latents: what is known of the images.
+        ranks: that share the batches.
+        data: the images. None: those of the store that ``latents`` is the manifest of.
+
+    Raises:
+        InputError: config, latents and ranks do not fit each other.
+        StorageError: the latents are not what was committed.
+    """
     _check(config, latents, ranks.world_size)
     model = card.model
     return Batches(
-        data=open_for(config, card, latents, ranks),
+        data=data or open_for(config, card, latents, ranks),
         shape=latents.latent_shape,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -240,8 +256,13 @@ def _milestones(
 
     def copy(step: int, history: Sequence[LoggedStep]) -> Callable[[], object]:
         shorter, place = output(step)
-        its_card, weights = card.model_copy(update={"steps": step}), _weights(state, config.lora, ranks)
-        return lambda: _commit(shorter, its_card, weights, history, held_out, place, NullTracker())
+        its_card, weights = card.model_copy(update={"steps": step}), weights_of(state, config.lora, ranks)
+
+        def commit() -> None:
+            place.begin()
+            _commit(shorter, its_card, weights, history, held_out, place, NullTracker())
+
+        return commit
 
     steps = milestone_steps(config.milestones, config.steps)
     missing = ranks.agreed([step for step in steps if ranks.first and not is_finished(output(step)[1].uri)])
@@ -303,7 +324,7 @@ def _commit(
     measured = held_out.series(history) if held_out else {}
     pictures = [publish(out, tracker, "loss.png", curve([logged.step for logged in history], losses, measured))]
     if held_out:
-        pictures.append(publish(out, tracker, "held_out_loss.json", held_out.report(history)))
+        pictures.append(publish(out, tracker, REPORT, held_out.report(history)))
     card, files = export(out, card, weights)
     counts = {"steps": config.steps, "images_seen": config.steps * config.batch_size}
     counts["parameters"] = sum(tensor.numel() for tensor in weights[RAW_WEIGHTS].values())

@@ -30,6 +30,7 @@ def child(
     *,
     env: Mapping[str, str | None] | None = None,
     output: int | IO[bytes] = subprocess.PIPE,
+    errors: int | IO[bytes] = subprocess.STDOUT,
     keep: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[str]]:
     """Run a command for the length of the block.
@@ -43,7 +44,8 @@ def child(
     Args:
         command: program and arguments.
         env: variables to add to the environment, or with None to leave out.
-        output: receives stdout and stderr together.
+        output: receives stdout.
+        errors: receives stderr. Default: what receives stdout.
         keep: descriptors that stay open in the child.
     """
     variables = {**os.environ, **(env or {})}
@@ -52,7 +54,7 @@ def child(
         env={name: value for name, value in variables.items() if value is not None},
         stdin=subprocess.DEVNULL,
         stdout=output,
-        stderr=subprocess.STDOUT,
+        stderr=errors,
         encoding="utf-8",
         errors="replace",
         start_new_session=True,

@@ -6,17 +6,31 @@ more than the block of samples that was being drawn.
 
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
-from prefect import flow, get_run_logger
+from prefect import get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterNextScheduledStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
 from dit.evaluate import MetricsManifest
 from dit.export import CheckpointManifest
 from flows import processes
 from flows.contract import STAGES, Outcome
+from flows.names import named
 from flows.over_training import OverTraining
 from flows.perform import RunSettings
 from flows.recipe import Recipe
+from flows.refusing import RefusingFlow
 from flows.settle import settle
 from flows.stages import HERE, run_stage
 from flows.tracking import over_training, runs
@@ -31,7 +45,7 @@ from storage.patience import patient
 POLL_SECONDS = 10.0
 
 
-@flow(flow_run_name="milestones {recipe.name}")
+@RefusingFlow
 def milestones(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
     """Evaluate the milestones of a recipe while another process trains it, up to the last step.
 
@@ -42,6 +56,7 @@ def milestones(recipe: Recipe, settings: RunSettings = HERE) -> list[Outcome]:
     """
     asked = recipe.asked_over_training()
     processes.note(flow_run.id, settings.root)
+    named(f"{recipe.pipeline_id} milestones")
     pipeline = recipe.pipeline_id if runs.pipeline_run_id(recipe.pipeline_id, settings.root) else None
     settings = settings.model_copy(update={"pipeline_id": pipeline})
     with patient(settings.patience):
@@ -89,7 +104,7 @@ def _latents(recipe: Recipe, root: str) -> Manifest:
             if end is not None:
                 raise _ended(recipe, end, "training")
             get_run_logger().info("waiting for the latents of %s", recipe.name)
-            time.sleep(POLL_SECONDS)
+            _wait()
 
 
 def _follow(recipe: Recipe, asked: OverTraining, latents: Manifest, settings: RunSettings) -> list[Outcome]:
@@ -116,8 +131,31 @@ def _follow(recipe: Recipe, asked: OverTraining, latents: Manifest, settings: Ru
         if not new and not waiting:
             get_run_logger().info("waiting for the next of the steps %s", missing)
         if not new:
-            time.sleep(POLL_SECONDS)
+            _wait()
         waiting = not new
+
+
+def _wait() -> None:
+    """Wait a little, unless that keeps others from the only place of a work pool, such as the training itself.
+
+    Raises:
+        DitflowError: it does.
+    """
+    context = FlowRunContext.get()
+    pool = context.flow_run.work_pool_name if context and context.flow_run else None
+    if pool is not None:
+        with get_client(sync_client=True) as client:
+            due = FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+                next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=datetime.now(UTC)),
+            )
+            of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
+            if client.read_work_pool(pool).concurrency_limit == 1 and (
+                others := client.read_flow_runs(flow_run_filter=due, work_pool_filter=of_pool, limit=1)
+            ):
+                gives = f"milestones: gives its place in the work pool {pool} to {others[0].name}"
+                raise DitflowError(f"{gives}; raise the limit of the pool from 1, or run `ditflow milestones`")
+    time.sleep(POLL_SECONDS)
 
 
 def _ended(recipe: Recipe, end: str, before: str) -> DitflowError:

@@ -25,7 +25,7 @@ class WidthsConfig(Config):
 
     stds: tuple[Annotated[float, Field(gt=0, lt=MAX_WIDTH)], ...] = Field(min_length=1)
     """Relative widths of the averages, as ``average.std``."""
-    step: int | None = Field(None, ge=1)
+    step: int | None = Field(default=None, ge=1)
     """Training step at which the averages end, as ``average.step``. Null: the last step."""
     sample: dict[str, Any] = Field(default_factory=dict)
     """Values that replace those of ``sample``, such as ``{count: 10000}``. All widths have the same noise and

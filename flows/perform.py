@@ -8,7 +8,8 @@ Both ways end with links and artifacts in Prefect.
 import base64
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -19,22 +20,29 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import processes, temporary
+from flows import processes, servers, temporary
 from flows.children import terminate_with_prefect_worker
-from flows.contract import Source, Stage
+from flows.claims import claim
+from flows.contract import STAGES, Source, Stage
+from flows.inventory import input_of
 from flows.launch import start
-from flows.launch.spec import LaunchSpec, LocalLaunch, WorkerSpec
+from flows.launch.spec import LaunchSpec, LocalLaunch, NodesLaunch, WorkerSpec
+from flows.names import named
 from flows.report.html import markdown
 from flows.tracking import runs, sink
-from flows.tracking.progress import StageProgress
+from flows.tracking.progress import StageProgress, noted
 from flows.tracking.references import located
 from flows.tracking.spec import TrackingSpec
+from storage import uri
 from storage.archives.once import listed_once
 from storage.archives.open import ArchiveRef
 from storage.config import Config, Location
-from storage.header import Provenance
-from storage.manifest import Manifest, StageOutput
+from storage.cost import Gauge, metered
+from storage.estimate import PlanContext
+from storage.manifest import Manifest, StageOutput, key_of, output_folder
 from storage.patience import STAGE_SECONDS, patient, seconds
+from storage.processors import Processors
+from storage.rows.cache import making
 from storage.stage import Run
 
 LOGGER = logging.getLogger(__name__)
@@ -49,7 +57,7 @@ class RunSettings(Config):
     """Folder or fsspec URL of all outputs. Default: DITFLOW_ROOT, else runs."""
     force: bool = False
     """Whether to run a finished stage again, into a new folder beside its old output."""
-    patience: float = Field(STAGE_SECONDS, ge=0)
+    patience: float = Field(default=STAGE_SECONDS, ge=0)
     """Seconds for which a stage asks an object store again that does not answer. Then the stage fails."""
     pipeline_id: str | None = None
     """Id of the pipeline that this run belongs to. Default: none."""
@@ -73,6 +81,9 @@ def perform(
 
     Returns:
         A completed state with the manifest's URL, named ``Skipped`` if the output was committed before.
+
+    Raises:
+        SubmittedError: nobody waits for the job that makes the output.
     """
     terminate_with_prefect_worker()
     temporary.hold()
@@ -89,26 +100,98 @@ def _perform(
     launcher: LaunchSpec | None,
     run: Run[Any, Any, Manifest],
 ) -> State[str]:
-    source = stage.source(runs.resolve(given, settings.root) if isinstance(given, str) else given)
+    source = _source(stage, given, settings.root)
     config = located(config, settings.root)
-    provenance = Provenance(
-        name=flow_run.name,
+    output = stage.output(settings.root, config, source, force=settings.force)
+    output = output.made_by(
+        name=named(f"{stage.name} {output.header.folder_name[:8]}"),
         pipeline_id=settings.pipeline_id,
         prefect_flow_run_id=flow_run.id,
-        prefect_flow_run_url=flow_run.ui_url,
+        prefect_flow_run_url=None if servers.SHORT_LIVED in os.environ else flow_run.ui_url,
     )
-    output = stage.output(settings.root, config, source, force=settings.force, provenance=provenance)
+    claim(settings.root, [key_of(url) for url in (output.uri, *(each.uri for each in output.header.parents.values()))])
     done = output.committed(stage.kind)
-    if done is not None:
-        runs.sync_run(done, settings.root)
-        _show(stage, partial(_link, stage, done.provenance.mlflow_run_id, settings.root))
-        _show(stage, partial(_create_artifacts, stage, done))
-        return Completed(name=SKIPPED, message=f"already done: {done.url}", data=done.url)
-    with runs.stage_run(output, settings.root, here=_ends_with_us(launcher)) as (tracked, spec):
-        _show(stage, partial(_link, stage, spec.run_id, settings.root))
+    if done is None:
+        with _alone(stage, output, launcher):
+            done = output.committed(stage.kind)  # by the process that was waited for
+            if done is None:
+                if settings.pipeline_id is None:  # else `preflight` has done it
+                    if launcher is not None:
+                        start.check(launcher, settings.root, force=settings.force)
+                    _check(stage, config, source, output, launcher)
+                manifest = _make(stage, config, source, output, settings.root, launcher, run)
+                return Completed(message=manifest.url, data=manifest.url)
+    runs.sync_run(done, settings.root)
+    _show(stage, partial(_link, stage, done.provenance.mlflow_run_id, settings.root))
+    _show(stage, partial(_create_artifacts, stage, done))
+    return Completed(name=SKIPPED, message=f"already done: {done.url}", data=done.url)
+
+
+def _source(stage: Stage, given: ArchiveRef | str, root: str) -> Source:
+    """What the stage reads, which nobody deletes from now on."""
+    if not isinstance(given, str):
+        return stage.source(given)
+    url = input_of(stage, given, root)
+    if url != given:
+        get_run_logger().info("%s: %s is %s", stage.role, given, uri.redact(url))
+    claim(root, [key_of(output_folder(url))])
+    return stage.source(url)
+
+
+def _check(stage: Stage, config: Config, source: Source, output: StageOutput, launcher: LaunchSpec | None) -> None:
+    """Refuse what the stage would refuse, before it has a run in MLflow, ranks or a job."""
+    nodes = 1 if launcher is None or isinstance(launcher, LocalLaunch) else launcher.nodes
+    world_size = launcher.world_size if launcher else 1
+    before = {each.stage: each for each in _chain(source)}
+    with suppress(KeyError):  # an output before the source is gone; the stage says so if it needs it
+        stage.definition.check(config, source, PlanContext(output, {}, world_size, nodes, before))
+
+
+def _chain(source: Source) -> Iterator[Manifest]:
+    """The output that a stage reads, and what that was made from, stage by stage."""
+    reads = {stage.role: STAGES[stage.reads] for stage in STAGES.values() if stage.reads}
+    while isinstance(source, Manifest):
+        yield source
+        role = next((role for role in reads if role in source.parents and source.has(role)), None)
+        if role is None:
+            return
+        source = source.parent(role, reads[role].kind)
+
+
+@contextmanager
+def _alone(stage: Stage, output: StageOutput, launcher: LaunchSpec | None) -> Iterator[None]:
+    """Make an output alone on this machine: what several recipes share is made once, while the others wait.
+
+    Nodes need one another, and may be processes of one machine.
+    """
+
+    def wait() -> None:
+        said = f"waiting for another process, which makes {uri.redact(output.uri)}"
+        get_run_logger().info(said)
+        noted(stage.name, said)
+
+    if isinstance(launcher, NodesLaunch):
+        yield
+        return
+    with making(output.uri, wait):
+        yield
+
+
+def _make(
+    stage: Stage,
+    config: Config,
+    source: Source,
+    output: StageOutput,
+    root: str,
+    launcher: LaunchSpec | None,
+    run: Run[Any, Any, Manifest],
+) -> Manifest:
+    with runs.stage_run(output, root, here=_ends_with_us(launcher)) as (tracked, spec):
+        _show(stage, partial(_link, stage, spec.run_id, root))
+        tracked.begin()
         manifest = _run(stage, config, source, tracked, spec, launcher, run)
     _show(stage, partial(_create_artifacts, stage, manifest))
-    return Completed(message=manifest.url, data=manifest.url)
+    return manifest
 
 
 def _run(
@@ -132,13 +215,24 @@ def _run(
                 tracking=spec,
                 patience=seconds(),
             )
+            progress.note(start.announced(launcher))
             start.run(job, launcher, progress=progress.update, log=get_run_logger())
             return stage.kind.read(output.uri)
         tracker = sink.StageTracker(sink.MlflowSink(spec.uri, spec.run_id, spec.skip_to), progress.update)
         try:
-            return run(config, source, out=output, tracker=tracker)
+            with metered(output.uri, _gauge(stage)):
+                return run(config, source, out=output, tracker=tracker)
         finally:
             tracker.close(output)
+
+
+def _gauge(stage: Stage) -> Gauge:
+    """What measures a stage in this process."""
+    if not stage.ranked:
+        return Processors()
+    from flows.launch.gauge import gauge  # imports torch, which shards are made without
+
+    return gauge()
 
 
 def _runs_here(stage: Stage, launcher: LaunchSpec) -> bool:
@@ -163,6 +257,7 @@ def _link(stage: Stage, run_id: str | None, root: str) -> None:
     """Link the flow run to its MLflow run."""
     address = runs.run_url(run_id, root) if run_id else None
     if address:
+        get_run_logger().info("MLflow run %s", address)
         create_link_artifact(address, link_text=f"MLflow run {run_id}", key=f"{stage.name}-mlflow")
 
 

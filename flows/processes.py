@@ -2,19 +2,24 @@
 
 Each holds a lock on a file of its own in ``running/`` in the root, and removes the file at its end. The system frees
 the lock of a killed process, so a file without a lock tells of a kill, whatever clocks and process numbers say. The
-file lists the process's Prefect flow runs; its MLflow runs have the file's name as a tag.
+file lists the process's Prefect flow runs, and the outputs that it needs (`flows.claims`); its MLflow runs have the
+file's name as a tag.
 """
 
 import atexit
 import fcntl
+import getpass
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
 from flows.servers import local_home
+from storage import uri
+from storage.errors import DitflowError
 
 LOGGER = logging.getLogger(__name__)
 FOLDER = "running"
@@ -30,6 +35,8 @@ class Processes:
     killed: dict[Path, set[str]]
     """Their files, each with the ids of its flow runs."""
     living: dict[Path, set[str]]
+    needed: dict[Path, set[str]] = field(default_factory=dict)
+    """The outputs, as paths below the root, that living processes need; none of one whose file cannot be read."""
 
 
 def join(root: str) -> str:
@@ -47,18 +54,45 @@ def join(root: str) -> str:
 
 def note(flow_run_id: str | None, root: str) -> None:
     """Remember that this process runs a flow of the root."""
-    if join(root) and flow_run_id:
+    if flow_run_id:
+        write([flow_run_id], root)
+
+
+def write(lines: Iterable[str], root: str) -> None:
+    """Append lines to the file of this process."""
+    if join(root):
         _, lock = _mine[local_home(root) / FOLDER]
-        os.write(lock, f"{flow_run_id}\n".encode())
+        os.write(lock, "".join(f"{line}\n" for line in lines).encode())
 
 
-def leave(root: str) -> None:
-    """End what `join` began; the runs of this process have ended."""
+def leave(root: str, *, told: bool = True) -> None:
+    """End what `join` began; the runs of this process have ended.
+
+    Args:
+        root: folder of all outputs.
+        told: whether Prefect knows that. Else the file stays, as that of a killed process, and the next command tells.
+    """
     joined = _mine.pop(local_home(root) / FOLDER, None)
     if joined is not None:
         path, lock = joined
-        path.unlink(missing_ok=True)
+        if told:
+            forget(root, path)
         os.close(lock)
+
+
+def forget(root: str, path: Path) -> None:
+    """Remove the file of a process that has ended or was killed, and what a remote root has of it."""
+    path.unlink(missing_ok=True)  # another command may do the same
+    if uri.local_path(root) is None:
+        try:
+            uri.remove_tree(shared(root, path.name), root)
+        except DitflowError as error:
+            LOGGER.warning("%s; `ditflow gc` will keep what this process needed", error)
+
+
+def shared(root: str, name: str) -> str:
+    """The URL at which all machines see what a process tells of itself."""
+    return uri.join(root, FOLDER, name)
 
 
 def others(root: str) -> Processes:
@@ -79,9 +113,20 @@ def others(root: str) -> Processes:
         with file:
             killed = host == socket.gethostname() and _locked(file.fileno(), fcntl.LOCK_SH)
             if os.fstat(file.fileno()).st_nlink:
-                runs = {line for line in file.read().decode().split() if len(line) == UUID_LENGTH}
+                lines = set(file.read().decode().split())
+                needed = {line for line in lines if "/" in line}
+                runs = {line for line in lines - needed if len(line) == UUID_LENGTH}
                 (processes.killed if killed else processes.living)[path] = runs
+                processes.needed.update({} if killed else {path: needed})
     return processes
+
+
+def user() -> str:
+    """The name of the user of this process, or the number of one without a name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # the user of a container may have no name
+        return str(os.getuid())
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,9 +1,7 @@
 """A recipe: everything a pipeline needs to know, in one file."""
 
-import re
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
@@ -13,24 +11,23 @@ from dit.encode import EncodeConfig, held_out_config
 from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.samplers.config import SampleConfig
 from dit.training.config import TrainConfig
-from flows import yaml_text
 from flows.contract import STAGES, Source, Stage
+from flows.inventory import input_of
 from flows.launch.spec import LaunchSpec, LocalLaunch
 from flows.over_training import MilestonesConfig, OverTraining, best, model_of
 from flows.over_widths import OverWidths, WidthsConfig
+from flows.recipe_file import check_keys, parse_override, put, read_values, refusal
 from flows.registry.config import RegisterConfig
-from flows.servers import local_home
-from flows.tracking import references, runs
+from flows.tracking import references
 from storage import uri
 from storage.archives.open import ArchiveRef
-from storage.config import Config, added, is_text, operational, problem
+from storage.config import Config, added, operational, problem
 from storage.errors import InputError
-from storage.manifest import Manifest
+from storage.manifest import Manifest, StageOutput, is_withdrawn, withdrawn
 from storage.seal import json_digest
 from storage.shards.shard import ShardConfig
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
-RECIPES = Path(str(files("flows"))) / "recipes"
 
 
 class Recipe(Config):
@@ -54,7 +51,7 @@ class Recipe(Config):
     sample: SampleConfig = SampleConfig()
     """A checkpoint to generated images."""
     evaluate: EvaluateConfig | None = None
-    """Generated images to metrics. Default: none, and the pipeline ends with the generated images."""
+    """Generated images to metrics. Default: none, and the model is registered without metrics."""
     evaluate_milestones: MilestonesConfig | None = added(None)
     """Evaluation of the milestones of training, and of its last step. Default: none."""
     evaluate_widths: WidthsConfig | None = added(None)
@@ -101,9 +98,9 @@ class Recipe(Config):
 
     @property
     def pipeline_id(self) -> str:
-        """The same for the same recipe and archive, so an interrupted pipeline continues its own MLflow run.
+        """Name and digest, such as ``demo-1a2b3c4d``, by which an interrupted pipeline finds its MLflow run again.
 
-        Also after an upgrade that has added fields.
+        It is the same for the same values, also after an upgrade that has added fields.
         """
         return f"{self.name}-{json_digest(self.stable_values())[:8]}"
 
@@ -112,9 +109,15 @@ class Recipe(Config):
         """The stages of this recipe: those that have a config, and whose input another one of them makes."""
         names: list[str] = []
         for name, stage in STAGES.items():
-            if getattr(self, _field(name)) is not None and (stage.reads is None or stage.reads in names):
+            read = (None, *names)
+            if getattr(self, _field(name)) is not None and (stage.reads in read or stage.instead in names):
                 names.append(name)
         return tuple(names)
+
+    def reads(self, stage: str) -> str | None:
+        """The stage whose output a stage of this recipe reads; None if that is the archive."""
+        made = STAGES[stage]
+        return made.instead if made.instead and made.reads not in self.stages else made.reads
 
     def config_of(self, stage: str) -> Config:
         """The config of a stage.
@@ -129,7 +132,7 @@ class Recipe(Config):
             missing = next(name for name in chain if name not in self.stages)
             required = [name for name, field in STAGES[missing].config.model_fields.items() if field.is_required()]
             keys = ", ".join(f"{_field(missing)}.{name}" for name in required) or _field(missing)
-            raise InputError(f"{stage}: recipe {self.name} ends with {self.stages[-1]}; set {keys} to go on")
+            raise InputError(f"{stage}: recipe {self.name} has no {missing}; set {keys} to go on")
         config = getattr(self, _field(stage))
         assert isinstance(config, Config)
         return config
@@ -152,22 +155,40 @@ class Recipe(Config):
         """The manifests of all stages, or of those before one; None if any of them is not done.
 
         With all stages, the milestones and the averages of several widths must be evaluated too.
+
+        Args:
+            root: folder or URL of all outputs.
+            before: name of the stage. Default: none, for all stages.
+
+        Raises:
+            InputError: the archive or weights are missing, or an output is damaged.
         """
-        made: dict[str, Manifest] = {}
-        for name in self.stages:
-            if name == before:
-                break
-            stage, source = STAGES[name], self.source(STAGES[name], made, root)
-            if source is None:
-                return None
-            config = references.located(self.config_of(name), root)
-            manifest = stage.output(root, config, source).committed(stage.kind)
-            if manifest is None:
-                return None
-            made[name] = manifest
-        everything = list(made.values())
+        names = list(takewhile(lambda name: name != before, self.stages))
+        everything = [manifest for _, manifest in self.outputs(root, names) if manifest is not None]
+        if len(everything) < len(names):
+            return None
         further = (self.evaluations(root, everything), self.widths(root, everything)) if before is None else ()
         return None if any(None in each.values() for each in further) else everything
+
+    def unfinished(self, root: str) -> str:
+        """What to say of a recipe whose stages are not all done: that one was withdrawn, or to run it."""
+        last = [output.uri for output, manifest in self.outputs(root, self.stages) if manifest is None]
+        gone = [f"{uri.redact(folder)} {withdrawn(folder)}" for folder in last if is_withdrawn(folder)]
+        return gone[0] if gone else "run the recipe first"
+
+    def outputs(self, root: str, names: Sequence[str]) -> Iterator[tuple[StageOutput, Manifest | None]]:
+        """The outputs of some stages in turn, with their manifests, up to the first that is not done."""
+        made: dict[str, Manifest] = {}
+        for name in names:
+            stage, source = STAGES[name], self.source(STAGES[name], made, root)
+            if source is None:
+                return
+            output = stage.output(root, references.located(self.config_of(name), root), source)
+            manifest = output.committed(stage.kind)
+            yield output, manifest
+            if manifest is None:
+                return
+            made[name] = manifest
 
     def evaluations(self, root: str, made: Sequence[Manifest]) -> dict[int, MetricsManifest | None]:
         """The metrics over training by step, None for a step that is not evaluated; empty if the recipe asks for none.
@@ -211,7 +232,7 @@ class Recipe(Config):
             known = {step: metrics for step, metrics in found.items() if metrics is not None}
             whole = self.train.steps in known and len(known) == len(found)
             return self.chosen(made["train"], known) if whole else None
-        return made[stage.reads]
+        return made[str(self.reads(stage.name))]
 
     def encoding_held_out(self, latents: Manifest, root: str, *, force: bool) -> Self | None:
         """This recipe with the held-out images to encode, if training is still to measure its loss on them.
@@ -243,7 +264,7 @@ class Recipe(Config):
         return encode.output(root, held_out_config(self.encode), shards).committed(encode.kind)
 
     def source_of(self, stage: str, given: str | None, root: str) -> ArchiveRef | str:
-        """The input of a stage: the given reference, or the recipe's own earlier output.
+        """The input of a stage: what `input_of` finds for a reference, or the recipe's own earlier output.
 
         Raises:
             InputError: there is none, it is not what the stage reads, or the recipe does not go that far.
@@ -256,10 +277,11 @@ class Recipe(Config):
             made = {manifest.stage: manifest for manifest in before or ()}
             source = self.source(STAGES[stage], made, root) if before else None
             if source is None:
-                raise InputError(f"{stage}: the stages before it are not done; run the recipe first, or give --from")
+                why = self.unfinished(root)
+                raise InputError(f"{stage}: the stages before it are not done; {why}, or give --from")
             assert isinstance(source, Manifest)
             return source.url
-        url = runs.resolve(given, root)
+        url = input_of(STAGES[stage], given, root)
         STAGES[stage].source(url)
         return url
 
@@ -280,29 +302,20 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: str = "runs") ->
 
     Raises:
         InputError: there is no such recipe, or something in it is wrong; the line says where.
+
+    Examples:
+        >>> recipe = load_recipe("demo", ["train.steps=300"])
+        >>> recipe.train.steps, recipe.sample.guidance_scale
+        (300, 2.0)
+        >>> recipe.stages
+        ('shard', 'encode', 'train', 'sample', 'evaluate', 'register')
+        >>> recipe.changed(name="guided", sample=recipe.sample.changed(guidance_scale=3)).name
+        'guided'
     """
     values, where = read_values(name, root)
     if "base" in values:
         raise InputError(f"{where}: a sweep of several recipes; run it whole with `ditflow run`, or name its base")
     return recipe_of(values, where, overrides)
-
-
-def recipe_path(name: str) -> Path:
-    """Where the file of a recipe would be, given the name of a preset or a path."""
-    return Path(name) if name.lower().endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-
-
-def read_values(name: str, root: str) -> tuple[dict[str, Any], str]:
-    """The unchecked values of a recipe's file, and its path. Arguments and errors as `load_recipe`."""
-    path = recipe_path(name)
-    if not path.is_file():
-        presets = ", ".join(sorted(preset.stem for preset in RECIPES.glob("*.yaml")))
-        raise InputError(f"recipe {name!r}: neither a YAML file nor one of the presets ({presets})")
-    places = {"${recipe_dir}": str(path.parent.resolve()), "${home}": str(local_home(root))}
-    values = _placed(yaml_text.parse(_text(path), str(path)), places)
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a recipe is a mapping of names to values")
-    return values, str(path)
 
 
 def recipe_of(values: dict[str, Any], where: str, overrides: Sequence[str]) -> Recipe:
@@ -312,15 +325,12 @@ def recipe_of(values: dict[str, Any], where: str, overrides: Sequence[str]) -> R
         InputError: something is wrong; the line says where.
     """
     for override in overrides:
-        put(values, *parse_override(override, Recipe))
+        put(values, *parse_override(override))
+    check_keys(values, where)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        wrong = problem(error, values)
-        keys = {f"{text.partition('=')[0]}.": text for text in overrides}
-        place = f"{wrong.place}."
-        overriding = [text for key, text in keys.items() if place.startswith(key) or key.startswith(place)]
-        raise InputError(f"{f'--set {uri.redact(overriding[-1])}' if overriding else where}: {wrong}") from error
+        raise refusal(problem(error, values), where, overrides) from error
 
 
 def config_alone(kind: type[AnyConfig], stage: str, defaults: dict[str, Any], overrides: Sequence[str]) -> AnyConfig:
@@ -337,7 +347,7 @@ def config_alone(kind: type[AnyConfig], stage: str, defaults: dict[str, Any], ov
     """
     values: dict[str, Any] = {stage: defaults}
     for override in overrides:
-        put(values, *parse_override(override, dict[str, kind]))  # type: ignore[valid-type]
+        put(values, *parse_override(override))
     others = sorted(values.keys() - {stage})
     if others:
         raise InputError(f"--set {others[0]}: without a recipe there is only {stage}")
@@ -346,54 +356,3 @@ def config_alone(kind: type[AnyConfig], stage: str, defaults: dict[str, Any], ov
     except ValidationError as error:
         wrong = problem(error, values[stage])
         raise InputError(f"--set {'.'.join(filter(None, (stage, wrong.place)))}: {wrong.message}") from error
-
-
-def parse_override(text: str, kind: Any) -> tuple[str, Any, str]:
-    """The dotted key and the value of an override, and how to name it in an error.
-
-    Args:
-        text: ``key=value``. The value is taken as it is where the field holds text, unless it is quoted or ``null``;
-            everywhere else it is YAML.
-        kind: the type of what the override changes.
-
-    Raises:
-        InputError: it is not of that form, or not YAML.
-    """
-    where = f"--set {uri.redact(text)}"
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise InputError(f"{where}: write key=value, such as train.steps=2000")
-    verbatim = is_text(kind, key.split(".")) and value != "null" and value[:1] not in ("'", '"')
-    return key, value if verbatim else yaml_text.parse(value, where), where
-
-
-def put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set the value of a dotted key.
-
-    Raises:
-        InputError: a part of the key before the last is a single value.
-    """
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise InputError(f"{where}: {parent} is a value and has no fields")
-    values[last] = value
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error})") from error
-
-
-def _placed(value: Any, places: Mapping[str, str]) -> Any:
-    """A YAML value with the placeholders in its strings filled in."""
-    if isinstance(value, dict):
-        return {key: _placed(item, places) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_placed(item, places) for item in value]
-    if isinstance(value, str):
-        return re.sub("|".join(map(re.escape, places)), lambda found: places[found[0]], value)
-    return value

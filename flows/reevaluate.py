@@ -1,4 +1,4 @@
-"""Reevaluation of champion and candidate with a new seed each period, and an event when a metric drifts.
+"""Reevaluation of champion and candidate with a new seed each period, and an event when a metric gets worse or better.
 
 It samples and evaluates each version with the configs that it was registered with, except for the seed. The outputs lie
 among those of the stages, so an interrupted reevaluation resumes. A version's metrics are a series in an MLflow run of
@@ -7,19 +7,17 @@ its own, with one step for each period.
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
-from typing import Annotated, Any, Literal, Self
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Any, Literal, Self
 from uuid import NAMESPACE_URL, uuid5
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
-from prefect import flow
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
-from pydantic import Field
 
 from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.export import CheckpointManifest
@@ -28,10 +26,13 @@ from dit.sample import SampleManifest
 from dit.samplers.config import SampleConfig
 from dit.samplers.guide import NAME as GUIDE
 from flows import processes
+from flows.names import named
 from flows.perform import SKIPPED, RunSettings
+from flows.refusing import RefusingFlow
 from flows.registry.config import CANDIDATE, CHAMPION
+from flows.registry.events import emit
 from flows.registry.promotion import Evaluation, check_comparable, evaluation
-from flows.registry.register import METRICS_DIGEST_TAG, emit
+from flows.registry.register import METRICS_DIGEST_TAG
 from flows.report.html import markdown
 from flows.stages import HERE, stage_flow
 from flows.tracking import runs
@@ -40,15 +41,17 @@ from storage import uri
 from storage.errors import InputError
 
 DRIFTED = "ditflow.metric.drifted"
-"""The Prefect event of a metric outside its interval; its resource is ``ditflow.model.<name>``."""
-SERIES_TAG = "ditflow.series"
+"""The Prefect event of a metric that differs by more than sampling explains; its resource is ``ditflow.model.<name>``.
 
-ModelName = Annotated[str, Field(description="Name of the registered model")]
-Period = Annotated[
-    Literal["day", "week"],
-    Field(description="Evaluate at most once a day or once a week; each period has its own seed"),
-]
-Day = Annotated[date | None, Field(description="A day of the period to evaluate for. Default: today (UTC)")]
+Label ``ditflow.change`` of the resource, and ``change`` in the payload, say ``worse`` or ``better``."""
+ALARM = 1.5
+"""How many times the half width of its 95 % interval a difference must exceed: 3 standard errors. Many versions are
+compared in many periods, always with one number from their registration, which may be an outlier."""
+SERIES_TAG = "ditflow.series"
+NOTE = """The version's metrics, measured again with new seeds: one point for each day or week. To see dates, open
+*Model metrics* and choose *Time (wall)* below the gear. Steps are days since the year 1."""
+
+Period = Literal["day", "week"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,11 @@ class Window:
             return cls(day.isoformat(), day.toordinal())
         year, week, weekday = day.isocalendar()
         return cls(f"{year}-W{week:02d}", (day - timedelta(days=weekday - 1)).toordinal())
+
+    @property
+    def milliseconds(self) -> int:
+        """When its first day begins (UTC), since 1970: the time in the series, which MLflow shows as dates."""
+        return int(datetime.combine(date.fromordinal(self.step), time(), UTC).timestamp()) * 1000
 
     @property
     def seed(self) -> int:
@@ -89,20 +97,27 @@ class _Reevaluation:
         return {name: gain(name, "lower", self.then.metrics, self.now.metrics) for name in judged}
 
     def drifts(self) -> dict[str, Gain]:
-        """The changes, up or down, that exceed the 95 % interval of the difference."""
-        return {name: change for name, change in self.changes().items() if abs(change.value) > change.margin}
+        """The changes, up or down, that sampling does not explain."""
+        return {name: each for name, each in self.changes().items() if abs(each.value) > ALARM * each.margin}
 
 
-@flow(flow_run_name="reevaluate {model_name}")
+@RefusingFlow
 def reevaluate(
-    model_name: ModelName, period: Period = "week", on: Day = None, settings: RunSettings = HERE
+    model_name: str, period: Period = "week", on: date | None = None, settings: RunSettings = HERE
 ) -> State[str]:
     """Sample champion and candidate with the period's seed and evaluate them as when they were registered.
 
     Every version has a series of metrics in MLflow with one step for each period. Periods that it has are skipped.
+
+    Args:
+        model_name: Name of the registered model.
+        period: Evaluate at most once a day or once a week; each period has its own seed.
+        on: A day of the period to evaluate for. Default: today (UTC).
+        settings: The same for every stage.
     """
     processes.note(flow_run.id, settings.root)
     window = Window.of(period, on or datetime.now(UTC).date())
+    named(f"{model_name} {window.label}")
     settings = settings.model_copy(update={"pipeline_id": f"reevaluate-{model_name}-{window.label}"})
     with runs.mlflow_errors(settings.root):
         client, experiment_id = runs.open_client(settings.root)
@@ -120,8 +135,8 @@ def reevaluate(
     _report(model_name, window, results)
     for each in results:  # last: after a kill, events are sent again rather than never
         _log(client, _series(client, experiment_id, model_name, each.version), window, each.now)
-    drifted = [f"{each.version} {name}" for each in results for name in each.drifts()]
-    return Completed(message=f"{window.label}: drifted: {', '.join(drifted) or 'no metric'}", data=window.label)
+    drifted = [f"{each.version} {name} {change}" for each in results for name, change in each.drifts().items()]
+    return Completed(message=f"{window.label}: {'; '.join(drifted) or 'no metric drifted'}", data=window.label)
 
 
 def _versions(client: MlflowClient, name: str) -> dict[int, list[str]]:
@@ -168,11 +183,13 @@ def _report(name: str, window: Window, results: list[_Reevaluation]) -> None:
     for each in results:
         for metric, change in each.drifts().items():
             facts = {"version": each.version, "aliases": each.aliases, "metric": metric, "period": window.label}
-            numbers = {"then": each.then.metrics[metric], "now": each.now.metrics[metric], "margin": change.margin}
+            facts |= {"change": change.verdict, "margin": change.margin}
+            numbers = {"then": each.then.metrics[metric], "now": each.now.metrics[metric]}
             once = uuid5(NAMESPACE_URL, f"{DRIFTED}/{name}/{each.version}/{metric}/{window.label}")
-            emit(DRIFTED, name, facts | numbers, once)
-    drifted = any(each.drifts() for each in results)
-    title = f"# {markdown(name)}, {window.label}: {'**drifted**' if drifted else 'within its intervals'}\n\n"
+            emit(DRIFTED, name, facts | numbers, once, {"ditflow.change": change.verdict})
+    verdicts = {change.verdict for each in results for change in each.drifts().values()}
+    said = " and ".join(f"**{verdict}**" for verdict in sorted(verdicts, reverse=True)) or "within its intervals"
+    title = f"# {markdown(name)}, {window.label}: {said}\n\n"
     key = re.sub(r"[^a-z0-9]+", "-", f"reevaluation-{name}".lower()).strip("-")
     create_markdown_artifact(title + _table(results), key=key, description=f"Seed {window.seed}")
 
@@ -185,7 +202,7 @@ def _table(results: list[_Reevaluation]) -> str:
         for metric, now in each.now.metrics.items():
             change = changes.get(metric)
             difference = f"{-change.value:+.4g} ± {change.margin:.2g}" if change else ""
-            alarm = "**drifted**" if metric in drifts else ""
+            alarm = f"**{drifts[metric].verdict}**" if metric in drifts else ""
             then = each.then.metrics.get(metric, float("nan"))
             rows += f"| {who} | {metric} | {then:.6g} | {now:.6g} | {difference} | {alarm} |\n"
     return head + rows
@@ -197,9 +214,8 @@ def _series(client: MlflowClient, experiment_id: str, name: str, version: int) -
     series = client.search_runs([experiment_id], tagged(SERIES_TAG, which), max_results=1)
     if series:
         return str(series[0].info.run_id)
-    run_id = str(
-        client.create_run(experiment_id, tags={MLFLOW_RUN_NAME: f"{which} again", SERIES_TAG: which}).info.run_id
-    )
+    tags = {MLFLOW_RUN_NAME: f"{which} again", SERIES_TAG: which, MLFLOW_RUN_NOTE: NOTE}
+    run_id = str(client.create_run(experiment_id, tags=tags).info.run_id)
     client.set_terminated(run_id, "FINISHED")
     return run_id
 
@@ -211,5 +227,5 @@ def _steps(client: MlflowClient, run_id: str) -> set[int]:
 
 
 def _log(client: MlflowClient, run_id: str, window: Window, now: Evaluation) -> None:
-    moment = int(datetime.now(UTC).timestamp() * 1000)
-    client.log_batch(run_id, metrics=[Metric(key, value, moment, window.step) for key, value in now.metrics.items()])
+    metrics = [Metric(key, value, window.milliseconds, window.step) for key, value in now.metrics.items()]
+    client.log_batch(run_id, metrics=metrics)

@@ -1,4 +1,4 @@
-"""The Prefect and MLflow servers, each run on 127.0.0.1 for the length of a ``with`` block.
+"""The Prefect and MLflow servers, each run for the length of a ``with`` block, as `flows.access` says.
 
 ``ditflow up`` writes the addresses of its servers to ``servers.json`` in the root, where other commands on this machine
 find them (`use_running`). It locks the file, and the system frees the lock when the process ends, however it ends.
@@ -18,19 +18,21 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from configparser import ConfigParser
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
+from flows.access import HOST, MLFLOW_PASSWORD, MLFLOW_USER, Access
 from flows.children import child, has_ended
 from storage import uri
 from storage.errors import DitflowError
 from storage.rows.cache import locked
 
 LOGGER = logging.getLogger(__name__)
-HOST = "127.0.0.1"
 START_SECONDS = 120.0
 """How long a server may take to start."""
 ANSWER_SECONDS = 2.0
@@ -39,6 +41,19 @@ SERVERS = "servers.json"
 """File in the root with the addresses of the servers of a running ``ditflow up``."""
 MLFLOW_DATABASE = "mlflow.db"
 """File in the root with MLflow's runs and models."""
+MLFLOW_ARTIFACTS = "mlflow-artifacts"
+"""Folder in the root with the artifacts of its runs and models."""
+MLFLOW_USERS = "mlflow-users.db"
+"""File in the root with who may use MLflow, if it asks for passwords and there is no Postgres."""
+MLFLOW_PASSWORDS = "mlflow-passwords.ini"
+"""File in the root with how MLflow asks for passwords."""
+WORKERS = "workers"
+"""Folder in the root with the logs of the workers of ``ditflow worker``."""
+LOCAL = Access()
+NOTE = ("host", "prefect", "mlflow", "password", "mlflow_user", "mlflow_password", "shared")
+"""What the file says."""
+SHORT_LIVED = "DITFLOW_SHORT_LIVED_PREFECT"
+"""Environment variable that is set where Prefect's server ends with the command: nothing else links to its pages."""
 _DATABASES = {"prefect-server": "prefect.db", "mlflow-server": MLFLOW_DATABASE}
 _FOR_ANOTHER_SERVER = ("PREFECT_SERVER_", "PREFECT_API_DATABASE_", "PREFECT_UI_", "PREFECT_PROFILE")
 
@@ -60,12 +75,15 @@ class Server:
     @property
     def listens(self) -> bool:
         """Whether it takes a connection. A busy one may refuse some."""
-        return not is_free(int(self.address.rpartition(":")[2]))
+        address = urlsplit(self.address)
+        return not is_free(address.port or 0, address.hostname or HOST)
 
 
 @contextmanager
-def prefect_server(home: Path, port: int = 0, *, password: str, scheduler: bool = False) -> Iterator[Server]:
-    """A Prefect server with its database below ``home``.
+def prefect_server(
+    home: Path, port: int = 0, *, password: str, scheduler: bool = False, access: Access = LOCAL
+) -> Iterator[Server]:
+    """A Prefect server with its database below ``home``, or in Postgres.
 
     It runs code for whoever may create deployments, so it answers nobody without the password (Prefect calls it the
     auth string), and no page of another origin.
@@ -75,42 +93,81 @@ def prefect_server(home: Path, port: int = 0, *, password: str, scheduler: bool 
         port: 0 for a free one.
         password: see `new_password`; clients take it from ``PREFECT_API_AUTH_STRING``.
         scheduler: run the services that schedules, automations and workers need.
+        access: where it listens, and where its database is.
 
     Raises:
         DitflowError: the port is taken, or the server does not start; the line names its log.
     """
-    port = port or free_port()
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    port, postgres = port or free_port(), access.postgres
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", access.host, "--port", str(port)]
     command += [] if scheduler else ["--no-services"]
-    address = f"http://{HOST}:{port}"
+    address = f"http://{access.host}:{port}"
+    database = postgres.database("asyncpg", "prefect") if postgres else sqlite_url(home / "prefect.db", "aiosqlite")
     env: dict[str, str | None] = {name: None for name in os.environ if name.startswith(_FOR_ANOTHER_SERVER)}
-    env |= prefect_env(home) | {
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": sqlite_url(home / "prefect.db", "aiosqlite"),
+    env |= prefect_env(home) | (postgres.env if postgres else {})
+    env |= {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
         "PREFECT_UI_API_URL": f"{address}/api",
         "PREFECT_SERVER_API_AUTH_STRING": password,
         "PREFECT_API_AUTH_STRING": password,  # its own services are clients too
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{address},http://localhost:{port}",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{address},http://localhost:{port}" if access.is_local else address,
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
     }
-    with _server("prefect-server", home, command, env, port, "/api/health") as server:
+    with _server("prefect-server", home, command, env, address, "/api/health") as server:
         yield server
 
 
 @contextmanager
-def mlflow_server(folder: Path, port: int = 0) -> Iterator[Server]:
-    """An MLflow server over ``folder/mlflow.db``.
+def mlflow_server(folder: Path, port: int = 0, *, access: Access = LOCAL, artifacts: str = "") -> Iterator[Server]:
+    """An MLflow server over ``folder/mlflow.db``, or over Postgres.
+
+    Clients write artifacts below ``folder`` themselves, which commands without a server do too. Over Postgres they may
+    be on other machines, so they send artifacts to the server, which alone needs the keys of their store.
+
+    Args:
+        folder: of the database, the log and the artifacts.
+        port: 0 for a free one.
+        access: where it listens, whom it asks for passwords, and where its database is.
+        artifacts: URL at which the server keeps artifacts; only over Postgres, and needed there.
 
     Raises:
         DitflowError: the port is taken, or the server does not start; the line names its log.
     """
-    port, folder = port or free_port(), folder.absolute()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    port, folder, postgres = port or free_port(), folder.absolute(), access.postgres
+    command = [sys.executable, "-m", "mlflow", "server", "--host", access.host, "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--timeout-graceful-shutdown 3"]  # else open browser pages delay its end
-    command += ["--backend-store-uri", sqlite_url(folder / MLFLOW_DATABASE)]
-    command += ["--artifacts-destination", (folder / "mlflow-artifacts").as_uri()]
-    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with _server("mlflow-server", folder, command, env, port, "/health") as server:
+    database = postgres.database("psycopg", "mlflow") if postgres else sqlite_url(folder / MLFLOW_DATABASE)
+    command += ["--backend-store-uri", database]
+    if postgres:
+        command += ["--artifacts-destination", artifacts]
+    else:
+        command += ["--no-serve-artifacts", "--default-artifact-root", (folder / MLFLOW_ARTIFACTS).as_uri()]
+    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | (postgres.env if postgres else {})
+    address = f"http://{access.host}:{port}"
+    if not access.is_local:
+        env |= {"MLFLOW_SERVER_ALLOWED_HOSTS": f"{access.host}:{port}", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": address}
+    if access.mlflow:
+        command += ["--app-name", "basic-auth"]
+        env |= _passwords(folder, database if postgres else sqlite_url(folder / MLFLOW_USERS), access.mlflow)
+    with _server("mlflow-server", folder, command, env, address, "/health") as server:
         yield server
+
+
+def _passwords(folder: Path, database: str, administrator: tuple[str, str]) -> dict[str, str]:
+    """The environment in which MLflow asks for passwords. Who has one may log to all experiments and models."""
+    users = {"default_permission": "EDIT", "database_uri": database, "auth_cache_ttl_seconds": "600"}
+    users["authorization_function"] = "mlflow.server.auth:authenticate_request_basic_auth"
+    settings = ConfigParser(interpolation=None)
+    settings["mlflow"] = {key: value.replace("%", "%%") for key, value in users.items()}  # MLflow interpolates
+    with (folder / MLFLOW_PASSWORDS).open("w", encoding="utf-8") as file:
+        settings.write(file)
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": file.name,
+        MLFLOW_USER: administrator[0],
+        MLFLOW_PASSWORD: administrator[1],
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(),
+        "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
+    }
 
 
 def sqlite_url(path: Path, driver: str = "pysqlite") -> str:
@@ -134,14 +191,25 @@ def new_password() -> str:
 
 
 @contextmanager
-def announced(root: str, prefect: str, mlflow: str, password: str) -> Iterator[None]:
+def announced(
+    root: str, prefect: str, mlflow: str, password: str, *, login: tuple[str, str] = ("", ""), shared: bool = False
+) -> Iterator[None]:
     """Keep the addresses of a root's servers in `SERVERS`, which only this user can read, for the length of the block.
 
     The file is locked as long as this process lives: who finds it unlocked knows that the servers are gone.
+
+    Args:
+        root: folder of all outputs.
+        prefect: address of Prefect's server.
+        mlflow: address of MLflow's server.
+        password: Prefect's.
+        login: user and password for MLflow, if it asks for them.
+        shared: whether other roots and machines use the servers, too.
     """
     path = local_home(root) / SERVERS
     path.unlink(missing_ok=True)  # one that is there may be readable by others
     note = {"host": socket.gethostname(), "prefect": prefect, "mlflow": mlflow, "password": password}
+    note |= {"mlflow_user": login[0], "mlflow_password": login[1], "shared": "yes" if shared else ""}
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123  a descriptor
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -160,7 +228,7 @@ def running(root: str) -> dict[str, str] | None:
     try:
         with (local_home(root) / SERVERS).open("rb") as file:
             note: Any = json.load(file) if _is_locked(file) else None
-            return {name: str(note[name]) for name in ("host", "prefect", "mlflow", "password")}
+            return {name: str(note[name]) for name in NOTE}
     except (OSError, ValueError, TypeError, KeyError):  # no such file, one that was left behind, or a damaged one
         return None
 
@@ -168,15 +236,38 @@ def running(root: str) -> dict[str, str] | None:
 def use_running(root: str) -> bool:
     """Use the servers of a running ``ditflow up`` for a root; False if there is none.
 
-    If only its MLflow server has died, runs go to the server's database file directly.
+    If only its MLflow server has died, runs go to the server's database file directly, if it has one.
     """
     note = running(root)
     if note is None or note["host"] != socket.gethostname() or not _healthy(f"{note['prefect']}/api/health"):
         return False
     os.environ |= {"PREFECT_API_URL": f"{note['prefect']}/api", "PREFECT_API_AUTH_STRING": note["password"]}
-    if _healthy(f"{note['mlflow']}/health"):
-        os.environ.setdefault("MLFLOW_TRACKING_URI", note["mlflow"])
+    bypass_proxy(urlsplit(note["prefect"]).hostname or HOST)
+    if note["shared"] or _healthy(f"{note['mlflow']}/health"):
+        _use_mlflow(note)
     return True
+
+
+def use_shared_mlflow(root: str) -> None:
+    """Use the MLflow server of a running ``ditflow up`` whose runs are not in the root's own file."""
+    note = running(root)
+    if note is not None and note["shared"] and note["host"] == socket.gethostname():
+        _use_mlflow(note)
+
+
+def _use_mlflow(note: Mapping[str, str]) -> None:
+    address = note["mlflow"]
+    if os.environ.get("MLFLOW_TRACKING_URI") in (None, "", address):
+        os.environ["MLFLOW_TRACKING_URI"] = address
+        bypass_proxy(urlsplit(address).hostname or HOST)
+        if note["mlflow_user"]:
+            use_login(note["mlflow_user"], note["mlflow_password"])
+
+
+def use_login(user: str, password: str) -> None:
+    """Give MLflow's clients a login, unless they have one."""
+    if not os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        os.environ |= {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
 
 
 def prefect_env(home: Path) -> dict[str, str]:
@@ -188,10 +279,11 @@ def prefect_env(home: Path) -> dict[str, str]:
     }
 
 
-def bypass_proxy() -> None:
-    """Let this process and its children reach servers on 127.0.0.1 without a proxy."""
+def bypass_proxy(host: str = HOST) -> None:
+    """Let this process and its children reach servers of this machine without a proxy."""
     for name in ("no_proxy", "NO_PROXY"):
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
+        given = os.environ.get(name, "").split(",")
+        os.environ[name] = ",".join(filter(None, [*given, host] if host not in given else given))
 
 
 def free_port() -> int:
@@ -201,10 +293,10 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def is_free(port: int) -> bool:
-    """Whether nothing listens on a port of 127.0.0.1."""
+def is_free(port: int, host: str = HOST) -> bool:
+    """Whether nothing listens on a port of this machine."""
     with socket.socket() as probe:
-        return probe.connect_ex((HOST, port)) != 0
+        return probe.connect_ex((host, port)) != 0
 
 
 def _is_locked(file: IO[bytes]) -> bool:
@@ -217,11 +309,12 @@ def _is_locked(file: IO[bytes]) -> bool:
 
 @contextmanager
 def _server(
-    name: str, folder: Path, command: list[str], env: Mapping[str, str | None], port: int, health: str
+    name: str, folder: Path, command: list[str], env: Mapping[str, str | None], address: str, health: str
 ) -> Iterator[Server]:
-    if not is_free(port):  # else another server there would be taken for ours
-        raise DitflowError(f"{name}: port {port} of {HOST} is taken; stop what listens there, or choose another port")
-    log, address = folder / f"{name}.log", f"http://{HOST}:{port}"
+    host, _, port = address.removeprefix("http://").partition(":")
+    if not is_free(int(port), host):  # else another server there would be taken for ours
+        raise DitflowError(f"{name}: port {port} of {host} is taken; stop what listens there, or choose another port")
+    log = folder / f"{name}.log"
     with ExitStack() as stack:
         with locked(folder / name) as lock:  # two servers that migrate one database at once break it
             log.write_bytes(b"")

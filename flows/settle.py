@@ -1,13 +1,15 @@
 """Runs that a kill left open in Prefect and MLflow are ended by the next command on the root, and by ``ditflow up``."""
 
 import logging
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 from flows import processes
 from flows.processes import Processes
+from storage import uri
 from storage.errors import DitflowError, one_line
 
 if TYPE_CHECKING:
@@ -23,19 +25,30 @@ def settled(root: str, *, alone: bool) -> Iterator[None]:
     """For the length of the block, in which this process runs flows, be a process of the root; `settle` before.
 
     Raises:
-        DitflowError: a person has deleted a flow, or a flow run, that the block was running.
+        DitflowError: a person has deleted a flow, or a flow run, that the block was running; or Prefect's server
+            refuses, or does not answer any more.
     """
-    from prefect.exceptions import ObjectNotFound  # late: Prefect reads its settings when it is imported
+    from httpx import RequestError
+    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError  # late: Prefect reads its settings then
 
     if processes.join(root):  # else the locks tell of nobody whether he lives
         settle(root, alone=alone)
+    told = True
     try:
         yield
     except ObjectNotFound as error:
         what = "a flow or a flow run of this command was deleted while it ran"
         raise DitflowError(f"Prefect: {what}; run the same command again to continue") from error
+    except (RequestError, PrefectHTTPStatusError) as error:
+        told = False
+        where, said = uri.redact(os.environ.get("PREFECT_API_URL", "Prefect")), one_line(error)
+        if isinstance(error, RequestError):
+            what = f"Prefect does not answer any more ({said}); start it, and run the same command again to continue"
+        else:
+            what = f"Prefect refuses ({said}); see its log, PREFECT_API_KEY and PREFECT_API_AUTH_STRING"
+        raise DitflowError(f"{where}: {what}") from error
     finally:
-        processes.leave(root)
+        processes.leave(root, told=told)
 
 
 def settle(root: str, *, alone: bool) -> None:
@@ -50,7 +63,7 @@ def settle(root: str, *, alone: bool) -> None:
             ended too, if no other process of the root lives.
     """
     try:
-        found = _open_flow_runs() if alone else []  # first: a process joins before it runs a flow
+        found = open_flow_runs() if alone else []  # first: a process joins before it runs a flow
         _settle(root, found, processes.others(root), alone=alone)
     except Exception as error:  # Prefect, its HTTP client and MLflow raise exceptions of many types
         LOGGER.warning("runs that a kill left open cannot be settled now: %s", one_line(error))
@@ -59,7 +72,7 @@ def settle(root: str, *, alone: bool) -> None:
 def _settle(root: str, found: "list[FlowRun]", them: Processes, *, alone: bool) -> None:
     killed = {run for runs in them.killed.values() for run in runs}
     if not alone and killed:
-        found = _open_flow_runs(killed)
+        found = open_flow_runs(killed)
     nobody_else = alone and not them.living
     end_flow_runs([run for run in found if nobody_else or str(run.id) in killed], "its process was killed")
     if them.killed:
@@ -67,7 +80,7 @@ def _settle(root: str, found: "list[FlowRun]", them: Processes, *, alone: bool) 
 
         end_killed([path.name for path in them.killed], root)
     for path in them.killed:
-        path.unlink(missing_ok=True)  # another command may settle at the same time
+        processes.forget(root, path)
 
 
 def end_flow_runs(runs: "Iterable[FlowRun]", why: str) -> None:
@@ -93,7 +106,17 @@ def open_states() -> "FlowRunFilterState":
     return FlowRunFilterState(type=FlowRunFilterStateType(any_=begun))
 
 
-def _open_flow_runs(ids: Iterable[str] | None = None) -> "list[FlowRun]":
+def stages_of(runs: "Sequence[FlowRun]") -> "list[FlowRun]":
+    """The open flow runs within others."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+
+    within = FlowRunFilterParentFlowRunId(any_=[run.id for run in runs])
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(flow_run_filter=FlowRunFilter(state=open_states(), parent_flow_run_id=within))
+
+
+def open_flow_runs(ids: Iterable[str] | None = None) -> "list[FlowRun]":
     """The open flow runs, or those of them with one of the ids."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId

@@ -16,20 +16,21 @@ from prefect import Flow
 from prefect.client.schemas.objects import State
 from prefect.settings.context import temporary_settings
 
-from flows.contract import STAGES, Outcome, Stage
+from flows.contract import SOURCE, STAGES, Outcome, Stage
 from flows.launch.spec import LaunchSpec, LocalLaunch
 from flows.perform import SKIPPED, RunSettings, perform
 from flows.recipe import Recipe
+from flows.refusing import SUBMITTED, RefusingFlow
 from flows.shard_tasks import distribute
+from flows.tracking.progress import began, ended
 from storage.archives.open import ArchiveRef
 from storage.config import Config
+from storage.errors import SubmittedError
 from storage.manifest import Manifest
 from storage.shards import shard as tars
 from storage.shards.shard import ShardConfig
 
-_MANIFEST = (
-    "URL or folder of the manifest of the stage before, its MLflow run id, or models:/name@alias of a checkpoint"
-)
+_INPUT = f"What to read: {SOURCE}".replace("`", "")
 StageFlow = Flow[..., State[str]]
 
 HERE = RunSettings()
@@ -52,9 +53,9 @@ def stage_flow(name: str) -> StageFlow:
 
     about = f"{stage.help[0].upper()}{stage.help[1:]}." + (" Ranks can share the work." if stage.ranked else "")
     work.__name__ = work.__qualname__ = name
-    work.__doc__ = f"{about}\n\nArgs:\n    {stage.role}: {_MANIFEST}." if stage.reads else about  # texts of the form
+    work.__doc__ = f"{about}\n\nArgs:\n    {stage.role}: {_INPUT}." if stage.reads else about  # texts of the form
     work.__signature__ = Signature(_parameters(stage), return_annotation=State[str])  # type: ignore[attr-defined]
-    return Flow(work, name=name, flow_run_name=name, description=about)
+    return RefusingFlow(work, name=name)
 
 
 def run_stage(
@@ -80,17 +81,37 @@ def run_stage(
     """
     which = "" if step is None else f" at step {step:,}"
     which += "" if std is None else f" of width {std:g}"
-    outcome = run_flow(name, recipe.form(name, config) | {STAGES[name].role: source}, settings, which=which)
+    given = recipe.form(name, config) | {STAGES[name].role: source}
+    outcome = run_flow(name, given, settings, of=recipe.pipeline_id, which=which)
     return replace(outcome, step=step, std=std)
 
 
-def run_flow(name: str, given: Mapping[str, Any], settings: RunSettings, *, which: str = "") -> Outcome:
-    """Run the flow of a stage with its arguments, ``settings`` apart; ``which`` is added to the name of its run."""
-    begin, run = time.monotonic(), stage_flow(name).with_options(flow_run_name=f"{name}{which}")
+def run_flow(
+    name: str, given: Mapping[str, Any], settings: RunSettings, *, of: str | None = None, which: str = ""
+) -> Outcome:
+    """Run the flow of a stage.
+
+    Args:
+        name: of the stage.
+        given: its arguments, ``settings`` apart.
+        settings: of the run.
+        of: begins the name of the flow run, such as the id of the pipeline. Default: `perform` names it.
+        which: follows the stage in that name.
+
+    Raises:
+        SubmittedError: the work goes on in a job for which nobody waits.
+    """
+    began(f"{name}{which}")
+    called = f"{of} {name}{which}" if of else None
+    begin, run = time.monotonic(), stage_flow(name).with_options(flow_run_name=called)
     with temporary_settings({"flows.heartbeat_frequency": None}):  # the end would wait for the thread, up to a second
         state = run(**given, settings=settings, return_state=True)
+    if state.name == SUBMITTED:
+        raise SubmittedError(state.message or "")
     skipped = state.name == SKIPPED
-    return Outcome(name, "skipped" if skipped else "ran", round(time.monotonic() - begin, 1), state.result())
+    outcome = Outcome(name, "skipped" if skipped else "ran", round(time.monotonic() - begin, 1), state.result())
+    ended(f"{name}{which}", outcome.seconds, skipped=skipped)
+    return outcome
 
 
 def _parameters(stage: Stage) -> list[Parameter]:

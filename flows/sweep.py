@@ -1,15 +1,16 @@
 """A sweep: several recipes that differ in a few values."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import product
 from typing import Any
 
 from pydantic import Field, ValidationError
 
-from flows.recipe import Recipe, put, read_values, recipe_of
+from flows.recipe import Recipe, recipe_of
+from flows.recipe_file import put, read_values
 from storage.config import Config, problem
-from storage.errors import InputError
+from storage.errors import DitflowError, InputError, SubmittedError
 
 
 class Sweep(Config):
@@ -35,6 +36,10 @@ def load_recipes(name: str, overrides: Sequence[str] = (), root: str = "runs") -
 
     Raises:
         InputError: there is no such recipe, or something in it is wrong; the line says where.
+
+    Examples:
+        >>> [recipe.name for recipe in load_recipes("demo-scaling")][:2]
+        ['demo-scaling-1x32x2', 'demo-scaling-2x32x2']
     """
     values, where = read_values(name, root)
     if "base" not in values:
@@ -45,6 +50,27 @@ def load_recipes(name: str, overrides: Sequence[str] = (), root: str = "runs") -
         raise InputError(f"{where}: {problem(error, values)}") from error
     base, _ = read_values(sweep.base, root)
     return [_variant(sweep, deepcopy(base), chosen, where, overrides) for chosen in product(*sweep.vary.values())]
+
+
+def raise_ends(ends: Mapping[str, DitflowError], count: int) -> None:
+    """Raise what recipes of a sweep have ended with, if one has failed or was submitted.
+
+    Args:
+        ends: the errors by the names of the recipes.
+        count: how many recipes the sweep has.
+
+    Raises:
+        DitflowError: some have failed.
+        SubmittedError: none has, but the work of some goes on elsewhere.
+    """
+    failed = {name: error for name, error in ends.items() if not isinstance(error, SubmittedError)}
+    if failed:
+        kinds = {type(error) for error in failed.values()}
+        said = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        text = f"{len(failed)} of {count} recipes have failed; the same command runs them again; {said}"
+        raise (kinds.pop() if len(kinds) == 1 else DitflowError)(text)
+    if ends:
+        raise SubmittedError(f"{len(ends)} of {count} recipes; run the same command again to look")
 
 
 def _variant(

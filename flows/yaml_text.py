@@ -44,6 +44,13 @@ def parse(text: str, where: str) -> Any:
     Raises:
         InputError: it is not YAML, says something twice, or holds what two versions of YAML read differently; the
             line says where.
+
+    Examples:
+        >>> parse("steps: 400_000", "my.yaml")
+        {'steps': 400000}
+        >>> parse("flips: no", "my.yaml")
+        Traceback (most recent call last):
+        storage.errors.InputError: ...
     """
     if (instead := stand_in(text[:HEAD].encode())) is not None:
         raise InputError(f"{where}: {instead}")

@@ -2,14 +2,23 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from storage import uri
 
@@ -43,10 +52,55 @@ class Config(BaseModel):
                 )
         return values
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The form in the Prefect UI: fields have their own names, and places, since a database may lose their order.
+
+        The field ``kind`` comes first, and is the name of the whole. What has one value is a choice of one, filled in.
+        """
+        reference = handler(core_schema)
+        made = handler.resolve_ref_schema(reference)
+        fields = made.get("properties", {})
+        for name, field in fields.items():
+            if "const" in field:  # would be a text box
+                field |= {"default": field["const"], "enum": [field.pop("const")]}
+                made["title"] = field["default"] if name == "kind" else made["title"]
+            if "oneOf" in field:  # which the older of Prefect's two user interfaces does not know
+                field["anyOf"] = field.pop("oneOf")
+        names = sorted(fields, key=lambda name: bool(name != "kind"))
+        made["properties"] = {name: fields[name] | {"title": name, "position": at} for at, name in enumerate(names)}
+        for each in (made, *made["properties"].values()):
+            if "description" in each:
+                each["description"] = each["description"].replace("``", "")
+        return reference
+
+    def changed(self, **fields: Any) -> Self:
+        """A copy with other values of some fields, which are checked as those of a new config.
+
+        Raises:
+            ValidationError: a field does not exist, or the values do not fit each other.
+
+        Examples:
+            >>> class Crop(Config):
+            ...     side: int
+            ...     flips: bool = False
+            >>> Crop(side=32).changed(flips=True)
+            Crop(side=32, flips=True)
+        """
+        return self.model_validate({name: getattr(self, name) for name in self.model_fields_set} | fields)
+
     def identity(self) -> dict[str, Any]:
         """The JSON values that determine the stage's output.
 
         Operational fields are left out, and so are fields of later versions that have their default.
+
+        Examples:
+            >>> class Encode(Config):
+            ...     resolution: int
+            ...     threads: int = operational(1)
+            ...     rounding: str = added("nearest")
+            >>> Encode(resolution=256, threads=8).identity()
+            {'resolution': 256}
         """
 
         def left_out(field: FieldInfo, value: Any) -> bool:
@@ -88,20 +142,6 @@ def _is(field: FieldInfo, mark: str) -> bool:
     return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get(mark))
 
 
-def is_text(kind: Any, keys: Sequence[str]) -> bool:
-    """Whether the field at a dotted key holds only text or null.
-
-    Args:
-        kind: a config's class, or any type.
-        keys: the parts of the key; in a union, the field must hold text in every member that has it.
-    """
-    if keys:
-        below = [field for each in _members(kind) for field in _fields(each, keys[0])]
-        return bool(below) and all(is_text(field, keys[1:]) for field in below)
-    members = [each for each in _members(kind) if each is not NoneType]
-    return bool(members) and all(each is str for each in members)
-
-
 def _members(kind: Any) -> Iterator[Any]:
     """The member types of a union; a literal counts as its value's type."""
     origin, arguments = get_origin(kind), get_args(kind)
@@ -131,11 +171,17 @@ def _other_type(value: Any, kinds: frozenset[type]) -> str:
     return "" if fits else "true or false" if bool in kinds else "a number"
 
 
-def _fields(kind: Any, key: str) -> Iterator[Any]:
-    if get_origin(kind) is dict:
-        yield get_args(kind)[1]
-    elif isinstance(kind, type) and issubclass(kind, BaseModel) and key in kind.model_fields:
-        yield kind.model_fields[key].annotation
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys.
+
+    Examples:
+        >>> flatten({"train": {"steps": 100, "model": {"kind": "dit"}}})
+        {'train.steps': 100, 'train.model.kind': 'dit'}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 class Problem(NamedTuple):

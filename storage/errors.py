@@ -21,6 +21,12 @@ class PreemptedError(DitflowError):
     EXIT_CODE = 75
 
 
+class SubmittedError(DitflowError):
+    """The work goes on elsewhere; the same command looks how far it is. Exits with 3."""
+
+    EXIT_CODE = 3
+
+
 def one_line(error: Exception) -> str:
     """Type and first line of a library's error, without passwords."""
     lines = str(error).strip().splitlines()

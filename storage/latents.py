@@ -79,6 +79,11 @@ def latent_layout(
 
     Raises:
         InputError: block_rows is not a multiple of chunk_rows.
+
+    Examples:
+        >>> layout = latent_layout(1_281_167, flips=2, shape=(4, 32, 32))
+        >>> layout.blocks, layout.objects, f"{layout.size / 2**30:.1f} GiB"
+        (313, 1878, '39.1 GiB')
     """
     moments = [
         ArraySpec(name, "float16", (flips, *shape), chunk_rows=chunk_rows, split_axis0=True) for name in ("mean", "std")
@@ -97,6 +102,10 @@ def pixel_layout(rows: int, side: int, block_rows: int = 4096, chunk_rows: int =
 
     Raises:
         InputError: block_rows is not a multiple of chunk_rows.
+
+    Examples:
+        >>> [array.name for array in pixel_layout(50_000, side=32).arrays]
+        ['image', 'label', 'source_index']
     """
     image = ArraySpec("image", "uint8", (side, side, 3), chunk_rows=chunk_rows)
     return RowLayout(rows=rows, block_rows=block_rows, arrays=(image, *_keys(chunk_rows)))

@@ -18,12 +18,17 @@ from pydantic import Field, PrivateAttr, ValidationError
 from storage import uri
 from storage.code_version import code_version
 from storage.config import Config, problem
+from storage.cost import Cost, spent
 from storage.errors import InputError, StorageError
 from storage.header import FileEntry, Header, Parent, Provenance
+from storage.naming import BEGUN as BEGUN
 from storage.naming import MANIFEST as MANIFEST
+from storage.naming import WITHDRAWN as WITHDRAWN
 from storage.naming import finished_outputs as finished_outputs
 from storage.naming import folder_of, named_digest, shown
 from storage.naming import is_finished as is_finished
+from storage.naming import is_withdrawn as is_withdrawn
+from storage.naming import key_of as key_of
 from storage.naming import output_folder as output_folder
 from storage.parallel import threads
 from storage.seal import BrokenSealError, NeverSealedError, content, opened, sealed
@@ -36,10 +41,17 @@ OTHER_FORMAT = "go on with the version of ditflow that wrote it, or delete the f
 REMEDY = f"delete {MANIFEST} there and run the stage again, which keeps what is done"
 
 
+def withdrawn(folder: str) -> str:
+    """What is to say of a withdrawn output."""
+    stage = uri.name(uri.parent(folder))
+    return f"was damaged, and `ditflow verify` has withdrawn it; run {stage} again, with the options that made it"
+
+
 class Manifest(Header):
     """The record of a finished stage. Each stage adds its own fields in a subclass.
 
-    ``counts`` are numbers of images, shards and the like; ``metrics`` are the results of an evaluation.
+    ``counts`` are numbers of images, shards and the like; ``metrics`` are the results of an evaluation. Milestones have
+    no ``cost`` of their own; it is in that of the training that passed them.
     """
 
     STAGE: ClassVar[str] = ""
@@ -52,6 +64,7 @@ class Manifest(Header):
     metrics: dict[str, float] = Field(default_factory=dict)
     code_version: str
     created: datetime
+    cost: Cost | None = None
 
     _uri: str = PrivateAttr("")
     _content: str = PrivateAttr("")
@@ -78,10 +91,10 @@ class Manifest(Header):
         It covers identity, inputs, parents' contents, files with their hashes, counts, metrics and the stage's own
         fields: all that can tell a child that it was made from something else. It does not cover pictures for people
         (``artifacts/``), nor the statistics of latents, which follow from the files, nor who made the output, when, how
-        and where: the runs, the time, the version of the code, the config and all locations. So an output that was
-        damaged, withdrawn and repaired by its stage has the same content, and its children stay valid, also if other
-        workers, another machine or a moved archive took part. The config's part that decides the content is covered by
-        the digest.
+        and where: the runs, the time, the cost, the version of the code, the config and all locations. So an output
+        that was damaged, withdrawn and repaired by its stage has the same content, and its children stay valid, also if
+        other workers, another machine or a moved archive took part. The config's part that decides the content is
+        covered by the digest.
         """
         return self._content
 
@@ -108,7 +121,9 @@ class Manifest(Header):
         try:
             data = uri.read(uri.join(folder, MANIFEST), MAX_BYTES)
         except StorageError as error:
-            raise InputError(f"{uri.redact(folder)}: no finished output ({error})") from error
+            gone = isinstance(error.__cause__, FileNotFoundError) and is_withdrawn(folder)
+            why = withdrawn(folder) if gone else f"no finished output ({error})"
+            raise InputError(f"{uri.redact(folder)}: {why}") from error
         manifest = cls._parsed(data, uri.redact(folder))
         manifest._uri = uri.absolute(folder)
         return manifest
@@ -253,9 +268,9 @@ class StageOutput(Config):
         """Name for jobs that make this output; the same work always has the same name."""
         return f"{self.header.stage}-{self.header.folder_name}"
 
-    def with_mlflow_run(self, run_id: str) -> "StageOutput":
-        """The same output with an MLflow run in its provenance."""
-        provenance = self.header.provenance.model_copy(update={"mlflow_run_id": run_id})
+    def made_by(self, **runs: str | None) -> "StageOutput":
+        """The same output with other values in its provenance."""
+        provenance = self.header.provenance.model_copy(update=runs)
         return self.model_copy(update={"header": self.header.model_copy(update={"provenance": provenance})})
 
     def using(self, cached: Mapping[str, Manifest]) -> "StageOutput":
@@ -276,6 +291,10 @@ class StageOutput(Config):
     def url(self, *parts: str) -> str:
         """The URL of an object or folder in this folder."""
         return uri.join(self.uri, *parts)
+
+    def begin(self) -> None:
+        """Leave in the folder what the output will be and is made from, until the manifest says so. Raises as `put`."""
+        uri.write(self.url(BEGUN), sealed(self.header.model_dump_json(indent=1).encode()))
 
     def put(self, path: str, data: bytes) -> FileEntry:
         """Write an object and return its entry for the manifest.
@@ -315,8 +334,9 @@ class StageOutput(Config):
         Raises:
             StorageError: the disk is full or the store refuses.
         """
-        manifest = self.manifest(kind, files, **fields)
+        manifest = self.manifest(kind, files, cost=spent(self.uri), **fields)
         uri.create(self.url(MANIFEST), sealed(manifest.model_dump_json(indent=1).encode()))
+        uri.remove_tree(self.url(BEGUN), self.uri)
         return kind.read(self.uri)
 
     def committed(self, kind: type[AnyManifest]) -> AnyManifest | None:

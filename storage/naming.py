@@ -11,11 +11,20 @@ from storage.parallel import threads
 from storage.seal import json_digest
 
 MANIFEST = "manifest.json"
+BEGUN = "begun.json"
+"""File with the header of an output that has no manifest yet."""
+WITHDRAWN = "manifest.withdrawn.json"
+"""Name that the manifest of a damaged output is kept under."""
 
 
 def output_folder(url: str) -> str:
     """The folder of an output, given its URL or that of its manifest."""
     return uri.parent(url) if url.rpartition("/")[2] == MANIFEST else url.rstrip("/")
+
+
+def key_of(folder: str) -> str:
+    """The path of an output below its root, ``stage/name``."""
+    return "/".join(folder.rstrip("/").split("/")[-2:])
 
 
 def is_finished(folder: str) -> bool:
@@ -25,6 +34,15 @@ def is_finished(folder: str) -> bool:
         StorageError: the store does not answer.
     """
     return uri.exists(uri.join(folder, MANIFEST))
+
+
+def is_withdrawn(folder: str) -> bool:
+    """Whether an output was found damaged and withdrawn, and is not made again yet.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    return uri.exists(uri.join(folder, WITHDRAWN)) and not is_finished(folder)
 
 
 def finished_outputs(root: str, stage: str) -> list[str]:

@@ -40,6 +40,10 @@ def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 
     Returns:
         (n,) int64: the item at each position.
+
+    Examples:
+        >>> permutation(seed=0, epoch=1, n=6)
+        array([0, 4, 3, 2, 1, 5])
     """
     return np.argsort(_keys(seed, epoch, n), kind="stable").astype(np.int64)
 
@@ -58,6 +62,10 @@ def pooled(seed: int, epoch: int, n: int, chunk: int) -> NDArray[np.int64]:
 
     Returns:
         (n,) int64: the item at each position.
+
+    Examples:
+        >>> pooled(seed=0, epoch=1, n=6, chunk=2)
+        array([5, 4, 1, 3, 2, 0])
     """
     chunks = permutation(seed, epoch, -(-n // chunk))
     pool = np.empty_like(chunks)

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic_core import from_json
 
 _LAST = b',\n "sha256": "'
-_NOT_CONTENT = ("format", "config", "provenance", "code_version", "created", "account", "statistics")
+_NOT_CONTENT = ("format", "config", "provenance", "code_version", "created", "cost", "account", "statistics")
 _FOR_PEOPLE = "artifacts/"  # what `storage.tracker.publish` writes: a curve has a point for each step that was logged
 _PLACES = ("uri", "source")  # fields of a parent and of an autoencoder
 
@@ -21,7 +21,12 @@ class NeverSealedError(BrokenSealError):
 
 
 def sealed(text: bytes) -> bytes:
-    """A JSON object with a last field more: ``sha256``, the SHA-256 of all bytes before this field, 64 hex digits."""
+    """A JSON object with a last field more: ``sha256``, the SHA-256 of all bytes before this field, 64 hex digits.
+
+    Examples:
+        >>> opened(sealed(b'{"images": 3}'))
+        b'{"images": 3}'
+    """
     body = text.removesuffix(b"}").rstrip()
     return b'%s%s%s"\n}' % (body, _LAST, hashlib.sha256(body).hexdigest().encode())
 
@@ -66,7 +71,12 @@ def _without_places(value: Any) -> Any:
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value in canonical form, 64 hex digits."""
+    """SHA-256 of a JSON value in canonical form, 64 hex digits.
+
+    Examples:
+        >>> json_digest({"b": 1, "a": 2}) == json_digest({"a": 2, "b": 1})
+        True
+    """
     return hashlib.sha256(canonical(value)).hexdigest()
 
 

@@ -60,6 +60,23 @@ class StageDefinition(Generic[ConfigT, SourceT, MadeT]):
         check: raises an `InputError` for what would stop the stage, known before its source exists: the source and
             the manifests before it may be estimates. What it calls, ``run`` calls too. Runs on the CPU.
         parents: manifests by name of further outputs that the config names.
+
+    Examples:
+        >>> from storage.manifest import stage_output
+        >>> from storage.tracker import NullTracker
+        >>> class Stamp(Config):
+        ...     text: str
+        >>> class Stamped(Manifest):
+        ...     STAGE = "stamp"
+        >>> def run(config, source, *, out, tracker):
+        ...     return out.commit(Stamped, [out.put("stamp.txt", f"{config.text} {source}".encode())])
+        >>> definition, config = StageDefinition(Stamp, Stamped, 1, run), Stamp(text="seen:")
+        >>> out = stage_output("memory://stamps", "stamp", 1, config, parents={}, inputs={"word": "0a1b"})
+        >>> out.uri
+        'memory://stamps/stamp/2d36f7a25b4caf83'
+        >>> done = out.committed(Stamped) or definition.run(config, "word", out=out, tracker=NullTracker())
+        >>> out.committed(Stamped).read_object("stamp.txt")  # done: whoever comes later reads it
+        b'seen: word'
     """
 
     config: type[ConfigT]

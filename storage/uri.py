@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -210,6 +210,11 @@ def write(url: str, data: bytes) -> None:
 
     Raises:
         StorageError: the disk is full or the store refuses.
+
+    Examples:
+        >>> write("memory://notes/a.txt", b"an object")
+        >>> read("memory://notes/a.txt")
+        b'an object'
     """
     _put(url, data, exclusive=False)
 
@@ -268,6 +273,19 @@ def tree(url: str) -> list[str]:
     with _explained(url, "listed"):
         below = path.rstrip("/") + "/"
         return sorted(str(file)[len(below) :] for file in fs.find(path) if str(file).startswith(below))
+
+
+def infos(url: str) -> dict[str, dict[str, Any]]:
+    """What a store says of each file below a folder, by its path there: ``size``, and times under names of its own.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    fs, path = filesystem(url)
+    with _explained(url, "listed"):
+        below = path.rstrip("/") + "/"
+        found = fs.find(path, detail=True).items()
+        return {str(file)[len(below) :]: info for file, info in found if str(file).startswith(below)}
 
 
 def remove_tree(url: str, within: str) -> None:

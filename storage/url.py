@@ -10,7 +10,12 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def join(url: str, *parts: str) -> str:
-    """The URL of an object below a folder."""
+    """The URL of an object below a folder.
+
+    Examples:
+        >>> join("s3://lab/runs", "train", "0123456789abcdef")
+        's3://lab/runs/train/0123456789abcdef'
+    """
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
@@ -37,6 +42,10 @@ def redact(url: str) -> str:
     """The URL without user, password and query, to be shown in logs and stored in manifests.
 
     Outside the web ``?`` and ``#`` are parts of names, unless a value follows, as in ``?versionId=1``.
+
+    Examples:
+        >>> redact("https://me:secret@host/vae?token=abc")
+        'https://host/vae'
     """
     if "://" not in url:
         return url

@@ -4,15 +4,13 @@ from dataclasses import dataclass
 
 from pydantic import ConfigDict
 
-from storage import records, uri
+from storage import cost, records, uri
 from storage.errors import DitflowError, InputError, StorageError
 from storage.header import FileEntry
-from storage.manifest import MANIFEST, Manifest, finished_outputs, is_finished, output_folder
+from storage.manifest import BEGUN, MANIFEST, WITHDRAWN, Manifest, finished_outputs, is_finished, output_folder
 from storage.parallel import threads
 
-WITHDRAWN = "manifest.withdrawn.json"
-"""Name that the manifest of a damaged output is kept under."""
-BESIDE = (MANIFEST, WITHDRAWN, "records/batch_size", "tracking-unsent.jsonl")
+BESIDE = (MANIFEST, WITHDRAWN, BEGUN, "records/batch_size", "tracking-unsent.jsonl")
 """Files that stages and their tracking keep in an output's folder beside what is committed."""
 
 
@@ -73,7 +71,7 @@ def uncommitted(manifest: Manifest) -> list[str]:
         StorageError: the store does not answer.
     """
     known = {entry.path for entry in manifest.files}
-    others = [path for path in uri.tree(manifest.uri) if path not in known and path not in BESIDE]
+    others = [path for path in uri.tree(manifest.uri) if path not in known and not _is_beside(path)]
     committing = {path: _record(uri.read(uri.join(manifest.uri, path))) for path in others if path.endswith(".json")}
     for path, record in committing.items():
         known |= {path, *(entry.path for entry in record.files)} if record else set()
@@ -168,6 +166,10 @@ def _fault(manifest: Manifest, entry: FileEntry, *, full: bool) -> Fault | None:
     except StorageError as error:
         return Fault(entry, f"cannot be checked: {error}", compared=False)
     return Fault(entry, damage) if damage else None
+
+
+def _is_beside(path: str) -> bool:
+    return path in BESIDE or path.startswith(f"{cost.FOLDER}/")
 
 
 def _is_record(entry: FileEntry) -> bool:

@@ -12,10 +12,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # several tests run at once: no process tak
 
 
 HEAVY = (
+    "flows/test_postgres.py",
     "flows/command/test_up.py",
     "flows/launch/test_slurm.py",
     "flows/test_demo_flow.py",
     "flows/test_pipeline.py",
+    "flows/test_pages_run.py",
     "flows/test_finetune_digits.py",
     "flows/test_demo_milestones.py",
     "flows/test_evaluate_milestones.py",
@@ -43,7 +45,8 @@ HEAVY = (
     "flows/report/test_page.py",
     "flows/plan/test_estimate.py",
 )
-"""Files that take longest. They go first, so that no worker is left alone with one at the end."""
+"""Files that take longest or need most memory. They go first: no worker is left alone with one at the end, and workers
+are still small."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,6 +62,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests keep nothing on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("PREFECT_PROFILES_PATH", os.devnull)  # nor does what is set on it reach them
         yield
 
 

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from s3fs import S3FileSystem
 from until import until
 
 SERVER = """
@@ -45,6 +46,7 @@ def s3_server() -> Iterator[dict[str, str]]:
         try:
             until(lambda: _answers(address, process))
             urllib.request.urlopen(urllib.request.Request(f"{address}/{BUCKET}", method="PUT"))
+            S3FileSystem.clear_instance_cache()  # else fsspec goes on with the client of an earlier server
             yield {
                 "AWS_ENDPOINT_URL": address,
                 "AWS_ACCESS_KEY_ID": "test",
@@ -54,6 +56,7 @@ def s3_server() -> Iterator[dict[str, str]]:
             }
         finally:
             process.kill()
+            S3FileSystem.clear_instance_cache()
 
 
 class Door:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.replication.drawing import against, by_variant
-from benchmarks.replication.runs import Run, finished
+from benchmarks.replication.runs import Run, finished, over_seeds
 from dit.report import plots
 from dit.report.plots import GuidanceLine
 
@@ -95,6 +95,9 @@ def main() -> None:
             runs, picture = figure(lambda sweep: finished(sweep, options.set, options.root))
             (options.pictures / f"{figure.__name__}.png").write_bytes(picture)
             print("", figure.__doc__, "", Run.HEADER, *(run.row() for run in runs), sep="\n")
+            if len({run.seed for run in runs}) > 1:
+                means = (f"| {variant} | {mean} |" for variant, mean in over_seeds(runs).items())
+                print("", "| variant | mean FD of the seeds (95 %, of seeds) |", "|---|---|", *means, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """The finished runs of the sweeps in this folder."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
+
+import numpy as np
+from scipy import stats
 
 from dit.evaluate import MetricsManifest
 from dit.export import CheckpointManifest
@@ -126,3 +130,23 @@ def finished(sweep: str, overrides: Sequence[str], root: str) -> list[Run]:
         evaluations = [*recipe.evaluations(root, made).values()] or [MetricsManifest.read(made[-1].url)]
         found += [Run(each) for each in evaluations if each is not None]
     return found
+
+
+def over_seeds(runs: Sequence[Run]) -> dict[str, Estimate]:
+    """The mean distance of each variant over its seeds of training, with its 95 % interval for other seeds.
+
+    The spread of seeds is pooled over the variants, so that two seeds of each are enough (Student's t). Without two
+    seeds of any variant there is no interval.
+    """
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        found.setdefault(run.variant, []).append(run.distance.value)
+    freedom = len(runs) - len(found)
+    if not freedom:
+        return {variant: Estimate(values[0]) for variant, values in found.items()}
+    spread = math.sqrt(sum(len(values) * np.var(values) for values in found.values()) / freedom)
+    estimates = {}
+    for variant, values in found.items():
+        mean, margin = float(np.mean(values)), stats.t.ppf(0.975, freedom) * spread / math.sqrt(len(values))
+        estimates[variant] = Estimate(mean, mean - margin, mean + margin)
+    return estimates

@@ -42,9 +42,10 @@ def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | Non
             own.
         layout: which of the three.
         vae: folder, URL or hub id of the autoencoder to put into the pipeline's folder, if not the model's own.
+            Without it the model must name one.
 
     Raises:
-        InputError: the destination exists, the layout has no such model, or the autoencoder does not fit.
+        InputError: the destination exists, the layout has no such model, or the autoencoder is unknown or does not fit.
         StorageError: the disk is full or the store refuses.
     """
     if uri.exists(destination):
@@ -64,9 +65,8 @@ def write(model: Pretrained, destination: str, layout: Layout, *, vae: str | Non
         config, weights = diffusers.to_diffusers(model.config, state)
         objects = {diffusers.WEIGHTS: _safetensors(weights), diffusers.CONFIG: _json(config)}
         if layout == "pipeline":
-            objects = {f"{TRANSFORMER}/{name}": data for name, data in objects.items()} | _pipeline_files(
-                model, vae or model.vae
-            )
+            ref = _own_autoencoder(model, destination) if vae is None else VaeRef(source=vae)
+            objects = {f"{TRANSFORMER}/{name}": data for name, data in objects.items()} | _pipeline_files(model, ref)
         for name, data in objects.items():
             uri.write(uri.join(destination, name), data)
 
@@ -91,14 +91,23 @@ def _file(state: dict[str, Tensor], model: Pretrained, destination: str) -> byte
     return buffer.getvalue()
 
 
-def _pipeline_files(model: Pretrained, vae: str | None) -> dict[str, bytes]:
+def _own_autoencoder(model: Pretrained, destination: str) -> VaeRef:
+    """The autoencoder that comes with a model, or that its card names."""
+    if model.vae is not None:
+        return VaeRef(source=model.vae)
+    if model.scales is not None:
+        return VaeRef(source=model.scales.source, sha256=model.scales.sha256)
+    raise InputError(f"{uri.redact(destination)}: the checkpoint does not name its autoencoder; pass --vae")
+
+
+def _pipeline_files(model: Pretrained, vae: VaeRef) -> dict[str, bytes]:
     """The files of a pipeline besides the transformer. Its index, which makes it a pipeline, comes last."""
-    objects = {} if vae is None else _autoencoder(model, VaeRef(source=vae))
+    objects = _autoencoder(model, vae)
     index = diffusers.component(
         [PIPELINE_MODULE, PIPELINE_CLASS],
         transformer=["diffusers", "DiTTransformer2DModel"],
         scheduler=["diffusers", "DDPMScheduler"],
-        vae=[None, None] if vae is None else ["diffusers", PIPELINE_VAE],
+        vae=["diffusers", PIPELINE_VAE],
     )
     code = files(__package__).joinpath("diffusers_pipeline.py").read_bytes()
     objects |= {diffusers.SCHEDULER: _json(_scheduler(model)), f"{PIPELINE_MODULE}.py": code}

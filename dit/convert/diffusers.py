@@ -64,14 +64,14 @@ class Fields(BaseModel):
     activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
     attention_bias: Literal[True] = True
     norm_elementwise_affine: Literal[False] = False
-    num_attention_heads: int = Field(16, ge=1)
-    attention_head_dim: int = Field(72, ge=1)
+    num_attention_heads: int = Field(default=16, ge=1)
+    attention_head_dim: int = Field(default=72, ge=1)
     in_channels: int = 4
     out_channels: int | None = None
     num_layers: int = 28
     sample_size: int = 32
     patch_size: int = 2
-    num_embeds_ada_norm: int = Field(1000, ge=1)
+    num_embeds_ada_norm: int = Field(default=1000, ge=1)
 
 
 class _Scheduler(BaseModel):

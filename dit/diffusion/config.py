@@ -14,11 +14,11 @@ class DiffusionConfig(Config):
     """Family of the process."""
     schedule: Literal["linear"] = "linear"
     """How the noise variance (beta) grows from the first step to the last."""
-    steps: int = Field(1000, ge=2)
+    steps: int = Field(default=1000, ge=2)
     """Number of diffusion steps T."""
-    beta_start: float = Field(1e-4, gt=0, lt=1)
+    beta_start: float = Field(default=1e-4, gt=0, lt=1)
     """Noise variance (beta) of the first step."""
-    beta_end: float = Field(0.02, gt=0, lt=1)
+    beta_end: float = Field(default=0.02, gt=0, lt=1)
     """Noise variance (beta) of the last step."""
 
     @model_validator(mode="after")
@@ -35,9 +35,9 @@ class EDMConfig(Config):
     """Family of the process."""
     p_mean: float = -1.2
     """Mean of ln(sigma), the logarithm of the noise levels in training."""
-    p_std: float = Field(1.2, gt=0)
+    p_std: float = Field(default=1.2, gt=0)
     """Standard deviation of ln(sigma), the logarithm of the noise levels in training."""
-    sigma_data: float = Field(0.5, gt=0)
+    sigma_data: float = Field(default=0.5, gt=0)
     """Standard deviation of the data, from which the scaling of the network's input and output follows."""
 
 
@@ -55,9 +55,9 @@ class FlowConfig(Config):
     """Distribution of the times in training. ``logit_normal`` has more of them in the middle."""
     logit_mean: float = 0.0
     """For logit_normal: mean of ln(t / (1 - t)); below 0 there are more times near the noise."""
-    logit_std: float = Field(1.0, gt=0)
+    logit_std: float = Field(default=1.0, gt=0)
     """For logit_normal: standard deviation of ln(t / (1 - t))."""
-    cosine: float = Field(0.0, ge=0)
+    cosine: float = Field(default=0.0, ge=0)
     """Weight of a further term of the loss, as in LightningDiT: 1 minus the cosine of the angle between what is
     predicted and what is right, along the channels, in the mean over the positions. 0: none."""
 

@@ -106,12 +106,12 @@ class GaussianDiffusion:
         return (u.double() * len(self)).long()
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Noisy data after step t (DDPM, equation 4)."""
+        """Noisy data (B, C, H, W) after steps t (B,) (DDPM, equation 4)."""
         abar = self.alphas_cumprod
         return _at(abar.sqrt(), t, x0) * x0 + _at((1 - abar).sqrt(), t, x0) * noise
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and clipped log-variance of x_{t-1} given x_t and x0 (DDPM, equations 6 and 7)."""
+        """Mean (B, C, H, W) and clipped log-variance (B, 1, 1, 1) of x_{t-1} (DDPM, equations 6 and 7)."""
         mean = _at(self.posterior_mean_x0, t, x_t) * x0 + _at(self.posterior_mean_xt, t, x_t) * x_t
         return mean, _at(self.posterior_log_variance, t, x_t)
 

@@ -27,6 +27,12 @@ def kept_timesteps(total: int, spacing: int | str) -> list[int]:
 
     Raises:
         InputError: the spacing is no such text, or no stride gives this number of steps.
+
+    Examples:
+        >>> kept_timesteps(1000, 5)
+        [0, 250, 500, 749, 999]
+        >>> kept_timesteps(1000, "ddim5")
+        [0, 200, 400, 600, 800]
     """
     text = str(spacing)
     count = text.removeprefix("ddim")

@@ -24,9 +24,13 @@ class Gain:
         """Whether the gain is above 0, and all of its interval at or above ``least``."""
         return self.value > 0 and self.value - self.margin >= least
 
+    @property
+    def verdict(self) -> Literal["better", "worse"]:
+        """Which of the two it is; better if the metrics are equal."""
+        return "better" if self.value >= 0 else "worse"
+
     def __str__(self) -> str:
-        verb = "better" if self.value >= 0 else "worse"
-        return f"{verb} by {abs(self.value):.4g} ± {self.margin:.2g}"
+        return f"{self.verdict} by {abs(self.value):.4g} ± {self.margin:.2g}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,12 @@ def gain(metric: str, direction: Direction, old: Mapping[str, float], new: Mappi
 
     Raises:
         KeyError: one of them lacks the metric.
+
+    Examples:
+        >>> old = {"fd": 9.0, "fd_low": 8.0, "fd_high": 10.0}
+        >>> new = {"fd": 5.0, "fd_low": 4.0, "fd_high": 6.0}
+        >>> print(gain("fd", "lower", old, new))
+        better by 4 ± 1.4
     """
     before, after = Estimate.of(metric, old), Estimate.of(metric, new)
     value = after.value - before.value

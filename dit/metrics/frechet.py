@@ -28,6 +28,12 @@ class Statistics:
 
     The result does not depend on how the stream is split into batches and ranks, up to rounding. The same
     order of merging gives the same bits.
+
+    Examples:
+        >>> features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
+        >>> one, other = Statistics.of(features), Statistics.of(features + torch.tensor([3.0, 4.0]))
+        >>> round(one.distance(other), 6)  # |(3, 4)|^2
+        25.0
     """
 
     count: int

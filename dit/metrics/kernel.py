@@ -28,6 +28,11 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
 
     Raises:
         InputError: one of the sets has fewer than two features.
+
+    Examples:
+        >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> kernel_distance(x, x + 1) > 0
+        True
     """
     n, m = len(x), len(y)
     if min(n, m) < 2:

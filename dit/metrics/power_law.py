@@ -42,6 +42,11 @@ def fit(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
 
     Raises:
         ValueError: there are fewer than two different x, or a number is not positive.
+
+    Examples:
+        >>> law = fit([1, 10, 100], [8.0, 4.4, 2.0])
+        >>> print(law)
+        8.26 * x^-0.30 (exponent -0.60 to 0.00, 95 %), r -1.00, 3 runs
     """
     if min(*x, *y) <= 0 or len(set(x)) < 2:
         raise ValueError("a power law needs positive numbers and at least two different x")

@@ -5,6 +5,7 @@ stage. Damaged ones are measured again.
 """
 
 import logging
+from contextlib import nullcontext
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from storage.config import Config
 from storage.errors import DitflowError
 from storage.header import short_digest
 from storage.manifest import Manifest, StageOutput, stage_output
+from storage.rows.cache import making
 
 LOGGER = logging.getLogger(__name__)
 VERSION = 1
@@ -59,14 +61,15 @@ def reference(measure: Measure, images: ImageSet, root: str, *, count: int, keep
         StorageError: the images are not what was committed, or the disk is full.
     """
     out = _output(measure.extractor, images, root, count, keep)
-    found = _kept(out) if measure.ranks.first else None
-    if measure.ranks.agreed(found is not None):
-        measure.advance(count)
-        return found or Summary(measure.extractor.dims)
-    summary = measure(images, range(count), keep=keep)
-    if measure.ranks.first:
-        _keep(out, summary, count)
-    return summary
+    with making(out.uri) if measure.ranks.world_size == 1 else nullcontext():  # other ranks would not wait long enough
+        found = _kept(out) if measure.ranks.first else None
+        if measure.ranks.agreed(found is not None):
+            measure.advance(count)
+            return found or Summary(measure.extractor.dims)
+        summary = measure(images, range(count), keep=keep)
+        if measure.ranks.first:
+            _keep(out, summary, count)
+        return summary
 
 
 def kept(

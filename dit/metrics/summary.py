@@ -51,7 +51,8 @@ class Summary:
             InputError: a feature or logit is not finite.
         """
         room = max(keep - self.statistics.count, 0)
-        self._kept.append(outputs.features[:room].cpu())
+        if room:
+            self._kept.append(outputs.features[:room].cpu().clone())  # a view would keep the whole batch in memory
         self.statistics = self.statistics.update(outputs.features)
         if outputs.spatial is not None:
             self.spatial = (self.spatial or Statistics.empty(outputs.spatial.shape[1])).update(outputs.spatial)

@@ -48,5 +48,14 @@ else:
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """A freshly initialised model on torch's default device, drawn from torch's generator."""
+    """A freshly initialised model on torch's default device, drawn from torch's generator.
+
+    Examples:
+        >>> import torch
+        >>> from dit.models.config import dit_config
+        >>> model = build(dit_config("S/2", depth=2, num_classes=10))
+        >>> x, t, y = torch.randn(3, 4, 32, 32), torch.rand(3), torch.tensor([0, 9, 10])  # 10 is the null label
+        >>> tuple(model(x, t, y).shape)  # prediction and variance
+        (3, 8, 32, 32)
+    """
     return next(model.network for model in MODELS if isinstance(config, model.config))(config)

@@ -52,7 +52,7 @@ class ModelChoice(Config, ABC):
 
     conditional: bool = True
     """Whether the model is conditioned on the class."""
-    label_dropout: float = Field(0.1, ge=0, le=1)
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
     """Probability that a training label is replaced by the null label, as classifier-free guidance needs."""
 
     def _common(self, data: DataSpec) -> dict[str, Any]:
@@ -69,6 +69,11 @@ class ModelChoice(Config, ABC):
 
         Raises:
             InputError, ValidationError: choice and data do not fit each other.
+
+        Examples:
+            >>> choice = DiTChoice(size=Shape(depth=2, width=64, heads=2), patch_size=4)
+            >>> choice.config(DataSpec(channels=3, side=32, num_classes=10, learn_variance=False)).tokens
+            64
         """
 
 
@@ -77,7 +82,7 @@ class _PatchChoice(ModelChoice, ABC):
 
     size: Size | Shape = "XL"
     """Published size (S, B, L or XL), or width, depth and heads of your own."""
-    patch_size: int = Field(2, ge=1)
+    patch_size: int = Field(default=2, ge=1)
     """Side of the square patch that becomes one token, in latent pixels."""
 
     def _patches(self, data: DataSpec) -> dict[str, Any]:
@@ -130,7 +135,7 @@ class DiffiTImageChoice(ConditionOption, ModelChoice):
     """Published model of a data set (``cifar10``, ``ffhq64``), the demo's ``digits16``, or a shape of your own."""
     conditional: bool = False
     """Whether the model is conditioned on the class."""
-    dropout: float | None = Field(None, ge=0, lt=1)
+    dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout probability before a block's convolution. Null: that of the size."""
 
     def config(self, data: DataSpec) -> DiffiTImageConfig:

@@ -43,28 +43,28 @@ class ModelConfig(Config, ABC):
 class TransformerShape(Config, ABC):
     """Size of a transformer. See `SIZES` for the published ones."""
 
-    width: int = Field(1152, ge=4)
+    width: int = Field(default=1152, ge=4)
     """Channels of a token. Must be divisible by 4 and by the number of heads."""
-    depth: int = Field(28, ge=1)
+    depth: int = Field(default=28, ge=1)
     """Number of blocks."""
-    heads: int = Field(16, ge=1)
+    heads: int = Field(default=16, ge=1)
     """Attention heads per block."""
-    mlp_ratio: float = Field(4.0, gt=0)
+    mlp_ratio: float = Field(default=4.0, gt=0)
     """Hidden width of a block's MLP, as a multiple of the width."""
 
 
 class PatchTransformerConfig(TransformerShape, ModelConfig, ABC):
     """A transformer over the patches of a latent."""
 
-    input_size: int = Field(32, ge=1)
+    input_size: int = Field(default=32, ge=1)
     """Height and width of the latent, in latent pixels."""
-    patch_size: int = Field(2, ge=1)
+    patch_size: int = Field(default=2, ge=1)
     """Side of the square patch that becomes one token, in latent pixels."""
-    in_channels: int = Field(4, ge=1)
+    in_channels: int = Field(default=4, ge=1)
     """Channels of the latent."""
-    num_classes: int = Field(1000, ge=0)
+    num_classes: int = Field(default=1000, ge=0)
     """Number of classes; the null label is the number after the last class. 0: unconditional."""
-    label_dropout: float = Field(0.1, ge=0, le=1)
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
     """Probability that a training label is replaced by the null label."""
     learn_variance: bool = True
     """Whether the model also predicts the variance, with as many output channels again."""
@@ -149,18 +149,18 @@ class DiffiTConfig(ConditionOption, PatchTransformerConfig):
 class UShape(Config, ABC):
     """Size of an image-space DiffiT. See `IMAGE_SIZES` for the published ones."""
 
-    stem_width: int = Field(128, ge=1)
+    stem_width: int = Field(default=128, ge=1)
     """Channels after the first convolution."""
-    widths: tuple[int, ...] = Field((128, 256, 256, 256), min_length=1)
+    widths: tuple[int, ...] = Field(default=(128, 256, 256, 256), min_length=1)
     """Channels at each resolution, where each resolution is half of the previous. Multiples of 32: one attention head
     for each 32."""
     depths: tuple[Annotated[int, Field(ge=1)], ...] = (4, 4, 4, 4)
     """Residual blocks at each resolution on the way down, and again on the way up."""
-    window: int = Field(8, ge=1)
+    window: int = Field(default=8, ge=1)
     """Side of the attention windows at every resolution, in pixels of that resolution."""
-    mlp_ratio: float = Field(4.0, gt=0)
+    mlp_ratio: float = Field(default=4.0, gt=0)
     """Hidden width of a block's MLP, as a multiple of its width."""
-    time_width: int = Field(512, ge=1)
+    time_width: int = Field(default=512, ge=1)
     """Channels of the embedded noise level."""
 
 
@@ -169,15 +169,15 @@ class DiffiTImageConfig(ConditionOption, UShape, ModelConfig):
 
     kind: Literal["diffit_image"] = "diffit_image"
     """Model family."""
-    input_size: int = Field(64, ge=1)
+    input_size: int = Field(default=64, ge=1)
     """Height and width of the images, in pixels."""
-    in_channels: int = Field(3, ge=1)
+    in_channels: int = Field(default=3, ge=1)
     """Channels of the images."""
-    dropout: float = Field(0.05, ge=0, lt=1)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout probability before a block's convolution."""
-    num_classes: int = Field(0, ge=0)
+    num_classes: int = Field(default=0, ge=0)
     """Number of classes; the null label is the number after the last class. 0: unconditional."""
-    label_dropout: float = Field(0.1, ge=0, le=1)
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
     """Probability that a training label is replaced by the null label."""
     augmented: bool = False
     """Whether the model is conditioned on how its image was augmented."""
@@ -235,6 +235,13 @@ def dit_config(name: str, **fields: Any) -> DiTConfig:
 
     Raises:
         InputError: there is no such size.
+
+    Examples:
+        >>> config = dit_config("XL/2")
+        >>> config.depth, config.width, config.tokens
+        (28, 1152, 256)
+        >>> dit_config("B/4", block="cross_attention", num_classes=10).block
+        'cross_attention'
     """
     return DiTConfig.model_validate(_sized(name) | fields)
 

@@ -60,6 +60,12 @@ def cost(config: ModelConfig, prepare: Callable[[nn.Module], None] | None = None
     Args:
         config: the model.
         prepare: applied to the model before; it may choose what is trained.
+
+    Examples:
+        >>> from dit.models.config import dit_config
+        >>> dit_xl = cost(dit_config("XL/2"))
+        >>> f"{dit_xl.parameters / 1e6:.0f} million parameters, {dit_xl.macs / 1e9:.1f} GMAC an image"
+        '675 million parameters, 118.6 GMAC an image'
     """
     if prepare is None and isinstance(config, PatchTransformerConfig) and config.depth > 2:
         one, two = (astuple(_counted(config.model_copy(update={"depth": depth}))) for depth in (1, 2))

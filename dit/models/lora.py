@@ -24,11 +24,11 @@ A, B = "lora_a", "lora_b"
 class Lora(Config):
     """Low-rank adapters of Linear layers (LoRA, Hu et al., arXiv 2106.09685)."""
 
-    rank: int = Field(8, ge=1)
+    rank: int = Field(default=8, ge=1)
     """Rank r of the change of a layer's weight: a layer from m to n numbers gets r (m + n) trained ones."""
-    alpha: float = Field(8.0, gt=0)
+    alpha: float = Field(default=8.0, gt=0)
     """The change counts alpha / rank times, so another rank needs no other learning rate."""
-    targets: tuple[Annotated[str, Field(min_length=1)], ...] = Field(("*blocks.*",), min_length=1)
+    targets: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=("*blocks.*",), min_length=1)
     """Linear layers that get adapters, by patterns of their names such as ``*.attn.*``, as for ``freeze``; by default
     those of all blocks."""
 

@@ -17,7 +17,7 @@ from storage.config import Config, added, operational
 class SampleConfig(Config):
     """Settings of the sampling stage."""
 
-    count: int = Field(50_000, ge=1)
+    count: int = Field(default=50_000, ge=1)
     """Number of images to generate."""
     labels: Labels = "random"
     """Class of each image: ``random`` draws it uniformly, ``balanced`` takes the classes in turn, and a mapping such as
@@ -27,16 +27,16 @@ class SampleConfig(Config):
     deterministic with ``eta`` 0, and ``dpm++`` DPM-Solver++(2M), deterministic too, for 10 to 50 steps. For EDM:
     ``heun``. For flows: ``euler`` and ``heun``, of first and second order; ``dopri5``, of fifth order with steps as a
     tolerance allows; ``euler_maruyama``, with noise on the way."""
-    steps: int = Field(250, ge=2)
+    steps: int = Field(default=250, ge=2)
     """Sampling steps per image. Each is one pass of the network; with heun two, and one in the last step. Not used by
     dopri5."""
-    eta: float = Field(0.0, ge=0, le=1)
+    eta: float = Field(default=0.0, ge=0, le=1)
     """For ddim: share of the ancestral noise added at each step. 0: deterministic."""
-    sigma_min: float = Field(0.002, gt=0)
+    sigma_min: float = Field(default=0.002, gt=0)
     """For heun of EDM: smallest noise level, before the last step goes to 0."""
-    sigma_max: float = Field(80.0, gt=0)
+    sigma_max: float = Field(default=80.0, gt=0)
     """For heun of EDM: noise level at which sampling starts."""
-    rho: float = Field(7.0, gt=0)
+    rho: float = Field(default=7.0, gt=0)
     """For heun of EDM: exponent of the noise levels; larger values make steps shorter near the data."""
     shift: float = added(1.0, gt=0)
     """For flows, but not dopri5: below 1, steps near the noise are shorter. t becomes shift t / (1 + (shift - 1) t)."""
@@ -49,7 +49,7 @@ class SampleConfig(Config):
     """For dopri5: tolerated error of a step, as a share of the sample's numbers."""
     atol: float = added(1e-6, ge=1e-9)
     """For dopri5: tolerated error of a step, added to that."""
-    guidance_scale: float = Field(1.5, ge=0)
+    guidance_scale: float = Field(default=1.5, ge=0)
     """Scale of guidance: the distance from the prediction for the null label, or from the guide's, is multiplied by it.
     1: no guidance. Ignored for unconditional models without a ``guide``."""
     guide: ModelReference | None = operational(None)
@@ -80,14 +80,14 @@ class SampleConfig(Config):
     """Arithmetic of model and decoder. Use tf32 on GPUs only."""
     compile: bool = False
     """Compile the model: takes minutes at the start, then sampling is faster. The last bits of the images differ."""
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of noise and random labels. Sample i depends only on the seed and i."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(default=128, ge=1)
     """Images in one pass of the model; guidance doubles the rows. It can change the last bits of the images."""
-    decode_batch_size: int = Field(8, ge=1)
+    decode_batch_size: int = Field(default=8, ge=1)
     """Images in one pass of the decoder, which needs more memory per image than the model. It can change the last bits
     of the images."""
-    block_rows: int = Field(1024, ge=1)
+    block_rows: int = Field(default=1024, ge=1)
     """Images in one object of the store, the unit of work and resume."""
 
     @model_validator(mode="before")

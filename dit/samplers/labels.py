@@ -23,6 +23,10 @@ def class_label(name: str, class_names: Sequence[str]) -> int:
 
     Raises:
         InputError: there is no such class.
+
+    Examples:
+        >>> class_label("dog", ["cat", "dog"]), class_label("0", ["cat", "dog"])
+        (1, 0)
     """
     if name in class_names:
         return class_names.index(name)
@@ -40,6 +44,12 @@ def sample_labels(labels: Labels, indices: range, seed: int, class_names: Sequen
 
     Raises:
         InputError: a chosen class is none of the model's.
+
+    Examples:
+        >>> sample_labels("balanced", range(5), 0, ["cat", "dog"]).tolist()
+        [0, 1, 0, 1, 0]
+        >>> sample_labels({"dog": 3, "cat": 1}, range(4), 0, ["cat", "dog"]).tolist()
+        [0, 1, 1, 1]
     """
     if labels == "balanced":
         return torch.tensor([index % len(class_names) for index in indices])

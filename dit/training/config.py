@@ -37,12 +37,12 @@ class Init(Config):
 class HeldOutLoss(Config):
     """How the loss on held-out images is measured. It changes no bit of the model."""
 
-    every: int = Field(1_000, ge=1)
+    every: int = Field(default=1_000, ge=1)
     """Optimizer steps between two measurements; another one follows the last step."""
-    images: int = Field(2_048, ge=1)
+    images: int = Field(default=2_048, ge=1)
     """Number of held-out images, the first of the store, where they lie in random order; or all, if there are fewer.
     Each passes eight times through the model: at four noise levels, with the EMA and with the weights themselves."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Images in one pass, on one rank. It can change the last bits of the numbers."""
 
 
@@ -66,32 +66,32 @@ class TrainConfig(Config):
     """Low-rank adapters, which are trained in the place of the weights of ``init``, and are part of them in the model
     that is committed. Of the other parameters those are trained that ``freeze`` names after ``!``, such as
     ``["!y_embedder.*"]`` for new classes. Null: none."""
-    steps: int = Field(400_000, ge=1)
+    steps: int = Field(default=400_000, ge=1)
     """Number of optimizer steps. A run that differs from a finished one in more steps alone goes on from its last
     checkpoint, unless ``decay`` makes the learning rate depend on their number."""
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(default=256, ge=1)
     """Images per optimizer step, over all ranks. Must be divisible by the number of ranks. Another number is another
     run, which begins at step 0."""
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of AdamW."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the learning rate rises linearly from 0 to its peak. 0: no warm-up."""
     warmup_images: int | None = added(None, ge=1)
     """The same in images, as EDM gives it, so that it fits any ``batch_size``. Null: ``warmup_steps`` counts."""
     decay: Literal["none", "linear", "cosine"] = "none"
     """How the learning rate falls after the warm-up, to ``decay_to`` after the last step. ``none``: it is constant."""
-    decay_to: float = Field(0.0, ge=0, lt=1)
+    decay_to: float = Field(default=0.0, ge=0, lt=1)
     """Learning rate after the last step, as a share of its peak, if ``decay`` is not ``none``."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decays of AdamW's averages of the gradient and of its square, per step."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """What AdamW adds to the root of the averaged square of the gradient. With EDM it is meant for the published loss,
     a sum over an image's numbers."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of AdamW. 0: none."""
-    gradient_clip: float | None = Field(None, gt=0)
+    gradient_clip: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient; longer gradients are scaled down to it. Null: no clipping."""
-    ema_decay: float = Field(0.9999, ge=0, le=1)
+    ema_decay: float = Field(default=0.9999, ge=0, le=1)
     """Decay per step of the exponential moving average (EMA) of the weights, from which samples are drawn."""
     ema_halflife_images: int | None = added(None, ge=1)
     """The half-life of that EMA in images instead, as EDM gives it, so that it fits any ``batch_size``: with 500,000 of
@@ -103,11 +103,11 @@ class TrainConfig(Config):
     """Relative widths of power-function averages (EDM2: ``[0.05, 0.1]``), exported beside the first and called
     ``power-0.05`` and so on. From those of the run's ``milestones`` the stage ``average`` makes an average of another
     width afterwards."""
-    ema_ramp: float | None = Field(None, gt=0)
+    ema_ramp: float | None = Field(default=None, gt=0)
     """Upper bound of an EMA's half-life, as a share of the steps taken so far (EDM: 0.05). Null: no bound."""
     flips: bool = True
     """Train on images and their mirror images, with equal probability. Latents must have been encoded with flips."""
-    augmentation: float = Field(0.0, ge=0, le=1)
+    augmentation: float = Field(default=0.0, ge=0, le=1)
     """Probability of each transformation in EDM's augmentation, of which the model is informed. Only for diffit_image
     on pixels. 0: none."""
     dispersive: Dispersive | None = added(None)
@@ -127,7 +127,7 @@ class TrainConfig(Config):
     """How ranks hold weights, optimizer state and averages: ``ddp`` each a copy, ``fsdp`` sharded over all ranks,
     ``hsdp`` sharded over the ranks of each machine. It changes only the order of sums. A run can resume with another
     choice."""
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of initial weights, order of images, noise and label dropout."""
     order: Order = "shuffled"
     """``shuffled`` permutes all images anew in every epoch. ``pooled`` permutes the chunks of the store

@@ -66,7 +66,7 @@ class Batch:
 
 
 class Data(Protocol):
-    """Images of a store, scaled for training."""
+    """Images of a store or in memory, scaled for training."""
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -83,15 +83,31 @@ class Data(Protocol):
         """Announce the images that will be asked for next, and which of them mirrored."""
 
 
+class Rows(Protocol):
+    """Arrays of images by name, of a store or in memory."""
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A whole array (N, ...)."""
+
+    def chunk_rows(self, name: str) -> int:
+        """Images in a chunk of an array."""
+
+    def take(self, name: str, indices: NDArray[np.int64], axis0: NDArray[np.int64] | None = None) -> NDArray[Any]:
+        """The rows (B, ...) with these indices (B,); of an array of flips (N, F, ...) one flip each, ``axis0`` (B,)."""
+
+    def expect(self, name: str, indices: NDArray[np.int64], axis0: NDArray[np.int64] | None = None) -> None:
+        """Announce the rows that will be taken next."""
+
+
 class Latents:
     """Latents: one sample of each posterior, shifted and scaled.
 
     Args:
-        rows: the store of latents.
+        rows: arrays ``mean`` and ``std`` float (N, F, C, h, h), and ``label`` int32 (N,).
         scale: the scale on which the model sees them.
     """
 
-    def __init__(self, rows: RowReader, scale: LatentScale) -> None:
+    def __init__(self, rows: Rows, scale: LatentScale) -> None:
         self.labels: NDArray[np.int32] = rows.array("label")
         self.chunk_rows = rows.chunk_rows("mean")
         self._rows, self._scale = rows, scale
@@ -112,10 +128,10 @@ class Pixels:
     """Pixels in -1 .. 1.
 
     Args:
-        rows: the store of pixels.
+        rows: arrays ``image`` uint8 (N, H, H, 3) and ``label`` int32 (N,).
     """
 
-    def __init__(self, rows: RowReader) -> None:
+    def __init__(self, rows: Rows) -> None:
         self.labels: NDArray[np.int32] = rows.array("label")
         self.chunk_rows = rows.chunk_rows("image")
         self._rows = rows

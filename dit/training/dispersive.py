@@ -48,9 +48,9 @@ class Dispersive(Config):
 
     block: int = Field(ge=1)
     """Number of the block, from 1, such as the last one of the first quarter."""
-    weight: float = Field(0.5, gt=0)
+    weight: float = Field(default=0.5, gt=0)
     """Weight of the term. It is logged without its weight, as ``dispersive``, and is no part of ``loss``."""
-    tau: float = Field(1.0, gt=0)
+    tau: float = Field(default=1.0, gt=0)
     """Temperature: images whose outputs differ by so much, in the mean over the squares, count 1/e."""
 
     def pulls(self, parts: Sequence[Tensor], ranks: Ranks) -> Pulls:

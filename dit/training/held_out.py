@@ -58,6 +58,8 @@ NEVER = 2**63
 """The random numbers are those of steps from this one on, which no run takes."""
 LOSS, RAW_LOSS = "held_out_loss", "held_out_loss_raw"
 """Metrics of the average ``ema``, and of the weights themselves."""
+REPORT = f"{LOSS}.json"
+"""Artifact of a checkpoint with all measurements."""
 
 
 def held_out_latents(latents: LatentManifest) -> LatentManifest:

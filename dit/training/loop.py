@@ -52,6 +52,11 @@ class StepResult:
     batch: Batch
     """This rank's part of the batch."""
 
+    @property
+    def loss(self) -> float:
+        """The mean loss over the global batch."""
+        return float(self.terms["loss"])
+
 
 @dataclass(frozen=True)
 class StepConfig:

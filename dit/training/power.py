@@ -33,7 +33,12 @@ class Profile(NamedTuple):
 
 
 def exponent(width: float) -> float:
-    """The exponent g of a relative width in 0 .. `MAX_WIDTH`, the largest real root of the equation above."""
+    """The exponent g of a relative width in 0 .. `MAX_WIDTH`, the largest real root of the equation above.
+
+    Examples:
+        >>> round(exponent(0.05), 2), round(width(16.97), 3)
+        (16.97, 0.05)
+    """
     inverse = width**-2
     roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
     return float(max(root.real for root in roots if abs(root.imag) < 1e-6 * abs(root)))

@@ -15,7 +15,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("destination", help=text)
     parser.add_argument("--to", required=True, choices=("reference", "diffusers", "pipeline"), help="the layout")
     add_hints(parser)
-    parser.add_argument("--vae", metavar="SOURCE", help="folder, URL or hub id of the autoencoder for --to pipeline")
+    text = "folder, URL or hub id of the autoencoder for --to pipeline (default: the one that the checkpoint names)"
+    parser.add_argument("--vae", metavar="SOURCE", help=text)
 
 
 def run(options: Namespace) -> None:

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 
 from flows.command.options import add_recipe, add_running
-from flows.command.prefect_server import serving_prefect
+from flows.prefect_server import serving_prefect
 
 HELP = "evaluate the milestones of a recipe while it trains elsewhere, until its last step"
 
@@ -20,7 +20,7 @@ def run(options: Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.set, options.root)
     recipe.asked_over_training()  # before servers start
-    with serving_prefect(options.root, quiet=options.json):
+    with serving_prefect(options.root, verbose=options.verbose):
         from flows.command.outcomes import show
         from flows.milestones import milestones
         from flows.perform import RunSettings

@@ -10,13 +10,13 @@ from shlex import quote
 from typing import Any
 
 from dit.evaluate import MetricsManifest
-from flows import over_widths
+from flows import over_widths, servers
 from flows.command.tables import aligned
 from flows.contract import STAGES, Outcome
 from flows.over_training import evaluations_of
 from flows.registry.config import ModelManifest
 from flows.report.page import Shown, page_url
-from flows.tracking.runs import pipeline_run_id, tracking_uri
+from flows.tracking.runs import experiment_url, pipeline_run_id, tracking_uri
 from storage import uri
 from storage.manifest import Manifest
 from storage.shards.shard import ShardManifest
@@ -72,12 +72,7 @@ def _show(recipe: str, outcomes: list[Outcome], root: str) -> None:
     distances = [
         ["distance", MetricsManifest.read(m.uri).distance] for m in manifests if m.stage == MetricsManifest.STAGE
     ]
-    pictures = [
-        [entry.path.rpartition("/")[2], uri.join(manifest.uri, entry.path)]
-        for manifest in manifests
-        for entry in manifest.files
-        if entry.path.endswith(".png")
-    ]
+    pictures = _pictures(manifests)
     decisions = [
         ["promotion", version.promotion]
         for version in (ModelManifest.read(m.uri) for m in manifests if m.stage == ModelManifest.STAGE)
@@ -86,12 +81,26 @@ def _show(recipe: str, outcomes: list[Outcome], root: str) -> None:
     page = page_url(shown)
     pictures += [["report", page]] if uri.exists(page) else []
     up = f"{_installed('ditflow')} up --root {quote(uri.redact(root))}"
-    _print_table([*distances, *decisions, *pictures, ["runs, models", _tracking_hint(root)], ["flows, forms", up]])
+    served = servers.running(root) or {}
+    tracking, forms = _tracking_hint(root, served.get("mlflow")), served.get("prefect") or up
+    _print_table([*distances, *decisions, *pictures, ["runs, models", tracking], ["flows, forms", forms]])
 
 
-def _tracking_hint(root: str) -> str:
-    store = uri.redact(tracking_uri(root))
-    return store if store.startswith("http") else f"{_installed('mlflow')} ui --backend-store-uri {quote(store)}"
+def _pictures(manifests: Sequence[Manifest]) -> list[list[str]]:
+    """The name and URL of each picture; of the same one in several outputs, the first."""
+    found: dict[str, list[str]] = {}
+    for manifest in manifests:
+        for entry in manifest.files:
+            if entry.path.endswith(".png"):
+                found.setdefault(entry.sha256, [entry.path.rpartition("/")[2], uri.join(manifest.uri, entry.path)])
+    return list(found.values())
+
+
+def _tracking_hint(root: str, server: str | None) -> str:
+    store = server or uri.redact(tracking_uri(root))
+    if store.startswith("http"):
+        return experiment_url(root, server) or store
+    return f"{_installed('mlflow')} ui --backend-store-uri {quote(store)}"
 
 
 def _installed(command: str) -> str:

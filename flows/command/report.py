@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from flows.command.options import add_recipe, add_root, add_set
+from flows.command.options import add_recipe, add_root, add_set, check_done
 from storage.errors import InputError
 
 HELP = "write the HTML report of a finished recipe"
@@ -17,13 +17,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Write the report if it is missing; print its URL."""
+    check_done("report", "train", options.root, f"recipe {options.recipe} is not finished; run it first")
     from flows.recipe import load_recipe
     from flows.report.page import Shown, page_url, write_page
 
     recipe = load_recipe(options.recipe, options.set, options.root)
     done = recipe.finished(options.root)
     if done is None:
-        raise InputError(f"report: recipe {recipe.name} is not finished; run it first")
+        raise InputError(f"report: recipe {recipe.name} is not finished; {recipe.unfinished(options.root)}")
     further, held_out = recipe.further(options.root, done), recipe.held_out(done, options.root)
     shown = Shown(recipe.name, done, options.root, further, held_out)
     write_page(shown)

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from flows.command.options import RECIPE, add_json, add_root, add_set
+from flows.command.options import RECIPE, add_json, add_root, add_set, check_done, complete, preset_names
 from flows.command.tables import aligned
 from storage import uri
 
@@ -17,7 +17,7 @@ HEAD = ("run", "params M", "GMAC", "images seen", "training FLOPs", "distance (9
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("recipe", nargs="+", help=f"sweep or single recipe: {RECIPE}")
+    complete(parser.add_argument("recipe", nargs="+", help=f"sweep or single recipe: {RECIPE}"), preset_names)
     add_root(parser)
     add_set(parser, "the same KEY=VALUE that the recipes were run with")
     add_json(parser)
@@ -25,6 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Fit, plot and print."""
+    check_done("scaling", "evaluate", options.root, "no run has metrics below this root; run the recipes first")
     from flows.report.scaling import scaling
 
     result = scaling(options.recipe, options.set, options.root)

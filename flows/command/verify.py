@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from storage import uri
@@ -15,10 +16,8 @@ if TYPE_CHECKING:
 HELP = "check that outputs are what was committed, and withdraw damaged ones"
 SHOWN = 10
 """Most uncommitted files of an output that are named."""
-_MLFLOW = ("mlflow.db", "mlflow.db-journal", "mlflow.db-shm", "mlflow.db-wal", "mlflow-artifacts")
-_SERVERS = ("mlflow-server.log", "mlflow-server.lock", "prefect-server.log", "servers.json", "prefect")
-OURS = frozenset([*_MLFLOW, *_SERVERS, ".mlflow-being-made-.lock", "running", "slurm"])
-"""What commands, servers and launchers keep in a root."""
+_MADE_BY = {"references": "evaluate", "reports": "report"}
+"""The commands that make outputs of other names."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -31,6 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Check an output and all that it was made from, or all outputs; damage of one does not hide that of another."""
+    from flows.inventory import OURS
     from storage.verify import outputs, stray
 
     found, folder = outputs(options.url), output_folder(options.url)
@@ -90,10 +90,19 @@ def _withdrawn(output: "Manifest", found: "list[Fault]") -> str:
         return unknown[0]
     try:
         withdraw(output, damaged)
-        done = "withdrawn"
+        done = f"withdrawn; {_again(output)} makes it again"
     except StorageError as error:
         done = f"not withdrawn ({error})"
     return ", ".join([*unknown, f"{len(damaged):,} damaged, {done}"])
+
+
+def _again(output: "Manifest") -> str:
+    """The command that makes an output, as far as the manifest knows it."""
+    pipeline = output.provenance.pipeline_id
+    command = "run" if pipeline else _MADE_BY.get(output.stage, output.stage)
+    recipe = pipeline.rpartition("-")[0] if pipeline else "RECIPE"
+    force = " --force" if output.rerun else ""
+    return f"`ditflow {command} {recipe} --root {quote(uri.redact(output.root))}{force}` with the same --set options"
 
 
 def _name(where: str, paths: Sequence[str], what: str) -> None:

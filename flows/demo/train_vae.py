@@ -16,7 +16,9 @@ import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 
 from dit.vae import CONFIG, WEIGHTS, Vae, VaeRef, load_vae
 from flows.demo import METRICS, VAE
@@ -31,6 +33,8 @@ SEED: Final = 0
 STEPS: Final = 600
 BATCH: Final = 32
 LEARNING_RATE: Final = 2e-3
+MUON_RATE: Final = 2.5e-2
+MUON_BATCH: Final = 8
 MEASURED: Final = 2_000
 """About how many images the factor of the latents, and the error, are measured on."""
 KL_WEIGHT: Final = 1e-3
@@ -41,10 +45,10 @@ needs more steps to learn the digits.
 """
 
 
-def build(width: int = 16, channels: int = 4) -> AutoencoderKL:
-    """An untrained autoencoder: 3x32x32 to Cx8x8, a quarter of a million weights at a width of 16."""
+def build(channels: int = 4) -> AutoencoderKL:
+    """An untrained autoencoder of a quarter of a million weights: 3x32x32 to Cx8x8."""
     return AutoencoderKL(
-        block_out_channels=(width, 2 * width, 2 * width),
+        block_out_channels=(16, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
@@ -54,30 +58,53 @@ def build(width: int = 16, channels: int = 4) -> AutoencoderKL:
     )
 
 
-def loss(model: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def loss(model: AutoencoderKL, pixels: Tensor, edges: bool = False) -> tuple[Tensor, Tensor]:
     """Squared error and KL divergence, each summed over an image and averaged over the batch.
 
     Args:
         pixels: (B, 3, H, W) in [-1, 1].
+        edges: add the squared error of the differences between neighbours, which are the most of a photograph's detail
+            and little of its squared error.
     """
     posterior = model.encode(pixels).latent_dist
-    error = (model.decode(posterior.sample()).sample - pixels).square().sum((1, 2, 3)).mean()
-    return error, posterior.kl().mean()
+    error = model.decode(posterior.sample()).sample - pixels
+    terms = [error, error.diff(dim=2), error.diff(dim=3)] if edges else [error]
+    return torch.stack([term.square().sum((1, 2, 3)).mean() for term in terms]).sum(), posterior.kl().mean()
 
 
-def train(model: AutoencoderKL, images: NDArray[np.uint8], steps: int = STEPS) -> None:
-    """Fit the model to uint8 images (N, H, W, 3), and their mirror images, in random batches."""
+def muon(model: nn.Module) -> list[Optimizer]:
+    """Muon for the weights, with kernels of convolutions as rows of a matrix, and AdamW for norms and biases."""
+    rows, rest = [], []
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            rest.append(parameter)
+            continue
+        parameter.grad = torch.zeros_like(parameter)
+        rows.append(nn.Parameter(parameter.detach().flatten(1)))
+        rows[-1].grad = parameter.grad.flatten(1)
+    for_weights = Muon(rows, MUON_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return [for_weights, AdamW(rest, 2 * LEARNING_RATE, weight_decay=0.0)]
+
+
+def train(model: AutoencoderKL, images: NDArray[np.uint8], steps: int = STEPS, photographs: bool = False) -> None:
+    """Fit the model to uint8 images (N, H, W, 3), and their mirror images, in random batches.
+
+    Photographs need details, of low variance, which AdamW learns last: after a minute it is at 24 dB where Muon
+    (Jordan 2024) is at 30. The demo's own file is from before that, by AdamW.
+    """
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     pixels = torch.cat([pixels, pixels.flip(3)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.05)
+    batch = MUON_BATCH if photographs else BATCH
+    optimizers = muon(model) if photographs else [AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)]
+    schedules = [OneCycleLR(each, each.defaults["lr"], steps, pct_start=0.05) for each in optimizers]
     for step in range(steps):
-        error, divergence = loss(model, pixels[torch.randint(len(pixels), (BATCH,))] / 127.5 - 1)
-        optimizer.zero_grad()
+        chosen = pixels[torch.randint(len(pixels), (batch,))] / 127.5 - 1
+        error, divergence = loss(model, chosen, edges=photographs)
+        model.zero_grad(set_to_none=False)
         (error + KL_WEIGHT * divergence).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0)
-        optimizer.step()
-        schedule.step()
+        for each in (*optimizers, *schedules):
+            each.step()
         if step % 100 == 0:
             logging.info("step %d: squared error %.2f, KL %.1f nats", step, error.item(), divergence.item())
 
@@ -131,7 +158,6 @@ def main() -> None:
     parser.add_argument("--train", help="archive of training images (default: the demo's digits)")
     parser.add_argument("--held-out", help="archive of held-out images; with --train")
     parser.add_argument("--folder", type=Path, default=VAE, help="where to write it (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=16, help="channels of the first level (default: %(default)s)")
     parser.add_argument("--channels", type=int, default=4, help="channels of the latents (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
     options = parser.parse_args()
@@ -143,8 +169,8 @@ def main() -> None:
         archive_images(url) if url else digit_images(split)[0]
         for url, split in ((options.train, "train"), (options.held_out, "held_out"))
     )
-    model, start = build(options.width, options.channels), time.perf_counter()
-    train(model, images, options.steps)
+    model, start = build(channels=options.channels), time.perf_counter()
+    train(model, images, options.steps, photographs=options.train is not None)
     seconds = time.perf_counter() - start
     model.register_to_config(**latent_scale(model, some(images)))
     save(model, options.folder)

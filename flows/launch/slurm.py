@@ -1,45 +1,45 @@
 """A stage as a Slurm job: submit it, follow its log, and cancel it when the flow is cancelled.
 
-The job has the name of its output. It goes on when its flow is killed, and the next flow for the same output finds it
-by that name and follows it instead of submitting another. A job that reached its time limit, was preempted, or lost a
-rank or a node is replaced by a new one, ``max_restarts`` times at most.
+The job has the name of its output, or is noted beside it. It goes on when its flow is killed, and the next flow for the
+same output finds it and follows it instead of submitting another. A job that reached its time limit, was preempted, or
+lost a rank or a node is replaced by a new one, ``max_restarts`` times at most.
+
+With ``wait: false`` nobody follows: the flow submits the job and ends, and the next one for the same output looks how
+far it is. What several recipes submit within `array` is one array of jobs.
 """
 
-import logging
-import os
-import shlex
+import re
 import shutil
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from flows import temporary
-from flows.launch import torchrun
 from flows.launch.rank_log import Logger, LostRankError, Progress, RankLog, WorkerError
+from flows.launch.slurm_queue import (
+    ACTIVE_STATES,
+    FOLDER,
+    Job,
+    Note,
+    ask,
+    find,
+    forget,
+    new_lines,
+    note,
+    state_of,
+    submit,
+)
 from flows.launch.spec import SlurmLaunch, WorkerSpec
 from storage import uri
-from storage.errors import DitflowError, InputError, PreemptedError
+from storage.errors import DitflowError, InputError, PreemptedError, SubmittedError
+from storage.manifest import is_finished
+from storage.rows.cache import making
 
-LOGGER = logging.getLogger(__name__)
-ACTIVE_STATES = frozenset(
-    ["PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "RESIZING", "SIGNALING"]
-)
-"""The job has not ended."""
 RESUBMIT_STATES = {"TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL"}
 """The job has ended, and a new one resumes from the last checkpoint."""
-
-SCRIPT = """\
-#!/bin/bash
-{options}
-{setup}
-export {env}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(scontrol show node "$head" --oneliner | grep -o ' NodeAddr=[^ ]*' | cut -d = -f 2)
-exec srun --kill-on-bad-exit=1 {command}
-"""
-# Shell expressions: the port differs between jobs, the id also between requeues of one job.
-ENDPOINT, JOB_ID = '"$address:$((20000 + SLURM_JOB_ID % 20000))"', '"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"'
+_CANCELLED = re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ \*\*\*")
+"""What Slurm says in a job's log of a person's scancel; of all else it says what that is due to."""
 
 
 def run(spec: WorkerSpec, launch: SlurmLaunch, *, progress: Progress, log: Logger) -> None:
@@ -50,24 +50,28 @@ def run(spec: WorkerSpec, launch: SlurmLaunch, *, progress: Progress, log: Logge
     Raises:
         InputError: Slurm is not installed here, it refuses the job, or a rank found the user's input wrong.
         WorkerError: a rank failed, or ``max_restarts`` is used up.
+        SubmittedError: the job is queued or running, and the launch does not wait.
         DitflowError: the job was cancelled, or Slurm does not answer.
     """
-    folder, name = _folder(spec, launch), spec.job_name
-    for _ in range(launch.max_restarts + 1):
-        job = _find(name)
-        if job is None:
-            job = _submit(spec, launch, folder, name)
+    folder = _folder(spec, launch)
+    if not launch.wait:
+        return _look(spec, launch, folder)
+    for attempt in range(launch.max_restarts + 1):
+        found = find(folder, spec.job_name)
+        if found is None:
+            (job,) = submit([Job(spec, folder, attempt)], launch)
             log.info(f"Slurm job {job} submitted; its log is {folder / 'job.log'}")
         else:
+            job, _ = found
             log.info(f"Slurm job {job} for this stage is queued or running; following it")
-        state, ranks = _follow(job, folder / "job.log", launch.poll_seconds, progress, log)
+        state, ranks = _follow(job, folder, launch.poll_seconds, progress, log)
         if state == "COMPLETED":
-            return
-        error = ranks.failure(1) if state == "FAILED" else DitflowError(f"Slurm job {job} ended as {state}")
-        if state not in RESUBMIT_STATES and not isinstance(error, LostRankError | PreemptedError):
+            return None
+        error = _error(job, state, ranks)
+        if not _resumes(state, error):
             raise error
         log.info(f"{error}; resuming from the last checkpoint")
-    raise WorkerError(f"{error}; launch.max_restarts ({launch.max_restarts}) is used up; see {folder / 'job.log'}")
+    raise _used_up(error, launch, folder)
 
 
 def check(launch: SlurmLaunch, output: str) -> Path:
@@ -88,106 +92,139 @@ def check(launch: SlurmLaunch, output: str) -> Path:
     return given
 
 
+@dataclass
+class _Array:
+    """Jobs to submit together: those of each launch, by the names of their outputs."""
+
+    limit: int | None
+    jobs: dict[str, dict[str, Job]] = field(default_factory=dict)
+    launches: dict[str, SlurmLaunch] = field(default_factory=dict)
+
+    def add(self, job: Job, launch: SlurmLaunch) -> None:
+        key = launch.model_dump_json()
+        self.launches[key] = launch
+        self.jobs.setdefault(key, {})[job.spec.job_name] = job
+
+
+_arrays: list[_Array] = []
+
+
+@contextmanager
+def array(limit: int | None = None) -> Iterator[list[str]]:
+    """Submit what launches that do not wait would submit in the block at its end, all at once.
+
+    What another command has submitted meanwhile is left out.
+
+    Args:
+        limit: how many of the jobs run at once; None for as many as there is room for.
+
+    Yields:
+        The ids of the jobs, when the block has ended.
+
+    Raises:
+        InputError: Slurm refuses.
+    """
+    ids: list[str] = []
+    _arrays.append(_Array(limit))
+    try:
+        yield ids
+    finally:
+        together = _arrays.pop()
+    with ExitStack() as locks:  # another command may have looked at the same time
+        for output in sorted({job.spec.output.uri for jobs in together.jobs.values() for job in jobs.values()}):
+            locks.enter_context(making(output))
+        for key, jobs in together.jobs.items():
+            if left := [job for job in jobs.values() if note(job.folder) is None]:
+                ids += submit(left, together.launches[key], limit)
+
+
 def _folder(spec: WorkerSpec, launch: SlurmLaunch) -> Path:
-    given = check(launch, spec.output.uri)
-    folder = given.absolute() / "slurm" / spec.output.header.folder_name if launch.folder else given / "slurm"
+    given = check(launch, spec.output.uri).absolute()
+    folder = given / FOLDER / spec.output.header.folder_name if launch.folder else given / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _submit(spec: WorkerSpec, launch: SlurmLaunch, folder: Path, name: str) -> str:
-    script, values = folder / "job.sh", folder / "spec.json"
-    values.write_text(spec.model_dump_json(), "utf-8")
-    options: dict[str, str | int] = {
-        "nodes": launch.nodes,
-        "signal": "TERM@120",  # 120 s before the time limit, to save a checkpoint
-        **launch.options,
-        "ntasks-per-node": 1,
-        "job-name": name,
-        "output": str(folder / "job.log").replace("%", "%%"),  # Slurm fills in what stands behind a single one
-        "open-mode": "append",
-    }
-    lines = ["#SBATCH --requeue", *(f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items())]
-    text = SCRIPT.format(
-        options="\n".join(lines),
-        setup="\n".join(launch.setup),
-        env=" ".join(f"{name}={value}" for name, value in torchrun.ENV.items()),
-        command=" ".join(_command(launch, values)),
-    )
-    script.write_text(text, "utf-8")
-    done = _slurm("sbatch", "--parsable", str(script))
-    if done.returncode:
-        raise InputError(f"launch: Slurm refuses the job: {' '.join(done.stderr.split())}")
-    return done.stdout.strip().partition(";")[0]
+def _look(spec: WorkerSpec, launch: SlurmLaunch, folder: Path) -> None:
+    """Return if the job has made its output; submit one if there is none."""
+    found, noted, attempt = find(folder, spec.job_name), note(folder), 0
+    if found is not None:
+        job, state = found
+        raise SubmittedError(f"{spec.stage}: Slurm job {job} is {state.lower()}{_how_far(folder, noted)}")
+    if noted is not None:
+        forget(folder)
+        if is_finished(spec.output.uri):
+            return
+        attempt = _next_attempt(noted, launch, folder)
+    made = Job(spec, folder, attempt)
+    if _arrays:
+        _arrays[-1].add(made, launch)
+        raise SubmittedError(f"{spec.stage}: submitted to Slurm")
+    (job,) = submit([made], launch)
+    raise SubmittedError(f"{spec.stage}: Slurm job {job} submitted; its log is {made.log}")
 
 
-def _command(launch: SlurmLaunch, spec: Path) -> list[str]:
-    """The torchrun command, quoted for the script."""
-    python, nodes = shlex.quote(sys.executable), '"$SLURM_JOB_NUM_NODES"'
-    options = torchrun.rendezvous(ENDPOINT, JOB_ID)
-    return torchrun.command(python, options, nodes, launch.nproc, shlex.quote(str(spec)))
+def _next_attempt(noted: Note, launch: SlurmLaunch, folder: Path) -> int:
+    """The number of the job that resumes one that has ended without its output; raises if none shall."""
+    ranks = RankLog(lambda *_: None, lambda _: None)
+    lines, _ = new_lines(folder / "job.log", noted.begin, last=True)
+    ranks.read(lines)
+    job, state = noted.job or noted.name, state_of(noted.job) if noted.job else "COMPLETED"
+    if state == "COMPLETED":  # without an output; or Slurm has forgotten it, as it does after minutes
+        said = lines if noted.said is None else new_lines(noted.said, 0, last=True)[0]
+        if noted.job and not lines and not said:
+            raise DitflowError(f"Slurm job {job} ended without a word; it may have been cancelled before it started")
+        state = "CANCELLED" if any(map(_CANCELLED.search, said)) else "FAILED"
+    error = _error(job, state, ranks)
+    if not _resumes(state, error):
+        raise error
+    if noted.attempt >= launch.max_restarts:
+        raise _used_up(error, launch, folder)
+    return noted.attempt + 1
 
 
-def _find(name: str) -> str | None:
-    """The id of the queued or running job of that name, if there is one."""
-    done = _slurm("squeue", "--me", "--noheader", "--format=%i", f"--name={name}")
-    if done.returncode:
-        raise DitflowError(f"Slurm does not answer: {' '.join(done.stderr.split())}")
-    jobs = done.stdout.split()
-    return jobs[-1] if jobs else None
+def _how_far(folder: Path, noted: Note | None) -> str:
+    done: list[str] = []
+    lines, _ = new_lines(folder / "job.log", noted.begin if noted else 0, last=False)
+    RankLog(lambda *told: done.append("{:,} of {:,} {}".format(*told)), lambda _: None).read(lines)
+    return f", {done[-1]}" if done else ""
+
+
+def _error(job: str, state: str, ranks: RankLog) -> DitflowError:
+    return ranks.failure(1) if state == "FAILED" else DitflowError(f"Slurm job {job} ended as {state}")
+
+
+def _resumes(state: str, error: DitflowError) -> bool:
+    return state in RESUBMIT_STATES or isinstance(error, LostRankError | PreemptedError)
+
+
+def _used_up(error: DitflowError, launch: SlurmLaunch, folder: Path) -> WorkerError:
+    return WorkerError(f"{error}; launch.max_restarts ({launch.max_restarts}) is used up; see {folder / 'job.log'}")
 
 
 def _follow(
     job: str,
-    path: Path,
+    folder: Path,
     seconds: float,
     progress: Progress,
     log: Logger,
 ) -> tuple[str, RankLog]:
     """Log a job's new output until it ends, one log record for each poll; return the state that it ended in."""
-    output: list[str] = []
+    path, output = folder / "job.log", list[str]()
     ranks, offset = RankLog(progress, output.append), path.stat().st_size if path.exists() else 0
     try:
         while True:
-            state = _state(job)
-            lines, offset = _new_lines(path, offset, last=state not in ACTIVE_STATES)
+            state = state_of(job)
+            lines, offset = new_lines(path, offset, last=state not in ACTIVE_STATES)
             ranks.read(lines)
             if output:
                 log.info("\n".join(output))
                 output.clear()
             if state not in ACTIVE_STATES:
+                forget(folder)
                 return state, ranks
             time.sleep(seconds)
     except BaseException:
-        _slurm("scancel", job)
+        ask("scancel", job)
+        forget(folder)
         raise
-
-
-def _state(job: str) -> str:
-    """The state of a job; ``PENDING`` while the controller does not answer, because jobs go on without it."""
-    done = _slurm("scontrol", "show", "job", job, "--oneliner")
-    for word in done.stdout.split():
-        if word.startswith("JobState="):
-            return word.removeprefix("JobState=")
-    if "Invalid job id" in done.stderr:  # Slurm has forgotten it; without a manifest the stage fails later
-        return "COMPLETED"
-    LOGGER.warning("Slurm does not answer: %s", " ".join(done.stderr.split()))
-    return "PENDING"
-
-
-def _new_lines(path: Path, offset: int, *, last: bool) -> tuple[list[str], int]:
-    """The complete lines of a file from an offset on, and the offset after them; with ``last`` also a partial line."""
-    if not path.exists():
-        return [], offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        data = file.read()
-    complete = data if last else data[: data.rfind(b"\n") + 1]
-    return complete.decode(errors="replace").splitlines(), offset + len(complete)
-
-
-def _slurm(*command: str) -> "subprocess.CompletedProcess[str]":
-    # Slurm keeps the environment of a job, and ranks do not need the password of Prefect's server.
-    env = {name: value for name, value in os.environ.items() if name != "PREFECT_API_AUTH_STRING"}
-    env["TMPDIR"] = temporary.outside()
-    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=env)

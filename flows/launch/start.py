@@ -16,7 +16,7 @@ from flows.children import child
 from flows.launch import kubernetes, slurm, torchrun
 from flows.launch.rank_log import Logger, LostRankError, Progress, RankLog
 from flows.launch.spec import LAUNCHER, KubernetesLaunch, LaunchSpec, LocalLaunch, NodesLaunch, SlurmLaunch, WorkerSpec
-from storage.errors import PreemptedError
+from storage.errors import InputError, PreemptedError
 
 SHUTDOWN_SECONDS = 15
 """How long torchrun waits for its ranks after SIGTERM; less than `children.GRACE_SECONDS`, which torchrun has."""
@@ -56,17 +56,29 @@ def run(spec: WorkerSpec, launch: LaunchSpec, *, progress: Progress, log: Logger
     return None
 
 
-def check(launch: LaunchSpec, root: str) -> None:
+def announced(launch: LaunchSpec) -> str:
+    """What to say while the ranks start, which takes seconds or longer."""
+    if isinstance(launch, LocalLaunch | NodesLaunch):
+        ranks = f"{launch.world_size} rank{'s' * (launch.world_size > 1)}"
+        return f"starting {ranks} under torchrun"
+    return f"submitting a job to {launch.kind}"
+
+
+def check(launch: LaunchSpec, root: str, *, force: bool = False) -> None:
     """Check that ranks can be started from this machine; nothing is started.
 
     Args:
         launch: where the ranks run.
         root: folder or URL of all outputs.
+        force: whether finished stages run again.
 
     Raises:
-        InputError: they cannot.
+        InputError: they cannot, or would start again for ever.
     """
     if isinstance(launch, SlurmLaunch):
+        if force and not launch.wait:
+            remedy = "set launch.wait to true, or change a value of the recipe"
+            raise InputError(f"force: with launch.wait: false each look would begin anew; {remedy}")
         slurm.check(launch, root)
     if isinstance(launch, KubernetesLaunch):
         kubernetes.check()
@@ -76,25 +88,40 @@ def _run_torchrun(spec: WorkerSpec, launch: LocalLaunch | NodesLaunch, ranks: Ra
     with tempfile.TemporaryDirectory(prefix="ditflow-") as folder:
         path = Path(folder) / "spec.json"
         path.write_text(spec.model_dump_json(), "utf-8")
-        command = _command(launch, path, spec.output.header.folder_name)
-        with child(command, env=_env(launch)) as process:
-            assert process.stdout is not None
-            ranks.read(process.stdout)
-            code = process.wait()
+        run_module("flows.launch.worker", path, launch, spec.output.header.folder_name, ranks)
+
+
+def run_module(module: str, path: Path, launch: LocalLaunch | NodesLaunch, run_id: str, ranks: RankLog) -> None:
+    """Run a module on all ranks of this machine, once.
+
+    Args:
+        module: what each rank runs.
+        path: its argument, in a folder of its own for torchrun's files.
+        launch: how many ranks, and where.
+        run_id: a name that no other work at this launch's address has.
+        ranks: reads what they print.
+
+    Raises:
+        DitflowError: a rank failed; see `RankLog.failure`.
+    """
+    with child(_command(module, path, launch, run_id), env=_env(launch)) as process:
+        assert process.stdout is not None
+        ranks.read(process.stdout)
+        code = process.wait()
     if code != 0:
         raise ranks.failure(code)
 
 
-def _command(launch: LocalLaunch | NodesLaunch, spec: Path, run_id: str) -> list[str]:
+def _command(module: str, path: Path, launch: LocalLaunch | NodesLaunch, run_id: str) -> list[str]:
     if isinstance(launch, LocalLaunch):
         # By file: torchrun's own store would listen on all interfaces.
-        file = spec.with_name("rendezvous")
+        file = path.with_name("rendezvous")
         options = ["--local-addr=127.0.0.1", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file"]
         options, nodes, nproc = [*options, f"--rdzv-endpoint={file}"], 1, launch.world_size
     else:
         options, nodes, nproc = torchrun.rendezvous(launch.address, run_id), launch.nodes, launch.nproc
-    options.append(f"--log-dir={spec.parent}")  # the default is a folder that nobody removes
-    return torchrun.command(sys.executable, options, nodes, nproc, str(spec))
+    options.append(f"--log-dir={path.parent}")  # the default is a folder that nobody removes
+    return torchrun.command(sys.executable, options, nodes, nproc, str(path), module)
 
 
 def _env(launch: LocalLaunch | NodesLaunch) -> dict[str, str]:

@@ -21,15 +21,18 @@ def rendezvous(endpoint: str, job: str) -> list[str]:
     return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={job}", timeout]
 
 
-def command(python: str, options: Iterable[str], nodes: int | str, nproc: int, spec: str) -> list[str]:
-    """The command that runs a stage on ``nproc`` ranks of one of ``nodes`` nodes.
+def command(
+    python: str, options: Iterable[str], nodes: int | str, nproc: int, spec: str, module: str = "flows.launch.worker"
+) -> list[str]:
+    """The command that runs a stage, or another module, on ``nproc`` ranks of one of ``nodes`` nodes.
 
     Args:
         python: the interpreter.
         options: further options of torchrun.
         nodes: their number, or a shell expression that gives it.
         nproc: ranks on each node.
-        spec: path of the `WorkerSpec` file.
+        spec: path of the `WorkerSpec` file, or what the module takes.
+        module: what each rank runs.
     """
     size = [f"--nnodes={nodes}", f"--nproc-per-node={nproc}"]
-    return [python, "-m", "torch.distributed.run", *size, *options, "-m", "flows.launch.worker", spec]
+    return [python, "-m", "torch.distributed.run", *size, *options, "-m", module, spec]

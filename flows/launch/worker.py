@@ -26,6 +26,7 @@ from flows.children import set_parent_death_signal
 from flows.contract import STAGES
 from flows.launch.rank_log import MARK
 from flows.launch.spec import LAUNCHER, WorkerSpec
+from storage.cost import metered
 from storage.errors import DitflowError, InputError, PreemptedError
 from storage.patience import patient
 from storage.tracker import NullTracker, Tracker
@@ -38,7 +39,7 @@ def main(path: str) -> int:
     """Run the stage of a spec file on this rank; return its exit code."""
     rank = int(os.environ.get("RANK", "0"))
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
-    _end_with_launcher()
+    end_with_launcher()
     temporary.hold()
     assert isinstance(sys.stdout, io.TextIOWrapper)
     # As the launcher reads it, whatever the locale, and in whole lines: all ranks share one pipe.
@@ -49,13 +50,13 @@ def main(path: str) -> int:
         try:
             _run(WorkerSpec.model_validate_json(Path(path).read_bytes()), rank, cleanup)
         except Exception as error:
-            _report_error(error, rank)
+            report_error(error, rank)
             code = PreemptedError.EXIT_CODE if isinstance(error, PreemptedError) else 1
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when another rank ends first
     return code
 
 
-def _end_with_launcher() -> None:
+def end_with_launcher() -> None:
     """Be killed when torchrun dies, and do not start if the launcher has died already."""
     set_parent_death_signal(os.getppid(), signal.SIGKILL)
     launcher = os.environ.get(LAUNCHER)
@@ -67,6 +68,9 @@ def _run(spec: WorkerSpec, rank: int, cleanup: ExitStack) -> None:
     stage = STAGES[spec.stage]
     cleanup.enter_context(patient(spec.patience))
     config = stage.config.model_validate(spec.config)  # imports torch, after logging is set up
+    from flows.launch.gauge import gauge
+
+    cleanup.enter_context(metered(spec.output.uri, gauge(int(os.environ.get("LOCAL_RANK", "0"))), rank))
     tracker: Tracker = NullTracker()
     if rank == 0:
         tracker = sending = _tracker(spec)
@@ -86,7 +90,8 @@ def _report_progress(done: int, total: int, unit: str) -> None:
     _report({"done": done, "total": total, "unit": unit})
 
 
-def _report_error(error: Exception, rank: int) -> None:
+def report_error(error: Exception, rank: int) -> None:
+    """Tell the launcher what ended this rank."""
     if not isinstance(error, InputError | PreemptedError):
         sys.stdout.writelines(f"[rank {rank}] {line}\n" for line in traceback.format_exc().splitlines())
     first_line = str(error).strip().partition("\n")[0]

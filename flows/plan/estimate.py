@@ -48,6 +48,8 @@ class StageEstimate:
     """The manifest of its output, an estimate if it is not committed."""
     finished: bool
     """Whether its output is committed."""
+    ranks: int
+    """Ranks that share its work."""
 
     def line(self) -> Line:
         """The stage's line of the plan."""
@@ -56,16 +58,18 @@ class StageEstimate:
         left = 1 - done / cost.units
         state = "done" if not left else f"{done:,} of {cost.units:,} {cost.unit}" if done else "to do"
         hours = left * cost.seconds / HOUR
-        return Line(self.stage, state, cost.images, cost.objects, cost.size, round(cost.size * left), hours)
+        missing, devices = round(cost.size * left), hours * self.ranks
+        return Line(self.stage, state, cost.images, cost.objects, cost.size, missing, hours, devices)
 
 
-def plan(recipe: Recipe, root: str, given: Mapping[str, float]) -> Plan:
+def plan(recipe: Recipe, root: str, given: Mapping[str, float], price: float | None = None) -> Plan:
     """Estimate what a recipe costs: list its archive, and measure the rates that are not given.
 
     Args:
         recipe: the recipe.
         root: folder or URL of all outputs.
         given: speeds of the machine per second, by the names that `read_rates` accepts.
+        price: of an hour of a device, which is what one rank works on.
 
     Raises:
         InputError: the archive, the autoencoder, the model or the extractor cannot be used as the recipe says.
@@ -80,6 +84,7 @@ def plan(recipe: Recipe, root: str, given: Mapping[str, float]) -> Plan:
         recipe=recipe.name,
         lines=lines,
         rates=rates,
+        price=price,
         memory=memory,
         memory_there=memory_there,
         disk=missing,
@@ -112,7 +117,9 @@ def read_rates(path: str | None) -> dict[str, float]:
         raise InputError(f"--rates {path}: {problem(error)}") from error
 
 
-def estimates(recipe: Recipe, root: str, rates: dict[str, float], *, force: bool = False) -> Iterator[StageEstimate]:
+def estimates(
+    recipe: Recipe, root: str, rates: dict[str, float], *, force: bool = False, checked: bool = False
+) -> Iterator[StageEstimate]:
     """Check the stages that are not done; the estimates of all that have one, in the order of the pipeline.
 
     Args:
@@ -120,13 +127,14 @@ def estimates(recipe: Recipe, root: str, rates: dict[str, float], *, force: bool
         root: folder or URL of all outputs.
         rates: rates of a machine; those that are missing are measured and added.
         force: whether the stages will run again, into new folders.
+        checked: the stages have been checked, and are not checked again.
 
     Raises:
         InputError: something would stop a stage.
     """
-    planner = _Planner(recipe, root, rates, force)
+    planner = _Planner(recipe, root, rates, force, checked)
     for name in recipe.stages:
-        reads = STAGES[name].reads
+        reads = recipe.reads(name)
         source: Source = planner.before[reads] if reads else recipe.archive
         encoding = recipe.encoding_held_out(planner.before["encode"], root, force=force) if name == "train" else None
         if encoding is not None:
@@ -153,6 +161,7 @@ class _Planner:
     root: str
     rates: dict[str, float]
     force: bool
+    checked: bool
     before: dict[str, Manifest] = field(default_factory=dict)
     """Manifests of the stages so far, by name."""
 
@@ -165,11 +174,12 @@ class _Planner:
         out = stage.output(self.root, config, source, force=force)
         context = PlanContext(out, self.rates, launch.world_size if stage.ranked else 1, nodes, self.before)
         made = out.committed(stage.kind)
-        if made is None and check:
+        if made is None and check and not self.checked:
             definition.check(config, source, context)
         if definition.estimate is not None:
             cost = definition.estimate(config, source, context)
-            yield StageEstimate(name, cost, made or out.manifest(stage.kind, **cost.leaves), made is not None)
+            leaves = made or out.manifest(stage.kind, **cost.leaves)
+            yield StageEstimate(name, cost, leaves, made is not None, context.world_size)
 
 
 def _milestones(planner: _Planner, asked: OverTraining) -> Iterator[StageEstimate]:
@@ -227,7 +237,7 @@ def _together(name: str, made: list[StageEstimate]) -> StageEstimate:
         done=done,
         seconds=sum(cost.seconds for cost in costs),
     )
-    return StageEstimate(name, cost, made[-1].manifest, all(each.finished for each in made))
+    return StageEstimate(name, cost, made[-1].manifest, all(each.finished for each in made), made[-1].ranks)
 
 
 def copied(stages: list[StageEstimate]) -> Copy | None:

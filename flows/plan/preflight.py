@@ -35,7 +35,7 @@ def _check(recipe: Recipe, root: str, force: bool) -> None:
     if not stages[0].finished:
         check_runner(recipe.shard.runner)
     if not all(each.finished for each in stages):
-        start.check(recipe.launch, root)
+        start.check(recipe.launch, root, force=force)
     fresh = [each for each in stages if not each.finished and not each.cost.done]
     problems = list(no_disk(fresh, root, sum(each.cost.size for each in fresh), free(root)))
     if isinstance(recipe.launch, LocalLaunch):

@@ -1,5 +1,6 @@
 """A plan as it is printed: the cost of each stage, what all need of the machine, and what does not fit."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ class Line:
     """Bytes of the output that are not written yet."""
     hours: float
     """Hours for the work that is left."""
+    device_hours: float
+    """The hours of all ranks that share it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Plan:
     lines: tuple[Line, ...]
     rates: dict[str, float]
     """Speeds of the machine per second, from which the hours are computed."""
+    price: float | None
+    """Of a device-hour; None if it is not given."""
     memory: int
     """Bytes on each rank in training: weights, gradients, optimizer state, EMA, activations."""
     memory_there: int
@@ -58,18 +63,33 @@ class Plan:
     problems: tuple[str, ...]
     """Why the recipe cannot run as it is, and what to change."""
 
+    @property
+    def money(self) -> float | None:
+        """What the hours cost; None without a price."""
+        return None if self.price is None else self.price * sum(line.device_hours for line in self.lines)
+
     def as_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
-        return asdict(self)
+        return asdict(self) | {"money": self.money}
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Table rows: a header, one row for each stage, and the sum of the hours."""
-        rows: list[tuple[str, ...]] = [("stage", "state", "images", "objects", "GB", "hours")]
+        """Table rows: a header, one row for each stage, and the sum of the hours and of the money."""
+        rows: list[tuple[str, ...]] = [("stage", "state", "images", "objects", "GB", "hours", *self._priced())]
         for line in self.lines:
             numbers = (f"{line.images:,}", f"{line.objects:,}", f"{line.size / 1e9:,.2f}", f"{line.hours:,.2f}")
-            rows.append((line.stage, line.state, *numbers))
-        rows.append(("all", "", "", "", "", f"{sum(line.hours for line in self.lines):,.2f}"))
+            rows.append((line.stage, line.state, *numbers, *self._priced([line])))
+        hours = f"{sum(line.hours for line in self.lines):,.2f}"
+        rows.append(("all", "", "", "", "", hours, *self._priced(self.lines)))
         return rows
+
+    def _priced(self, lines: Sequence[Line] | None = None) -> tuple[str, ...]:
+        """The cells of device-hours and money, of the header without lines; none without a price."""
+        if self.price is None:
+            return ()
+        if lines is None:
+            return ("device-hours", f"at {self.price:g}")
+        hours = sum(line.device_hours for line in lines)
+        return (f"{hours:,.2f}", f"{hours * self.price:,.2f}")
 
     def needs(self) -> list[str]:
         """One line each for disk, cache, memory and what is guessed."""

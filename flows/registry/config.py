@@ -22,7 +22,7 @@ class PromotionRule(Config):
     """Metric to compare. Default: the Fréchet distance, fid or fd."""
     direction: Direction = "lower"
     """Which values of the metric are better."""
-    min_gain: float = Field(0.0, ge=0)
+    min_gain: float = Field(default=0.0, ge=0)
     """Least improvement in the metric's unit, after half the width of its 95 % interval is subtracted."""
 
     def __str__(self) -> str:
@@ -32,9 +32,9 @@ class PromotionRule(Config):
 class RegisterConfig(Config):
     """How a model is registered in MLflow."""
 
-    model_name: str = Field("ditflow", pattern=r'^[^/:?"\\\x00-\x1f\x7f-\x9f]+$', max_length=256)
+    model_name: str = Field(default="ditflow", pattern=r'^[^/:?"\\\x00-\x1f\x7f-\x9f]+$', max_length=256)
     """Name of the registered model. It is part of MLflow's URIs and searches, so it has no / : ? " or backslash."""
-    alias: str = Field(CANDIDATE, pattern=r"^[A-Za-z0-9_-]+$")
+    alias: str = Field(default=CANDIDATE, pattern=r"^[A-Za-z0-9_-]+$")
     """Alias that the new version receives."""
     checkpoint: Literal["last", "best"] = operational("last")
     """Which model is sampled, evaluated and registered: that of the last step, or the best of ``evaluate_milestones``
@@ -43,6 +43,9 @@ class RegisterConfig(Config):
     """Who makes a version champion: manual, a person with ditflow promote; automatic, the rule."""
     rule: PromotionRule = PromotionRule()
     """The rule for automatic promotion."""
+    reevaluate: bool = operational(False)
+    """Whether `ditflow up` evaluates champion and candidate again when a version is registered, with a new seed and as
+    many samples as before."""
 
 
 class ModelManifest(Manifest):

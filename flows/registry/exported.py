@@ -34,7 +34,9 @@ def export_faults(url: str) -> list[str]:
     version = ModelManifest.read(url)
     where = f"{version.model_name} {version.model_version}"
     try:
-        samples = version.parent("metrics", MetricsManifest).parent("samples", SampleManifest)
+        evaluated = "metrics" in version.parents
+        made = version.parent("metrics", MetricsManifest) if evaluated else version
+        samples = made.parent("samples", SampleManifest)
         models = {"model": samples.parent("checkpoint", CheckpointManifest)}
         if GUIDE in samples.parents:
             models[GUIDE] = samples.parent(GUIDE, CheckpointManifest)

@@ -2,17 +2,21 @@
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from mlflow import pyfunc
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.types.schema import ParamSchema
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -32,6 +36,8 @@ from storage.images.grid import image_grid
 from storage.manifest import OTHER_BYTES
 from storage.seal import BrokenSealError, opened
 
+PARAMS = frozenset({"seed", "steps", "guidance_scale", "guidance_channels", "sampler"})
+"""What a request may set, as the signature of the registered model says."""
 REGISTER_AGAIN = "run register again with --force"
 
 
@@ -44,6 +50,8 @@ class Generator(PythonModel):
         Raises:
             DitflowError: a file is not what was registered.
         """
+        if not hasattr(pyfunc._enforce_params_schema, "__wrapped__"):
+            pyfunc._enforce_params_schema = _strict(pyfunc._enforce_params_schema)
         folder = Path(context.artifacts["model"])
         values = _opened(folder / SAMPLING)
         self._sampling = values["sampling"] | {"guide": context.artifacts.get(GUIDE)}
@@ -91,6 +99,21 @@ class Generator(PythonModel):
         for start in range(0, len(labels), config.batch_size):
             indices = range(start, min(start + config.batch_size, len(labels)))
             yield from draw(config, self._trained, self._vae, indices, labels[indices.start : indices.stop])
+
+
+def _strict(enforce: Callable[..., Any]) -> Callable[..., Any]:
+    """MLflow's check of a request's params, which drops those that it does not know, refusing them for our models."""
+
+    @wraps(enforce)
+    def checked(params: Any, schema: ParamSchema | None) -> Any:
+        ours = schema is not None and {spec.name for spec in schema.params} == PARAMS
+        for name in sorted(set(params) - PARAMS) if ours and isinstance(params, dict) else ():
+            near = "".join(f"; did you mean {known}?" for known in get_close_matches(name, PARAMS, n=1))
+            message = f"{name}: no such param; there are {', '.join(sorted(PARAMS))}{near}"
+            raise MlflowException(message, INVALID_PARAMETER_VALUE)
+        return enforce(params, schema)
+
+    return checked
 
 
 def _opened(path: Path) -> dict[str, Any]:

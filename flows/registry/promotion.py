@@ -5,7 +5,6 @@ compared by these tags alone. Each decision is written to a tag ``ditflow.promot
 ``champion`` moves.
 """
 
-import getpass
 import json
 import os
 from dataclasses import dataclass
@@ -16,12 +15,16 @@ from mlflow import MlflowClient
 from pydantic import ValidationError
 
 from dit.metrics.comparison import Estimate, Gain, differing, gain
+from flows.processes import user
 from flows.registry.config import CANDIDATE, CHAMPION, PromotionRule
+from flows.registry.events import emit
 from flows.tracking.runs import mlflow_errors, tracking_uri
 from storage.config import Config
 from storage.errors import InputError
 
 EVALUATION_TAG = "ditflow.evaluation"
+PROMOTED = "ditflow.model.promoted"
+"""The Prefect event of a new champion; its resource is ``ditflow.model.<name>``."""
 PROMOTION_TAG = "ditflow.promotion"
 """Followed by the time of the decision, so no record overwrites another."""
 
@@ -62,6 +65,8 @@ def apply_rule(client: MlflowClient, name: str, version: int, rule: PromotionRul
     champion = _champion(client, name)
     if champion == version:
         return f"{name} {version} is already the champion"
+    if not _is_evaluated(client, name, version):
+        return f"{name} {version} is not promoted: it has no metrics; `ditflow promote` makes it champion by hand"
     try:
         comparison = _compare(client, name, version, champion, rule)
     except InputError as error:
@@ -73,6 +78,7 @@ def apply_rule(client: MlflowClient, name: str, version: int, rule: PromotionRul
     if not better:
         return f"{name} {version} is not promoted: {why}"
     client.set_registered_model_alias(name, CHAMPION, str(version))
+    tell_promoted(name, version, why)
     return f"{name} {version} is champion: {why}"
 
 
@@ -99,10 +105,20 @@ def promote(name: str, version: int | None, reason: str, root: str) -> str:
         champion = _champion(client, name)
         if champion == number:
             raise InputError(f"{name} {number}: is already the {CHAMPION}")
-        comparison = _compare(client, name, number, champion, PromotionRule())
+        both = [each for each in (number, champion) if each is not None]
+        evaluated = all(_is_evaluated(client, name, each) for each in both)
+        comparison = _compare(client, name, number, champion, PromotionRule()) if evaluated else None
         _record(client, name, number, comparison, {"decision": "promoted", "by": "hand", "why": reason})
         client.set_registered_model_alias(name, CHAMPION, str(number))
-    return f"{name} {number} is champion; before, it was {champion or 'none'}; {comparison}"
+    tell_promoted(name, number, f"by hand: {reason}")
+    said = comparison or "not compared, since one of them has no metrics"
+    return f"{name} {number} is champion; before, it was {champion or 'none'}; {said}"
+
+
+def tell_promoted(name: str, version: int, why: str) -> None:
+    """Emit the event of a new champion, in the background; not without a server whose automations could tell people."""
+    if os.environ.get("PREFECT_API_URL"):
+        emit(PROMOTED, name, {"version": version, "why": why})
 
 
 def evaluation(client: MlflowClient, name: str, version: int) -> Evaluation:
@@ -133,6 +149,11 @@ def check_comparable(what: str, old: Evaluation, new: Evaluation) -> None:
         )
 
 
+def _is_evaluated(client: MlflowClient, name: str, version: int) -> bool:
+    """Whether a version was registered with metrics, as that of a recipe with an extractor is."""
+    return EVALUATION_TAG in client.get_model_version(name, str(version)).tags
+
+
 def _champion(client: MlflowClient, name: str) -> int | None:
     number = client.get_registered_model(name).aliases.get(CHAMPION)
     return None if number is None else int(number)
@@ -161,16 +182,9 @@ def _record(
 ) -> None:
     """Write the decision to a tag of the version, before the alias moves."""
     when = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
-    facts: dict[str, Any] = {**decision, "who": _user(), "when": when, "old_champion": _champion(client, name)}
+    facts: dict[str, Any] = {**decision, "who": user(), "when": when, "old_champion": _champion(client, name)}
     if comparison is not None:
         facts |= {"metric": comparison.metric, "values": comparison.values}
     if comparison is not None and comparison.gain is not None:
         facts |= {"gain": comparison.gain.value, "margin": comparison.gain.margin}
     client.set_model_version_tag(name, str(version), f"{PROMOTION_TAG}.{when}", json.dumps(facts))
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # the user of a container may have no name
-        return str(os.getuid())

@@ -7,17 +7,18 @@ The model is a pyfunc (`flows.registry.model`) with the exported weights, the au
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import mlflow
 import numpy as np
 import pandas as pd
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
@@ -29,9 +30,14 @@ from dit.export import MODEL, SAMPLING, CheckpointManifest, weights_file
 from dit.sample import PICTURE, SampleManifest
 from dit.samplers.config import SampleConfig
 from dit.samplers.guide import NAME as GUIDE
+from dit.training.held_out import LOSS as HELD_OUT_LOSS
+from dit.training.held_out import REPORT as HELD_OUT_REPORT
 from dit.vae import VaeRef, fetch, packages
+from flows.registry.card import card
 from flows.registry.config import VERSION, ModelManifest, RegisterConfig
+from flows.registry.events import emit
 from flows.registry.promotion import EVALUATION_TAG, Evaluation, apply_rule
+from flows.tracking.models import dataset, plain
 from flows.tracking.runs import tracking_uri
 from flows.tracking.store import DIGEST_TAG, MANIFEST_TAG, tagged
 from storage import uri
@@ -46,12 +52,18 @@ from storage.tracker import Tracker, publish
 
 REGISTERED = "ditflow.model.registered"
 """The Prefect event of a new version; its resource is ``ditflow.model.<name>``."""
+FLOWS_ALONE = {"apprise", "argcomplete", "fastapi", "httpx", "nvidia-ml-py", "prefect", "rich"}
+"""Packages that `flows` needs, and a served model does not."""
+REEVALUATE_LABEL = "ditflow.reevaluate"
+"""Label of that event's resource, ``true`` or ``false``: whether prefect.yaml's trigger starts a reevaluation."""
 METRICS_DIGEST_TAG = "digest.metrics"
 CONTENT_TAG = "content.metrics"
 
 
-def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, tracker: Tracker) -> ModelManifest:
-    """Register the model that the metrics belong to as a new version.
+def run(
+    config: RegisterConfig, source: MetricsManifest | SampleManifest, *, out: StageOutput, tracker: Tracker
+) -> ModelManifest:
+    """Register the model that the metrics belong to as a new version, or without metrics that of the samples.
 
     After a kill between the version and the manifest, the next run finds the version. It emits the event again.
 
@@ -65,25 +77,30 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
             "does not answer; start it" if store.startswith("http") else "cannot be used; the log says why. Mend it"
         )
         raise DitflowError(f"register: {uri.redact(store)}, which holds the registry, {problem} and run register again")
-    samples = metrics.parent("samples", SampleManifest)
+    samples = source if isinstance(source, SampleManifest) else source.parent("samples", SampleManifest)
     checkpoint = samples.parent("checkpoint", CheckpointManifest)
+    metrics = _metrics(source, checkpoint)
     client = MlflowClient(store)
     number = _registered(client, config.model_name, out)
     if number is None:
         tags = {
             DIGEST_TAG: out.header.digest,
-            CONTENT_TAG: metrics.content,
-            **_numbers(metrics),
-            **_lineage(metrics, samples, checkpoint),
+            CONTENT_TAG: source.content,
+            **_numbers(source, metrics),
+            **_lineage(source, samples, checkpoint),
         }
         with _fluent(store):
-            model_uri = _log(checkpoint, samples, metrics, run_id)
+            name = out.header.provenance.name or "model"
+            model_uri = _log(checkpoint, samples, metrics, run_id, name)
             made = mlflow.register_model(model_uri, config.model_name, tags=tags).version
         number = _registered(client, config.model_name, out) or int(made)
         if number != int(made):  # another run of the same pipeline was first
             client.delete_model_version(config.model_name, made)
+    text = card(config.model_name, number, samples, checkpoint, metrics, source.conditions, run_id)
+    client.update_model_version(config.model_name, str(number), text)
     client.set_registered_model_alias(config.model_name, config.alias, str(number))
-    emit(REGISTERED, config.model_name, {"version": number, "alias": config.alias, "digest": out.header.digest})
+    about = {"version": number, "alias": config.alias, "digest": out.header.digest}
+    emit(REGISTERED, config.model_name, about, labels={REEVALUATE_LABEL: str(config.reevaluate).lower()})
     promotion = None
     if config.promote == "automatic":
         promotion = apply_rule(client, config.model_name, number, config.rule)
@@ -91,7 +108,7 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
     return out.commit(
         ModelManifest,
         [publish(out, tracker, PICTURE, samples.read_object(f"artifacts/{PICTURE}"))],
-        metrics=metrics.metrics,
+        metrics=metrics,
         model_name=config.model_name,
         model_version=number,
         alias=config.alias,
@@ -99,7 +116,7 @@ def run(config: RegisterConfig, metrics: MetricsManifest, *, out: StageOutput, t
     )
 
 
-def check(config: RegisterConfig, _: MetricsManifest, __: PlanContext) -> None:
+def check(config: RegisterConfig, _: MetricsManifest | SampleManifest, __: PlanContext) -> None:
     """Check the names by MLflow's own rules.
 
     Raises:
@@ -117,46 +134,57 @@ def check(config: RegisterConfig, _: MetricsManifest, __: PlanContext) -> None:
                 raise InputError(f"registry.{name}: MLflow refuses it: {error.message}") from error
 
 
-def emit(event: str, model_name: str, payload: dict[str, Any], once: UUID | None = None) -> None:
-    """Emit a Prefect event about a model, in the background; events with the same id ``once`` count once."""
-    from prefect.events import emit_event  # late: Prefect reads its settings when it is imported
-
-    resource = {"prefect.resource.id": f"ditflow.model.{model_name}", "prefect.resource.name": model_name}
-    emit_event(event, resource, payload={"model_name": model_name} | payload, id=once)
-
-
 def _registered(client: MlflowClient, name: str, out: StageOutput) -> int | None:
     """The version that was registered for an output, from the same bytes of the metrics."""
-    tags = f"{tagged(DIGEST_TAG, out.header.digest)} and {tagged(CONTENT_TAG, out.header.contents['metrics'])}"
+    (content,) = out.header.contents.values()
+    tags = f"{tagged(DIGEST_TAG, out.header.digest)} and {tagged(CONTENT_TAG, content)}"
     versions = client.search_model_versions(f'name = "{name}" and {tags}')
     return min((int(version.version) for version in versions), default=None)
 
 
-def _numbers(metrics: MetricsManifest) -> dict[str, str]:
-    """Tags with the metrics: one for each, to read, and one with everything for `promotion.evaluation`."""
-    tags = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.metrics.items()}
-    whole = Evaluation(distance=metrics.distance, metrics=metrics.metrics, conditions=metrics.conditions)
-    return tags | {"distance": metrics.distance, EVALUATION_TAG: whole.model_dump_json()}
+def _metrics(source: MetricsManifest | SampleManifest, checkpoint: CheckpointManifest) -> dict[str, float]:
+    """Those of the evaluation; without one, the loss on held-out images if it was measured."""
+    if isinstance(source, MetricsManifest):
+        return source.metrics
+    path = f"artifacts/{HELD_OUT_REPORT}"
+    if path not in {entry.path for entry in checkpoint.files}:
+        return {}
+    last = [{}, *json.loads(checkpoint.read_object(path))["points"]][-1]
+    return {name: last[name] for name in (HELD_OUT_LOSS, f"{HELD_OUT_LOSS}_se") if name in last}
 
 
-def _lineage(metrics: MetricsManifest, samples: SampleManifest, checkpoint: CheckpointManifest) -> dict[str, str]:
+def _numbers(source: MetricsManifest | SampleManifest, metrics: Mapping[str, float]) -> dict[str, str]:
+    """Tags with the metrics: one for each, to read, and one with an evaluation for `promotion.evaluation`."""
+    tags = {f"metric.{key}": f"{value:.6g}" for key, value in metrics.items()}
+    if isinstance(source, SampleManifest):
+        return tags
+    whole = Evaluation(distance=source.distance, metrics=source.metrics, conditions=source.conditions)
+    return tags | {"distance": source.distance, EVALUATION_TAG: whole.model_dump_json()}
+
+
+def _lineage(
+    source: MetricsManifest | SampleManifest, samples: SampleManifest, checkpoint: CheckpointManifest
+) -> dict[str, str]:
     """Tags with the digests of every output from the archive to the metrics, and the URL of the checkpoint."""
     others, latents = _guide(samples), checkpoint.latents()
     if checkpoint.stage != CheckpointManifest.STAGE:
         others["training"] = checkpoint.parent("checkpoint", CheckpointManifest)
     shards = latents.parent("shards", ShardManifest)
-    made = {"metrics": metrics, "samples": samples, "checkpoint": checkpoint, "latents": latents, "shards": shards}
+    metrics = {"metrics": source} if isinstance(source, MetricsManifest) else {}
+    made = {**metrics, "samples": samples, "checkpoint": checkpoint, "latents": latents, "shards": shards}
     digests = {f"digest.{name}": manifest.digest for name, manifest in (made | others).items()}
     digests |= {f"digest.archive.{split}": digest for split, digest in shards.inputs.items()}
     return digests | {MANIFEST_TAG: uri.redact(checkpoint.url), "ditflow.code_version": code_version()}
 
 
-def _log(checkpoint: CheckpointManifest, samples: SampleManifest, metrics: MetricsManifest, run_id: str) -> str:
-    """Log the model to the stage's run, with its metrics and code, and return its URI."""
+def _log(
+    checkpoint: CheckpointManifest, samples: SampleManifest, metrics: Mapping[str, float], run_id: str, name: str
+) -> str:
+    """Log the model under a name to the stage's run, with its metrics and code, and return its URI."""
     sampling = SampleConfig.model_validate(samples.config)
     with tempfile.TemporaryDirectory() as folder, _current(run_id):
         logged = mlflow.pyfunc.log_model(
-            name="model",
+            name=plain(name),
             python_model=str(Path(__file__).with_name("model.py")),
             artifacts=_artifacts(Path(folder), checkpoint, _guide(samples).get(GUIDE), sampling),
             signature=_signature(sampling),
@@ -164,7 +192,10 @@ def _log(checkpoint: CheckpointManifest, samples: SampleManifest, metrics: Metri
             pip_requirements=_requirements(sampling.vae or checkpoint.card.vae_ref),
             code_paths=[str(Path(__file__).parents[2] / package) for package in ("dit", "storage")],
         )
-        mlflow.log_metrics(metrics.metrics, model_id=logged.model_id)
+        about = dataset("shards", checkpoint.latents().parent("shards", ShardManifest))
+        now = int(time.time() * 1000)
+        linked = [Metric(key, value, now, 0, model_id=logged.model_id, **about) for key, value in metrics.items()]
+        MlflowClient().log_batch(run_id, metrics=linked)
     return str(logged.model_uri)
 
 
@@ -172,7 +203,7 @@ def _requirements(vae: VaeRef | None) -> list[str]:
     """The packages that dit, storage and the autoencoder need, pinned to the versions installed here."""
     needed = {Requirement(text).name for text in requires("ditflow") or () if "extra ==" not in text}
     needed |= set(packages(vae) if vae else [])
-    return sorted(f"{name}=={version(name).partition('+')[0]}" for name in needed - {"prefect", "fastapi"})
+    return sorted(f"{name}=={version(name).partition('+')[0]}" for name in needed - FLOWS_ALONE)
 
 
 @contextmanager

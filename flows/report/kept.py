@@ -48,5 +48,6 @@ def keep(out: StageOutput, kind: type[Manifest], name: str, make: Callable[[], b
     data = kept(out, kind, name)
     if data is None:
         data = make()
+        out.begin()
         out.commit(kind, [out.put(name, data)])
     return data

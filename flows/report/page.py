@@ -132,14 +132,18 @@ def write_page(shown: Shown) -> bytes:
 
 
 def publish(shown: Shown, run_id: str | None) -> None:
-    """Write the report and log it to the pipeline's MLflow run, if there is one.
+    """Write the report and log it, with the picture of the samples, to the pipeline's MLflow run, if there is one.
 
     An error becomes a warning: the stages are committed, and the report must not fail them.
     """
     try:
         written = write_page(shown)
         if run_id is not None:
-            log_file(MlflowClient(runs.tracking_uri(shown.root)), run_id, REPORT, written)
+            client = MlflowClient(runs.tracking_uri(shown.root))
+            log_file(client, run_id, REPORT, written)
+            for made in shown.stages:
+                if made.stage == SampleManifest.STAGE:
+                    log_file(client, run_id, PICTURE, made.read_object(f"artifacts/{PICTURE}"))
     except Exception as error:
         LOGGER.warning("no report: %s", one_line(error))
 

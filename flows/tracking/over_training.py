@@ -11,8 +11,8 @@ from mlflow.entities import Metric, Run
 
 from dit.evaluate import MetricsManifest
 from dit.metrics.comparison import NFE
-from flows.tracking.runs import BestEffort, living_run, open_client
-from flows.tracking.sink import log_records
+from flows.tracking.runs import living_run, open_client
+from flows.tracking.sink import BestEffort, log_records
 from flows.tracking.store import DIGEST_TAG, MILESTONE, find, find_pipeline
 from storage.header import Header
 from storage.seal import json_digest

@@ -4,7 +4,6 @@ from typing import TypeVar
 
 from dit.samplers.config import SampleConfig
 from dit.training.config import TrainConfig
-from flows.tracking import runs
 from storage import uri
 from storage.config import Config
 
@@ -19,8 +18,14 @@ def located(config: AnyConfig, root: str) -> AnyConfig:
         DitflowError: MLflow does not answer.
     """
     if isinstance(config, TrainConfig) and config.init is not None:
-        place = uri.absolute(runs.resolve(config.init.source, root))
+        place = _place(config.init.source, root)
         return config.model_copy(update={"init": config.init.model_copy(update={"source": place})})
     if isinstance(config, SampleConfig) and config.guide is not None:
-        return config.model_copy(update={"guide": uri.absolute(runs.resolve(config.guide, root))})
+        return config.model_copy(update={"guide": _place(config.guide, root)})
     return config
+
+
+def _place(reference: str, root: str) -> str:
+    from flows.tracking import runs  # imports MLflow, which takes seconds
+
+    return uri.absolute(runs.resolve(reference, root))

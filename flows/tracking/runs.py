@@ -10,8 +10,9 @@ finished work, and by `end_killed`, which knows them by the tag ``ditflow.proces
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Run, RunTag
@@ -23,7 +24,8 @@ from dit.export import CheckpointManifest
 from flows import processes
 from flows.servers import local_home
 from flows.tracking import database
-from flows.tracking.sink import UNSENT, complaint, log_file, log_records, read_unsent
+from flows.tracking.models import finish
+from flows.tracking.sink import UNSENT, BestEffort, complaint, log_file, log_records, read_unsent
 from flows.tracking.spec import TrackingSpec
 from flows.tracking.store import (
     DIGEST_TAG,
@@ -35,19 +37,24 @@ from flows.tracking.store import (
     find,
     find_or_create_pipeline,
     find_pipeline,
-    finish,
     is_finished,
+    log_params,
     stage_tags,
     tagged,
+    tell_pipeline,
 )
 from storage import uri
-from storage.errors import DitflowError, InputError, one_line
+from storage.errors import DitflowError, InputError, SubmittedError, one_line
 from storage.header import Header
-from storage.manifest import Manifest, StageOutput, output_folder
+from storage.manifest import MANIFEST, Manifest, StageOutput, output_folder
 from storage.manifest import is_finished as finished
 
 LOGGER = logging.getLogger(__name__)
-EXPERIMENT = "ditflow"
+EXPERIMENT = database.EXPERIMENT
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag of an experiment of model training. The pages of MLflow 3.17 do not read it: see `TRAINING_VIEW`."""
+TRAINING_VIEW = "?workflowType=machine_learning"
+"""Behind the address of a page: MLflow shows it as model training, not as GenAI."""
 MODELS = "models:/"
 """What references to registered models begin with."""
 
@@ -69,7 +76,7 @@ def open_client(root: str) -> tuple[MlflowClient, str]:
     if where == database.address(home):
         database.create(home)
     if where.startswith("sqlite"):
-        location = (home / "mlflow-artifacts").as_uri()
+        location = database.artifacts(home)
     client = MlflowClient(where)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is not None and experiment.lifecycle_stage == LifecycleStage.DELETED:
@@ -79,7 +86,7 @@ def open_client(root: str) -> tuple[MlflowClient, str]:
     if experiment is not None:
         return client, str(experiment.experiment_id)
     try:
-        return client, str(client.create_experiment(EXPERIMENT, artifact_location=location))
+        return client, str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=KIND))
     except MlflowException as error:
         if not _is(error, RESOURCE_ALREADY_EXISTS):
             raise
@@ -131,7 +138,7 @@ def resolve(reference: str, root: str) -> str:
 
 
 def _training_of(reference: str, root: str) -> str:
-    """The manifest URL of the training of a registered model, also in a root that was moved as a whole."""
+    """The manifest URL of the training of a registered model: in this root if it is there, else where it was made."""
     found = re.fullmatch(rf"{MODELS}([^/]+)(?:@([^/@]+)|/([0-9]+))", reference)
     if found is None:
         raise InputError(f"{reference}: write {MODELS}name@alias or {MODELS}name/version")
@@ -143,11 +150,12 @@ def _training_of(reference: str, root: str) -> str:
             raise InputError(f"{reference}: {name} has no alias {alias}; it has {', '.join(aliases) or 'none'}")
         tags = client.get_model_version(name, str(version or aliases[alias])).tags
     digest = tags.get("digest.checkpoint", "")
+    noted: str = tags.get(MANIFEST_TAG, "")
     folders = (CheckpointManifest.folder(root, digest), AverageManifest.folder(root, digest))
-    places = (tags.get(MANIFEST_TAG, ""), *folders)
+    places = (*(uri.join(folder, MANIFEST) for folder in folders), noted)
     place = next((place for place in places if place and finished(output_folder(place))), None)
     if place is None:
-        raise InputError(f"{reference}: its training is no longer at {places[0] or 'any place'}")
+        raise InputError(f"{reference}: its training is no longer at {noted or 'any place'}")
     return place
 
 
@@ -165,7 +173,17 @@ def run_url(run_id: str, root: str) -> str | None:
     if address.startswith("http"):
         with BestEffort():
             _, experiment_id = open_client(root)
-            return f"{uri.redact(address)}/#/experiments/{experiment_id}/runs/{run_id}"
+            return f"{uri.redact(address)}/#/experiments/{experiment_id}/runs/{run_id}{TRAINING_VIEW}"
+    return None
+
+
+def experiment_url(root: str, server: str | None = None) -> str | None:
+    """The web page of all runs, in the view for training, of a server or that in use. None as for `run_url`."""
+    address = server or tracking_uri(root)
+    if address.startswith("http"):
+        with BestEffort():
+            _, experiment_id = open_client(root)
+            return f"{uri.redact(address)}/#/experiments/{experiment_id}/runs{TRAINING_VIEW}"
     return None
 
 
@@ -193,7 +211,7 @@ def stage_run(output: StageOutput, root: str, *, here: bool = True) -> Iterator[
         return
     client = MlflowClient(spec.uri)
     with _end_on_error(client, run_id):
-        yield output.with_mlflow_run(run_id), spec
+        yield output.made_by(mlflow_run_id=run_id), spec
     with BestEffort():
         finish(client, run_id, Manifest.read(output.uri))
 
@@ -208,8 +226,16 @@ def skip_recorded(spec: TrackingSpec, output: StageOutput) -> TrackingSpec:
 
 
 @contextmanager
-def pipeline_run(pipeline_id: str, root: str) -> Iterator[str | None]:
+def pipeline_run(
+    pipeline_id: str, root: str, name: str | None = None, params: Mapping[str, Any] | None = None
+) -> Iterator[str | None]:
     """Open the run of a pipeline for the length of the block; yields its id, None if MLflow does not answer.
+
+    Args:
+        pipeline_id: the same for all attempts.
+        root: folder of all outputs.
+        name: of the run, if it is not to keep the one that it has; that of a new one is the id.
+        params: nested values; a run keeps those of its first attempt.
 
     Raises:
         InputError: the experiment was deleted.
@@ -220,7 +246,8 @@ def pipeline_run(pipeline_id: str, root: str) -> Iterator[str | None]:
         process = processes.join(root)
         run_id = find_or_create_pipeline(client, experiment_id, pipeline_id, process)
         client.set_tag(run_id, PROCESS_TAG, process)
-        client.update_run(run_id, status="RUNNING")
+        client.update_run(run_id, status="RUNNING", name=name)
+        log_params(client, run_id, params or {})
     if run_id is None:
         yield None
         return
@@ -240,14 +267,23 @@ def sync_run(manifest: Manifest, root: str) -> None:
         _sync(*open_client(root), manifest)
 
 
-def sync_pipeline(pipeline_id: str, manifests: Iterable[Manifest], root: str) -> None:
-    """`sync_run` for every stage of a finished pipeline, whose own run is ended too if a kill left it open."""
+def sync_pipeline(pipeline_id: str, stages: Sequence[Manifest], root: str, further: Iterable[Manifest] = ()) -> None:
+    """`sync_run` for every stage of a finished pipeline, whose own run gets their numbers and is ended if it is open.
+
+    Args:
+        pipeline_id: of the recipe.
+        stages: what the pipeline's own stages have made.
+        root: folder of all outputs.
+        further: what was made beside them, to evaluate other models.
+    """
     with BestEffort():
         client, experiment_id = open_client(root)
-        for manifest in manifests:
+        everything = (*further, *stages)
+        for manifest in everything:
             _sync(client, experiment_id, manifest)
         run_id = find_pipeline(client, experiment_id, pipeline_id)
         if run_id is not None and not is_finished(client.get_run(run_id)):
+            tell_pipeline(client, run_id, stages, everything)
             end(client, run_id, "FINISHED")
 
 
@@ -260,27 +296,13 @@ def end_killed(names: Iterable[str], root: str) -> None:
             end(client, run.info.run_id, "KILLED")
 
 
-class BestEffort:
-    """Logs what MLflow raises in the block and goes on behind it, except for errors of the types ``passing``."""
-
-    def __init__(self, *passing: type[Exception]) -> None:
-        self._passing = passing
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
-        if not isinstance(error, Exception) or isinstance(error, self._passing):  # MLflow documents no exception types
-            return False
-        LOGGER.warning("%s; the stage goes on without it: %s", complaint(error), one_line(error))
-        return True
-
-
 @contextmanager
 def _end_on_error(client: MlflowClient, run_id: str) -> Iterator[None]:
-    """Mark a run as failed or killed if the block raises."""
+    """Mark a run as failed or killed if the block raises, unless its work goes on elsewhere."""
     try:
         yield
+    except SubmittedError:
+        raise
     except BaseException as error:
         with BestEffort():
             end(client, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")

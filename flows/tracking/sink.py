@@ -26,6 +26,7 @@ LOGGER = logging.getLogger(__name__)
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 UNSENT = "tracking-unsent.jsonl"
 """Name of the file beside the manifest."""
+REFUSES = "MLflow refuses"
 BATCH = 1000  # the most that MLflow takes in one call
 FLUSH_SECONDS = 1.0
 CLOSE_SECONDS = 10.0  # less than torchrun waits for a rank after SIGTERM
@@ -117,9 +118,11 @@ class StageTracker:
 
     def __init__(self, sink: MlflowSink | None, progress: Callable[[int, int, str], None] | None) -> None:
         self._sink, self._progress = sink, progress
+        self._loss = ""
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """Send scalars at a step to MLflow."""
+        self._loss = f", loss {values['loss']:.4g}" if "loss" in values else self._loss
         if self._sink is not None:
             self._sink.metrics(values, step)
 
@@ -129,9 +132,9 @@ class StageTracker:
             self._sink.file(name, data)
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Show the progress."""
+        """Show the progress, with the last loss behind the name of the units."""
         if self._progress is not None:
-            self._progress(done, total, unit)
+            self._progress(done, total, f"{unit}{self._loss}")
 
     def close(self, output: StageOutput) -> None:
         """Send what is queued; write what MLflow does not take beside the manifest, one JSON object on each line."""
@@ -166,7 +169,23 @@ def log_records(client: MlflowClient, run_id: str, records: Sequence[Record]) ->
 def complaint(error: Exception) -> str:
     """Whether MLflow does not answer, or answers and refuses, as when a person has deleted the run."""
     refused = isinstance(error, MlflowException) and error.get_http_status_code() < HTTPStatus.INTERNAL_SERVER_ERROR
-    return "MLflow refuses" if refused or isinstance(error, InputError) else "MLflow does not answer"
+    return REFUSES if refused or isinstance(error, InputError) else "MLflow does not answer"
+
+
+class BestEffort:
+    """Logs what MLflow raises in the block and goes on behind it, except for errors of the types ``passing``."""
+
+    def __init__(self, *passing: type[Exception]) -> None:
+        self._passing = passing
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, self._passing):  # MLflow documents no exception types
+            return False
+        LOGGER.warning("%s; the stage goes on without it: %s", complaint(error), one_line(error))
+        return True
 
 
 def log_file(client: MlflowClient, run_id: str, name: str, data: bytes) -> None:

@@ -11,7 +11,6 @@ from storage.archives.folder import entries, entry_name, open_folder, open_folde
 from storage.archives.held_out import open_labelled_tar
 from storage.archives.listing import Archive, Member
 from storage.archives.once import listed
-from storage.archives.parquets import open_parquet
 from storage.archives.patterns import expand
 from storage.archives.tars import open_tar, open_tars
 from storage.archives.zips import open_zip
@@ -89,6 +88,16 @@ def open_archive(url: str, class_names: tuple[str, ...] | None = None, labels: s
     Raises:
         InputError: there is no archive of these types, it is damaged, or as `Archive`.
         StorageError: the labels cannot be read.
+
+    Examples:
+        >>> import numpy as np
+        >>> from storage.images.grid import image_grid
+        >>> picture = image_grid(np.zeros((1, 8, 8, 3), np.uint8), columns=1)
+        >>> for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
+        ...     uri.write(f"memory://pets/{name}", picture)
+        >>> archive = open_archive("memory://pets")
+        >>> archive.class_names, [member.label for member in archive.members]
+        (('cat', 'dog'), [0, 0, 1])
     """
     begin = time.perf_counter()
     archive = _opened(url, class_names, labels)
@@ -115,7 +124,7 @@ def _opened(url: str, class_names: tuple[str, ...] | None, labels: str | None) -
     if name.endswith(".zip"):
         return open_zip(url, class_names)
     if name.endswith(".parquet"):
-        return open_parquet([url], Account(where), class_names)
+        return _open_parquet([url], Account(where), class_names)
     return _open_folder(url, class_names)
 
 
@@ -124,7 +133,7 @@ def _open_several(urls: list[str], where: str, class_names: tuple[str, ...] | No
     if all(uri.redact(url).lower().endswith(".tar") for url in urls):
         return open_tars(urls, Account(where), class_names)
     if all(uri.redact(url).lower().endswith(".parquet") for url in urls):
-        return open_parquet(urls, Account(where), class_names)
+        return _open_parquet(urls, Account(where), class_names)
     other = next((url for url in urls if not uri.is_folder(url)), None)
     if other is None:
         return open_folders(urls, Account(where), class_names)
@@ -147,10 +156,16 @@ def _open_folder(url: str, class_names: tuple[str, ...] | None) -> Archive:
     if any(entry["type"] == "directory" for entry in contents):
         return open_folder(url, class_names)
     names = sorted(entry_name(entry) for entry in contents)
-    for extension, open_files in ((".parquet", open_parquet), (".tar", open_tars)):
+    for extension, open_files in ((".parquet", _open_parquet), (".tar", open_tars)):
         chosen = [name for name in names if name.endswith(extension)]
         if chosen:
             account.pass_over_beside(sorted({*names} - {*chosen}))
             return open_files([uri.join(url, name) for name in chosen], account, class_names)
     account.pass_over_beside(names)
     return open_folder(url, class_names)
+
+
+def _open_parquet(urls: list[str], account: Account, class_names: tuple[str, ...] | None = None) -> Archive:
+    from storage.archives.parquets import open_parquet  # imports pyarrow, which many commands do without
+
+    return open_parquet(urls, account, class_names)

@@ -31,6 +31,10 @@ def expand(url: str) -> list[str] | None:
         InputError: a range is descending, no file matches, there are too many files, one stands twice, or folders
             that match are the splits of a data set.
         StorageError: the store does not answer.
+
+    Examples:
+        >>> expand("memory://lab/train-{009..010}.tar")
+        ['memory://lab/train-009.tar', 'memory://lab/train-010.tar']
     """
     is_pattern = _BRACES.search(url) or _WILDCARD.search(uri.redact(url))
     if not is_pattern or uri.chain(url)[0] or uri.exists(url):

@@ -21,6 +21,10 @@ def image_grid(images: NDArray[np.uint8], columns: int, gap: int = 0) -> bytes:
 
     Returns:
         Bytes of the PNG; the same images give the same bytes.
+
+    Examples:
+        >>> image_grid(np.zeros((10, 8, 8, 3), np.uint8), columns=5, gap=2)[1:4]
+        b'PNG'
     """
     count, height, width, channels = images.shape
     columns = min(columns, count)

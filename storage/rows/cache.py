@@ -4,13 +4,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 
 from storage import uri
-from storage.errors import StorageError
+from storage.errors import StorageError, one_line
 from storage.header import FileEntry, short_digest
 from storage.manifest import Manifest
 from storage.seal import json_digest
@@ -37,19 +37,36 @@ def entry_path(cache: Path | None, kind: str, key: object) -> Path:
     return (cache or root()) / kind / short_digest(json_digest(key))
 
 
+@contextmanager
+def making(url: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Be the only process of this machine that makes an output. Where the cache cannot be written, only warn.
+
+    Args:
+        url: of the output.
+        waiting: as of `locked`.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(entry_path(None, "making", uri.absolute(url)), waiting))
+        except (StorageError, RuntimeError) as error:  # RuntimeError: this user has no home
+            LOGGER.warning("%s; do not let two commands make the same output at once", one_line(error))
+        yield
+
+
 def content_key(files: Sequence[FileEntry]) -> list[list[str]]:
     """Paths and hashes of objects, as part of a key."""
     return [[entry.path, entry.sha256] for entry in files]
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[int]:
+def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[int]:
     """Hold a lock against the other processes of this machine. The system frees the lock of a killed process.
 
     On a file system without locks there is only a warning.
 
     Args:
         path: the cache entry that is locked; the lock file lies beside it.
+        waiting: says that another process holds the lock. Default: a line in the log.
 
     Yields:
         The lock file's descriptor. A child that keeps it open holds the lock too: if this process is killed, or the
@@ -72,7 +89,10 @@ def locked(path: Path) -> Iterator[int]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                LOGGER.info("waiting for another process that is preparing %s", path)
+                if waiting is None:
+                    LOGGER.info("waiting for another process that is preparing %s", path)
+                else:
+                    waiting()
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
                 LOGGER.warning("%s: no locks here (%s); do not start two commands at once", lock, error.strerror)

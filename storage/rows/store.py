@@ -116,6 +116,17 @@ class RowWriter:
         out: the stage's output.
         layout: the arrays and blocks.
         attributes: JSON values, written as the group's attributes.
+
+    Examples:
+        >>> from storage.config import Config
+        >>> from storage.manifest import stage_output
+        >>> out = stage_output("memory://rows", "squares", 1, Config(), parents={}, inputs={})
+        >>> writer = RowWriter(out, RowLayout(rows=6, block_rows=4, arrays=(ArraySpec("square", "int32", (), 2),)), {})
+        >>> for block in writer.missing():
+        ...     writer.write(block, {"square": np.arange(*writer.bounds(block), dtype=np.int32) ** 2})
+        >>> store = out.commit(Manifest, writer.finish())
+        >>> RowReader(store).take("square", np.array([5, 1]))
+        array([25,  1], dtype=int32)
     """
 
     def __init__(self, out: StageOutput, layout: RowLayout, attributes: Mapping[str, Any]) -> None:

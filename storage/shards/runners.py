@@ -14,7 +14,7 @@ class Threads(Config):
     """Threads of this process."""
 
     kind: Literal["threads"] = "threads"
-    count: int = Field(0, ge=0)
+    count: int = Field(default=0, ge=0)
     """Number of threads; 0 means one for each core."""
 
 
@@ -22,7 +22,7 @@ class Processes(Config):
     """Processes on this machine."""
 
     kind: Literal["processes"] = "processes"
-    count: int = Field(0, ge=0)
+    count: int = Field(default=0, ge=0)
     """Number of processes; 0 means one for each core."""
 
 
@@ -35,9 +35,12 @@ class Dask(Config):
 
 
 class Ray(Config):
-    """A Ray cluster. Its workers need this package, and the archive and the root under the same URLs."""
+    """A Ray cluster. Its workers need this package, and the archive and the root under the same URLs. Experimental: no
+    cluster of several machines has run it yet.
+    """
 
     kind: Literal["ray"] = "ray"
+    """Which workers: those of a Ray cluster. Experimental: no cluster of several machines has run it yet."""
     address: Location | None = None
     """Address of the cluster, such as ``ray://10.0.0.1:10001``; null starts one on this machine for the run."""
 

@@ -19,6 +19,7 @@ from webdataset.tariterators import tar_file_iterator
 
 from storage import records, uri
 from storage.archives.account import SplitAccount
+from storage.archives.known import input_digests
 from storage.archives.open import Archive, ArchiveRef, open_splits
 from storage.config import Config, operational
 from storage.errors import InputError
@@ -47,13 +48,13 @@ _PLANNING = Lock()
 class ShardConfig(Config):
     """How images are packed into tars."""
 
-    images_per_shard: int = Field(1024, ge=1)
+    images_per_shard: int = Field(default=1024, ge=1)
     """Images in one tar; the last tar of a split may hold fewer."""
     seed: int = 0
     """Seed of the order that images are shuffled in."""
-    max_unreadable: float = Field(0.001, ge=0, le=1)
+    max_unreadable: float = Field(default=0.001, ge=0, le=1)
     """Largest fraction of the images, 0 to 1, that may be unreadable and left out; more is an error."""
-    min_side: int = Field(8, ge=1)
+    min_side: int = Field(default=8, ge=1)
     """Shortest allowed side of an image, pixels; smaller images count as unreadable."""
     runner: Runner = operational(Threads())
     """Workers that build the shards. If the root is no local disk, each holds one tar in memory."""
@@ -155,15 +156,6 @@ class _Plan:
 
     archives: dict[str, Archive]
     tasks: list[_Task]
-
-
-def input_digests(archive: ArchiveRef) -> dict[str, str]:
-    """The digest of each archive by split.
-
-    Raises:
-        InputError: as `open_archive`.
-    """
-    return {split: source.digest for split, source in open_splits(archive).items()}
 
 
 def run(
@@ -328,8 +320,8 @@ def _check_limit(unreadable: list[Unreadable], done: int, total: int, limit: flo
         return
     first = "; ".join(f"{item.split} {item.name}: {item.reason}" for item in unreadable[:3])
     raise InputError(
-        f"{len(unreadable):,} of the first {done:,} images are unreadable, more than max_unreadable = {limit:g} "
-        f"of {total:,} allows; repair or remove them, or raise max_unreadable: {first}"
+        f"{len(unreadable):,} of the first {done:,} images are unreadable, more than shard.max_unreadable = "
+        f"{limit:g} of {total:,} allows; repair or remove them, or raise shard.max_unreadable: {first}"
     )
 
 

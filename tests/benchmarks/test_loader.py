@@ -1,5 +1,6 @@
 """The benchmark of the readers, in small."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,3 +29,13 @@ def test_a_reader_of_other_latents_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(loader.np, "load", lambda _: np.zeros(TASK.shape, np.float16))
     with pytest.raises(ValueError, match="npy returns other latents"):
         contest(TASK, tmp_path)
+
+
+def test_the_latents_of_an_output_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "Task", partial(Task, batch_size=32, block_rows=64, chunk_rows=8, rounds=1))
+    made = np.random.default_rng(0).random((300, 3, 2, 2)).astype(np.float16)
+    latents = loader.write(Task(rows=300, shape=(3, 2, 2), block_rows=64, chunk_rows=8), str(tmp_path), made)
+    monkeypatch.setattr(loader, "contest", lambda task, _, latents: (task, latents))
+    task, found = loader.measure(Path(latents.uri))
+    assert (task.rows, task.shape) == (300, (3, 2, 2))
+    assert np.array_equal(found, made)

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small import few_digits
 
 from benchmarks.replication import __main__ as replication
 from benchmarks.replication.runs import Run, finished
+from dit.metrics.comparison import Estimate
 from flows.contract import STAGES, Source
 from flows.demo import CLASSIFIER
 from flows.sweep import load_recipes
@@ -41,7 +43,6 @@ def run_all(sweep: str, overrides: list[str], root: Path) -> None:
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_every_sweep_is_one_of_small_models_of_photographs(sweep: str) -> None:
     recipes = load_recipes(str(SWEEPS[sweep]))
-    assert len(recipes) > 1
     assert {recipe.archive.train for recipe in recipes} == {"cifar10/train.zip"}
     assert len({recipe.pipeline_id for recipe in recipes}) == len(recipes)
 
@@ -50,20 +51,25 @@ def test_figures_of_finished_sweeps(overrides: list[str], tmp_path: Path) -> Non
     def runs(sweep: str) -> list[Run]:
         return finished(sweep, overrides, str(tmp_path))
 
-    with pytest.raises(InputError, match="process-0: not finished; run the sweep process first"):
+    with pytest.raises(InputError, match="process-flow-0: not finished; run the sweep process first"):
         runs("process")
     overrides = [*overrides, "train.model.size={depth: 1, width: 32, heads: 2}"]
     for sweep in ("blocks", "process", "guidance"):
         run_all(sweep, overrides, tmp_path)
     found, picture = replication.processes(runs)
-    assert [(run.variant, run.seed, run.passes) for run in found] == [
-        *(("dit adaln_zero", 0, 2), ("dit adaln_zero", 1, 2)),
-        *(("dit adaln_zero, flow", 0, 3), ("dit adaln_zero, flow", 1, 3)),
-    ]
+    two = [("dit adaln_zero", 2, seed) for seed in (0, 1)] + [("dit adaln_zero, flow", 3, seed) for seed in (0, 1)]
+    assert [(run.variant, run.passes, run.seed) for run in found] == two
     assert picture.startswith(PICTURE)
     assert [run.guidance_scale for run in replication.guidance(runs)[0]] == [1, 1.25, 1.5, 2, 3, 4, 6]
     kinds = [run.variant for run in replication.blocks(runs)[0][::2]]
     assert kinds == ["dit in_context", "dit cross_attention", "dit adaln", "dit adaln_zero"]
+    first, second = (np.array([run.distance.value for run in found[at::2]]) for at in (0, 1))
+    halves = np.abs(first - second) / 2
+    error = 4.303 * np.sqrt(2 * (halves**2).sum() / 2) / np.sqrt(2)  # t with two degrees of freedom
+    means = replication.over_seeds(found)
+    assert [each.value for each in means.values()] == pytest.approx((first + second) / 2)
+    assert [each.margin for each in means.values()] == pytest.approx([error] * 2, rel=1e-3)
+    assert replication.over_seeds(found[::2])["dit adaln_zero"] == Estimate(first[0])
     row = found[0].row()
     assert row.startswith("| dit adaln_zero 1x32x2/2 | 0 | 2 | ")
     assert row.count("|") == Run.HEADER.splitlines()[0].count("|")

@@ -18,6 +18,7 @@ from dit.metrics.extractors.demo_digits import DigitsClassifier
 from dit.metrics.extractors.load import ExtractorRef
 from dit.sample import SampleManifest
 from dit.vae import VaeRef
+from storage.archives.known import input_digests
 from storage.archives.open import ArchiveRef
 from storage.latents import LatentManifest
 from storage.manifest import stage_output
@@ -82,7 +83,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(pictures: Path, root: Path) -> ShardManifest:
     config = ShardConfig(images_per_shard=10, runner=Threads(count=2))
     archive = ArchiveRef(train=str(pictures / "train"), held_out=str(pictures / "held_out"))
-    inputs = shard.input_digests(archive)
+    inputs = input_digests(archive)
     out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
     return shard.run(config, archive, out=out, tracker=NullTracker())
 

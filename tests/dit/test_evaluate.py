@@ -22,6 +22,7 @@ from dit.metrics.precision_recall import precision_recall
 from dit.metrics.resample import fd_infinity, fd_standard_error
 from dit.sample import SampleManifest
 from storage import uri
+from storage.archives.known import input_digests
 from storage.archives.open import ArchiveRef
 from storage.errors import InputError, StorageError
 from storage.images import transforms
@@ -242,7 +243,7 @@ def pipeline(root: Path, pictures: Path, vae: object, *, held_out: bool) -> Samp
     """Every stage up to the samples, in a root of its own."""
     config = ShardConfig(images_per_shard=10)
     archive = ArchiveRef(train=str(pictures / "train"), held_out=str(pictures / "held_out") if held_out else None)
-    out = stage_output(str(root), shard.STAGE, 1, config, parents={}, inputs=shard.input_digests(archive))
+    out = stage_output(str(root), shard.STAGE, 1, config, parents={}, inputs=input_digests(archive))
     shards = shard.run(config, archive, out=out, tracker=NullTracker())
     latents = tiny.run_encode(root, tiny.encode_config(vae, flips=False), shards)
     training = tiny.TRAINING.model_copy(update={"steps": 2, "flips": False})

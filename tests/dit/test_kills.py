@@ -15,6 +15,7 @@ from dit.evaluate import EvaluateConfig, MetricsManifest
 from dit.export import CheckpointManifest
 from dit.sample import SampleManifest
 from dit.vae import VaeRef
+from storage.archives.known import input_digests
 from storage.archives.open import ArchiveRef
 from storage.latents import LatentManifest
 from storage.manifest import stage_output
@@ -41,7 +42,7 @@ def jobs(
     def make_shards(root: Path) -> Job:
         archive = ArchiveRef(train=str(pictures / "train"), held_out=str(pictures / "held_out"))
         config = ShardConfig(images_per_shard=2, runner=Threads(count=2))
-        inputs = shard.input_digests(archive)
+        inputs = input_digests(archive)
         out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
         return Job(out, config, archive, ranks=1)
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 import tiny
 from s3_endpoint import BUCKET, Door, s3_server
@@ -38,9 +37,7 @@ def door() -> Iterator[Door]:
         for name, value in (env | {"AWS_ENDPOINT_URL": door.address, "AWS_MAX_ATTEMPTS": "1"}).items():
             patch.setenv(name, value)
         patch.setattr("s3fs.S3FileSystem.retries", 1)
-        fsspec.filesystem("s3").clear_instance_cache()
         yield door
-        fsspec.filesystem("s3").clear_instance_cache()
 
 
 @pytest.fixture

@@ -25,6 +25,13 @@ from flows.tracking import progress, sink
 from storage.latents import LatentManifest
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment_of_module() -> Iterator[None]:
+    """What a module's fixtures, or what they call, leave in the environment does not reach the next module."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
     """What a test, or what it calls, leaves in the environment does not reach the next one."""

@@ -16,7 +16,7 @@ from prefect_rest import PASSWORD
 from until import until
 
 from flows import servers
-from flows.command.prefect_server import flush_logs
+from flows.prefect_server import flush_logs
 
 
 def gone(pid: int) -> bool:

@@ -25,6 +25,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 ReturnToService=2
 MpiDefault=none
+FirstJobId={first}
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -60,7 +61,8 @@ def slurm_cluster(home: Path) -> Iterator[dict[str, str]]:
     (home / "munge.key").write_bytes(os.urandom(128))
     (home / "munge.key").chmod(0o400)
     ports = [servers.free_port() for _ in range(3)]
-    (home / "slurm.conf").write_text(CONF.format(home=home, ports=ports))
+    # Ranks meet at a port that the job's number gives, and another test may have a cluster on this machine too.
+    (home / "slurm.conf").write_text(CONF.format(home=home, ports=ports, first=os.getpid()))
     env = {"SLURM_CONF": str(home / "slurm.conf")}
     files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid", "log-file": "munged.log"}
     munged = ["munged", "--foreground", "--force", f"--seed-file={home / 'munged.seed'}"]

@@ -15,7 +15,7 @@ from dit.training.config import TrainConfig
 from dit.vae import VaeRef
 from flows.contract import STAGES
 from flows.demo import CLASSIFIER
-from flows.recipe import RECIPES
+from flows.recipe_file import RECIPES
 from storage import uri
 from storage.archives.open import ArchiveRef
 from storage.manifest import Manifest

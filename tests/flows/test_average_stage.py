@@ -118,9 +118,9 @@ def test_in_a_recipe_it_takes_the_place_of_the_last_step(small: Small, made: Man
     plain = load_recipe(recipe, [], root)
     assert plain.source_of("sample", None, root) != made.url
     assert STAGES["average"].name not in plain.stages
-    with pytest.raises(InputError, match=r"average: recipe one ends with register; set average\.std to go on"):
+    with pytest.raises(InputError, match=r"average: recipe one has no average; set average\.std to go on"):
         plain.config_of("average")
-    with pytest.raises(InputError, match=r"evaluate: recipe one ends with sample; set evaluate\.extractor to go on"):
+    with pytest.raises(InputError, match=r"evaluate: recipe one has no evaluate; set evaluate\.extractor to go on"):
         load_recipe(recipe, ["evaluate=null"], root).config_of("evaluate")
     best = ["train.milestones=2", "evaluate_milestones={}", "registry.checkpoint=best", f"average.std={STD}"]
     with pytest.raises(InputError, match="average: takes the place of the best milestone"):
@@ -169,7 +169,7 @@ def test_a_registered_one_leads_back_to_it_also_in_a_root_that_was_moved(
     moved = shutil.copytree(small.root, tmp_path / "moved")
     shutil.rmtree(made.uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", runs.tracking_uri(str(small.root)))
-    assert runs.resolve(reference, str(moved)) == str(moved / "average" / Path(made.uri).name)
+    assert runs.resolve(reference, str(moved)) == str(moved / "average" / Path(made.uri).name / "manifest.json")
 
 
 WIDTHS = (STD, 0.1)

@@ -9,11 +9,12 @@ import yaml
 from flows.contract import STAGES
 
 ELSE = {
+    "demo": "flows.pipeline.recipe",
     "milestones": "flows.milestones.milestones",
     "pipeline": "flows.pipeline.pipeline",
     "reevaluate": "flows.reevaluate.reevaluate",
 }
-"""The flows that are no stages."""
+"""The flows that are no stages, and the example of a recipe."""
 
 
 def imported(code: str, *names: str) -> list[str]:

@@ -163,13 +163,14 @@ def test_few_steps_of_training_already_learn() -> None:
     assert classifier.accuracy(*digit_images("held_out")) > 0.5
 
 
-def test_vae_training_lowers_the_loss_and_saves_what_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("photographs", [False, True])
+def test_vae_training_lowers_the_loss_and_saves_what_loads(photographs: bool, tmp_path: Path) -> None:
     images, _ = digit_images("train")
     torch.manual_seed(0)
     model = train_vae.build()
     pixels = torch.from_numpy(images[:64]).permute(0, 3, 1, 2) / 127.5 - 1
     before = train_vae.loss(model, pixels)[0].item()
-    train_vae.train(model, images, steps=15)
+    train_vae.train(model, images, 15, photographs)
     assert train_vae.loss(model, pixels)[0].item() < before / 2
     train_vae.save(model, tmp_path / "vae")
     loaded = load_vae(VaeRef(source=str(tmp_path / "vae")))

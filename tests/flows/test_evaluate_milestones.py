@@ -175,7 +175,7 @@ def test_another_worker_follows_training(
     names = [
         client.get_run(str(Manifest.read(each.manifest).provenance.mlflow_run_id)).info.run_name for each in outcomes
     ]
-    assert names == [f"{name} at step {step}" for step in STEPS for name in ("sample", "evaluate")]
+    assert names == [f"{recipe.pipeline_id} {name} at step {step}" for step in STEPS for name in ("sample", "evaluate")]
     training = model_of(MetricsManifest.read(outcomes[-1].manifest))
     history = client.get_metric_history(training.provenance.mlflow_run_id, "milestone_fd")
     assert [metric.step for metric in history] == STEPS

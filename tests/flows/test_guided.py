@@ -162,12 +162,13 @@ def test_a_milestone_guides_the_last_step(
     (milestone,) = [model for model in models if model.counts["steps"] == 10]
     asked = ("--set", f"sample.guide={milestone.uri}", "--set", "sample.guidance_scale=2", *MILESTONES)
     report = reported("run", tmp_path, digits, *asked)
-    assert states(report) == {"shard": "skipped", "encode": "skipped", "train": "skipped", "sample": "ran"}
-    samples = SampleManifest.read(report["stages"][-1]["manifest"])
+    before = dict.fromkeys(("shard", "encode", "train"), "skipped")
+    assert states(report) == before | {"sample": "ran", "register": "ran"}
+    samples = SampleManifest.read(report["stages"][-2]["manifest"])
     assert samples.conditions["guide"] == milestone.digest
     run_id = report["mlflow_run_ids"]["train"]
     again = reported("run", tmp_path, digits, *asked[:1], f"sample.guide={run_id}", *asked[2:])
-    assert SampleManifest.read(again["stages"][-1]["manifest"]).inputs["guide"] != milestone.digest
+    assert SampleManifest.read(again["stages"][-2]["manifest"]).inputs["guide"] != milestone.digest
     assert states(reported("run", tmp_path, digits, *asked))["sample"] == "skipped"
     capsys.readouterr()
     assert main(["verify", "--full", samples.uri]) == 0

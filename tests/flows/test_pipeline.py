@@ -31,6 +31,7 @@ from until import until
 from dit.sample import SampleManifest
 from flows.command.main import main
 from flows.contract import ENCODE_HELD_OUT
+from storage.manifest import BEGUN
 from storage.rows.store import RowReader
 
 OPENED = Path(__file__).with_name("opened")
@@ -119,13 +120,15 @@ def test_the_documented_stage_is_all_that_a_new_stage_needs(
     for package in ("flows", "dit", "storage"):
         shutil.copytree(REPOSITORY / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "prefect.yaml", tmp_path)
-    (diff,) = re.findall(r"```diff\n(.*?)```", (REPOSITORY / "docs" / "architecture.md").read_text(), re.DOTALL)
+    page = (REPOSITORY / "docs" / "contributing" / "stage.md").read_text()
+    (diff,) = re.findall(r"```diff\n(.*?)```", page, re.DOTALL)
     subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=diff, text=True, check=True)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-m", "flows.write_schema"], cwd=tmp_path, env=env, check=True)
     (tmp_path / "rates.yaml").write_text("{shard: 1, encode: 1, train: 1, sample: 1, decode: 1, evaluate: 1}")
 
     def said(name: str, *more: str) -> dict[str, Any]:
         command = ditflow(*arguments(name, root, digits, "--set", "mean={count: 8}", *more))
-        env = os.environ | {"PYTHONPATH": str(tmp_path)}
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
@@ -153,7 +156,7 @@ def test_held_out_images_are_encoded_and_measured(report: dict[str, Any], root: 
     assert (held_out["counts"]["images"], held_out["flips"]) == (10 * KEPT["held_out"], 1)
     run = client.get_run(held_out["provenance"]["mlflow_run_id"])
     assert (run.data.tags["mlflow.parentRunId"], run.info.status) == (ids["pipeline"], "FINISHED")
-    assert run.info.run_name == ENCODE_HELD_OUT
+    assert run.info.run_name == f"{train['provenance']['pipeline_id']} {ENCODE_HELD_OUT}"
     said = json.loads(Path(root, "train", train["digest"][:16], "artifacts", "held_out_loss.json").read_text())
     assert said["conditions"]["latents"] == held_out["digest"]
     assert held_out["digest"] not in [parent["digest"] for parent in train["parents"].values()]
@@ -209,14 +212,26 @@ def test_mlflow_holds_params_metrics_pictures_and_lineage(report: dict[str, Any]
     ids = report["mlflow_run_ids"]
     runs = {name: client.get_run(run_id) for name, run_id in ids.items()}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    pipeline = runs["pipeline"]
     for name in STAGES:
         tags = runs[name].data.tags
         assert tags["mlflow.parentRunId"] == ids["pipeline"]
         assert tags["prefect.flow_run_id"]
+        assert "prefect.flow_run_url" not in tags  # the command's own server has ended with it
+        assert tags["mlflow.runName"] == f"{pipeline.info.run_name} {name}"
+        assert tags["mlflow.note.content"].startswith(f"**{name}**: ")
         assert runs[name].inputs.dataset_inputs
         artifacts = {entry.path for entry in client.list_artifacts(ids[name])}
         assert "manifest.json" in artifacts
     assert runs["train"].data.params["steps"] == "30"
+    assert re.fullmatch(r"demo-[0-9a-f]{8}", pipeline.info.run_name)
+    assert pipeline.data.params["train.steps"] == "30"
+    numbers = pipeline.data.metrics
+    costs = {name: numbers.pop(name) for name in list(numbers) if name.startswith("cost.")}
+    assert numbers == pytest.approx(report["metrics"])
+    each = [runs[name].data.metrics["cost.device_seconds"] for name in STAGES]
+    assert costs["cost.device_seconds"] > sum(each) > 0 < min(each)  # with the encoding of held-out images
+    assert "| fd | " in pipeline.data.tags["mlflow.note.content"]
     assert [metric.step for metric in client.get_metric_history(ids["train"], "loss")] == [5, 10, 15, 20, 25, 30]
     pictures = {"shard": "images", "encode": "reconstructions", "train": "loss", "sample": "samples"}
     for name, picture in pictures.items():
@@ -253,8 +268,8 @@ def test_normalised_channels_reach_the_samples_and_the_served_model(
 
 
 def begun(root: Path, stage: str, before: set[Path]) -> bool:
-    """Whether a stage has written something, and more than it had before."""
-    return bool(set((root / stage).rglob("*")) - before if (root / stage).exists() else False)
+    """Whether a stage has written something behind `BEGUN`, and more than it had before."""
+    return any(BEGUN not in path.name for path in set((root / stage).glob("*/**/*")) - before)
 
 
 def leftovers(root: Path) -> list[str]:

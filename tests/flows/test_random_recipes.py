@@ -7,7 +7,8 @@ import yaml
 from command_line import refused
 from random_recipes import REFUSED, Case, held, random_recipe
 
-from flows.recipe import RECIPES, load_recipe
+from flows.recipe import load_recipe
+from flows.recipe_file import RECIPES
 from storage.errors import InputError
 
 QUICK, ALL = range(12), range(12, 112)

@@ -9,7 +9,8 @@ from dit.diffusion.config import FlowConfig
 from dit.models.choice import DataSpec
 from dit.models.cost import cost
 from dit.training.config import TrainConfig
-from flows.recipe import RECIPES, Recipe, load_recipe
+from flows.recipe import Recipe, load_recipe
+from flows.recipe_file import RECIPES
 from storage.config import added, operational
 from storage.errors import InputError
 
@@ -69,17 +70,12 @@ def test_the_demo_as_a_flow_differs_in_process_sampler_and_guidance_alone() -> N
         assert getattr(flow, group) == getattr(demo, group)
 
 
-def test_a_recipe_without_an_extractor_ends_with_the_samples() -> None:
+def test_a_recipe_without_an_extractor_registers_what_it_has_sampled() -> None:
     recipe = load_recipe("imagenet256-dit")
-    assert recipe.stages == ("shard", "encode", "train", "sample")
-    with pytest.raises(
-        InputError, match=r"evaluate: recipe imagenet256-dit ends with sample; set evaluate.extractor to"
-    ):
+    assert recipe.stages == ("shard", "encode", "train", "sample", "register")
+    assert (recipe.reads("register"), load_recipe("demo").reads("register")) == ("sample", "evaluate")
+    with pytest.raises(InputError, match=r"evaluate: recipe imagenet256-dit has no evaluate; set evaluate.extractor"):
         recipe.config_of("evaluate")
-    with pytest.raises(
-        InputError, match=r"^register: recipe imagenet256-dit ends with sample; set evaluate.extractor to"
-    ):
-        recipe.source_of("register", None, "runs")
 
 
 def test_overrides_are_yaml_and_reach_into_groups() -> None:
@@ -129,8 +125,9 @@ def test_the_pipeline_id_stays_when_a_version_adds_fields() -> None:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["train.stepz=3"], "--set train.stepz=3: train.stepz: no such key"),
-        (["trian.steps=3"], "--set trian.steps=3: trian: no such key"),
+        (["train.stepz=3"], "--set train.stepz=3: train.stepz: no such key; did you mean train.steps?"),
+        (["trian.steps=3"], "--set trian.steps=3: trian: no such key; did you mean train?"),
+        (["launch={nproc: 2, kin: slurm}"], "launch.kin: no such key; did you mean launch.kind?"),
         (["train.model.patch_size=x"], "--set train.model.patch_size=x: train.model.patch_size: must be a number"),
         (["train.model={size: B}"], "--set train.model={size: B}: train.model: say which with `kind`"),
         (["train.model.size=M"], "--set train.model.size=M: train.model.size: Input should be 'S', 'B', 'L' or 'XL'"),
@@ -150,8 +147,8 @@ def test_a_wrong_value_is_named_in_one_line(overrides: list[str], line: str) -> 
 
 
 def test_an_unknown_recipe_lists_the_presets() -> None:
-    with pytest.raises(InputError, match=r"recipe 'imagenet': .*demo"):
-        load_recipe("imagenet")
+    with pytest.raises(InputError, match=r"recipe 'imagenet265-dit': .*demo.*; did you mean imagenet256-dit\?"):
+        load_recipe("imagenet265-dit")
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 import shutil
 from collections.abc import Iterator
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faults import MlflowServer, prefect_at
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 from prefect.client.schemas.objects import State
 from prefect_rest import PASSWORD, call
 from small import Small
@@ -19,7 +20,7 @@ from flows.perform import RunSettings
 from flows.reevaluate import DRIFTED, Window, reevaluate
 from flows.registry.config import RegisterConfig
 from flows.registry.promotion import EVALUATION_TAG, Evaluation
-from flows.registry.register import REGISTERED
+from flows.registry.register import REEVALUATE_LABEL, REGISTERED
 from storage.errors import InputError
 from storage.manifest import Manifest
 
@@ -65,10 +66,13 @@ class World:
         return state
 
     def series(self, version: int) -> list[tuple[int, float]]:
+        return [(metric.step, metric.value) for metric in self.history(version)]
+
+    def history(self, version: int) -> list[Metric]:
         experiments = [each.experiment_id for each in self.client.search_experiments()]
         runs = self.client.search_runs(experiments, f'tags.`ditflow.series` = "{NAME}/{version}"')
         history = [metric for run in runs for metric in self.client.get_metric_history(run.info.run_id, "fd")]
-        return sorted((metric.step, metric.value) for metric in history)
+        return sorted(history, key=lambda metric: metric.step)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,7 @@ def test_a_registered_version_is_an_event(world: World) -> None:
     assert found[2]["resource"]["prefect.resource.id"] == f"ditflow.model.{NAME}"
     assert found[2]["payload"]["model_name"] == NAME
     assert found[2]["payload"]["alias"] == "candidate"
+    assert found[2]["resource"][REEVALUATE_LABEL] == "false"
 
 
 def test_both_are_evaluated_with_fresh_seeds_once_a_period(world: World) -> None:
@@ -98,6 +103,8 @@ def test_both_are_evaluated_with_fresh_seeds_once_a_period(world: World) -> None
     numbers = sorted(Manifest.read(str(path)).metrics["fd"] for path in fresh)
     found = [each for version in (1, 2) for each in world.series(version)]
     assert [step for step, _ in found] == [MONDAY.toordinal()] * 2
+    times = [each.timestamp for version in (1, 2) for each in world.history(version)]
+    assert [datetime.fromtimestamp(each / 1000, UTC) for each in times] == [datetime(2026, 11, 16, tzinfo=UTC)] * 2
     assert sorted(value for _, value in found) == pytest.approx(numbers)
     assert not set(numbers) & {manifest.metrics["fd"] for manifest in before.values()}
     seeds = {Manifest.read(str(path)).config["seed"] for path in (world.root / "sample").iterdir()}
@@ -117,14 +124,14 @@ def test_a_number_outside_its_interval_is_an_event_and_in_bold(world: World) -> 
     world.client.set_model_version_tag(NAME, "2", EVALUATION_TAG, forged.model_dump_json())
     state = world.again(NEXT)
     world.client.set_model_version_tag(NAME, "2", EVALUATION_TAG, told.model_dump_json())
-    assert "2026-W48: drifted: " in str(state.message)
-    assert "2 fd" in str(state.message)
+    assert "2 fd worse" in str(state.message)
     until(lambda: any(event["payload"]["version"] == 2 for event in world.events(DRIFTED)), 0.2)
     event = next(event for event in world.events(DRIFTED) if event["payload"]["version"] == 2)
     payload = event["payload"]
     assert (payload["metric"], payload["period"], payload["aliases"]) == ("fd", "2026-W48", ["candidate"])
+    assert payload["change"] == event["resource"]["ditflow.change"] == "worse"
     assert payload["now"] - payload["then"] > payload["margin"] > 0
-    assert "**drifted**" in world.artifact()
+    assert "2026-W48: **worse**" in world.artifact()
     assert len(world.series(2)) == 2
 
 

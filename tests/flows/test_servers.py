@@ -25,15 +25,19 @@ from websockets.sync.client import connect
 from websockets.typing import Origin, Subprotocol
 
 from flows import servers
+from flows.command.main import main
 from storage.errors import DitflowError
 
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that a test sets in the environment outlives it."""
-    for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_URI"):
+    for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_URI", *LOGIN):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+
+
+LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
 
 def get(address: str) -> bytes:
@@ -85,6 +89,34 @@ def _use_what_is_announced(root: Path, prefect: str, mlflow: str, monkeypatch: p
     with servers.announced(str(root), prefect, dead_address(), PASSWORD):  # MLflow is gone: its database is used itself
         assert servers.use_running(str(root))
         assert "MLFLOW_TRACKING_URI" not in os.environ
+    with servers.announced(str(root), prefect, mlflow, PASSWORD, login=("ada", "of-ada")):
+        assert servers.use_running(str(root))
+        assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("ada", "of-ada")
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere.example")  # which is not told the password
+    with servers.announced(str(root), prefect, mlflow, PASSWORD, login=("ada", "of-ada")):
+        assert servers.use_running(str(root))
+        assert "MLFLOW_TRACKING_PASSWORD" not in os.environ
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with servers.announced(str(root), prefect, dead_address(), PASSWORD, shared=True):  # Postgres: there is no file
+        assert servers.use_running(str(root))
+        assert "MLFLOW_TRACKING_URI" in os.environ
+
+
+def test_commands_use_a_shared_mlflow_even_without_a_flow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    address, arguments = dead_address(), ["ls", "--root", str(tmp_path)]
+    with servers.announced(str(tmp_path), "", address, PASSWORD, login=("ada", "of-ada")):
+        assert main(arguments) == 0
+        assert "MLFLOW_TRACKING_URI" not in os.environ  # its runs are in the root's file
+    with servers.announced(str(tmp_path), "", address, PASSWORD, login=("ada", "of-ada"), shared=True):
+        assert main(arguments) == 0
+        assert os.environ["MLFLOW_TRACKING_URI"] == address
+        assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("ada", "of-ada")
+        os.environ |= {"MLFLOW_TRACKING_URI": "sqlite:///mine.db"}  # what the user set goes before
+        assert main(arguments) == 0
+        assert os.environ["MLFLOW_TRACKING_URI"] == "sqlite:///mine.db"
+    assert capsys.readouterr().out == ""
 
 
 PAGE = {"Origin": "http://elsewhere.example", "Host": "elsewhere.example"}
@@ -265,6 +297,7 @@ def noted(root: Path, text: str) -> Iterator[None]:
 
 
 NOTE = {"host": socket.gethostname(), "prefect": "DEAD", "mlflow": "DEAD", "password": "p"}
+NOTE |= {"mlflow_user": "", "mlflow_password": "", "shared": ""}
 
 
 @pytest.mark.parametrize(

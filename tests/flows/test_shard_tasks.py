@@ -16,6 +16,7 @@ from prefect import flow
 from until import until
 
 from flows.shard_tasks import TaskError, build_shards, distribute
+from storage.archives.known import input_digests
 from storage.archives.open import ArchiveRef
 from storage.errors import InputError, StorageError
 from storage.manifest import stage_output
@@ -42,7 +43,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> ArchiveRef:
 
 def bare(root: Path, archive: ArchiveRef, runner: Runner, **options: object) -> ShardManifest:
     config = ShardConfig(images_per_shard=PER_SHARD, runner=runner)
-    inputs = shard.input_digests(archive)
+    inputs = input_digests(archive)
     out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
     return shard.run(config, archive, out=out, tracker=NullTracker(), **options)  # type: ignore[arg-type]
 
@@ -163,7 +164,7 @@ def test_unreadable_images_are_counted_over_all_tasks(tmp_path: Path, archive: A
         (Path(archive.train) / name).rename(tmp_path / Path(name).name)
         (Path(archive.train) / name).write_bytes(b"no image")
     try:
-        with pytest.raises(InputError, match=r"of the first \d+ images are unreadable, more than max_unreadable"):
+        with pytest.raises(InputError, match=r"of the first \d+ images are unreadable, more than shard.max_unreadable"):
             sharding(tmp_path / "out", archive, Threads(count=2))
     finally:
         for name in ("a/004.png", "b/011.png", "b/033.png"):

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.recipe import RECIPES, load_recipe
+from flows.recipe import load_recipe
+from flows.recipe_file import RECIPES
 from flows.sweep import load_recipes
 from storage.errors import InputError
 

@@ -1,9 +1,9 @@
-from typing import Annotated, Literal
+from typing import Literal
 
 import pytest
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from storage.config import Config, added, is_text, operational
+from storage.config import Config, added, flatten, operational
 
 
 class Inner(Config):
@@ -11,27 +11,10 @@ class Inner(Config):
     count: int = 1
 
 
-class Other(Config):
-    count: str = ""
-
-
 class Outer(Config):
-    name: Annotated[str, Field(min_length=1)] = "a"
-    kind: Literal["a", "b"] | None = None
+    name: str = Field(default="a", min_length=1)
     size: Literal["S"] | int = "S"
-    inner: Inner | Other = Inner()
-    labels: dict[str, str] = Field(default_factory=dict)
-    options: dict[str, str | int] = Field(default_factory=dict)
-
-
-@pytest.mark.parametrize("key", ["name", "kind", "inner.path", "labels.any"])
-def test_a_field_that_holds_text_alone(key: str) -> None:
-    assert is_text(Outer, key.split("."))
-
-
-@pytest.mark.parametrize("key", ["size", "inner", "inner.count", "options.any", "labels", "nothing", "name.below"])
-def test_a_field_that_holds_something_else(key: str) -> None:
-    assert not is_text(Outer, key.split("."))
+    inner: Inner = Inner()
 
 
 class Before(Config):
@@ -53,3 +36,21 @@ def test_an_added_field_changes_the_identity_only_with_another_value() -> None:
         "norm": "rms",
         "inner": {"path": None, "count": 1},
     }
+
+
+def test_a_config_becomes_flat() -> None:
+    assert flatten({"a": {"b": {"c": None}}, "d": [1, "x"]}) == {"a.b.c": None, "d": [1, "x"]}
+
+
+def test_a_changed_copy_is_checked_as_a_new_config() -> None:
+    outer = Outer(name="b", inner=Inner(count=3))
+    changed = outer.changed(size=7, inner=outer.inner.changed(path="x"))
+    assert (changed.name, changed.size, changed.inner) == ("b", 7, Inner(path="x", count=3))
+    assert outer.size == "S"
+    assert changed.model_fields_set == {"name", "size", "inner"}
+    with pytest.raises(ValidationError, match=r"name\n.*at least 1 character"):
+        outer.changed(name="")
+    with pytest.raises(ValidationError, match="sise"):
+        outer.changed(sise=7)
+    with pytest.raises(ValidationError, match="must be a number"):
+        Inner().changed(count="3")

@@ -8,12 +8,16 @@ import boto3
 import numpy as np
 import packing
 import pytest
+from outputs import made, planned
 from s3_endpoint import BUCKET, s3_server
 
 from storage import uri, verify
+from storage.archives.known import input_digests
 from storage.archives.open import ArchiveRef, open_archive
+from storage.collect import delete, garbage
 from storage.errors import StorageError
-from storage.manifest import Manifest, StageOutput, stage_output
+from storage.manifest import Manifest, StageOutput, key_of, stage_output
+from storage.root import State, outputs
 from storage.rows.store import ArraySpec, RowLayout, RowReader, RowWriter
 from storage.shards import shard
 from storage.shards.runners import Threads
@@ -38,7 +42,7 @@ def root(bucket: str, request: pytest.FixtureRequest) -> str:
 
 
 def sharded(root: str, archive: ArchiveRef) -> ShardManifest:
-    inputs = shard.input_digests(archive)
+    inputs = input_digests(archive)
     out = stage_output(root, shard.STAGE, shard.VERSION, CONFIG, parents={}, inputs=inputs)
     return shard.run(CONFIG, archive, out=out, tracker=NullTracker())
 
@@ -172,3 +176,27 @@ def test_tars_are_chosen_by_a_pattern(root: str) -> None:
         assert [(m.name, archive.read(m)) for m in archive.members] == [
             (f"7/train-{number:03d}/0.png", b"%d" % number) for number in range(3)
         ]
+
+
+def test_what_of_a_bucket_is_garbage_goes(root: str) -> None:
+    shards, other = (made(planned(root, "shard", value)) for value in range(2))
+    latents = made(planned(root, "encode", shards=shards))
+    begun = planned(root, "train", latents=latents)
+    begun.begin()
+    listed = outputs(root, ())
+    assert [(each.key, each.state) for each in listed] == [
+        (key_of(latents.uri), State.FINISHED),
+        *((key, State.FINISHED) for key in sorted(key_of(each.uri) for each in (shards, other))),
+        (key_of(begun.uri), State.UNFINISHED),
+    ]
+    kinds = {"pages": (), "first": (), "working": ()}
+    assert not garbage(listed, {}, seconds=3600, **kinds).outputs
+    found = garbage(listed, {key_of(begun.uri): "kept"}, seconds=0, **kinds)
+    assert {each.key: used.size for each, used in found.outputs.items()} == {
+        key_of(other.uri): sum(len(uri.read(uri.join(other.uri, path))) for path in uri.tree(other.uri))
+    }
+    assert delete(root, found, lambda _: None) == []
+    assert [each.key for each in outputs(root, ())] == [each.key for each in listed if each.key != key_of(other.uri)]
+    for each in verify.outputs(latents.uri):
+        assert isinstance(each, Manifest)
+        assert verify.faults(each, full=True) == []

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from storage import records, uri, verify
+from storage.archives.known import input_digests
 from storage.archives.open import ArchiveRef
 from storage.errors import InputError, StorageError
 from storage.header import FileEntry
@@ -29,7 +30,7 @@ def archive(tmp_path: Path, write_archive: Callable[..., Path]) -> ArchiveRef:
 
 
 def sharded(root: str, archive: ArchiveRef) -> ShardManifest:
-    inputs = shard.input_digests(archive)
+    inputs = input_digests(archive)
     out = stage_output(root, shard.STAGE, shard.VERSION, CONFIG, parents={}, inputs=inputs)
     return shard.run(CONFIG, archive, out=out, tracker=NullTracker())
 
@@ -79,7 +80,7 @@ def test_a_fault_is_named_and_the_same_command_repairs_only_it(
     assert state in found[0].damage
     assert quick == (found if fast else [])
     verify.withdraw(manifest, found)
-    with pytest.raises(InputError, match="no finished output"):
+    with pytest.raises(InputError, match="has withdrawn it; run shard again, with the options that made it"):
         ShardManifest.read(manifest.uri)
     built = []
     pack = shard.pack

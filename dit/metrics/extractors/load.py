@@ -52,7 +52,7 @@ class ExtractorRef(Config):
     """A feature extractor and the location of its weights."""
 
     name: Name = Field(
-        "demo-digits",
+        default="demo-digits",
         description=f"The network: {', '.join(f'``{name}`` is {row.help}' for name, row in EXTRACTORS.items())}, "
         f"``{ONNX}`` is any other one, as an ONNX file.",
     )

@@ -17,6 +17,7 @@ from dit.convert.pretrained import infer
 from dit.diffusion.config import FlowConfig
 from dit.models.build import build
 from dit.models.config import dit_config, lightning_config
+from dit.vae import VaeRef
 from storage.errors import InputError
 
 FLOW: Any = {"process": "flow"}
@@ -236,6 +237,6 @@ def test_diffusers_has_no_such_flow(tmp_path: Path, sit: Weights, layout: Any) -
     assert not (tmp_path / "theirs").exists()
 
 
-def test_a_pipeline_knows_its_process(tmp_path: Path) -> None:
-    write(pretrained(random_dit()), str(tmp_path / "pipeline"), "pipeline")
+def test_a_pipeline_knows_its_process(tmp_path: Path, vae: VaeRef) -> None:
+    write(pretrained(random_dit()), str(tmp_path / "pipeline"), "pipeline", vae=vae.source)
     assert "has the process gaussian, not flow; remove --process" in refusal(tmp_path / "pipeline", **FLOW)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dit.models.dit import DiT
 from dit.samplers.ddpm import ddpm
 from dit.samplers.guidance import Channels, Guided
 from dit.samplers.state import last
-from dit.vae import VaeRef, load_vae
+from dit.vae import VaeRef, info, load_vae
 from storage.errors import InputError
 from storage.latents import VaeInfo
 
@@ -50,8 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: DiT, vae: VaeRef) ->
     return place
 
 
-def loaded(folder: Path, **options: Any) -> Any:
-    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **options)
+def loaded(folder: Path) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -93,9 +94,9 @@ def test_what_guidance_does_shows(pipeline: Any, model: DiT) -> None:
     assert error(found, ours(model, 3.9, "first3", 25, DiffusionConfig())) > 1e-4
 
 
-def test_a_process_and_a_variance_of_its_own(tmp_path: Path) -> None:
+def test_a_process_and_a_variance_of_its_own(tmp_path: Path, vae: VaeRef) -> None:
     model, diffusion = random_dit(learn_variance=False, num_classes=12), DiffusionConfig(steps=500, beta_end=0.03)
-    write(Pretrained(model.config, model.state_dict(), diffusion), str(tmp_path / "p"), "pipeline")
+    write(Pretrained(model.config, model.state_dict(), diffusion), str(tmp_path / "p"), "pipeline", vae=vae.source)
     found = loaded(tmp_path / "p")(LABELS, 2.0, "all", 20, generator=noise(1), output_type="latent").images
     assert error(found, ours(model, 2.0, "all", 20, diffusion)) < 1e-5
 
@@ -133,12 +134,27 @@ def test_latents_are_unscaled_as_the_model_knows_them(tmp_path: Path, model: DiT
     assert changed == original | {"scaling_factor": 0.5, "shift_factor": -1.0}
 
 
-def test_without_an_autoencoder(tmp_path: Path, model: DiT) -> None:
-    write(pretrained(model), str(tmp_path / "p"), "pipeline")
-    pipeline = loaded(tmp_path / "p")
+def test_without_an_autoencoder(folder: Path, tmp_path: Path, model: DiT) -> None:
+    pipeline = loaded(folder)
+    pipeline.register_modules(vae=None)
     assert pipeline(LABELS, num_inference_steps=2, output_type="latent").images.shape == SHAPE
     with pytest.raises(ValueError, match="pass vae= to from_pretrained"):
         pipeline(LABELS, num_inference_steps=2)
+    with pytest.raises(InputError, match=r"p: the checkpoint does not name its autoencoder; pass --vae"):
+        write(pretrained(model), str(tmp_path / "p"), "pipeline")
+    assert not (tmp_path / "p").exists()
+
+
+def test_the_autoencoder_that_the_card_names_is_the_default(tmp_path: Path, model: DiT, vae: VaeRef) -> None:
+    known = info(vae)
+    scales = VaeInfo(source=vae.source, sha256=known.sha256, downsample=4, channels=4, scaling_factor=0.5)
+    found = Pretrained(model.config, model.state_dict(), DiffusionConfig(), scales)
+    write(found, str(tmp_path / "p"), "pipeline")
+    assert loaded(tmp_path / "p")(LABELS, num_inference_steps=2).images[0].size == (64, 64)
+    gone = replace(found, scales=scales.model_copy(update={"source": str(tmp_path / "gone")}))
+    with pytest.raises(InputError, match="gone"):
+        write(gone, str(tmp_path / "q"), "pipeline")
+    assert not (tmp_path / "q").exists()
 
 
 def test_an_autoencoder_of_other_latents_is_refused(tmp_path: Path, vae: VaeRef) -> None:

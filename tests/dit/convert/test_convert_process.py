@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from dit.convert import read, write
 from dit.diffusion.config import DiffusionConfig
+from dit.vae import VaeRef
 from storage import uri
 from storage.errors import InputError
 
@@ -115,16 +116,16 @@ def test_files_without_a_dit(tmp_path: Path, name: str, reason: str) -> None:
     assert reason in refusal(saved(tmp_path, {name: torch.ones(1)}))
 
 
-def pipeline(tmp_path: Path, **scheduler: object) -> Path:
+def pipeline(tmp_path: Path, vae: VaeRef, **scheduler: object) -> Path:
     folder = tmp_path / "pipeline"
-    write(pretrained(random_dit()), str(folder), "pipeline")
+    write(pretrained(random_dit()), str(folder), "pipeline", vae=vae.source)
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
     return folder
 
 
-def test_the_scheduler_of_a_pipeline_names_its_process(tmp_path: Path) -> None:
-    found = read(str(pipeline(tmp_path, beta_end=0.03, num_train_timesteps=500)))
+def test_the_scheduler_of_a_pipeline_names_its_process(tmp_path: Path, vae: VaeRef) -> None:
+    found = read(str(pipeline(tmp_path, vae, beta_end=0.03, num_train_timesteps=500)))
     assert (found.diffusion, found.notes) == (DiffusionConfig(beta_end=0.03, steps=500), ())
 
 
@@ -136,8 +137,8 @@ def test_the_scheduler_of_a_pipeline_names_its_process(tmp_path: Path) -> None:
         ({"beta_schedule": "scaled_linear"}, "beta_schedule: Input should be 'linear'"),
     ],
 )
-def test_schedulers_of_other_processes(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
-    folder = pipeline(tmp_path, **fields)
+def test_schedulers_of_other_processes(tmp_path: Path, vae: VaeRef, fields: dict[str, Any], reason: str) -> None:
+    folder = pipeline(tmp_path, vae, **fields)
     with pytest.raises(InputError) as caught:
         read(str(folder))
     assert reason in str(caught.value)

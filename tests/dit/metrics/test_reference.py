@@ -15,6 +15,7 @@ from dit.evaluate import EvaluateConfig
 from dit.metrics import reference
 from dit.metrics.extractors.base import Outputs
 from dit.metrics.extractors.demo_digits import DemoDigits, load_digits_classifier
+from dit.metrics.summary import Summary
 from dit.sample import SampleManifest
 from storage.errors import StorageError
 from storage.manifest import Manifest, stage_output
@@ -132,3 +133,11 @@ def test_what_is_damaged_behind_a_symbolic_link_is_not_removed(tmp_path: Path) -
     with pytest.raises(StorageError, match="references: a symbolic link to .*theirs, and nothing is removed"):
         reference._kept(out)
     assert (theirs / "manifest.json").exists()
+
+
+def test_a_summary_holds_the_features_that_it_keeps_and_no_others() -> None:
+    summary = Summary(2)
+    for _ in range(3):
+        summary.update(Outputs(torch.rand(1000, 2)), keep=1010)
+    assert summary.features().shape == (1010, 2)
+    assert sum(part.untyped_storage().nbytes() for part in summary._kept) == 1010 * 2 * 4

@@ -64,7 +64,7 @@ def test_without_an_extractor_it_is_inception_whose_weights_are_named(
     [
         (["demo"], "evaluate: pass either a recipe, or --samples and --reference"),
         (["--set", "sample.steps=3"], "--set sample: without a recipe there is only evaluate"),
-        (["--set", "evaluate.extractor.name=vgg"], "--set evaluate.extractor.name: Input should be"),
+        (["--set", "evaluate.extractor.name=vgg"], "--set evaluate.extractor.name=vgg: evaluate.extractor.name: Input"),
         (["--reference", "samples.txt"], "samples.txt: neither a folder of images"),
         (["--samples", "none.npz"], "none.npz: no such file"),
     ],

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from dit.models.config import DiTConfig
 from dit.models.dit import DiT
 from flows.command.main import main
-from flows.recipe import RECIPES
+from flows.recipe_file import RECIPES
 
 VAE = str(RECIPES.parent / "demo" / "vae")
 
@@ -53,7 +53,10 @@ def test_chosen_classes(
     [
         (["--vae", VAE], "no published DiT has width 32; pass --heads"),
         (["--heads", "2"], "the checkpoint does not name its autoencoder"),
-        (["--heads", "2", "--vae", VAE, "--set", "sample.stepz=2"], "--set sample.stepz: no such key"),
+        (
+            ["--heads", "2", "--vae", VAE, "--set", "sample.stepz=2"],
+            "sample.stepz: no such key; did you mean sample.steps?",
+        ),
         (
             ["--heads", "2", "--vae", VAE, "--set", "train.steps=2"],
             "--set train: without a recipe there is only sample",

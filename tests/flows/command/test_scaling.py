@@ -101,7 +101,7 @@ def test_what_has_seen_more_is_fitted_against_flops_alone(
             ["--set", "train.steps=9"],
             "0 of 3 runs are finished; run the rest first (sizes-2x32x2, sizes-1x32x2, sizes-3x32x2)",
         ),
-        (["--set", "evaluate=null"], "recipe sizes-2x32x2 ends with sample; set evaluate.extractor"),
+        (["--set", "evaluate=null"], "recipe sizes-2x32x2 has no evaluate; set evaluate.extractor"),
     ],
 )
 def test_what_is_wrong_is_named(

@@ -7,6 +7,7 @@ from command_line import refused, tiny
 
 from flows.command.main import main
 from storage.config import Config
+from storage.header import Provenance
 from storage.manifest import Manifest, stage_output
 from storage.seal import opened, sealed
 
@@ -49,8 +50,11 @@ def test_damage_is_named_withdrawn_and_mended_by_the_same_command(
     assert main(["verify", "--full", str(output)]) == 1
     said = capsys.readouterr().out.splitlines()
     assert f"{tar}: does not hold the bytes that were committed" in said
-    assert said[-1].endswith("1 damaged, withdrawn")
-    assert "no finished output" in refused(capsys, ["encode", "demo", "--from", str(output), *shard[2:]])
+    again = f"1 damaged, withdrawn; `ditflow shard RECIPE --root {root}` with the same --set options makes it again"
+    assert said[-1].endswith(again)
+    gone = f"{output}: was damaged, and `ditflow verify` has withdrawn it; run shard again"
+    assert gone in refused(capsys, ["encode", "demo", "--from", str(output), *shard[2:]])
+    assert f"the stages before it are not done; {output} was damaged, and" in refused(capsys, ["encode", *shard[1:]])
 
     assert main(shard) == 0
     assert tar.read_bytes() == whole
@@ -82,7 +86,8 @@ def test_one_damaged_output_does_not_hide_another(
         f"{tmp_path}/a/unreadable/manifest.json: does not hold the bytes that were committed; "
         "delete manifest.json there and run the stage again, which keeps what is done",
         f"{damaged.uri}/one: does not hold the bytes that were committed",
-        f"{damaged.uri}: 2 objects, 3 bytes: 1 damaged, withdrawn",
+        f"{damaged.uri}: 2 objects, 3 bytes: 1 damaged, withdrawn; `ditflow b RECIPE --root {tmp_path}` with the same "
+        "--set options makes it again",
         f"{linked.uri}/one: is missing",
         f"{linked.uri}: 2 objects, 3 bytes: 1 damaged, not withdrawn "
         f"({linked.uri}: a symbolic link to {elsewhere}, and nothing is removed through links)",
@@ -96,7 +101,8 @@ def test_what_servers_keep_in_a_root_is_not_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, committed: Callable[..., Manifest]
 ) -> None:
     committed(tmp_path)
-    for name in ("mlflow.db", "servers.json", "prefect", "running"):
+    files = ("mlflow.db", "mlflow.db-wal", "mlflow-users.db", "mlflow-users.db-journal", "mlflow-passwords.ini")
+    for name in (*files, "servers.json", "prefect", "running", "workers"):
         (tmp_path / name).touch()
     assert main(["verify", str(tmp_path)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -122,9 +128,9 @@ def test_a_number_is_checked_down_to_the_archive(capsys: pytest.CaptureFixture[s
     ]
     Path(model.uri, "one").write_bytes(b"x")
     assert main(["verify", "--full", metrics.uri]) == 1
-    assert f"{model.uri}: 1 objects, 1 bytes: 1 damaged, withdrawn" in capsys.readouterr().out
+    assert f"{model.uri}: 1 objects, 1 bytes: 1 damaged, withdrawn; " in capsys.readouterr().out
     assert main(["verify", metrics.uri]) == 1
-    assert f"{model.uri}: no finished output" in capsys.readouterr().out
+    assert f"{model.uri}: was damaged, and `ditflow verify` has withdrawn it" in capsys.readouterr().out
 
 
 def test_a_moved_root_is_checked_where_it_is(
@@ -154,3 +160,12 @@ def test_one_digit_of_a_number_is_noticed(capsys: pytest.CaptureFixture[str], ch
     for place in (chain[-1].uri, chain[-1].root):
         assert main(["verify", place]) == 1
         assert f"{path}: does not hold the bytes that were committed" in capsys.readouterr().out
+
+
+def test_what_a_pipeline_made_is_made_again_by_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    provenance = Provenance(pipeline_id="my-recipe-0a1b2c3d")
+    out = stage_output(str(tmp_path), "a", 1, Plain(), parents={}, inputs={}, provenance=provenance)
+    out.commit(Manifest, [out.put("one", b"1")])
+    Path(out.uri, "one").unlink()
+    assert main(["verify", str(tmp_path)]) == 1
+    assert f"`ditflow run my-recipe --root {tmp_path}` with" in capsys.readouterr().out

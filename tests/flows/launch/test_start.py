@@ -24,6 +24,7 @@ from flows.launch.rank_log import MARK, LostRankError, RankLog, WorkerError
 from flows.launch.spec import LocalLaunch
 from flows.tracking.sink import UNSENT
 from flows.tracking.spec import TrackingSpec
+from storage import cost
 from storage.errors import DitflowError, InputError, PreemptedError
 from storage.latents import LatentManifest
 from storage.manifest import StageOutput
@@ -77,7 +78,9 @@ def test_a_stage_runs_and_reports(
     assert not [*tmp_path.glob("torchelastic_*"), *tmp_path.glob("ditflow-*")]
     manifest = STAGES["train"].kind.read(spec.output.uri)
     assert manifest.counts["steps"] == 4
-    assert noted.progress[-1] == (4, 4, "steps")
+    done, total, unit = noted.progress[-1]
+    assert (done, total) == (4, 4)
+    assert unit.startswith("steps, loss ")
     assert not any(MARK in line for line in lines.messages)
     for rank in range(nproc) if nproc > 1 else ():
         assert any(line.startswith(f"[rank{rank}]") for line in lines.messages)
@@ -159,8 +162,12 @@ def test_a_stage_that_loses_a_rank_starts_again_from_its_checkpoint(
     # When one is being saved, the one before it has been.
     assert resumed in (50, 100, 150) if number == signal.SIGKILL else resumed >= 125
     assert noted[-1] == 200
-    found = STAGES["train"].kind.read(spec.output.uri).metrics
-    assert found == pytest.approx(expected, rel=1e-4)
+    manifest = STAGES["train"].kind.read(spec.output.uri)
+    assert manifest.metrics == pytest.approx(expected, rel=1e-4)
+    assert manifest.cost is not None and manifest.cost.attempts == 2
+    parts = cost.parts(spec.output.uri)
+    assert sorted(part.rank for part in parts) == [0, 0, 1, 1]
+    assert 0 < manifest.cost.device_seconds <= sum(part.device_seconds for part in parts)
 
 
 @pytest.mark.parametrize("who", ["torchrun", pytest.param("one rank", marks=pytest.mark.full)])

@@ -82,6 +82,22 @@ def test_hours_follow_from_the_rates(images: Path, root: Path, rates: Path) -> N
     assert unguided.lines[3].hours * 3600 == pytest.approx(6 * 2 * 2 * work.macs / 2e9 + 6 / 5)
 
 
+def test_money_is_that_of_all_ranks(images: Path, root: Path, rates: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(images, root, "launch.nproc=2")
+    found = plan(recipe, str(root), read_rates(str(rates)), 2.5)
+    assert {line.stage: line.device_hours / line.hours for line in found.lines} == pytest.approx(
+        {"shard": 1, "encode": 2, "train": 2, "sample": 2, "evaluate": 2}
+    )
+    assert found.money == pytest.approx(2.5 * sum(line.device_hours for line in found.lines))
+    assert planned(recipe, root, rates).money is None
+    header, *_, last = found.rows()
+    assert header[-2:] == ("device-hours", "at 2.5") and last[-1] == f"{found.money:,.2f}"
+    assert found.as_json()["money"] == found.money
+    with pytest.raises(SystemExit):
+        main(["plan", "demo", "--price", "-1"])
+    assert "--price: -1: must be a number of at least 0" in capsys.readouterr().err
+
+
 def test_a_guess_of_the_plan_is_said(images: Path, root: Path, rates: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flow = ("train.diffusion={kind: flow}", "sample.sampler=dopri5", "sample.guidance_scale=1")
     recipe = recipe_of(images, root, *flow)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import refused, tiny, write_images
+from launching import TINY, write_latents
 
 from flows.contract import STAGES
 from flows.launch import kubernetes, start
@@ -176,7 +177,11 @@ def test_ranks_elsewhere_need_their_command(monkeypatch: pytest.MonkeyPatch, ima
     with pytest.raises(InputError, match=r"launch\.folder: the output is remote"):
         start.check(SlurmLaunch(kind="slurm", nodes=1), "memory://root")
     start.check(SlurmLaunch(kind="slurm", nodes=1, folder=str(root)), "memory://root")
-    start.check(LocalLaunch(), str(root))
+    start.check(LocalLaunch(), str(root), force=True)
+    later = recipe_of(images, root, "launch={kind: slurm, wait: false}")
+    preflight(later, str(root))
+    with pytest.raises(InputError, match="force: with launch.wait: false each look would begin anew"):
+        preflight(later, str(root), force=True)
 
 
 def test_pods_need_kubectl(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +202,19 @@ def test_the_deployed_pipeline_finds_it_too(images: Path, root: Path, prefect_ap
     with pytest.raises(InputError, match="use ddpm, ddim or dpm"):
         pipeline(recipe_of(images, root, "sample.sampler=heun"), RunSettings(root=str(root)))
     assert [path.parent.name for path in written(root)] == ["running"]  # which this process leaves at its end
+
+
+def test_a_stage_by_itself_is_not_forced_anew_at_each_look(root: Path, prefect_api: str) -> None:
+    from flows.perform import RunSettings
+    from flows.stages import stage_flow
+
+    latents = write_latents(root).url
+    later = SlurmLaunch(kind="slurm", wait=False)
+    with pytest.raises(InputError, match="force: with launch.wait: false each look would begin anew"):
+        stage_flow("train")(
+            latents=latents, config=TINY, launcher=later, settings=RunSettings(root=str(root), force=True)
+        )
+    assert not (root / "train").exists()
 
 
 def test_the_plan_finds_it_too(capsys: pytest.CaptureFixture[str], images: Path, root: Path) -> None:

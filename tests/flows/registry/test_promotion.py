@@ -144,7 +144,7 @@ def test_what_cannot_be_promoted_is_one_line(
     registry: Registry, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     registry.add(10, alias="champion")
-    registry.client.create_model_version(registry.name, "s3://nowhere/model")
+    registry.client.create_model_version(registry.name, "s3://nowhere/model", tags={EVALUATION_TAG: "{"})
     named = [part.format(name=registry.name) for part in arguments]
     assert main(["promote", *named, "--root", str(tmp_path)]) == 2
     error = capsys.readouterr().err

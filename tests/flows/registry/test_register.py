@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import time
 import urllib.error
@@ -23,20 +25,26 @@ from mlflow import MlflowClient
 from PIL import Image
 from small import SAMPLING, Small
 
+from dit.encode import EncodeConfig, held_out_config
 from dit.evaluate import MetricsManifest
 from dit.export import CheckpointManifest
 from dit.sample import SampleManifest
+from dit.training.config import HeldOutLoss
 from flows import servers
 from flows.children import child
 from flows.registry import exported, register
+from flows.registry.card import _autoencoder as autoencoder
 from flows.registry.config import ModelManifest, PromotionRule, RegisterConfig
-from flows.registry.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation
+from flows.registry.promotion import EVALUATION_TAG, PROMOTION_TAG, Evaluation, promote
 from flows.registry.register import _registered as registered
 from flows.tracking import runs
-from flows.tracking.store import MANIFEST_TAG
+from flows.tracking.models import finish
+from flows.tracking.store import DIGEST_TAG, MANIFEST_TAG
 from storage.errors import DitflowError, InputError
+from storage.latents import VaeInfo
 from storage.manifest import Manifest, StageOutput, stage_output
 from storage.rows.store import RowReader
+from storage.shards.shard import ShardManifest
 from storage.tracker import NullTracker
 
 NAME = "it's <b>50 %20< é #1"
@@ -73,6 +81,32 @@ def test_a_version_tells_its_numbers_and_where_they_come_from(
     assert {split: tags[f"digest.archive.{split}"] for split in ("train", "held_out")} == shards.inputs
 
 
+def test_the_description_of_a_version_is_its_card(models: list[ModelManifest], client: MlflowClient) -> None:
+    metrics = models[1].parent("metrics", MetricsManifest)
+    version = client.get_model_version(NAME, "2")
+    text, run_id = version.description, version.run_id
+    assert text.startswith("Draws images of 16 x 16 pixels, of 10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9). `dit` (")
+    assert f"| fd | {metrics.estimate} |" in text
+    for part in (
+        "**Images:** 80 images",
+        "**Training:** 3 steps",
+        "seed 0",
+        f"![Samples](get-artifact?path=samples.png&run_uuid={run_id})",
+    ):
+        assert part in text
+    script = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert script is not None
+    made: dict[str, Any] = {}
+    exec(script[1], made)
+    assert len(made["images"]) == 1 and made["png"].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("source", "shown"), [("/home/me/vae", "vae"), ("stabilityai/vae", "stabilityai/vae")])
+def test_a_card_has_no_path_of_the_machine(source: str, shown: str) -> None:
+    vae = VaeInfo(source=source, sha256="ab" * 32, downsample=8, channels=4, scaling_factor=1.0)
+    assert autoencoder(vae) == f"`{shown}` (weights `{'ab' * 8}`)"
+
+
 def test_a_version_leads_to_the_manifest_of_its_training(models: list[ModelManifest], tmp_path: Path) -> None:
     root = models[0].root
     trained = [one.parent("metrics", MetricsManifest).parent("samples", SampleManifest) for one in models]
@@ -89,14 +123,16 @@ def test_a_version_leads_to_the_manifest_of_its_training(models: list[ModelManif
             runs.resolve(reference, root)
 
 
-def test_a_version_of_a_root_that_was_moved_leads_there(
+def test_a_version_of_a_root_that_was_copied_or_moved_leads_there(
     models: list[ModelManifest], tmp_path: Path, client: MlflowClient
 ) -> None:
     moved = Path(shutil.copytree(Path(models[0].root) / "train", tmp_path / "train"))
     tag = client.get_model_version(NAME, "1").tags[MANIFEST_TAG]
+    there = str(moved / Path(tag).parent.name / "manifest.json")
+    assert runs.resolve(f"models:/{NAME}/1", str(tmp_path)) == there  # though the one that was copied is there, too
     client.set_model_version_tag(NAME, "1", MANIFEST_TAG, str(tmp_path / "gone" / "manifest.json"))
     try:
-        assert runs.resolve(f"models:/{NAME}/1", str(tmp_path)) == str(moved / Path(tag).parent.name)
+        assert runs.resolve(f"models:/{NAME}/1", str(tmp_path)) == there
         with pytest.raises(InputError, match=r"models:/.*/1: its training is no longer at .*gone/manifest\.json"):
             runs.resolve(f"models:/{NAME}/1", str(tmp_path / "other"))
     finally:
@@ -112,6 +148,65 @@ def test_the_run_shows_the_samples_and_the_model_has_the_metrics(
     assert models[1].read_object("artifacts/samples.png").startswith(b"\x89PNG")
     logged = client.get_logged_model(version.source.removeprefix("models:/"))
     assert {metric.key: metric.value for metric in logged.metrics} == pytest.approx(models[1].metrics)
+
+
+def test_metrics_are_compared_by_model_and_dataset(models: list[ModelManifest], client: MlflowClient) -> None:
+    metrics = [version.parent("metrics", MetricsManifest) for version in models]
+    trained = [each.parent("samples", SampleManifest).parent("checkpoint", CheckpointManifest) for each in metrics]
+    latents = trained[0].latents()
+    measured = ("shards", latents.parent("shards", ShardManifest).digest[:32])
+    experiment = client.get_experiment_by_name(runs.EXPERIMENT)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    for model, evaluated in zip(trained, metrics, strict=True):
+        selector = f"tags.`{DIGEST_TAG}` = '{model.digest}'"
+        (found,) = client.search_logged_models([experiment.experiment_id], selector)
+        assert (found.status, found.model_type, found.params["steps"]) == ("READY", "dit", str(model.counts["steps"]))
+        values = {(metric.key, metric.dataset_name, metric.dataset_digest): metric.value for metric in found.metrics}
+        assert values["fd", *measured] == evaluated.metrics["fd"]
+        assert values["final_loss", "latents", latents.digest[:32]] == model.metrics["final_loss"]
+        run = client.get_run(evaluated.provenance.mlflow_run_id)
+        assert [each.model_id for each in run.inputs.model_inputs] == [found.model_id]
+        assert client.get_run(found.source_run_id).data.tags[DIGEST_TAG] == model.digest
+        for made in (model, evaluated):  # again, as after a kill
+            finish(client, str(made.provenance.mlflow_run_id), made)
+        (again,) = client.search_logged_models([experiment.experiment_id], selector)
+        assert again.model_id == found.model_id and len(again.metrics) == len(found.metrics)
+        assert len(client.get_metric_history(run.info.run_id, "fd")) == 1
+    by_distance = client.search_logged_models(
+        [experiment.experiment_id],
+        "metrics.fd > 0",
+        datasets=[dict(zip(("dataset_name", "dataset_digest"), measured, strict=True))],
+        order_by=[{"field_name": "metrics.fd"}],
+    )
+    assert {model.name.split()[0] for model in by_distance} >= {"train", "model"}
+
+
+def test_a_model_without_metrics_is_registered_with_its_loss_on_held_out_images(
+    mlflow_server: MlflowServer, prefect_api: str, tmp_path: Path, client: MlflowClient
+) -> None:
+    small = Small(tmp_path / "root")
+    latents = small.latents()
+    shards = latents.parent("shards", ShardManifest)
+    small.bring("encode", held_out_config(EncodeConfig.model_validate(latents.config)), shards)
+    checkpoint = small.checkpoint(latents, held_out=HeldOutLoss(every=1, images=20))
+    samples = small.bring("sample", SAMPLING, checkpoint)
+    config = RegisterConfig(model_name="unmeasured", promote="automatic")
+    version = small.bring("register", config, samples)
+    assert isinstance(version, ModelManifest)
+    assert set(version.parents) == {"samples"}
+    said = json.loads(Path(checkpoint.uri, "artifacts", "held_out_loss.json").read_text())["points"][-1]
+    assert version.metrics == {name: said[name] for name in ("held_out_loss", "held_out_loss_se")}
+    tags = client.get_model_version("unmeasured", "1").tags
+    assert float(tags["metric.held_out_loss"]) == pytest.approx(version.metrics["held_out_loss"], rel=1e-5)
+    assert EVALUATION_TAG not in tags
+    assert version.promotion == (
+        "unmeasured 1 is not promoted: it has no metrics; `ditflow promote` makes it champion by hand"
+    )
+    assert exported.export_faults(version.uri) == []
+    said = promote("unmeasured", None, "it looks good", version.root)
+    assert said.endswith("is champion; before, it was none; not compared, since one of them has no metrics")
+    model = mlflow.pyfunc.load_model("models:/unmeasured@champion")
+    assert len(model.predict(pd.DataFrame({"label": [3]}))) == 1
 
 
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors", "sample.json", "manifest.json"])
@@ -270,6 +365,16 @@ def test_a_request_is_answered_with_png_images(endpoint: str) -> None:
         assert ask(endpoint, [3, 7], **asked) != pngs, change
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_curl_of_the_card_draws_an_image(endpoint: str, client: MlflowClient) -> None:
+    script = re.search(r"^curl .*$", client.get_model_version(NAME, "2").description, re.MULTILINE)
+    assert script is not None
+    command = script[0].replace("127.0.0.1:8080", endpoint)
+    answer = subprocess.run(command, shell=True, capture_output=True, check=True).stdout
+    (row,) = json.loads(answer)["predictions"]
+    assert Image.open(io.BytesIO(base64.b64decode(row["png_base64"]))).size == (16, 16)
+
+
 def test_a_class_may_be_asked_for_by_name(endpoint: str) -> None:
     assert ask(endpoint, ["3", "7"], column="class", steps=2) == ask(endpoint, [3, 7], steps=2)
 
@@ -294,6 +399,7 @@ def test_without_params_images_are_drawn_as_they_were_evaluated(endpoint: str) -
         ([10], {}, "label: must lie between 0 and 9"),
         ([1], {"sampler": "heun"}, "sampler"),
         ([1], {"steps": "x"}, "steps"),
+        ([1], {"guidance_scal": 2.0}, "guidance_scal: no such param; there are guidance_channels, guidance_scale,"),
     ],
 )
 def test_a_wrong_request_is_refused(endpoint: str, labels: list[Any], params: dict[str, Any], said: str) -> None:

@@ -1,7 +1,9 @@
 """MLflow's database of a root, whose making is killed, shared and found half done."""
 
+import shutil
 import signal
 import sqlite3
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from mlflow import MlflowClient
 from pipelines import ODD
 from until import until
 
+from flows import servers
 from flows.tracking import database, runs
+from flows.tracking.sink import log_file
 from storage.errors import InputError
 
 CREATE = "import sys; from pathlib import Path; from flows.tracking import database; database.create(Path(sys.argv[1]))"
@@ -96,3 +100,55 @@ def test_one_that_is_busy_is_left_to_mlflow(tmp_path: Path, tracking_template: P
         database.check(tmp_path)
         busy.execute("ROLLBACK")
     busy.close()
+
+
+def pictured(root: Path, name: str) -> str:
+    """A run of a root with an artifact, which registers a model."""
+    client, experiment = runs.open_client(str(root))
+    run_id = str(client.create_run(experiment).info.run_id)
+    log_file(client, run_id, f"{name}.txt", name.encode())
+    return run_id
+
+
+def seen(root: Path, run_id: str) -> dict[str, str]:
+    client, _ = runs.open_client(str(root))
+    found = [entry.path for entry in client.list_artifacts(run_id)]
+    return {path: Path(client.download_artifacts(run_id, path)).read_text() for path in found}
+
+
+def test_artifacts_are_found_with_and_without_a_server_and_in_a_moved_root(
+    tmp_path: Path, tracking_template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = tmp_path / ODD
+    root.mkdir()
+    shutil.copy(tracking_template, root / "mlflow.db")
+    with servers.mlflow_server(root) as server, monkeypatch.context() as served:
+        served.setenv("MLFLOW_TRACKING_URI", server.address)
+        first = pictured(root, "served")
+        address = f"{server.address}/get-artifact?path=served.txt&run_uuid={first}"
+        with urllib.request.urlopen(address, timeout=180) as page:  # as MLflow's pages show it
+            assert page.read() == b"served"
+    second = pictured(root, "alone")
+    moved = root.rename(tmp_path / "moved")
+    third = pictured(moved, "moved")
+    there = {first: "served", second: "alone", third: "moved"}
+    assert [seen(moved, run_id) for run_id in there] == [{f"{name}.txt": name} for name in there.values()]
+    assert list(tmp_path.iterdir()) == [moved]
+
+
+def test_artifacts_that_only_a_server_could_find_are_found(
+    tmp_path: Path, tracking_template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier versions of `ditflow up` left them."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(tracking_template, tmp_path / "mlflow.db")
+    client = MlflowClient(database.address(tmp_path))
+    experiment = client.create_experiment(runs.EXPERIMENT, artifact_location="mlflow-artifacts:/7")
+    other = client.create_experiment("other", artifact_location="mlflow-artifacts-of-others:/7")
+    run_id = client.create_run(experiment).info.run_id
+    folder = tmp_path / "mlflow-artifacts" / "7" / run_id / "artifacts"
+    folder.mkdir(parents=True)
+    (folder / "old.txt").write_text("old")
+    assert seen(tmp_path, run_id) == {"old.txt": "old"}
+    assert client.get_experiment(other).artifact_location == "mlflow-artifacts-of-others:/7"

@@ -2,16 +2,19 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from faults import all_gone, descendants
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, LogFilter, LogFilterFlowRunId
+from prefect.runtime import flow_run
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
@@ -38,7 +41,7 @@ def test_off_a_terminal_there_are_lines_now_and_then(
         shown.update(2000, 4000, "steps")
         shown.update(4000, 4000, "steps")
     said = capsys.readouterr()
-    assert said.err.splitlines() == ["train: 2,000 of 4,000 steps, 0:00:00 left", "train: 4,000 of 4,000 steps"]
+    assert said.err.splitlines() == ["train: 2,000 of 4,000 steps", "train: 4,000 of 4,000 steps"]
     assert said.out == ""
 
 
@@ -51,9 +54,23 @@ def test_the_time_left_is_at_the_pace_of_this_attempt(
     for done in (3000, 3010, 3030, 4000):
         shown.update(done, 4000, "steps")
     assert capsys.readouterr().err.splitlines() == [
-        "train: 3,010 of 4,000 steps, 1:39:00 left",
-        "train: 3,030 of 4,000 steps, 1:04:40 left",
-        "train: 4,000 of 4,000 steps",
+        "train: 3,010 of 4,000 steps, 10/min, 1:39:00 left",
+        "train: 3,030 of 4,000 steps, 15/min, 1:04:40 left",
+        "train: 4,000 of 4,000 steps, 5.56/s",
+    ]
+
+
+def test_off_a_terminal_a_stage_leaves_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.stages_shown(["shard", "encode"]):
+        progress.began("shard")
+        with StageProgress("shard").shown() as shown:
+            shown.note("starting 2 ranks under torchrun")
+        progress.ended("shard", 75.0, skipped=False)
+        progress.ended("encode", 0.1, skipped=True)
+    assert capsys.readouterr().err.splitlines() == [
+        "shard: starting 2 ranks under torchrun",
+        "shard: done in 0:01:15",
+        "encode: was done before",
     ]
 
 
@@ -62,21 +79,36 @@ def test_nothing_to_do_is_no_error() -> None:
         shown.update(0, 0, "images")
 
 
-def test_on_a_terminal_there_is_a_bar() -> None:
+def test_on_a_terminal_there_is_a_table() -> None:
     script = """
-from flows.tracking.progress import StageProgress
-with StageProgress("encode").shown() as shown:
-    for done in range(5):
-        shown.update(done, 4, "images")
+from flows.tracking.progress import StageProgress, began, ended, stages_shown
+with stages_shown(["shard", "encode", "train", "sample"]):
+    began("shard")
+    ended("shard", 0.1, skipped=True)
+    began("encode")
+    with StageProgress("encode").shown() as shown:
+        for done in range(5):
+            shown.update(done, 4, "images")
+    ended("encode", 71, skipped=False)
+    began("train")
+    with StageProgress("train").shown() as shown:
+        shown.note("starting 2 ranks under torchrun")
+        shown.update(20, 100, "steps, loss 0.25")
+    ended("train", 3, skipped=False)
+with StageProgress("alone").shown() as shown:
+    shown.update(1, 2, "images")
 """
     ours, theirs = pty.openpty()
-    env = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    env = os.environ | {"TERM": "xterm", "COLUMNS": "140"}
     done = subprocess.run([sys.executable, "-c", script], stderr=theirs, stdout=subprocess.PIPE, env=env, check=True)
     os.close(theirs)
     shown = os.read(ours, 1 << 16).decode()
     os.close(ours)
-    assert "encode" in shown
-    assert "4/4" in shown
+    last = " ".join(re.sub(r"\x1b\[[0-9;?]*\w|━", "", shown).rpartition("sample")[2].split())
+    assert last == (
+        "shard was done before encode 4 images done in 0:01:11 train 100 steps, loss 0.25 done in 3.0 s "
+        "alone alone 2 images done"
+    )
     assert done.stdout == b""
 
 
@@ -96,6 +128,24 @@ def test_a_flow_has_an_artifact_that_ends_full(prefect_api: str, monkeypatch: py
     assert artifact.type == "progress"
     assert artifact.data == 100.0
     assert artifact.description == "images done"
+
+
+def test_prefects_log_tells_the_pace_now_and_then(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+
+    @flow
+    def training() -> str:
+        shown = StageProgress("train")
+        shown.update(20, 100, "steps, loss 0.5")
+        shown.update(80, 100, "steps, loss 0.25")
+        return str(flow_run.id)
+
+    of_run = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[UUID(training())]))
+    with get_client(sync_client=True) as client:
+        until(lambda: any(LINE.fullmatch(log.message) for log in client.read_logs(of_run)))
+
+
+LINE = re.compile(r"80 of 100 steps, loss 0\.25, [\d.,e+]+/(s|min), \d:\d\d:\d\d left")
 
 
 def artifacts(key: str) -> list[Any]:

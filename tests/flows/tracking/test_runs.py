@@ -22,9 +22,11 @@ from flows.tracking import runs, store
 from flows.tracking.sink import UNSENT, MlflowSink, StageTracker, read_unsent
 from flows.tracking.spec import TrackingSpec
 from storage.config import Config, operational
+from storage.cost import metered
 from storage.errors import DitflowError, InputError
 from storage.header import Provenance
 from storage.manifest import Manifest, StageOutput, stage_output
+from storage.processors import Processors
 
 LOST = "https://me:pa55@host/vae?token=h1dden"
 
@@ -107,14 +109,31 @@ def test_a_run_says_all_of_its_stage(client: MlflowClient, root: str) -> None:
     )
     assert (tags["mlflow.parentRunId"], tags[store.PIPELINE_TAG]) == (pipeline, "p-1")
     assert (tags["prefect.flow_run_id"], tags["prefect.flow_run_url"]) == ("x", address)
-    assert address in tags["mlflow.note.content"]
+    note = tags["mlflow.note.content"]
+    assert note.startswith(f"**plain**: plain.\n\nFrom archive `{'a' * 16}`.\n\nMade 7 images, in `")
+    assert "| psnr | 30.5 |" in note
+    assert note.endswith(f"[Prefect flow run]({address})")
     assert tags["ditflow.code_version"] == manifest.code_version
     logged = client.download_artifacts(run.info.run_id, "manifest.json")
     assert Manifest.model_validate_json(Path(logged).read_bytes()).digest == manifest.digest
     assert client.get_run(pipeline).info.status == "FINISHED"
     assert runs.pipeline_run_id("p-1", root) == pipeline
     assert runs.resolve(run.info.run_id, root) == manifest.url
-    assert str(runs.run_url(run.info.run_id, root)).endswith(f"/runs/{run.info.run_id}")
+    assert str(runs.run_url(run.info.run_id, root)).endswith(f"/runs/{run.info.run_id}?workflowType=machine_learning")
+
+
+def test_a_run_says_what_its_stage_cost(client: MlflowClient, root: str) -> None:
+    output = named(root)
+    with metered(output.uri, Processors()):
+        manifest = finished(output, root)
+    run, cost = client.get_run(manifest.provenance.mlflow_run_id), manifest.cost
+    assert cost is not None
+    assert run.data.metrics["cost.device_seconds"] == cost.device_seconds
+    assert run.data.metrics["cost.peak_memory_gib"] == cost.peak_memory / 2**30
+    assert ("cost.energy_kwh" in run.data.metrics) == (cost.energy_joules is not None)
+    note = run.data.tags["mlflow.note.content"]
+    assert f"Cost {cost.device_seconds:,.1f} s of devices (processors), peak memory " in note
+    assert ("energy not known: " in note) == (cost.energy_joules is None)
 
 
 def test_datasets_join_a_stage_to_the_one_before(client: MlflowClient, root: str) -> None:
@@ -433,10 +452,6 @@ def test_a_remote_root_leaves_no_folder_here(
     monkeypatch.chdir(tmp_path)
     runs.open_client("memory://root")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_config_becomes_flat() -> None:
-    assert store.flatten({"a": {"b": {"c": None}}, "d": [1, "x"]}) == {"a.b.c": "None", "d": "[1, 'x']"}
 
 
 def test_another_attempt_skips_what_the_run_has_or_what_waits_to_be_sent(client: MlflowClient, root: str) -> None:

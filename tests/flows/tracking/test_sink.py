@@ -62,7 +62,7 @@ def test_metrics_and_files_arrive(
     history = client.get_metric_history(run_id, "loss")
     assert sorted((metric.step, metric.value) for metric in history) == [(step, step / 2) for step in range(2500)]
     assert Path(client.download_artifacts(run_id, "grid.png", str(tmp_path))).read_bytes() == PICTURE
-    assert told == [(3, 4, "steps")]
+    assert told == [(3, 4, "steps, loss 1250")]  # 1249.5, as people read it
     assert not Path(output.uri, UNSENT).exists()
     assert senders() == []
 

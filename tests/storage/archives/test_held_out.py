@@ -13,9 +13,9 @@ import pytest
 from scipy.io import savemat
 
 from storage.archives import held_out
+from storage.archives.known import input_digests
 from storage.archives.open import ArchiveRef, open_archive
 from storage.errors import InputError, StorageError
-from storage.shards.shard import input_digests
 
 SYNSETS = [(1, "cat", 0), (2, "dog", 0), (3, "animal", 2), (4, "fox", 0)]
 TRUTH = b"2\n1\n2\n"

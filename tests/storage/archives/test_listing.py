@@ -8,6 +8,7 @@ import packing
 import pytest
 
 from storage import uri
+from storage.archives.known import input_digests
 from storage.archives.open import Archive, ArchiveRef, open_archive, open_splits
 from storage.errors import InputError, StorageError
 from storage.manifest import stage_output
@@ -59,7 +60,7 @@ def files(tmp_path: Path, write_archive: Callable[..., Path]) -> dict[str, bytes
 
 def run(root: Path, archive: ArchiveRef) -> ShardManifest:
     config = ShardConfig(images_per_shard=4, runner=Threads(count=2))
-    inputs = shard.input_digests(archive)
+    inputs = input_digests(archive)
     out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
     return shard.run(config, archive, out=out, tracker=NullTracker())
 

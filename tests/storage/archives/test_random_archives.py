@@ -11,6 +11,7 @@ from random_archives import Part
 from random_cases import random_case
 
 from storage.archives.folder import open_images
+from storage.archives.known import input_digests
 from storage.archives.open import Archive, ArchiveRef, open_splits
 from storage.errors import InputError
 from storage.manifest import stage_output
@@ -106,7 +107,7 @@ def on_memory(folder: Path, ref: ArchiveRef) -> ArchiveRef:
 
 def sharded(ref: ArchiveRef, root: Path) -> ShardManifest:
     config = ShardConfig(images_per_shard=3, max_unreadable=1, runner=Threads(count=1))
-    out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=shard.input_digests(ref))
+    out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=input_digests(ref))
     return shard.run(config, ref, out=out, tracker=NullTracker())
 
 

@@ -10,6 +10,7 @@ import pytest
 from row_store import contents, fill
 
 from storage import uri
+from storage.archives.known import input_digests
 from storage.archives.open import ArchiveRef
 from storage.config import Config
 from storage.errors import StorageError
@@ -214,7 +215,7 @@ def tars(request: pytest.FixtureRequest, tmp_path: Path, memory: str, write_arch
     archive = ArchiveRef(train=str(write_archive(tmp_path / "images", {"cat": 7, "dog": 5})))
     config = ShardConfig(images_per_shard=5, runner=Threads(count=1))
     root = memory if request.param else str(tmp_path)
-    out = stage_output(root, shard.STAGE, 1, config, parents={}, inputs=shard.input_digests(archive))
+    out = stage_output(root, shard.STAGE, 1, config, parents={}, inputs=input_digests(archive))
     return shard.run(config, archive, out=out, tracker=NullTracker())
 
 

@@ -273,3 +273,14 @@ def test_the_record_of_a_copy_is_its_files_versions(store: Manifest, tmp_path: P
     record = json.loads((folder(tmp_path) / staging.DONE).read_bytes())
     assert record.keys() == {"mean", "image", "label"}
     assert record["mean"]["size"] == str(contents()["mean"].nbytes)
+
+
+def test_an_output_is_made_where_no_cache_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with cache.making(str(tmp_path / "output")):
+        (said,) = caplog.messages
+    assert "cannot be written" in said
+    assert said.endswith("do not let two commands make the same output at once")

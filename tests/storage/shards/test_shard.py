@@ -16,6 +16,7 @@ from recorder import Recorder
 
 from storage import uri, verify
 from storage.archives.account import SplitAccount
+from storage.archives.known import input_digests
 from storage.archives.open import Archive, ArchiveRef, open_archive
 from storage.errors import InputError, StorageError
 from storage.manifest import StageOutput, stage_output
@@ -38,7 +39,7 @@ def archive(tmp_path: Path, write_archive: Callable[..., Path]) -> ArchiveRef:
 
 
 def output(root: Path | str, archive: ArchiveRef, config: ShardConfig = CONFIG) -> StageOutput:
-    inputs = shard.input_digests(archive)
+    inputs = input_digests(archive)
     return stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
 
 

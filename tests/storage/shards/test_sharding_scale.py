@@ -25,6 +25,7 @@ SHARD = """
 import sys
 from benchmarks.memory import peak_mib
 from storage.shards import shard
+from storage.archives.known import input_digests
 from storage.archives.open import ArchiveRef
 from storage.manifest import stage_output
 from storage.shards.runners import Threads
@@ -33,7 +34,7 @@ from storage.tracker import NullTracker
 
 archive, root = ArchiveRef(train=sys.argv[1]), sys.argv[2]
 config = ShardConfig(runner=Threads(count=2))
-inputs = shard.input_digests(archive)
+inputs = input_digests(archive)
 out = stage_output(root, shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
 made = shard.run(config, archive, out=out, tracker=NullTracker())
 print(made.uri, peak_mib())

@@ -1,0 +1,3 @@
+-- What Postgres makes when it starts for the first time.
+CREATE DATABASE prefect;
+CREATE DATABASE mlflow;

@@ -1,0 +1,1 @@
+"""What will go wrong on this machine: a table of checks, and the process that runs them."""
