@@ -7,6 +7,7 @@ encrypted and Apprise sends to. What a person switches off in Prefect's UI stays
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from pydantic import Field, SecretStr, ValidationError
 
 from flows.contract import STAGES
+from flows.prefect_lists import all_pages
 from flows.yaml_text import parse
 from storage.config import Config, problem
 from storage.errors import InputError
@@ -159,8 +161,12 @@ def _automations(place: int, notice: Notice, runs: Sequence[str]) -> list["Autom
 
 def _runs(client: "SyncPrefectClient") -> list[str]:
     """What a run that people or schedules started is related to; a stage within a pipeline to none of them."""
-    whole = [f"prefect.flow.{flow.id}" for flow in client.read_flows() if flow.name not in STAGES]
-    return whole + [f"prefect.deployment.{deployment.id}" for deployment in client.read_deployments()]
+    from prefect.client.schemas.sorting import DeploymentSort
+
+    # Several have the same name: sorted by names, pages might leave one out.
+    in_order = partial(client.read_deployments, sort=DeploymentSort.CREATED_DESC)
+    whole = [f"prefect.flow.{flow.id}" for flow in all_pages(client.read_flows) if flow.name not in STAGES]
+    return whole + [f"prefect.deployment.{deployment.id}" for deployment in all_pages(in_order)]
 
 
 def _as_json_service(url: str) -> str:

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 from storage.errors import InputError
-from storage.shards.runners import Dask, Ray, Runner
+from storage.shards.runners import Cluster, Runner
 
 PACKAGES = {"dask": "prefect_dask", "ray": "prefect_ray"}
 
@@ -16,11 +16,11 @@ def check_runner(runner: Runner) -> None:
     Raises:
         InputError: it is not.
     """
-    if isinstance(runner, Dask | Ray) and find_spec(PACKAGES[runner.kind]) is None:
+    if isinstance(runner, Cluster) and find_spec(PACKAGES[runner.kind]) is None:
         raise InputError(_missing(runner, "not installed"))
 
 
-def runner_package(runner: Dask | Ray) -> ModuleType:
+def runner_package(runner: Cluster) -> ModuleType:
     """The package of a runner.
 
     Raises:
@@ -32,6 +32,6 @@ def runner_package(runner: Dask | Ray) -> ModuleType:
         raise InputError(_missing(runner, error)) from error
 
 
-def _missing(runner: Dask | Ray, reason: object) -> str:
+def _missing(runner: Cluster, reason: object) -> str:
     needs = f"needs {PACKAGES[runner.kind].replace('_', '-')} here and on its workers"
     return f"shard.runner: {runner.kind} {needs}; pip install 'ditflow[{runner.kind}]' ({reason})"

@@ -4,10 +4,12 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 from flows import processes
+from flows.prefect_lists import all_pages
 from flows.processes import Processes
 from storage import uri
 from storage.errors import DitflowError, one_line
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
 LOGGER = logging.getLogger(__name__)
-PAGE = 200  # the most flow runs that Prefect lists at once
 
 
 @contextmanager
@@ -113,7 +114,8 @@ def stages_of(runs: "Sequence[FlowRun]") -> "list[FlowRun]":
 
     within = FlowRunFilterParentFlowRunId(any_=[run.id for run in runs])
     with get_client(sync_client=True) as client:
-        return client.read_flow_runs(flow_run_filter=FlowRunFilter(state=open_states(), parent_flow_run_id=within))
+        which = FlowRunFilter(state=open_states(), parent_flow_run_id=within)
+        return all_pages(partial(client.read_flow_runs, flow_run_filter=which))
 
 
 def open_flow_runs(ids: Iterable[str] | None = None) -> "list[FlowRun]":
@@ -123,8 +125,5 @@ def open_flow_runs(ids: Iterable[str] | None = None) -> "list[FlowRun]":
 
     these = None if ids is None else FlowRunFilterId(any_=[UUID(run) for run in ids])
     which = FlowRunFilter(state=open_states(), id=these)
-    found: list[FlowRun] = []
     with get_client(sync_client=True) as client:
-        while page := client.read_flow_runs(flow_run_filter=which, limit=PAGE, offset=len(found)):
-            found += page
-    return found
+        return all_pages(partial(client.read_flow_runs, flow_run_filter=which))

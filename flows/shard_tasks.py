@@ -21,7 +21,7 @@ from flows.children import set_parent_death_signal
 from flows.runner_packages import runner_package
 from storage.errors import DitflowError, InputError, one_line
 from storage.patience import patient, seconds
-from storage.shards.runners import Dask, Processes, Ray, Runner, Threads
+from storage.shards.runners import Cluster, Runner
 from storage.shards.shard import Build, BuildResult, Distribute
 
 RETRY_SECONDS = [1.0, 10.0]
@@ -90,22 +90,22 @@ def _started(runner: Runner) -> Iterator[TaskRunner[Any]]:
 
 
 def _task_runner(runner: Runner) -> TaskRunner[Any]:
-    match runner:
-        case Threads():
+    match runner.kind:
+        case "threads":
             return ThreadPoolTaskRunner(max_workers=runner.count or os.cpu_count())
-        case Processes():
+        case "processes":
             parent_and_signal = (os.getpid(), signal.SIGKILL)  # no worker outlives this process
             return ProcessPoolTaskRunner(
                 runner.count or None, initializer=set_parent_death_signal, initargs=parent_and_signal
             )
-        case Dask():
+        case "dask":
             here = {"n_workers": os.cpu_count(), "threads_per_worker": 1, "dashboard_address": None}
             place = {"address": runner.address} if runner.address else {"cluster_kwargs": here}
             return _extra(runner, "DaskTaskRunner", **place)
-        case Ray():
+        case "ray":
             return _extra(runner, "RayTaskRunner", address=runner.address)
 
 
-def _extra(runner: Dask | Ray, name: str, **options: Any) -> TaskRunner[Any]:
+def _extra(runner: Cluster, name: str, **options: Any) -> TaskRunner[Any]:
     started: TaskRunner[Any] = getattr(runner_package(runner), name)(**options)
     return started

@@ -10,19 +10,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from flows.command.pools import AT_ONCE, POOL, create_pool
 from flows.contract import STAGES
+from flows.prefect_lists import all_pages
 from flows.recipe_file import read_values
 from flows.servers import local_home
-from flows.settle import PAGE
 from storage import uri
 from storage.errors import DitflowError, InputError
 from storage.seal import json_digest
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from flows.recipe import Recipe
 
-T = TypeVar("T")
 PROJECT = Path("prefect.yaml")
 RECIPE = "flows.pipeline.recipe"
 """The flow that runs a recipe by its name."""
@@ -163,21 +162,14 @@ def _deployments(client: "SyncPrefectClient") -> "dict[str, DeploymentResponse]"
     """All deployments, by flow and name, such as ``recipe/demo``; those of `PROJECT` that have their flow's by it."""
     from prefect.client.schemas.sorting import DeploymentSort
 
-    flows = {flow.id: flow.name for flow in _all(client.read_flows)}
+    flows = {flow.id: flow.name for flow in all_pages(client.read_flows)}
     # Several have the same name: sorted by names, pages might leave one out.
-    found = _all(partial(client.read_deployments, sort=DeploymentSort.CREATED_DESC))
+    found = all_pages(partial(client.read_deployments, sort=DeploymentSort.CREATED_DESC))
     of_each = [flows.get(each.flow_id, "") for each in found]
     return {
         flow if flow == each.name != OF_RECIPES else f"{flow}/{each.name}": each
         for flow, each in zip(of_each, found, strict=True)
     }
-
-
-def _all(read: Callable[..., list[T]]) -> list[T]:
-    found: list[T] = []
-    while page := read(limit=PAGE, offset=len(found)):
-        found += page
-    return found
 
 
 def _renew(

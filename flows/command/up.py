@@ -14,6 +14,7 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -24,10 +25,12 @@ from flows.children import GRACE_SECONDS, child
 from flows.command.deployments import check_project, deploy, prefect_command, read_recipes
 from flows.command.options import add_root, complete, preset_names
 from flows.command.pools import POOL
+from flows.prefect_lists import all_pages
 from flows.settle import end_flow_runs, open_states, settle, settled, stages_of
 from flows.tracking import database
 from storage import uri
 from storage.errors import DitflowError, InputError, one_line
+from storage.rows.cache import locked
 
 HELP = "serve Prefect, MLflow and a worker, with all flows deployed"
 PORTS = range(1, 65536)
@@ -100,13 +103,15 @@ def serve(
         if not servers.is_free(port, host):
             raise InputError(f"port {port} is taken; choose another with {option}")
     with ExitStack() as stack:
+        home = servers.local_home(root) / "prefect"
+        stack.enter_context(locked(home / "up", partial(_refuse, root)))  # until it is announced, and longer
         watched = _start(stack, root, access, prefect_port, mlflow_port)
         kept = deploy(named, root) if named else []
         if told:
             notify.apply(told)
         flows: dict[psutil.Process, str] = {}
         stack.callback(_report_ends, flows, watched[0], root, access)
-        worker, log = None, servers.local_home(root) / "prefect" / "worker.log"
+        worker, log = None, home / "worker.log"
         if named:
             start = prefect_command("worker", "start", "--pool", POOL, "--name", "ditflow-up")
             output = stack.enter_context(log.open("wb"))
@@ -118,6 +123,10 @@ def serve(
         _say(root, new if access.prefect == new else "as set", prefect, mlflow, kept)
         stack.callback(undisturbed, "ending flow runs and servers, which takes up to half a minute")
         _watch(worker, flows, log, watched)
+
+
+def _refuse(root: str) -> None:
+    raise InputError(f"{uri.redact(root)}: another `ditflow up` starts or ends on this root; wait for it")
 
 
 def _start(stack: ExitStack, root: str, access: Access, prefect_port: int, mlflow_port: int) -> list[servers.Server]:
@@ -230,6 +239,7 @@ def _end_flow_runs_of_the_pool(mine: set[str] | None) -> None:
 
     with get_client(sync_client=True) as client:
         pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
-        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=open_states()), work_pool_filter=pool)
+        which = FlowRunFilter(state=open_states())
+        runs = all_pages(partial(client.read_flow_runs, flow_run_filter=which, work_pool_filter=pool))
         runs = [run for run in runs if mine is None or str(run.id) in mine]
     end_flow_runs([*runs, *stages_of(runs)], "ditflow up has ended")

@@ -57,14 +57,14 @@ def run(spec: WorkerSpec, launch: SlurmLaunch, *, progress: Progress, log: Logge
     if not launch.wait:
         return _look(spec, launch, folder)
     for attempt in range(launch.max_restarts + 1):
-        found = find(folder, spec.job_name)
+        found = find(spec.output.uri, spec.job_name)
         if found is None:
             (job,) = submit([Job(spec, folder, attempt)], launch)
             log.info(f"Slurm job {job} submitted; its log is {folder / 'job.log'}")
         else:
             job, _ = found
             log.info(f"Slurm job {job} for this stage is queued or running; following it")
-        state, ranks = _follow(job, folder, launch.poll_seconds, progress, log)
+        state, ranks = _follow(job, spec.output.uri, folder, launch.poll_seconds, progress, log)
         if state == "COMPLETED":
             return None
         error = _error(job, state, ranks)
@@ -134,7 +134,7 @@ def array(limit: int | None = None) -> Iterator[list[str]]:
         for output in sorted({job.spec.output.uri for jobs in together.jobs.values() for job in jobs.values()}):
             locks.enter_context(making(output))
         for key, jobs in together.jobs.items():
-            if left := [job for job in jobs.values() if note(job.folder) is None]:
+            if left := [job for job in jobs.values() if note(job.output) is None]:
                 ids += submit(left, together.launches[key], limit)
 
 
@@ -147,12 +147,12 @@ def _folder(spec: WorkerSpec, launch: SlurmLaunch) -> Path:
 
 def _look(spec: WorkerSpec, launch: SlurmLaunch, folder: Path) -> None:
     """Return if the job has made its output; submit one if there is none."""
-    found, noted, attempt = find(folder, spec.job_name), note(folder), 0
+    found, noted, attempt = find(spec.output.uri, spec.job_name), note(spec.output.uri), 0
     if found is not None:
         job, state = found
         raise SubmittedError(f"{spec.stage}: Slurm job {job} is {state.lower()}{_how_far(folder, noted)}")
     if noted is not None:
-        forget(folder)
+        forget(spec.output.uri)
         if is_finished(spec.output.uri):
             return
         attempt = _next_attempt(noted, launch, folder)
@@ -204,27 +204,28 @@ def _used_up(error: DitflowError, launch: SlurmLaunch, folder: Path) -> WorkerEr
 
 def _follow(
     job: str,
+    output: str,
     folder: Path,
     seconds: float,
     progress: Progress,
     log: Logger,
 ) -> tuple[str, RankLog]:
     """Log a job's new output until it ends, one log record for each poll; return the state that it ended in."""
-    path, output = folder / "job.log", list[str]()
-    ranks, offset = RankLog(progress, output.append), path.stat().st_size if path.exists() else 0
+    path, said = folder / "job.log", list[str]()
+    ranks, offset = RankLog(progress, said.append), path.stat().st_size if path.exists() else 0
     try:
         while True:
             state = state_of(job)
             lines, offset = new_lines(path, offset, last=state not in ACTIVE_STATES)
             ranks.read(lines)
-            if output:
-                log.info("\n".join(output))
-                output.clear()
+            if said:
+                log.info("\n".join(said))
+                said.clear()
             if state not in ACTIVE_STATES:
-                forget(folder)
+                forget(output)
                 return state, ranks
             time.sleep(seconds)
     except BaseException:
         ask("scancel", job)
-        forget(folder)
+        forget(output)
         raise

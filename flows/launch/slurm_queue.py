@@ -15,14 +15,15 @@ from pydantic import BaseModel, ValidationError
 from flows import temporary
 from flows.launch import torchrun
 from flows.launch.spec import SlurmLaunch, WorkerSpec
+from storage import uri
 from storage.errors import DitflowError, InputError
 
 LOGGER = logging.getLogger(__name__)
 PREFECT_KEYS = ("PREFECT_API_AUTH_STRING", "PREFECT_API_KEY")
 FOLDER = "slurm"
-"""Below an output, or below `launch.folder`: the folders of scripts and logs."""
+"""Below an output: what was submitted for it, with script and log. These may also lie below `launch.folder`."""
 NOTE = "job.json"
-"""In the folder of a job's script and log: the `Note` of the job."""
+"""Below an output, in `FOLDER`: the `Note` of its job. A store may hold it that the nodes do not see."""
 ACTIVE_STATES = frozenset(
     ["PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "RESIZING", "SIGNALING"]
 )
@@ -45,7 +46,7 @@ ENDPOINT, JOB_ID = '"$address:$((20000 + SLURM_JOB_ID % 20000))"', '"$SLURM_JOB_
 
 
 class Note(BaseModel):
-    """What was submitted for an output, kept in the folder of its script and log."""
+    """What was submitted for an output, kept below it: so also ``ditflow gc`` sees that it is worked on."""
 
     name: str
     """Name of the job in Slurm."""
@@ -67,8 +68,13 @@ class Job:
 
     spec: WorkerSpec
     folder: Path
-    """Folder of its script, spec, note and log."""
+    """Folder of its script, spec and log."""
     attempt: int = 0
+
+    @property
+    def output(self) -> str:
+        """URL of what it makes."""
+        return self.spec.output.uri
 
     @property
     def log(self) -> Path:
@@ -101,32 +107,32 @@ def submit(jobs: Sequence[Job], launch: SlurmLaunch, limit: int | None = None) -
     ]
     for job, note in zip(jobs, notes, strict=True):
         (job.folder / "spec.json").write_text(job.spec.model_dump_json(), "utf-8")
-        _write(job.folder, note)  # before Slurm has it: a kill loses no job
+        _write(job.output, note)  # before Slurm has it: a kill loses no job
     script = jobs[0].folder / ("array.sh" if array else "job.sh")
     script.write_text(_script(jobs, launch, name, limit), "utf-8")
     done = ask("sbatch", "--parsable", str(script))
     if done.returncode:
         for job in jobs:
-            forget(job.folder)
+            forget(job.output)
         raise InputError(f"launch: Slurm refuses the job: {' '.join(done.stderr.split())}")
     number = done.stdout.strip().partition(";")[0]
     ids = [f"{number}_{task}" for task in range(len(jobs))] if array else [number]
     for job, note, job_id in zip(jobs, notes, ids, strict=True):
-        _write(job.folder, note.model_copy(update={"job": job_id}))
+        _write(job.output, note.model_copy(update={"job": job_id}))
     return ids
 
 
-def find(folder: Path, name: str) -> tuple[str, str] | None:
+def find(output: str, name: str) -> tuple[str, str] | None:
     """The id and the state of the queued or running job of an output, if there is one.
 
     Args:
-        folder: where it would be noted.
+        output: its URL.
         name: of a job that is not noted.
 
     Raises:
         DitflowError: Slurm does not answer.
     """
-    noted = note(folder)
+    noted = note(output)
     asked = noted.name if noted else name
     done = ask("squeue", "--me", "--noheader", "--array", "--format=%i %T", f"--name={asked}")
     if done.returncode:
@@ -160,17 +166,25 @@ def new_lines(path: Path, offset: int, *, last: bool) -> tuple[list[str], int]:
     return complete.decode(errors="replace").splitlines(), offset + len(complete)
 
 
-def note(folder: Path) -> Note | None:
-    """What was submitted for an output last, as far as somebody has noted it."""
+def note(output: str) -> Note | None:
+    """What was submitted for an output last, as far as somebody has noted it.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
     try:
-        return Note.model_validate_json((folder / NOTE).read_bytes())
-    except (OSError, ValidationError):  # nothing was, or a kill has cut the file short
+        return Note.model_validate_json(uri.read_if_there(uri.join(output, FOLDER, NOTE)) or b"")
+    except ValidationError:  # nothing was
         return None
 
 
-def forget(folder: Path) -> None:
-    """Remove the note of a job that has ended."""
-    (folder / NOTE).unlink(missing_ok=True)
+def forget(output: str) -> None:
+    """Remove the note of a job that has ended.
+
+    Raises:
+        StorageError: the store refuses.
+    """
+    uri.remove_tree(uri.join(output, FOLDER, NOTE), output)
 
 
 def ask(*command: str) -> "subprocess.CompletedProcess[str]":
@@ -217,8 +231,8 @@ def _command(launch: SlurmLaunch) -> Iterable[str]:
     return torchrun.command(python, options, nodes, launch.nproc, '"$folder/spec.json"')
 
 
-def _write(folder: Path, noted: Note) -> None:
-    (folder / NOTE).write_text(noted.model_dump_json(), "utf-8")
+def _write(output: str, noted: Note) -> None:
+    uri.write(uri.join(output, FOLDER, NOTE), noted.model_dump_json().encode())
 
 
 def _size(path: Path) -> int:

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelInput, LoggedModelOutput, Run
+from mlflow.entities import LoggedModel, LoggedModelInput, LoggedModelOutput, LoggedModelStatus, Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 
@@ -78,12 +78,17 @@ def plain(name: str) -> str:
 
 
 def _model(client: MlflowClient, experiment_id: str, trained: CheckpointManifest, run_id: str | None) -> str:
-    """The model of a training; it is created if there is none."""
+    """The model of a training; it is created if there is none, and finalized if a kill has left it."""
     found = client.search_logged_models([experiment_id], f"tags.`{DIGEST_TAG}` = '{trained.digest}'", max_results=1)
-    for model in found:
-        return str(model.model_id)
+    model = next(iter(found), None) or _created(client, experiment_id, trained, run_id)
+    if model.status != LoggedModelStatus.READY:
+        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    return str(model.model_id)
+
+
+def _created(client: MlflowClient, experiment_id: str, trained: CheckpointManifest, run_id: str | None) -> LoggedModel:
     values: dict[str, Any] = flatten(trained.config)
-    made = client.create_logged_model(
+    return client.create_logged_model(
         experiment_id,
         plain(trained.provenance.name or f"{trained.stage} {trained.folder_name}"),
         run_id,
@@ -95,5 +100,3 @@ def _model(client: MlflowClient, experiment_id: str, trained: CheckpointManifest
         params={key: str(value)[:_LENGTH] for key, value in list(values.items())[:PARAMS]},
         model_type=values.get("model.kind"),
     )
-    client.finalize_logged_model(made.model_id, "READY")
-    return str(made.model_id)

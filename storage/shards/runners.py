@@ -10,44 +10,28 @@ from pydantic import Field
 from storage.config import Config, Location
 
 
-class Threads(Config):
-    """Threads of this process."""
+class Local(Config):
+    """Threads of this process, or processes, on this machine."""
 
-    kind: Literal["threads"] = "threads"
+    kind: Literal["threads", "processes"] = "threads"
     count: int = Field(default=0, ge=0)
-    """Number of threads; 0 means one for each core."""
+    """Number of them; 0 means one for each core."""
 
 
-class Processes(Config):
-    """Processes on this machine."""
+class Cluster(Config):
+    """A cluster of Dask or Ray. Its workers need this package, and the archive and the root under the same URLs."""
 
-    kind: Literal["processes"] = "processes"
-    count: int = Field(default=0, ge=0)
-    """Number of processes; 0 means one for each core."""
-
-
-class Dask(Config):
-    """A Dask cluster. Its workers need this package, and the archive and the root under the same URLs."""
-
-    kind: Literal["dask"] = "dask"
+    kind: Literal["dask", "ray"] = "dask"
+    """Which cluster. That of Ray is experimental: none of several machines has run it yet."""
     address: Location | None = None
-    """Address of the scheduler, such as ``tcp://10.0.0.1:8786``; null starts a cluster on this machine for the run."""
-
-
-class Ray(Config):
-    """A Ray cluster. Its workers need this package, and the archive and the root under the same URLs. Experimental: no
-    cluster of several machines has run it yet.
+    """Address of the scheduler, such as ``tcp://10.0.0.1:8786`` or ``ray://10.0.0.1:10001``; null starts a cluster on
+    this machine for the run.
     """
 
-    kind: Literal["ray"] = "ray"
-    """Which workers: those of a Ray cluster. Experimental: no cluster of several machines has run it yet."""
-    address: Location | None = None
-    """Address of the cluster, such as ``ray://10.0.0.1:10001``; null starts one on this machine for the run."""
 
-
-Runner = Annotated[Threads | Processes | Dask | Ray, Field(discriminator="kind")]
+Runner = Annotated[Local | Cluster, Field(discriminator="kind")]
 
 
 def local_workers(runner: Runner) -> int:
     """Workers on this machine; 0 means one for each core."""
-    return runner.count if isinstance(runner, Threads | Processes) else 0
+    return runner.count if isinstance(runner, Local) else 0

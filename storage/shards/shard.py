@@ -32,7 +32,7 @@ from storage.order import permutation
 from storage.parallel import threads
 from storage.pieces import pieces
 from storage.shards.pack import Entry, Unreadable, pack, packed_size, timed
-from storage.shards.runners import Runner, Threads, local_workers
+from storage.shards.runners import Local, Runner, local_workers
 from storage.stage import StageDefinition
 from storage.tracker import Tracker, publish
 
@@ -56,7 +56,7 @@ class ShardConfig(Config):
     """Largest fraction of the images, 0 to 1, that may be unreadable and left out; more is an error."""
     min_side: int = Field(default=8, ge=1)
     """Shortest allowed side of an image, pixels; smaller images count as unreadable."""
-    runner: Runner = operational(Threads())
+    runner: Runner = operational(Local())
     """Workers that build the shards. If the root is no local disk, each holds one tar in memory."""
 
 

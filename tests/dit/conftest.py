@@ -23,7 +23,7 @@ from storage.archives.open import ArchiveRef
 from storage.latents import LatentManifest
 from storage.manifest import stage_output
 from storage.shards import shard
-from storage.shards.runners import Threads
+from storage.shards.runners import Local
 from storage.shards.shard import ShardConfig, ShardManifest
 from storage.tracker import NullTracker
 
@@ -81,7 +81,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(pictures: Path, root: Path) -> ShardManifest:
-    config = ShardConfig(images_per_shard=10, runner=Threads(count=2))
+    config = ShardConfig(images_per_shard=10, runner=Local(count=2))
     archive = ArchiveRef(train=str(pictures / "train"), held_out=str(pictures / "held_out"))
     inputs = input_digests(archive)
     out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)

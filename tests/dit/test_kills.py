@@ -20,7 +20,7 @@ from storage.archives.open import ArchiveRef
 from storage.latents import LatentManifest
 from storage.manifest import stage_output
 from storage.shards import shard
-from storage.shards.runners import Threads
+from storage.shards.runners import Local
 from storage.shards.shard import ShardConfig, ShardManifest
 
 MakeJob = Callable[[Path], Job]
@@ -41,7 +41,7 @@ def jobs(
 
     def make_shards(root: Path) -> Job:
         archive = ArchiveRef(train=str(pictures / "train"), held_out=str(pictures / "held_out"))
-        config = ShardConfig(images_per_shard=2, runner=Threads(count=2))
+        config = ShardConfig(images_per_shard=2, runner=Local(count=2))
         inputs = input_digests(archive)
         out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
         return Job(out, config, archive, ranks=1)

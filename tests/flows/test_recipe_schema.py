@@ -98,7 +98,7 @@ def test_a_wrong_value_is_refused_in_the_words_of_the_class() -> None:
     recipe, _ = read_values("demo-milestones", "runs")
     same: set[str] = set()
     for key in all_keys():
-        for value in ("abc", 0, -1, 1.5, 2**70, True, None, [1]):
+        for value in ("abc", -1, 1.5, None):
             values = deepcopy(recipe)
             try:
                 put(values, key, value, "")

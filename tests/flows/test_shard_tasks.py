@@ -21,7 +21,7 @@ from storage.archives.open import ArchiveRef
 from storage.errors import InputError, StorageError
 from storage.manifest import stage_output
 from storage.shards import shard
-from storage.shards.runners import Dask, Processes, Ray, Runner, Threads
+from storage.shards.runners import Cluster, Local, Runner
 from storage.shards.shard import Build, BuildResult, ShardConfig, ShardManifest
 from storage.tracker import NullTracker
 from storage.verify import faults
@@ -74,7 +74,7 @@ def dask_cluster() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "runner", [Threads(count=2), Threads(), Processes(count=2)], ids=["two", "threads", "processes"]
+    "runner", [Local(count=2), Local(), Local(kind="processes", count=2)], ids=["two", "threads", "processes"]
 )
 def test_every_runner_makes_the_same_bytes(tmp_path: Path, archive: ArchiveRef, runner: Runner) -> None:
     assert_same(tmp_path, archive, runner)
@@ -85,17 +85,17 @@ def test_a_dask_cluster_of_processes_makes_the_same_bytes(
     tmp_path: Path, archive: ArchiveRef, dask_cluster: str
 ) -> None:
     pytest.importorskip("prefect_dask")
-    assert_same(tmp_path, archive, Dask(address=dask_cluster))
+    assert_same(tmp_path, archive, Cluster(address=dask_cluster))
 
 
 @pytest.mark.full
 def test_a_dask_cluster_of_the_runs_own(tmp_path: Path, archive: ArchiveRef) -> None:
     pytest.importorskip("prefect_dask")
-    assert_same(tmp_path, archive, Dask())
+    assert_same(tmp_path, archive, Cluster())
 
 
 def assert_same(tmp_path: Path, archive: ArchiveRef, runner: Runner) -> None:
-    expected = bare(tmp_path / "bare", archive, Threads(count=1))
+    expected = bare(tmp_path / "bare", archive, Local(count=1))
     made = sharding(tmp_path / "tasks", archive, runner)
     assert made.digest == expected.digest
     assert made.files == expected.files
@@ -127,12 +127,12 @@ def tries(folder: Path) -> dict[str, int]:
 
 def test_what_storage_refuses_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_shards, "retry_delay_seconds", 0)
-    built = building(Once(tmp_path, StorageError("a timeout")), Threads(count=1))
+    built = building(Once(tmp_path, StorageError("a timeout")), Local(count=1))
     assert [item.images for item in built] == [2, 1]
     assert tries(tmp_path) == {"0": 2, "2": 2}
 
 
-@pytest.mark.parametrize("runner", [Threads(count=1), Processes(count=1)], ids=["threads", "processes"])
+@pytest.mark.parametrize("runner", [Local(count=1), Local(kind="processes", count=1)], ids=["threads", "processes"])
 def test_wrong_input_is_not_tried_again(tmp_path: Path, runner: Runner) -> None:
     with pytest.raises(InputError, match=r"^the archive is empty$"):
         building(Once(tmp_path, InputError("the archive is empty")), runner)
@@ -155,7 +155,7 @@ class Fails:
 def test_a_lost_worker_is_one_line(kill: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_shards, "retries", 0)
     with pytest.raises(TaskError, match=rf"^shard: a task failed or its worker died: {said}") as caught:
-        building(Fails(kill=kill), Processes(count=1))
+        building(Fails(kill=kill), Local(kind="processes", count=1))
     assert "\n" not in str(caught.value)
 
 
@@ -165,14 +165,14 @@ def test_unreadable_images_are_counted_over_all_tasks(tmp_path: Path, archive: A
         (Path(archive.train) / name).write_bytes(b"no image")
     try:
         with pytest.raises(InputError, match=r"of the first \d+ images are unreadable, more than shard.max_unreadable"):
-            sharding(tmp_path / "out", archive, Threads(count=2))
+            sharding(tmp_path / "out", archive, Local(count=2))
     finally:
         for name in ("a/004.png", "b/011.png", "b/033.png"):
             (tmp_path / Path(name).name).replace(Path(archive.train) / name)
 
 
-@pytest.mark.parametrize(("runner", "package"), [(Dask(), "prefect_dask"), (Ray(), "prefect_ray")])
-def test_a_missing_extra_is_one_line(runner: Dask | Ray, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("runner", "package"), [(Cluster(), "prefect_dask"), (Cluster(kind="ray"), "prefect_ray")])
+def test_a_missing_extra_is_one_line(runner: Cluster, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     name = package.replace("_", "-")
     text = rf"shard\.runner: {runner.kind} needs {name} here .* pip install 'ditflow\[{runner.kind}\]'"
@@ -184,7 +184,7 @@ def test_a_cluster_that_is_not_there_is_one_line() -> None:
     dask = pytest.importorskip("dask")
     pattern = r"shard\.runner: dask cannot be used: .*127\.0\.0\.1:1"
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}), pytest.raises(InputError, match=pattern):
-        building(Fails(kill=False), Dask(address="tcp://127.0.0.1:1"))
+        building(Fails(kill=False), Cluster(address="tcp://127.0.0.1:1"))
 
 
 SLOW = """
@@ -192,7 +192,7 @@ import sys, time
 from pathlib import Path
 from prefect import flow
 from flows.shard_tasks import distribute
-from storage.shards.runners import Processes, Threads
+from storage.shards.runners import Local
 from storage.shards.shard import BuildResult
 sys.path.insert(0, {folder!r})
 from slow import slow
@@ -218,10 +218,10 @@ def slow(numbers):
 @pytest.mark.parametrize(
     ("runner", "number"),
     [
-        ("Processes(count=2)", signal.SIGKILL),
-        pytest.param("Processes(count=2)", signal.SIGTERM, marks=pytest.mark.full),
-        pytest.param("Threads(count=2)", signal.SIGKILL, marks=pytest.mark.full),
-        pytest.param("Threads(count=2)", signal.SIGTERM, marks=pytest.mark.full),
+        ("Local(kind='processes', count=2)", signal.SIGKILL),
+        pytest.param("Local(kind='processes', count=2)", signal.SIGTERM, marks=pytest.mark.full),
+        pytest.param("Local(count=2)", signal.SIGKILL, marks=pytest.mark.full),
+        pytest.param("Local(count=2)", signal.SIGTERM, marks=pytest.mark.full),
     ],
 )
 def test_a_run_that_is_ended_leaves_nothing_behind(

@@ -89,10 +89,22 @@ def test_fields_have_their_own_names_and_plain_texts_in_a_kept_order(flow: Flow[
     assert "``" not in json.dumps(form)
     assert [name for name, field in found if "const" in field] == []  # would be a text box
     kinds = [field for name, field in found if name == "kind"]
-    assert [kind for kind in kinds if kind["position"] or [kind["default"]] != kind["enum"]] == []
+    assert [kind for kind in kinds if kind["position"] or kind["default"] != kind["enum"][0]] == []
     for definition in form.get("definitions", {}).values():
         places = [field["position"] for field in definition["properties"].values()]
         assert places == list(range(len(places)))
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
+def test_a_filled_form_opens_at_what_it_is_filled_with(flow: Flow[..., Any]) -> None:
+    """Prefect's UI opens the first choice that has the most fields of the value."""
+    form = parameter_schema(flow.fn).model_dump(exclude_unset=True)
+    definitions = form.get("definitions", {})
+    for _, field in fields(form):
+        named = [each["$ref"].rpartition("/")[2] for each in field.get("anyOf", []) if "$ref" in each]
+        choices = [set(definitions[name].get("properties", {})) for name in named]
+        for place, choice in enumerate(choices):
+            assert not any(choice <= earlier for earlier in choices[:place]), named
 
 
 def test_what_only_some_samplers_use_says_so() -> None:

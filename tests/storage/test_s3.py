@@ -20,11 +20,11 @@ from storage.manifest import Manifest, StageOutput, key_of, stage_output
 from storage.root import State, outputs
 from storage.rows.store import ArraySpec, RowLayout, RowReader, RowWriter
 from storage.shards import shard
-from storage.shards.runners import Threads
+from storage.shards.runners import Local
 from storage.shards.shard import ShardConfig, ShardManifest, read_images
 from storage.tracker import NullTracker
 
-CONFIG = ShardConfig(images_per_shard=7, runner=Threads(count=2))
+CONFIG = ShardConfig(images_per_shard=7, runner=Local(count=2))
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from storage.header import FileEntry
 from storage.manifest import Manifest, stage_output
 from storage.seal import sealed
 from storage.shards import shard
-from storage.shards.runners import Threads
+from storage.shards.runners import Local
 from storage.shards.shard import ShardConfig, ShardManifest
 from storage.tracker import NullTracker
 
-CONFIG = ShardConfig(images_per_shard=7, runner=Threads(count=2))
+CONFIG = ShardConfig(images_per_shard=7, runner=Local(count=2))
 TAR, RECORD = "train/00001.tar", "records/train-00001.json"
 
 

@@ -36,6 +36,7 @@ from flows.recipe import load_recipe
 from flows.registry.register import REEVALUATE_LABEL
 from storage.errors import DitflowError
 from storage.latents import LatentManifest
+from storage.rows.cache import locked
 
 REPOSITORY = Path(__file__).parents[3]
 STAGES = {"shard", "encode", "train", "average", "sample", "evaluate", "register"}
@@ -322,6 +323,17 @@ def test_another_up_on_the_root_is_refused(
     monkeypatch.chdir(REPOSITORY)
     assert main(["up", "--root", str(up.root)]) == 2
     line = f"error: {up.root}: another `ditflow up` serves this root, on http://127.0.0.1:{up.api}\n"
+    assert capsys.readouterr().err == line
+
+
+def test_another_up_that_has_not_come_far_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    ports = [f"--{server}-port={servers.free_port()}" for server in ("prefect", "mlflow")]
+    with locked(tmp_path / "prefect" / "up"):
+        assert main(["up", "--root", str(tmp_path), *ports]) == 2
+    line = f"error: {tmp_path}: another `ditflow up` starts or ends on this root; wait for it\n"
     assert capsys.readouterr().err == line
 
 

@@ -195,10 +195,10 @@ def test_two_sweeps_at_once_submit_a_job_once(latents: LatentManifest) -> None:
 
 def let_slurm_forget(spec: WorkerSpec) -> None:
     """Note another job for an output, one that Slurm does not know, as it does not some minutes after the end."""
-    folder = Path(spec.output.uri) / slurm_queue.FOLDER
-    noted = slurm_queue.note(folder)
+    noted = slurm_queue.note(spec.output.uri)
     assert noted is not None
-    (folder / slurm_queue.NOTE).write_text(noted.model_copy(update={"job": "1"}).model_dump_json())
+    note = Path(spec.output.uri) / slurm_queue.FOLDER / slurm_queue.NOTE
+    note.write_text(noted.model_copy(update={"job": "1"}).model_dump_json())
 
 
 @pytest.mark.parametrize("forgotten", [False, True])

@@ -22,6 +22,7 @@ import pytest
 from faults import MlflowServer
 from flips import unnoticed
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus
 from PIL import Image
 from small import SAMPLING, Small
 
@@ -167,10 +168,12 @@ def test_metrics_are_compared_by_model_and_dataset(models: list[ModelManifest], 
         run = client.get_run(evaluated.provenance.mlflow_run_id)
         assert [each.model_id for each in run.inputs.model_inputs] == [found.model_id]
         assert client.get_run(found.source_run_id).data.tags[DIGEST_TAG] == model.digest
+        client.finalize_logged_model(found.model_id, LoggedModelStatus.PENDING)
         for made in (model, evaluated):  # again, as after a kill
             finish(client, str(made.provenance.mlflow_run_id), made)
         (again,) = client.search_logged_models([experiment.experiment_id], selector)
-        assert again.model_id == found.model_id and len(again.metrics) == len(found.metrics)
+        assert (again.model_id, again.status) == (found.model_id, "READY")
+        assert len(again.metrics) == len(found.metrics)
         assert len(client.get_metric_history(run.info.run_id, "fd")) == 1
     by_distance = client.search_logged_models(
         [experiment.experiment_id],

@@ -13,7 +13,7 @@ from storage.archives.open import Archive, ArchiveRef, open_archive, open_splits
 from storage.errors import InputError, StorageError
 from storage.manifest import stage_output
 from storage.shards import shard
-from storage.shards.runners import Threads
+from storage.shards.runners import Local
 from storage.shards.shard import ShardConfig, ShardManifest
 from storage.tracker import NullTracker
 
@@ -59,7 +59,7 @@ def files(tmp_path: Path, write_archive: Callable[..., Path]) -> dict[str, bytes
 
 
 def run(root: Path, archive: ArchiveRef) -> ShardManifest:
-    config = ShardConfig(images_per_shard=4, runner=Threads(count=2))
+    config = ShardConfig(images_per_shard=4, runner=Local(count=2))
     inputs = input_digests(archive)
     out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
     return shard.run(config, archive, out=out, tracker=NullTracker())

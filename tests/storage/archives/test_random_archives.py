@@ -16,7 +16,7 @@ from storage.archives.open import Archive, ArchiveRef, open_splits
 from storage.errors import InputError
 from storage.manifest import stage_output
 from storage.shards import shard
-from storage.shards.runners import Threads
+from storage.shards.runners import Local
 from storage.shards.shard import ShardConfig, ShardManifest, read_images
 from storage.tracker import NullTracker
 
@@ -106,7 +106,7 @@ def on_memory(folder: Path, ref: ArchiveRef) -> ArchiveRef:
 
 
 def sharded(ref: ArchiveRef, root: Path) -> ShardManifest:
-    config = ShardConfig(images_per_shard=3, max_unreadable=1, runner=Threads(count=1))
+    config = ShardConfig(images_per_shard=3, max_unreadable=1, runner=Local(count=1))
     out = stage_output(str(root), shard.STAGE, shard.VERSION, config, parents={}, inputs=input_digests(ref))
     return shard.run(config, ref, out=out, tracker=NullTracker())
 

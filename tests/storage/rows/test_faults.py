@@ -18,7 +18,7 @@ from storage.manifest import Manifest, stage_output
 from storage.rows import cache, trust
 from storage.rows.store import RowReader
 from storage.shards import shard
-from storage.shards.runners import Threads
+from storage.shards.runners import Local
 from storage.shards.shard import ShardConfig, ShardManifest, read_images
 from storage.tracker import NullTracker
 
@@ -213,7 +213,7 @@ def test_a_long_check_logs_its_progress(
 @pytest.fixture(params=[False, True], ids=["local", "remote"])
 def tars(request: pytest.FixtureRequest, tmp_path: Path, memory: str, write_archive: Callable[..., Path]) -> Manifest:
     archive = ArchiveRef(train=str(write_archive(tmp_path / "images", {"cat": 7, "dog": 5})))
-    config = ShardConfig(images_per_shard=5, runner=Threads(count=1))
+    config = ShardConfig(images_per_shard=5, runner=Local(count=1))
     root = memory if request.param else str(tmp_path)
     out = stage_output(root, shard.STAGE, 1, config, parents={}, inputs=input_digests(archive))
     return shard.run(config, archive, out=out, tracker=NullTracker())

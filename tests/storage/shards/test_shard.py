@@ -23,12 +23,12 @@ from storage.manifest import StageOutput, stage_output
 from storage.order import permutation
 from storage.pieces import Pieces
 from storage.shards import shard
-from storage.shards.runners import Threads
+from storage.shards.runners import Local
 from storage.shards.shard import ShardConfig, ShardManifest, read_images
 from storage.shards.summary import summary
 from storage.tracker import NullTracker
 
-CONFIG = ShardConfig(images_per_shard=7, runner=Threads(count=2))
+CONFIG = ShardConfig(images_per_shard=7, runner=Local(count=2))
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_the_same_images_give_the_same_bytes(tmp_path: Path, archive: ArchiveRef
     second = run(
         tmp_path / "two",
         ArchiveRef(train=str(moved), held_out=archive.held_out),
-        CONFIG.model_copy(update={"runner": Threads(count=workers)}),
+        CONFIG.model_copy(update={"runner": Local(count=workers)}),
     )
     assert second.digest == first.digest
     assert objects(second) == objects(first)
@@ -338,7 +338,7 @@ def test_a_full_disk_is_a_one_line_error_and_committed_shards_stay(
     tmp_path: Path, tiny_disk: Path, write_archive: Callable[..., Path]
 ) -> None:
     archive = ArchiveRef(train=str(write_archive(tmp_path / "large", {"a": 40}, side=64)))
-    config = ShardConfig(images_per_shard=10, runner=Threads(count=1))
+    config = ShardConfig(images_per_shard=10, runner=Local(count=1))
     with pytest.raises(
         StorageError, match=r"00\d\.tar: the disk is full .*make room and run the same command"
     ) as caught:

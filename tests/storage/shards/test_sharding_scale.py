@@ -28,12 +28,12 @@ from storage.shards import shard
 from storage.archives.known import input_digests
 from storage.archives.open import ArchiveRef
 from storage.manifest import stage_output
-from storage.shards.runners import Threads
+from storage.shards.runners import Local
 from storage.shards.shard import ShardConfig
 from storage.tracker import NullTracker
 
 archive, root = ArchiveRef(train=sys.argv[1]), sys.argv[2]
-config = ShardConfig(runner=Threads(count=2))
+config = ShardConfig(runner=Local(count=2))
 inputs = input_digests(archive)
 out = stage_output(root, shard.STAGE, shard.VERSION, config, parents={}, inputs=inputs)
 made = shard.run(config, archive, out=out, tracker=NullTracker())
