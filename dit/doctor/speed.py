@@ -10,9 +10,8 @@ from dit.rates import training_rate
 from dit.training.throughput import TERA, matmul_speed
 from storage.finding import Finding, ok, skipped, warning
 
-PRECISION: Arithmetic = "bfloat16"
-GPU_MODEL, GPU_BATCH = "XL/2", 64
-CPU_MODEL, CPU_BATCH = "S/2", 8
+STEPS: dict[str, tuple[str, int, Arithmetic]] = {"cuda": ("XL/2", 64, "bfloat16"), "cpu": ("S/2", 8, "float32")}
+"""Model, batch and precision. A CPU without instructions for bfloat16 takes minutes for a product in it."""
 LEAST_MFU = 0.15
 """Of a GPU, with uncompiled blocks; fused attention and no other work on the GPU have about twice as much."""
 SPREAD = 0.9
@@ -22,14 +21,14 @@ SPREAD = 0.9
 def mfu() -> Finding:
     """Model FLOPs utilisation: the FLOP a second of a training step, as a share of those of a matrix product.
 
-    Measured on two of DiT's blocks in bfloat16, without compilation.
+    Measured on two of DiT's blocks, without compilation; on a GPU in bfloat16.
     """
     where = device()
     torch.set_num_threads(cores())
-    name, batch = (GPU_MODEL, GPU_BATCH) if where.type == "cuda" else (CPU_MODEL, CPU_BATCH)
-    rate, peak = training_rate(dit_config(name), batch, PRECISION), matmul_speed(dtype(PRECISION), where)
+    name, batch, precision = STEPS[where.type]
+    rate, peak = training_rate(dit_config(name), batch, precision), matmul_speed(dtype(precision), where)
     share = f"{rate / TERA:.3g} of {peak / TERA:.3g} TFLOP/s, MFU {rate / peak:.0%}"
-    seen = f"DiT-{name} in {PRECISION} on {described()}: {share}"
+    seen = f"DiT-{name} in {precision} on {described()}: {share}"
     if where.type == "cuda" and rate / peak < LEAST_MFU:
         return warning(seen, "see whether other processes use this GPU (nvidia-smi), and which attention kernel runs")
     return ok(seen)
