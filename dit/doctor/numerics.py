@@ -11,11 +11,14 @@ from dit.devices import arithmetic, device
 from dit.doctor.devices import BF16_CAPABILITY, described
 from dit.doctor.small import CASES, Case, drawn, loss_and_gradients
 from dit.training.per_block import choose_attention, compile_blocks
+from dit.training.throughput import matmul_speed
 from storage.finding import Finding, failed, ok, skipped, warning
 
 TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-4}
 """Largest gap. bfloat16 rounds to 0.4 %, in some twenty layers; float32 to 6e-8, a thousand times in a sum."""
 
+SIDE = 512
+"""Of the matrices that tell whether a CPU has instructions for bfloat16."""
 COMPILED = {torch.bfloat16: tuple(CASES), torch.float32: ("DiT",)}
 """What is compiled, which takes up to a minute a model."""
 
@@ -24,7 +27,7 @@ def bfloat16() -> Finding:
     """Whether training in bfloat16 has the gradients of float32."""
     gaps = {name: gap(_eager(case, torch.bfloat16), _eager(case, torch.float32)) for name, case in CASES.items()}
     finding = _judged(gaps, torch.bfloat16, f"bfloat16 against float32 on {described()}", "set train.precision=float32")
-    if finding.state == "ok" and device().type == "cuda" and torch.cuda.get_device_capability() < BF16_CAPABILITY:
+    if finding.state == "ok" and _is_emulated():
         return warning(f"{finding.seen}; but it is emulated here", "set train.precision=float32, which is faster here")
     return finding
 
@@ -51,6 +54,15 @@ def compiled(named: bool) -> Finding:
 def gap(found: Tensor, right: Tensor) -> float:
     """The relative length of the difference; NaN if a number is."""
     return float((found.double() - right.double()).norm() / right.double().norm())
+
+
+def _is_emulated() -> bool:
+    """Whether this device has no instructions for bfloat16: a CPU then takes many times as long as in float32."""
+    where = device()
+    if where.type == "cuda":
+        return torch.cuda.get_device_capability() < BF16_CAPABILITY
+    lower, full = (matmul_speed(each, where, SIDE) for each in (torch.bfloat16, torch.float32))
+    return lower < full / 2
 
 
 def _judged(gaps: dict[str, float], precision: torch.dtype, what: str, remedy: str) -> Finding:

@@ -96,9 +96,15 @@ def system(device: torch.device) -> dict[str, float]:
     return {f"system/{name}": value for name, value in load.items()}
 
 
-def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP a second of a large matrix product, the fastest of a few: it stands for the device's peak."""
-    side = 8192 if device.type == "cuda" else 2048
+def matmul_speed(dtype: torch.dtype, device: torch.device, side: int | None = None) -> float:
+    """FLOP a second of a matrix product, the fastest of a few: that of a large one stands for the device's peak.
+
+    Args:
+        dtype: of the matrices.
+        device: where they are multiplied.
+        side: of the matrices; None for large ones.
+    """
+    side = side or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     fastest = float("inf")
     for _ in range(PEAK_TRIES):

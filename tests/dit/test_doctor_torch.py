@@ -66,7 +66,19 @@ def test_a_wrong_loss_fails_and_names_the_model(monkeypatch: pytest.MonkeyPatch,
 
 def test_gradients_in_bfloat16_are_those_of_float32() -> None:
     found = numerics.bfloat16()
-    assert found.state == "ok", found
+    assert found.state == "ok" or "emulated" in found.seen, found
+
+
+@ON_CPU
+@pytest.mark.parametrize(("speed_of_lower", "state"), [(2e9, "warning"), (8e9, "ok")])
+def test_a_cpu_without_instructions_for_bfloat16_is_told(
+    monkeypatch: pytest.MonkeyPatch, speed_of_lower: float, state: str
+) -> None:
+    speeds = {torch.bfloat16: speed_of_lower, torch.float32: 1e10}
+    monkeypatch.setattr(numerics, "matmul_speed", lambda dtype, *_: speeds[dtype])
+    found = numerics.bfloat16()
+    assert found.state == state
+    assert (found.to_do == "set train.precision=float32, which is faster here") == (state == "warning")
 
 
 def test_gradients_that_are_off_or_not_finite_fail(monkeypatch: pytest.MonkeyPatch) -> None:
