@@ -15,6 +15,8 @@ HEAVY = (
     "flows/test_postgres.py",
     "flows/command/test_up.py",
     "flows/launch/test_slurm.py",
+    "flows/command/test_members.py",
+    "flows/command/test_worker.py",
     "flows/test_demo_flow.py",
     "flows/test_pipeline.py",
     "flows/test_pages_run.py",
