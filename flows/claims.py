@@ -27,8 +27,8 @@ LOGGER = logging.getLogger(__name__)
 DELETING = "@gc"
 """Name, in ``running/``, of what whoever deletes holds a lock on, or writes to a remote root."""
 POLL_SECONDS = 2.0
-_claimed: dict[str, set[str]] = {}
-"""What this process has claimed, by its name in each root."""
+_claimed: dict[tuple[str, str], set[str]] = {}
+"""What this process has claimed, by root and its name there."""
 
 
 def claim(root: str, keys: Iterable[str]) -> None:
@@ -44,13 +44,14 @@ def claim(root: str, keys: Iterable[str]) -> None:
         StorageError: the store refuses.
     """
     name = processes.join(root)
-    mine = _claimed.setdefault(name, set())
+    mine = _claimed.setdefault((root, name), set())
     new = sorted(set(keys) - mine)
     if not new or not name:
         return
     mine |= set(new)
-    processes.write(new, root)
-    if uri.local_path(root) is None:
+    remote = uri.local_path(root) is None
+    processes.write([*new, *([root] if remote else [])], root)
+    if remote:
         uri.write(processes.shared(root, name), "".join(f"{key}\n" for key in sorted(mine)).encode())
     wait(root)
 

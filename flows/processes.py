@@ -2,8 +2,8 @@
 
 Each holds a lock on a file of its own in ``running/`` in the root, and removes the file at its end. The system frees
 the lock of a killed process, so a file without a lock tells of a kill, whatever clocks and process numbers say. The
-file lists the process's Prefect flow runs, and the outputs that it needs (`flows.claims`); its MLflow runs have the
-file's name as a tag.
+file lists the process's Prefect flow runs, the outputs that it needs, and the remote roots that have a list of these
+(`flows.claims`); its MLflow runs have the file's name as a tag. All remote roots share the folder of the default root.
 """
 
 import atexit
@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -81,13 +82,25 @@ def leave(root: str, *, told: bool = True) -> None:
 
 
 def forget(root: str, path: Path) -> None:
-    """Remove the file of a process that has ended or was killed, and what a remote root has of it."""
-    path.unlink(missing_ok=True)  # another command may do the same
-    if uri.local_path(root) is None:
-        try:
-            uri.remove_tree(shared(root, path.name), root)
-        except DitflowError as error:
-            LOGGER.warning("%s; `ditflow gc` will keep what this process needed", error)
+    """Remove what remote roots have of a process that has ended or was killed, and then its file.
+
+    If a store refuses, the file stays, as that of a killed process, for the next command.
+
+    Args:
+        root: folder of all outputs.
+        path: the file, which may name other roots.
+    """
+    lines: list[str] = []
+    with suppress(FileNotFoundError):  # another command does the same
+        lines = path.read_text("utf-8", "replace").splitlines()
+    try:
+        for place in dict.fromkeys([root, *(line for line in lines if "://" in line)]):
+            if uri.local_path(place) is None:
+                uri.remove_tree(shared(place, path.name), place)
+    except DitflowError as error:
+        LOGGER.warning("%s; until a later command has done that, `ditflow gc` keeps what this process needed", error)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def shared(root: str, name: str) -> str:
@@ -113,9 +126,9 @@ def others(root: str) -> Processes:
         with file:
             killed = host == socket.gethostname() and _locked(file.fileno(), fcntl.LOCK_SH)
             if os.fstat(file.fileno()).st_nlink:
-                lines = set(file.read().decode().split())
-                needed = {line for line in lines if "/" in line}
-                runs = {line for line in lines - needed if len(line) == UUID_LENGTH}
+                lines = set(file.read().decode(errors="replace").splitlines())
+                needed = {line for line in lines if "/" in line and "://" not in line}
+                runs = {line for line in lines if "/" not in line and len(line) == UUID_LENGTH}
                 (processes.killed if killed else processes.living)[path] = runs
                 processes.needed.update({} if killed else {path: needed})
     return processes

@@ -12,7 +12,7 @@ from until import until
 
 from flows import claims, processes
 from storage import uri
-from storage.errors import DitflowError
+from storage.errors import DitflowError, StorageError
 
 KEY = "train/0123456789abcdef"
 CLAIMS = """
@@ -55,6 +55,41 @@ def test_a_claim_ends_with_its_process(root: str) -> None:
     processes.leave(root)
     assert not listed.exists()
     assert not uri.exists(processes.shared(root, name))
+
+
+def test_what_a_killed_process_needed_in_a_remote_root_is_forgotten_by_a_command_on_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = f"memory://{tmp_path.name}/the lab's"
+    claims.claim(root, [KEY])
+    listed = processes.shared(root, processes.join(root))
+    processes.leave(root, told=False)  # as a kill does
+    ((path, runs),) = processes.others("runs").killed.items()
+    assert not runs
+
+    def refuse(url: str, _: str) -> None:
+        raise StorageError(f"{url}: cannot be removed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uri, "remove_tree", refuse)
+        processes.forget("runs", path)
+    assert f"{listed}: cannot be removed; until a later command has done that" in caplog.text
+    assert list(processes.others("runs").killed) == [path]
+    assert uri.exists(listed)
+    processes.forget("runs", path)
+    assert not path.exists()
+    assert not uri.exists(listed)
+
+
+def test_a_process_of_two_remote_roots_ends_in_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    roots = [f"memory://{tmp_path.name}/{name}" for name in "ab"]
+    for root in roots:
+        claims.claim(root, [KEY])
+    name = processes.join(roots[0])
+    processes.leave(roots[0])
+    assert not any(uri.exists(processes.shared(root, name)) for root in roots)
 
 
 def test_other_machines_see_what_is_needed_in_a_remote_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
