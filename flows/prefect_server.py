@@ -45,7 +45,7 @@ def serving_prefect(root: str, *, verbose: bool = False) -> Iterator[None]:
             before has chosen that by ``PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL``.
 
     Raises:
-        InputError: MLflow's database in the root is half-made.
+        InputError: MLflow's database in the root is half-made, or an address contains a login.
         DitflowError: the server that the environment or the profile names does not answer.
     """
     with _own_environment(), _serving(root, verbose=verbose):
@@ -74,7 +74,7 @@ def _read_settings() -> None:
 
 @contextmanager
 def _serving(root: str, *, verbose: bool) -> Iterator[None]:
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    if not servers.given_address("MLFLOW_TRACKING_URI"):
         database.check(servers.local_home(root))
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if verbose else "WARNING")
     given = use_given()
@@ -110,7 +110,8 @@ def use_server(root: str) -> bool:
     """Use the server that is given, or that of a running ``ditflow up``; False if there is neither.
 
     Raises:
-        DitflowError: the given one does not answer.
+        InputError: the address of the given one contains a login.
+        DitflowError: it does not answer.
     """
     return use_given() or servers.use_running(root)
 
@@ -119,6 +120,7 @@ def use_given() -> bool:
     """Use the server that the environment or Prefect's active profile names; False if neither does.
 
     Raises:
+        InputError: the address contains a login.
         DitflowError: it does not answer.
     """
     unset = "unset PREFECT_API_URL"
@@ -126,7 +128,7 @@ def use_given() -> bool:
         if not use_profile():
             return False
         unset = f"run `prefect config {unset}`"
-    address = os.environ["PREFECT_API_URL"]
+    address = servers.given_address("PREFECT_API_URL")
     if (problem := _problem(f"{address.rstrip('/')}/health")) is not None:
         raise DitflowError(f"{uri.redact(address)}: Prefect does not answer ({problem}); start it, or {unset}")
     return True

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from flows.access import HOST, MLFLOW_PASSWORD, MLFLOW_USER, Access
 from flows.children import child, has_ended
 from storage import uri
-from storage.errors import DitflowError
+from storage.errors import DitflowError, InputError
 from storage.rows.cache import locked
 
 LOGGER = logging.getLogger(__name__)
@@ -54,6 +54,12 @@ NOTE = ("host", "prefect", "mlflow", "password", "mlflow_user", "mlflow_password
 """What the file says."""
 SHORT_LIVED = "DITFLOW_SHORT_LIVED_PREFECT"
 """Environment variable that is set where Prefect's server ends with the command: nothing else links to its pages."""
+LOGINS = {
+    "PREFECT_API_URL": "PREFECT_API_AUTH_STRING",
+    "MLFLOW_TRACKING_URI": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (PGUSER and PGPASSWORD for Postgres)",
+}
+"""What has the login for the server that a variable names."""
+_LOGIN = re.compile(r"://[^/:]*(:[^@]*)?@|[?&]\w*password=", re.IGNORECASE)
 _DATABASES = {"prefect-server": "prefect.db", "mlflow-server": MLFLOW_DATABASE}
 _FOR_ANOTHER_SERVER = ("PREFECT_SERVER_", "PREFECT_API_DATABASE_", "PREFECT_UI_", "PREFECT_PROFILE")
 
@@ -221,6 +227,19 @@ def announced(
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def given_address(variable: str) -> str:
+    """The address in a variable of `LOGINS`; empty if the environment has none.
+
+    Raises:
+        InputError: it contains a login: addresses are shown, and stored beside what is made.
+    """
+    address = os.environ.get(variable, "")
+    if _LOGIN.search(address):
+        remedy = f"write it without, and set {LOGINS[variable]}"
+        raise InputError(f"{variable} contains a login, which others would see; {remedy}")
+    return address
 
 
 def running(root: str) -> dict[str, str] | None:

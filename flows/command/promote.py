@@ -24,7 +24,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Promote the version."""
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    servers.given_address("PREFECT_API_URL")  # refused before anything is promoted
+    if not servers.given_address("MLFLOW_TRACKING_URI"):
         _check(options.model, options.version, options.root)
     servers.use_running(options.root)
     from flows.registry.promotion import promote  # imports Prefect, which reads its settings then

@@ -46,14 +46,14 @@ def run(options: Namespace) -> None:
     """Serve the pool until Ctrl-C.
 
     Raises:
-        InputError: no server is named, and none runs.
+        InputError: no server is named, and none runs; or an address contains a login.
         DitflowError: the server does not answer, or the worker ends.
     """
     check_name(options.pool)
     if not use_server(options.root):
         raise InputError("worker: no Prefect server runs; set PREFECT_API_URL, or start `ditflow up` on this machine")
     os.environ["DITFLOW_ROOT"] = uri.absolute(options.root)
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    if not servers.given_address("MLFLOW_TRACKING_URI"):
         sys.stderr.write("MLFLOW_TRACKING_URI is not set: MLflow's runs go to this machine's own database\n")
     from prefect.client.orchestration import get_client
 

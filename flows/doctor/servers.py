@@ -41,7 +41,7 @@ def ports(root: str) -> Finding:
 def prefect(root: str) -> Finding:
     """Whether the Prefect server answers and has our version; without one, whether one starts here."""
     ours = version("prefect")
-    if not os.environ.get("PREFECT_API_URL") and not servers.use_running(root):
+    if not servers.given_address("PREFECT_API_URL") and not servers.use_running(root):
         begin = time.monotonic()
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -65,7 +65,7 @@ def prefect(root: str) -> Finding:
 def mlflow(root: str) -> Finding:
     """Whether MLflow's server answers and has our version; without one, whether its database can be used."""
     ours = version("mlflow")
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    if not servers.given_address("MLFLOW_TRACKING_URI"):
         servers.use_running(root)  # whose MLflow may have died
     address = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": f"{ANSWER_SECONDS:.0f}"}

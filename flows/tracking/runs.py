@@ -8,7 +8,6 @@ finished work, and by `end_killed`, which knows them by the tag ``ditflow.proces
 """
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_
 from dit.average import AverageManifest
 from dit.export import CheckpointManifest
 from flows import processes
-from flows.servers import local_home
+from flows.servers import given_address, local_home
 from flows.tracking import database
 from flows.tracking.models import finish
 from flows.tracking.sink import UNSENT, BestEffort, complaint, log_file, log_records, read_unsent
@@ -60,9 +59,12 @@ MODELS = "models:/"
 
 
 def tracking_uri(root: str) -> str:
-    """``MLFLOW_TRACKING_URI``, else a sqlite file in the root, or in ``runs`` here if the root is remote."""
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    return given or database.address(local_home(root))
+    """``MLFLOW_TRACKING_URI``, else a sqlite file in the root, or in ``runs`` here if the root is remote.
+
+    Raises:
+        InputError: the variable contains a login.
+    """
+    return given_address("MLFLOW_TRACKING_URI") or database.address(local_home(root))
 
 
 def open_client(root: str) -> tuple[MlflowClient, str]:

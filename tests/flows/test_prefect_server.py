@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import refused
 from faults import dead_address
 from prefect.client.orchestration import get_client
 from prefect.context import refresh_global_settings_context
@@ -81,6 +82,26 @@ def test_a_server_that_does_not_answer_is_one_line(
     unset = "run `prefect config unset PREFECT_API_URL`" if by_profile else "unset PREFECT_API_URL"
     line = f"fault: {dead}/api: Prefect does not answer (Connection refused); start it, or {unset}\n"
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("place", ["PREFECT_API_URL", "profile", "MLFLOW_TRACKING_URI"])
+def test_a_login_in_an_address_is_refused_and_not_shown(
+    place: str,
+    profiles: Path,
+    root: Path,
+    images: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    address = "https://me:secret@lab.example.org"
+    if place == "profile":
+        profiles.write_text(PROFILES.format(active="lab", address=address, password=PASSWORD))
+    else:
+        monkeypatch.setenv(place, f"{address}/api")
+    said = refused(capsys, ["shard", "demo", "--root", str(root), "--set", f"archive.train={images}"])
+    variable = "PREFECT_API_URL" if place == "profile" else place
+    assert said.startswith(f"error: {variable} contains a login, which others would see; write it without, and set ")
+    assert "secret" not in said
 
 
 def test_a_server_that_goes_away_is_one_line(root: Path, prefect_api: str) -> None:

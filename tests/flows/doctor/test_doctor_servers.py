@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from prefect_rest import PASSWORD
 from flows import servers as product
 from flows.doctor import servers
 from storage.errors import InputError
+from storage.finding import Finding
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -57,14 +59,23 @@ def test_an_mlflow_server_that_is_set_answers_with_its_version(mlflow_server: Ml
     assert mlflow_server.address in found.seen
 
 
-def test_an_mlflow_server_that_is_away_fails_without_its_password(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+def test_an_mlflow_server_that_is_away_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
     found = servers.mlflow(str(tmp_path))
     assert found.state == "failed"
     assert NOWHERE in found.seen
-    assert "secret" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("check", "variable"), [(servers.prefect, "PREFECT_API_URL"), (servers.mlflow, "MLFLOW_TRACKING_URI")]
+)
+def test_a_login_in_an_address_is_named_and_not_shown(
+    check: Callable[[str], Finding], variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "https://me:secret@lab.example.org/api")
+    with pytest.raises(InputError, match=f"{variable} contains a login.*; write it without, and set") as refused:
+        check(str(tmp_path))
+    assert "secret" not in str(refused.value)
 
 
 def test_without_an_mlflow_server_the_database_is_tried(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

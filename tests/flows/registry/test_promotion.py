@@ -6,6 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from command_line import refused
 from faults import MlflowServer, dead_address
 from mlflow import MlflowClient
 
@@ -156,3 +157,13 @@ def test_without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_address())
     with pytest.raises(DitflowError, match="MLflow does not answer"):
         promote("any", 1, "", "runs")
+
+
+@pytest.mark.parametrize("variable", ["PREFECT_API_URL", "MLFLOW_TRACKING_URI"])
+def test_no_login_in_an_address_is_taken(
+    variable: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "https://me:secret@lab.example.org")
+    said = refused(capsys, ["promote", "any", "--root", str(tmp_path)])
+    assert f"{variable} contains a login" in said
+    assert "secret" not in said

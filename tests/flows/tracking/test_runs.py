@@ -91,6 +91,40 @@ def of_digest(client: MlflowClient, digest: str) -> list[Run]:
     return list(client.search_runs([experiment.experiment_id], f"tags.`{store.DIGEST_TAG}` = '{digest}'"))
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://me:secret@lab.example.org",
+        "http://secret@lab.example.org:5000/mlflow",
+        "postgresql+psycopg://me:a/secret@lab.example.org:5432/mlflow",
+        "postgresql://lab.example.org/mlflow?user=me&Password=secret",
+    ],
+)
+def test_no_address_with_a_login_reaches_a_run(address: str, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with (
+        pytest.raises(InputError, match="^MLFLOW_TRACKING_URI contains a login.* MLFLOW_TRACKING_PASSWORD") as refused,
+        runs.stage_run(named(root), root),
+    ):
+        pass
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:5000",
+        "https://lab.example.org/mlflow@home",
+        "postgresql://lab.example.org:5432/mlflow?sslmode=require&sslkey=/me/key.pem",
+        "sqlite:////data/me@home/c:d@e/mlflow.db",
+        "databricks",
+    ],
+)
+def test_an_address_without_a_login_is_taken(address: str, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert runs.tracking_uri(root) == address
+
+
 def test_a_run_says_all_of_its_stage(client: MlflowClient, root: str) -> None:
     address = "http://127.0.0.1:4200/runs/flow-run/x"
     output = named(root, pipeline_id="p-1", prefect_flow_run_id="x", prefect_flow_run_url=address)
