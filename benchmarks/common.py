@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import torch
+
+from storage.parallel import cores
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def machine() -> dict[str, str | int | float]:
     """The machine and the versions that the results belong to."""
     return {
         "processor": _processor(),
-        "cores": os.cpu_count() or 1,
+        "cores": cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "python": platform.python_version(),

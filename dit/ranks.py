@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # by a star import
 
-from storage import cost
+from storage import cost, parallel
 from storage.patience import seconds
 from storage.tracker import NullTracker, Tracker
 
@@ -80,9 +80,9 @@ def patiently(timeout: timedelta) -> timedelta:
 
 
 def cores() -> int:
-    """Processor cores per rank of this machine."""
+    """Processor cores per rank of this machine, of those that the process may use."""
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
-    return max(1, (os.cpu_count() or 1) // local)
+    return max(1, parallel.cores() // local)
 
 
 @contextmanager

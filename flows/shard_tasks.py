@@ -20,6 +20,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from flows.children import set_parent_death_signal
 from flows.runner_packages import runner_package
 from storage.errors import DitflowError, InputError, one_line
+from storage.parallel import cores
 from storage.patience import patient, seconds
 from storage.shards.runners import Cluster, Runner
 from storage.shards.shard import Build, BuildResult, Distribute
@@ -92,14 +93,14 @@ def _started(runner: Runner) -> Iterator[TaskRunner[Any]]:
 def _task_runner(runner: Runner) -> TaskRunner[Any]:
     match runner.kind:
         case "threads":
-            return ThreadPoolTaskRunner(max_workers=runner.count or os.cpu_count())
+            return ThreadPoolTaskRunner(max_workers=runner.count or cores())
         case "processes":
             parent_and_signal = (os.getpid(), signal.SIGKILL)  # no worker outlives this process
             return ProcessPoolTaskRunner(
-                runner.count or None, initializer=set_parent_death_signal, initargs=parent_and_signal
+                runner.count or cores(), initializer=set_parent_death_signal, initargs=parent_and_signal
             )
         case "dask":
-            here = {"n_workers": os.cpu_count(), "threads_per_worker": 1, "dashboard_address": None}
+            here = {"n_workers": cores(), "threads_per_worker": 1, "dashboard_address": None}
             place = {"address": runner.address} if runner.address else {"cluster_kwargs": here}
             return _extra(runner, "DaskTaskRunner", **place)
         case "ray":

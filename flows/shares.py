@@ -3,6 +3,8 @@
 import os
 from itertools import takewhile
 
+from storage.parallel import cores
+
 GPUS = "CUDA_VISIBLE_DEVICES"
 
 
@@ -17,7 +19,7 @@ def shares(count: int, ranks: int = 1) -> list[dict[str, str]]:
         ranks: how many each of them starts.
     """
     visible = _gpus()
-    threads = max(1, (os.cpu_count() or 1) // count) if ranks == 1 else 1
+    threads = max(1, cores() // count) if ranks == 1 else 1
     env = {} if count == 1 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
     made = []
     for place in range(count):

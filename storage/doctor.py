@@ -15,6 +15,7 @@ import psutil
 
 from storage import uri
 from storage.finding import Finding, failed, ok, skipped, warning
+from storage.parallel import cores
 from storage.rows import cache
 
 CREATORS = 8
@@ -112,8 +113,7 @@ def cache_disk() -> Finding:
 
 def machine() -> Finding:
     """Cores, memory, and room for what processes share and for temporary files."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    seen = f"{cores} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory"
+    seen = f"{cores()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory"
     shared = Path("/dev/shm")
     if shared.is_dir():
         size = shutil.disk_usage(shared).total

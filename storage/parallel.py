@@ -13,6 +13,11 @@ from storage import patience
 T = TypeVar("T")
 
 
+def cores() -> int:
+    """Processor cores that this process may use: a container or a Slurm job may have a part of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
     """A thread pool; when its block ends, by an error too, tasks that have not begun are cancelled.
@@ -22,7 +27,7 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
     Args:
         count: threads; 0 means one for each core.
     """
-    pool = ThreadPoolExecutor(count or os.cpu_count())
+    pool = ThreadPoolExecutor(count or cores())
     try:
         yield pool
     except BaseException:

@@ -7,15 +7,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from faults import all_gone, descendants, gone, start
 from PIL import Image
 from prefect import flow
+from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 from until import until
 
-from flows.shard_tasks import TaskError, build_shards, distribute
+from flows.shard_tasks import TaskError, _task_runner, build_shards, distribute
 from storage.archives.known import input_digests
 from storage.archives.open import ArchiveRef
 from storage.errors import InputError, StorageError
@@ -78,6 +80,16 @@ def dask_cluster() -> Iterator[str]:
 )
 def test_every_runner_makes_the_same_bytes(tmp_path: Path, archive: ArchiveRef, runner: Runner) -> None:
     assert_same(tmp_path, archive, runner)
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_without_a_number_there_is_a_worker_for_each_core_that_may_be_used(
+    kind: Literal["threads", "processes"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    runner = _task_runner(Local(kind=kind))
+    assert isinstance(runner, ThreadPoolTaskRunner | ProcessPoolTaskRunner)
+    assert runner._max_workers == 3
 
 
 @pytest.mark.full

@@ -1,15 +1,28 @@
+import os
 import threading
 from collections.abc import Iterator
 
 import pytest
 from until import until
 
-from storage.parallel import ahead, threads
+from storage.parallel import ahead, cores, threads
 
 
 def test_results_keep_their_order() -> None:
     with threads(0) as pool:
         assert list(pool.map(abs, [-3, 2, -1])) == [3, 2, 1]
+
+
+def test_the_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert cores() == 2
+    with threads(0) as pool:
+        assert pool._max_workers == 2
+    monkeypatch.delattr(os, "sched_getaffinity")  # not every system has it
+    assert cores() == 128
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores() == 1
 
 
 def test_an_error_cancels_tasks_that_have_not_begun() -> None:
