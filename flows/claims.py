@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -86,11 +86,14 @@ def deleting(root: str) -> Iterator[None]:
     """For the length of the block, no process of the root claims anything more. Waits while another one deletes.
 
     Raises:
-        DitflowError: somebody else deletes in a remote root.
+        DitflowError: somebody else deletes in a remote root, or this user may not lock this one.
     """
     folder = local_home(root) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / DELETING, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / DELETING, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise DitflowError(f"{folder / DELETING}: cannot be locked ({error.strerror}); ask its owner") from error
     try:
         _lock(lock, fcntl.LOCK_EX, folder)
         if uri.local_path(root) is not None:
@@ -124,8 +127,13 @@ def wait(root: str) -> None:
         StorageError: the store does not answer.
     """
     folder = local_home(root) / FOLDER
-    with suppress(FileNotFoundError):
+    try:
         lock = os.open(folder / DELETING, os.O_RDONLY)
+    except FileNotFoundError:  # nobody has deleted yet
+        pass
+    except OSError as error:
+        LOGGER.warning("%s: cannot be read (%s); delete nothing while a flow runs", folder / DELETING, error.strerror)
+    else:
         try:
             _lock(lock, fcntl.LOCK_SH, folder)
         finally:

@@ -15,11 +15,12 @@ from storage import uri
 from storage.errors import InputError
 from storage.manifest import is_finished, key_of, output_folder
 from storage.root import PINS, Facts, Output, Pin, State, outputs, pins, usage, users
+from storage.verify import JOBS
 
 _DATABASES = (file + end for file in (MLFLOW_DATABASE, MLFLOW_USERS) for end in ("", "-journal", "-shm", "-wal"))
 _MLFLOW = (*_DATABASES, MLFLOW_ARTIFACTS, MLFLOW_PASSWORDS, "mlflow-server.log", "mlflow-server.lock")
 _SERVERS = (*_MLFLOW, "prefect-server.log", SERVERS, "prefect", WORKERS)
-OURS = frozenset([*_SERVERS, ".mlflow-being-made-.lock", "running", "slurm", "sweeps", PINS])
+OURS = frozenset([*_SERVERS, ".mlflow-being-made-.lock", "running", JOBS, "sweeps", PINS])
 """What commands, servers and launchers keep in a root beside the stages."""
 SHORTEST = 4
 """Fewest digits that name an output."""

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from pydantic import Field, SecretStr, ValidationError
 
 from flows.contract import STAGES
-from flows.prefect_lists import all_pages
+from flows.prefect_client import all_pages
 from flows.yaml_text import parse
 from storage.config import Config, problem
 from storage.errors import InputError
@@ -122,11 +122,13 @@ def read_settings(path: Path) -> Settings:
 def apply(settings: Settings) -> None:
     """Make the blocks and automations of the settings on Prefect's server, and remove those of earlier settings."""
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.sorting import AutomationSort
 
     with get_client(sync_client=True) as client:
+        in_order = partial(client.read_automations, sort=AutomationSort.CREATED_DESC)  # several may share a name
         runs = _runs(client)
         of_each = [_automations(place, notice, runs) for place, notice in enumerate(settings.notify)]
-        there = {each.name: each for each in client.read_automations() if each.name.startswith(PREFIX)}
+        there = {each.name: each for each in all_pages(in_order) if each.name.startswith(PREFIX)}
         for automation in chain.from_iterable(of_each):
             if (old := there.pop(automation.name, None)) is None:
                 client.create_automation(automation)

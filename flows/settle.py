@@ -1,7 +1,6 @@
 """Runs that a kill left open in Prefect and MLflow are ended by the next command on the root, and by ``ditflow up``."""
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -9,9 +8,8 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from flows import processes
-from flows.prefect_lists import all_pages
+from flows.prefect_client import all_pages, prefect_errors
 from flows.processes import Processes
-from storage import uri
 from storage.errors import DitflowError, one_line
 
 if TYPE_CHECKING:
@@ -36,18 +34,14 @@ def settled(root: str, *, alone: bool) -> Iterator[None]:
         settle(root, alone=alone)
     told = True
     try:
-        yield
+        with prefect_errors():
+            yield
     except ObjectNotFound as error:
         what = "a flow or a flow run of this command was deleted while it ran"
         raise DitflowError(f"Prefect: {what}; run the same command again to continue") from error
-    except (RequestError, PrefectHTTPStatusError) as error:
-        told = False
-        where, said = uri.redact(os.environ.get("PREFECT_API_URL", "Prefect")), one_line(error)
-        if isinstance(error, RequestError):
-            what = f"Prefect does not answer any more ({said}); start it, and run the same command again to continue"
-        else:
-            what = f"Prefect refuses ({said}); see its log, PREFECT_API_KEY and PREFECT_API_AUTH_STRING"
-        raise DitflowError(f"{where}: {what}") from error
+    except DitflowError as error:
+        told = not isinstance(error.__cause__, RequestError | PrefectHTTPStatusError)
+        raise
     finally:
         processes.leave(root, told=told)
 

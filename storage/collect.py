@@ -1,8 +1,8 @@
 """Garbage in a root: outputs that nothing reaches, in the order in which they can be deleted.
 
-An output is deleted after all that was made from it, and its manifest before all else of it. So after a kill at any
-point every output with a manifest is whole, and so is all that it was made from. What a kill leaves of an output is
-unfinished, older than any that runs, and is deleted by the next call.
+An output is deleted after all that was made from it. Its manifest becomes `BEGUN` before all else, and goes last. So
+after a kill at any point every output with a manifest is whole, and so is all that it was made from. What a kill leaves
+of an output is unfinished, it is known what that was made from, and the next call deletes it.
 """
 
 import re
@@ -90,11 +90,26 @@ def delete(root: str, found: Garbage, tell: Callable[[Output], None]) -> list[st
     doomed = [each for each in found.outputs if each.key not in stay]
     with threads(READERS) as pool:
         for level in _levels(doomed):
-            list(pool.map(lambda each: uri.remove_tree(uri.join(each.url, MANIFEST), root), level))
-        for each, _ in zip(doomed, pool.map(lambda each: uri.remove_tree(each.url, root), doomed), strict=True):
+            list(pool.map(lambda each: _unmake(each, root), level))
+        for each, _ in zip(doomed, pool.map(lambda each: _remove(each, root), doomed), strict=True):
             tell(each)
         list(pool.map(lambda url: uri.remove_tree(url, root), found.temporary))
     return [each.url for each in found.outputs if each.key in stay]
+
+
+def _unmake(output: Output, root: str) -> None:
+    """Make a finished output one that has only begun: after a kill it is known what it was made from."""
+    manifest = uri.join(output.url, MANIFEST)
+    uri.check_no_link(manifest, root)
+    if uri.exists(manifest):
+        uri.move(manifest, uri.join(output.url, BEGUN))
+
+
+def _remove(output: Output, root: str) -> None:
+    for name in uri.names(output.url):
+        if name != BEGUN:  # last
+            uri.remove_tree(uri.join(output.url, name), root)
+    uri.remove_tree(output.url, root)
 
 
 def _has_changed(output: Output, found: Garbage) -> bool:

@@ -163,6 +163,15 @@ class Pin(_Plain):
     when: datetime
 
 
+def folders(root: str) -> list[str]:
+    """The names in a root, but for the folder that a file system keeps at its top for itself.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    return [name for name in uri.names(root) if name != "lost+found"]
+
+
 def outputs(root: str, others: Container[str]) -> list[Output]:
     """All outputs of a root, sorted by stage and name. In one of thousands they are read in threads.
 
@@ -174,7 +183,7 @@ def outputs(root: str, others: Container[str]) -> list[Output]:
         StorageError: the store does not answer.
     """
     root = uri.absolute(root)
-    stages = [stage for stage in uri.names(root) if stage not in others and not stage.startswith(".")]
+    stages = [stage for stage in folders(root) if stage not in others and not stage.startswith(".")]
     with threads(READERS if uri.local_path(root) is None else 1) as pool:
         found = pool.map(lambda stage: uri.names(uri.join(root, stage)), stages)
         places = [(stage, name) for stage, names in zip(stages, found, strict=True) for name in names]

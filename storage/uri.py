@@ -311,6 +311,22 @@ def remove_tree(url: str, within: str) -> None:
                 fs.rm_file(file)
 
 
+def move(url: str, to: str) -> None:
+    """Move an object within its store, which takes no room on a disk; one of the new name is replaced.
+
+    Raises:
+        StorageError: the store refuses.
+    """
+    old, new = local_path(url), local_path(to)
+    with _explained(url, "moved"):
+        if old is not None and new is not None:
+            old.replace(new)
+        else:
+            write(to, read(url))
+            fs, path = filesystem(url)
+            fs.rm_file(path)
+
+
 def check_no_link(url: str, within: str) -> None:
     """Refuse an object that is reached through a symbolic link below a folder.
 

@@ -9,7 +9,10 @@ from storage.errors import DitflowError, InputError, StorageError
 from storage.header import FileEntry
 from storage.manifest import BEGUN, MANIFEST, WITHDRAWN, Manifest, finished_outputs, is_finished, output_folder
 from storage.parallel import threads
+from storage.root import folders
 
+JOBS = "slurm"
+"""Folder in an output with what a job of Slurm has left."""
 BESIDE = (MANIFEST, WITHDRAWN, BEGUN, "records/batch_size", "tracking-unsent.jsonl")
 """Files that stages and their tracking keep in an output's folder beside what is committed."""
 
@@ -45,7 +48,7 @@ def outputs(url: str) -> list[Manifest | DitflowError]:
     folder = output_folder(url)
     if is_finished(folder):
         return _chain(folder)
-    found = [output for stage in uri.names(folder) for output in _outputs_of(folder, stage)]
+    found = [output for stage in folders(folder) for output in _outputs_of(folder, stage)]
     if not found:
         raise InputError(f"{uri.redact(url)}: no finished output found; give a manifest, its folder, or a root")
     return found + [parent for output in found for parent in _parents(output) if isinstance(parent, DitflowError)]
@@ -89,7 +92,7 @@ def stray(root: str, known: frozenset[str]) -> list[str]:
         StorageError: the store does not answer.
     """
     found = []
-    for stage in uri.names(root):
+    for stage in folders(root):
         finished = set() if stage in known else {uri.name(folder) for folder in finished_outputs(root, stage)}
         if finished:
             found += [f"{stage}/{name}" for name in uri.names(uri.join(root, stage)) if name not in finished]
@@ -110,6 +113,7 @@ def withdraw(manifest: Manifest, damaged: list[Fault]) -> None:
     paths = {fault.entry.path for fault in damaged}
     to_repeat = [entry.path for entry in manifest.files if _is_record(entry) and _covers(manifest, entry, paths)]
     removed = [uri.join(manifest.uri, path) for path in to_repeat]
+    removed.append(uri.join(manifest.uri, JOBS))  # what is noted there of a job is not of the one that repairs
     for url in (*removed, manifest.url):
         uri.check_no_link(url, manifest.root)
     uri.write(uri.join(manifest.uri, WITHDRAWN), uri.read(manifest.url))
@@ -169,7 +173,7 @@ def _fault(manifest: Manifest, entry: FileEntry, *, full: bool) -> Fault | None:
 
 
 def _is_beside(path: str) -> bool:
-    return path in BESIDE or path.startswith(f"{cost.FOLDER}/")
+    return path in BESIDE or path.startswith((f"{cost.FOLDER}/", f"{JOBS}/"))
 
 
 def _is_record(entry: FileEntry) -> bool:

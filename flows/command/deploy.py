@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace
 
 from flows.command.deployments import check_project, deploy, read_recipes
 from flows.command.options import RECIPE, add_root, complete, preset_names
+from flows.prefect_client import prefect_errors
 from flows.prefect_server import use_server
 from storage.errors import InputError
 
@@ -24,7 +25,8 @@ def run(options: Namespace) -> None:
     if not use_server(options.root):
         raise InputError("deploy: no Prefect server is in use; set PREFECT_API_URL, or run `ditflow up`")
     recipes = read_recipes(options.recipe, options.root)
-    kept = deploy(recipes, options.root, fill=False)
+    with prefect_errors():
+        kept = deploy(recipes, options.root, fill=False)
     sys.stdout.write("".join(f"recipe/{each.name}\n" for each in recipes))
     if kept:
         sys.stdout.write(f"as set in the UI, not by the recipe: {', '.join(kept)}\n")

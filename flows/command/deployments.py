@@ -20,7 +20,7 @@ import yaml
 
 from flows.command.pools import AT_ONCE, POOL, create_pool
 from flows.contract import STAGES
-from flows.prefect_lists import all_pages
+from flows.prefect_client import all_pages
 from flows.recipe_file import read_values
 from flows.servers import local_home
 from storage import uri
@@ -241,6 +241,6 @@ def _fill_forms(
         else:
             client.update_deployment(there[name].id, DeploymentUpdate(parameters=parameters))
     now = {name: json_digest(each.parameters) for name, each in _deployments(client).items()}
-    filled.parent.mkdir(parents=True, exist_ok=True)
-    filled.write_text(json.dumps(before | {name: now[name] for name in values if name not in kept}), "utf-8")
+    digests = before | {name: now[name] for name in values if name not in kept}
+    uri.write(str(filled), json.dumps(digests).encode())
     return kept

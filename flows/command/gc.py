@@ -103,8 +103,8 @@ def _summary(found: "Garbage", left: list[str], *, deleted: bool) -> dict[str, A
 
 
 def _end(options: Namespace, found: "Garbage", left: list[str]) -> str:
-    total = size(sum(used.size for used in found.outputs.values()) + sum(found.temporary.values()))
-    goes = len(found.outputs) + len(found.temporary)
+    goes = [used.size for each, used in found.outputs.items() if each.url not in left] + [*found.temporary.values()]
+    total = size(sum(goes))
     if not options.delete:
         return f"{total} can go; the same command with --delete deletes it" if goes else "nothing can go"
     lines = [f"{place}: left, since somebody has written to it just now" for place in left]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.contract import STAGES
+from flows.prefect_client import prefect_errors
 from flows.prefect_server import use_server
 from flows.recipe_file import nearest
 from storage import uri
@@ -121,7 +122,7 @@ def submit(recipes: "Sequence[Recipe]", options: Namespace) -> None:
     from prefect.exceptions import ObjectNotFound
 
     pool = options.pool
-    with get_client(sync_client=True) as client:
+    with prefect_errors(), get_client(sync_client=True) as client:
         try:
             deployment = client.read_deployment_by_name(f"pipeline/{'pipeline' if pool == POOL else pool}")
         except ObjectNotFound as error:

@@ -25,7 +25,7 @@ from flows.children import GRACE_SECONDS, child
 from flows.command.deployments import check_project, deploy, prefect_command, read_recipes
 from flows.command.options import add_root, complete, preset_names
 from flows.command.pools import POOL
-from flows.prefect_lists import all_pages
+from flows.prefect_client import all_pages
 from flows.settle import end_flow_runs, open_states, settle, settled, stages_of
 from flows.tracking import database
 from storage import uri

@@ -17,10 +17,11 @@ from flows.launch import torchrun
 from flows.launch.spec import SlurmLaunch, WorkerSpec
 from storage import uri
 from storage.errors import DitflowError, InputError
+from storage.verify import JOBS
 
 LOGGER = logging.getLogger(__name__)
 PREFECT_KEYS = ("PREFECT_API_AUTH_STRING", "PREFECT_API_KEY")
-FOLDER = "slurm"
+FOLDER = JOBS
 """Below an output: what was submitted for it, with script and log. These may also lie below `launch.folder`."""
 NOTE = "job.json"
 """Below an output, in `FOLDER`: the `Note` of its job. A store may hold it that the nodes do not see."""

@@ -83,6 +83,7 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[in
         remedy = "choose a writable folder; for the cache set XDG_CACHE_HOME"
         raise StorageError(f"{lock}: cannot be written ({error}); {remedy}") from error
     with file:
+        held = sys.platform != "win32"
         if sys.platform != "win32":
             import fcntl
 
@@ -96,8 +97,9 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[in
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
                 LOGGER.warning("%s: no locks here (%s); do not start two commands at once", lock, error.strerror)
+                held = False
         yield file.fileno()
-        if sys.platform != "win32":
+        if held:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 

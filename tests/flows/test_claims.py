@@ -1,5 +1,6 @@
 """What living processes need is told, and nothing is deleted under their hands."""
 
+import errno
 import os
 import signal
 import socket
@@ -121,6 +122,22 @@ def test_a_list_that_cannot_be_read_stops_deletion(tmp_path: Path) -> None:
     (folder / "0123@elsewhere").touch(mode=0)
     with pytest.raises(DitflowError, match="cannot be read, so nobody knows what this process needs"):
         claims.claimed(str(tmp_path))
+
+
+def test_who_may_not_lock_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the folder, or the file in it, of another user whose umask is 077."""
+
+    def refused(*_: object, **__: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refused)
+    said = r"running/@gc: cannot be locked \(Permission denied\); ask its owner"
+    with pytest.raises(DitflowError, match=said), claims.deleting(str(tmp_path)):
+        pass
+    claims.wait(str(tmp_path))
+    assert "running/@gc: cannot be read (Permission denied); delete nothing while a flow runs" in caplog.text
 
 
 def test_who_claims_waits_until_a_deletion_has_ended_or_was_killed(

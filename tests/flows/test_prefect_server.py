@@ -1,6 +1,8 @@
 """The Prefect server that a command uses: of the environment, of Prefect's profile, or none that answers."""
 
 import os
+import re
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +16,12 @@ from prefect_rest import PASSWORD
 
 from flows import prefect_server, processes, servers
 from flows.command.main import main
+from flows.command.pools import submit
 from flows.prefect_server import serving_prefect
 from flows.settle import settled
 from storage.errors import DitflowError
 
+REPOSITORY = Path(__file__).parents[2]
 PROFILES = """
 active = "{active}"
 [profiles.lab]
@@ -124,6 +128,18 @@ def test_a_wrong_password_is_one_line(root: Path, prefect_api: str) -> None:
         get_client(sync_client=True) as client,
     ):
         client.read_flows()
+
+
+def test_a_wrong_password_is_one_line_for_deployments_and_pools_too(
+    root: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    said = r"Prefect refuses \(.*401 Unauthorized.*\); see .*PREFECT_API_AUTH_STRING"
+    with temporary_settings({PREFECT_API_AUTH_STRING: "ditflow:guessed"}):
+        assert main(["deploy", "--root", str(root)]) == 1
+        assert re.fullmatch(rf"fault: {prefect_api}/api: {said}\n", capsys.readouterr().err)
+        with pytest.raises(DitflowError, match=said):
+            submit([], Namespace(root=str(root), pool="gpu", queue=None))
 
 
 def test_the_server_of_ditflow_up_serves_a_process_that_knows_prefect_until_the_block_ends(

@@ -82,14 +82,14 @@ def test_children_go_before_what_they_were_made_from(root: str) -> None:
 
 
 def removals(root: str, kept: Collection[str], killed_at: int) -> int:
-    """Collect in a process that is killed as it removes a file or folder for that time; return its exit code."""
+    """Collect in a process that is killed as it removes or moves a file for that time; return its exit code."""
     pid = os.fork()
     if pid == 0:
         count = 0
 
         def hook(name: str, _: tuple[object, ...]) -> None:
             nonlocal count
-            if name in ("os.remove", "os.rmdir"):
+            if name in ("os.remove", "os.rmdir", "os.rename"):
                 count += 1
                 if count == killed_at:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -113,6 +113,7 @@ def test_a_kill_leaves_what_is_whole_and_the_next_call_ends_as_an_undisturbed_on
     for removal in kills:
         assert removals(str(killed), kept, removal) == -signal.SIGKILL
         check_sound(str(killed))
+        found(str(killed), kept, seconds=3600)  # it stays for an hour, and it is known what it was made from
     assert removals(str(killed), kept, 0) == 0
     check_sound(str(killed))
     assert files(killed) == files(calm)

@@ -79,7 +79,9 @@ def test_a_fault_is_named_and_the_same_command_repairs_only_it(
     assert [fault.entry.path for fault in found] == [path]
     assert state in found[0].damage
     assert quick == (found if fast else [])
+    uri.write(uri.join(manifest.uri, "slurm/job.json"), b"{}")
     verify.withdraw(manifest, found)
+    assert "slurm" not in uri.names(manifest.uri)  # that job is not the one that repairs
     with pytest.raises(InputError, match="has withdrawn it; run shard again, with the options that made it"):
         ShardManifest.read(manifest.uri)
     built = []
@@ -158,7 +160,7 @@ def test_what_nobody_committed_is_named(root: str, archive: ArchiveRef) -> None:
     checkpoint = "checkpoints/step-000000004/"
     entry = FileEntry(path=f"{checkpoint}state.safetensors", size=1, sha256="0" * 64)
     record = sealed(records.Record(files=(entry,)).model_dump_json().encode())
-    ours = {"manifest.withdrawn.json": b"{}", "records/batch_size": b"8", entry.path: b"x"}
+    ours = {"manifest.withdrawn.json": b"{}", "records/batch_size": b"8", entry.path: b"x", "slurm/job.log": b""}
     others = {"a.txt": b"", "records/evil.json": b"[]", "train/00009.tar": b"tar", f"{checkpoint}more": b"y"}
     for path, data in (ours | others | {f"{checkpoint}record.json": record}).items():
         uri.write(uri.join(manifest.uri, path), data)
@@ -166,6 +168,7 @@ def test_what_nobody_committed_is_named(root: str, archive: ArchiveRef) -> None:
     assert verify.faults(manifest, full=True) == []
 
     uri.write(uri.join(root, "mlflow.db"), b"")
+    uri.write(uri.join(root, "lost+found/0123456789abcdef/manifest.json"), b"of the file system")
     assert verify.stray(root, frozenset(["mlflow.db"])) == []
     for path in ("notes.txt", "shard/loose", "shard/0123456789abcdef/train/00000.tar", "other/folder/file"):
         uri.write(uri.join(root, path), b"")

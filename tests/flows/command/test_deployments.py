@@ -3,14 +3,14 @@
 import pytest
 from prefect.client.orchestration import get_client
 
-from flows import prefect_lists
+from flows import prefect_client
 from flows.command import deployments
 
 
 @pytest.mark.usefixtures("prefect_api")
 def test_deployments_are_found_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect lists so many at once, and several have the same name."""
-    monkeypatch.setattr(prefect_lists, "PAGE", 2)
+    monkeypatch.setattr(prefect_client, "PAGE", 2)
     flows, names = [f"of {number} of many" for number in range(3)], ["one", "two"]
     with get_client(sync_client=True) as client:
         for flow in flows:

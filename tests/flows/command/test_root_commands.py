@@ -21,7 +21,7 @@ from flows.command.main import main
 from flows.launch import slurm_queue
 from flows.registry.config import ModelManifest, RegisterConfig
 from flows.tracking import runs
-from storage import uri, verify
+from storage import collect, uri, verify
 from storage.cost import metered
 from storage.manifest import Manifest, key_of
 
@@ -216,6 +216,15 @@ def test_nothing_is_deleted_unless_that_is_asked_for(tmp_path: Path, capsys: pyt
     assert "nothing can go" in said(capsys, "gc", root=tmp_path)
 
 
+def test_what_is_left_does_not_count_as_deleted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = made(planned(str(tmp_path), "shard"))
+    monkeypatch.setattr(collect, "delete", lambda *_: [shards.uri])  # somebody has written to it
+    lines = said(capsys, "gc", "--delete", "--days", "0", root=tmp_path).splitlines()
+    assert lines[-2:] == [f"{shards.uri}: left, since somebody has written to it just now", "nothing to delete"]
+
+
 def test_a_name_of_recipes_is_kept_and_one_of_none_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     twenty_recipes(str(tmp_path))
     everything = collected(capsys, root=tmp_path)
@@ -337,6 +346,7 @@ def test_what_a_submitted_job_reads_and_makes_stays(either: str, capsys: pytest.
     out.begin()
     note = out.url(slurm_queue.FOLDER, slurm_queue.NOTE)
     uri.write(note, b"{}")
+    uri.write(uri.join(either, "lost+found", "0123456789abcdef", "file"), b"of the file system")
     (summary,) = told(capsys, "gc", "--days", "0", root=either)
     assert summary["kept"] == {key_of(out.uri): keeping.WORKING, key_of(latents.uri): ""}
     uri.remove_tree(note, out.uri)

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import itertools
 import json
 import logging
@@ -248,6 +250,20 @@ def test_a_killed_copy_resumes(tmp_path: Path, new_output: Callable[..., StageOu
         np.fromfile(folder(tmp_path / "cache") / "mean.rows", "<f2").reshape(2, ROWS, 3, 2, 2).swapaxes(0, 1),
         contents()["mean"],
     )
+
+
+def test_where_there_are_no_locks_work_goes_on_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lustre without flock refuses to unlock, too."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with cache.locked(tmp_path / "copy"):
+        pass
+    assert "copy.lock: no locks here (Function not implemented); do not start two commands at once" in caplog.text
 
 
 def test_a_waiting_process_logs_what_it_waits_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
