@@ -58,12 +58,6 @@ GIVEN: dict[str, Callable[[Path], None]] = {
     "SiT-XL-2-256x256.pt": lambda path: _save_published(path),
 }
 """Files that a page takes for granted, unless it writes them itself."""
-BEFORE = {
-    "docs/how-to/one-stage.md": "ditflow demo --recipe digits-0-7",
-    "docs/how-to/register.md": "ditflow demo --set registry.promote=manual",
-    "docs/how-to/start-from.md": "ditflow run mine.yaml",
-}
-"""What a page supposes to have been run besides the demo."""
 NOT_RUN = {
     ": make test": "runs this test",
     ": make up": "serves until it is stopped: command/test_up.py",
@@ -229,8 +223,6 @@ def test_the_page_runs(page: str, here: Path) -> None:
                 give(here / name)
         if any(_is_run(line) and "s3://bucket" in line for line in LINES if line.startswith(page)):
             os.environ |= stack.enter_context(s3_server())
-        if page in BEFORE:
-            run(BEFORE[page])
         names: dict[str, Any] = {"__name__": "__main__"}
         for block in blocks:
             if block.kind != "python" or _is_run(f"{page}: python"):
