@@ -32,17 +32,6 @@ class Training:
     The steps are those of the stage: the same config and images give the same bits. What stores, checkpoints, logs
     and several ranks need is not used (``steps`` is).
 
-    >>> import numpy as np
-    >>> from dit.training.config import TrainConfig
-    >>> images = np.zeros((6, 8, 8, 3), np.uint8)
-    >>> model = {"kind": "dit", "size": {"depth": 1, "width": 16, "heads": 2}}
-    >>> config = TrainConfig(model=model, diffusion={"kind": "flow"}, steps=2, batch_size=4, ema_decay=0.5)
-    >>> training = Training(config, images, np.array([0, 0, 1, 1, 2, 2]), ["red", "green", "blue"])
-    >>> [step.step for step in training]
-    [1, 2]
-    >>> training.trained().card.class_names
-    ('red', 'green', 'blue')
-
     Args:
         config: settings of the training.
         images: uint8 (N, H, H, 3).
@@ -51,6 +40,18 @@ class Training:
 
     Raises:
         InputError: the images or labels are not of these shapes and types, or the model does not fit the images.
+
+    Examples:
+        >>> import numpy as np
+        >>> from dit.training.config import TrainConfig
+        >>> images = np.zeros((6, 8, 8, 3), np.uint8)
+        >>> model = {"kind": "dit", "size": {"depth": 1, "width": 16, "heads": 2}}
+        >>> config = TrainConfig(model=model, diffusion={"kind": "flow"}, steps=2, batch_size=4, ema_decay=0.5)
+        >>> training = Training(config, images, np.array([0, 0, 1, 1, 2, 2]), ["red", "green", "blue"])
+        >>> [step.step for step in training]
+        [1, 2]
+        >>> training.trained().card.class_names
+        ('red', 'green', 'blue')
     """
 
     def __init__(
