@@ -88,9 +88,10 @@ def test_a_process_of_two_remote_roots_ends_in_both(tmp_path: Path, monkeypatch:
     roots = [f"memory://{tmp_path.name}/{name}" for name in "ab"]
     for root in roots:
         claims.claim(root, [KEY])
-    name = processes.join(roots[0])
+    listed = [processes.shared(root, processes.join(root)) for root in roots]
+    assert all(map(uri.exists, listed))
     processes.leave(roots[0])
-    assert not any(uri.exists(processes.shared(root, name)) for root in roots)
+    assert not any(map(uri.exists, listed))
 
 
 def test_other_machines_see_what_is_needed_in_a_remote_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
