@@ -117,9 +117,11 @@ def test_images_are_decoded_as_ours_are(pipeline: Any, vae: VaeRef) -> None:
         return pipeline(LABELS, num_inference_steps=5, generator=noise(1), output_type=kind, return_dict=False)[0]
 
     expected = load_vae(vae).decode(images("latent")).numpy()
-    assert images("np").dtype == np.uint8
-    assert np.array_equal(images("np"), expected)
-    assert np.array_equal(np.stack([np.asarray(image) for image in images("pil")]), expected)
+    found = images("np")
+    assert found.dtype == np.uint8
+    gap = np.abs(found.astype(int) - expected)  # the order of a sum may move a number over the border of two bytes
+    assert gap.max() <= 1 and gap.mean() < 1e-3
+    assert np.array_equal(np.stack([np.asarray(image) for image in images("pil")]), found)
     assert expected.std() > 1
 
 

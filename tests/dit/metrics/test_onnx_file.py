@@ -213,7 +213,7 @@ BAD: dict[str, tuple[onnx.ModelProto | bytes, dict[str, Any], str]] = {
     "output": (small(), {"features": "pool"}, "has no output 'pool'; it has 'features', 'logits', 'quarters'"),
     "logits": (small(), {"logits": "classes"}, "has no output 'classes'"),
     "side": (small(), {"side": 9}, r"takes \['batch', 3, 8, 8\], not \(B, 3, 9, 9\)"),
-    "channels last": (small(layout=(SIDE, SIDE, 3)), {}, "channels last; put a Transpose in front"),
+    "channels last": (small(layout=("height", "width", 3)), {}, "channels last; put a Transpose in front"),
     "grey": (small(layout=(1, SIDE, SIDE)), {}, r"takes \['batch', 1, 8, 8\], not \(B, 3, 8, 8\)"),
     "flat": (small(layout=(192,)), {}, "not an ONNX file that onnxruntime can run"),
     "bytes": (changed(of_another_kind), {}, "not an ONNX file that onnxruntime can run"),
