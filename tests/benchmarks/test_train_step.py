@@ -13,11 +13,18 @@ from benchmarks.train_step import BACKBONE_RATIOS, BACKBONES, CONTESTANTS, OPTIO
 from dit.diffusion.config import FlowConfig
 from dit.models.config import DiTConfig
 from dit.models.cost import cost
+from dit.training.throughput import matmul_speed
 
 TASK = Task(DiTConfig(input_size=8, width=32, depth=2, heads=2, num_classes=4), batch_size=2, rounds=2)
 
 
 FLOW = replace(TASK, config=TASK.config.model_copy(update={"learn_variance": False}), diffusion=FlowConfig())
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without instructions for bfloat16 takes minutes for large ones."""
+    monkeypatch.setattr(train_step, "matmul_speed", partial(matmul_speed, side=64))
 
 
 @pytest.mark.parametrize("task", [TASK, FLOW])

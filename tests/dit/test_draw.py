@@ -43,7 +43,8 @@ def test_samples_of_a_stage_and_of_its_folder_are_the_same(
     urls = preview(open_checkpoint(checkpoint.uri), tiny.SAMPLING, str(tmp_path / "out"), NullTracker())
     assert urls == [str(tmp_path / "out" / name) for name in ("samples.png", "samples.npz")]
     found = drawn(tmp_path / "out")
-    assert np.array_equal(found["arr_0"], RowReader(samples).array("image"))
+    gap = np.abs(found["arr_0"].astype(int) - RowReader(samples).array("image"))
+    assert gap.max() <= 1 and gap.mean() < 1e-3  # batches of other sizes may move a number over the border of two bytes
     assert np.array_equal(found["arr_1"], RowReader(samples).array("label"))
     assert found["arr_1"].dtype == np.int64
 
