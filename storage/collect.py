@@ -91,8 +91,9 @@ def delete(root: str, found: Garbage, tell: Callable[[Output], None]) -> list[st
     with threads(READERS) as pool:
         for level in _levels(doomed):
             list(pool.map(lambda each: _unmake(each, root), level))
-        for each, _ in zip(doomed, pool.map(lambda each: _remove(each, root), doomed), strict=True):
-            tell(each)
+        for level in _levels(doomed):  # what was made from an output is gone before it is forgotten what that was
+            for each, _ in zip(level, pool.map(lambda each: _remove(each, root), level), strict=True):
+                tell(each)
         list(pool.map(lambda url: uri.remove_tree(url, root), found.temporary))
     return [each.url for each in found.outputs if each.key in stay]
 
