@@ -1,5 +1,6 @@
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,20 @@ HEAVY = (
 )
 """Files that take longest or need most memory. They go first: no worker is left alone with one at the end, and workers
 are still small."""
+
+
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "begin no test marked full after so many minutes: a slow machine skips the rest, and says how many"
+    parser.addoption("--full-within", type=float, metavar="MINUTES", help=told)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--full-within")
+    if minutes is not None and "full" in item.keywords and time.monotonic() - STARTED > 60 * minutes:
+        pytest.skip(f"not begun within {minutes:g} minutes, see --full-within")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

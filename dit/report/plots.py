@@ -4,16 +4,15 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import LogFormatter
+from typing import TYPE_CHECKING
 
 from dit.metrics.comparison import Estimate
 from dit.metrics.power_law import PowerLaw
 from dit.report.attention import NUMBERS, SHARES, Attention
+
+if TYPE_CHECKING:  # only who draws waits for Matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 RECEIVED = 8
 """Attention that a token receives, in shares of what it would have if all were alike, at the ends of the colours."""
@@ -36,7 +35,7 @@ def curve(
         losses: the training loss of each.
         held_out: step, loss on held-out images and its standard error, by the name of the weights.
     """
-    figure = Figure(figsize=(6, 3.5), dpi=120, layout="constrained")
+    figure = _figure(6, 3.5)
     axes = figure.add_subplot()
     axes.plot(steps, losses, linewidth=1, marker=".", markersize=2, label="training")
     for name, points in held_out.items():
@@ -63,7 +62,9 @@ def scaling(
         title: name of the distance.
         laws: by name of a cost: the cost of each model, and the line through them.
     """
-    figure = Figure(figsize=(5.5 * len(laws), 4), dpi=120, layout="constrained")
+    from matplotlib.ticker import LogFormatter
+
+    figure = _figure(5.5 * len(laws), 4)
     short = _without_common_start(names)
     for place, (cost, (x, law)) in enumerate(laws.items()):
         axes = figure.add_subplot(1, len(laws), place + 1)
@@ -94,7 +95,7 @@ def over(
         title: name of the distance.
         shares: metrics from 0 to 1 at each of them, by name.
     """
-    figure = Figure(figsize=(9, 3.5), dpi=120, layout="constrained")
+    figure = _figure(9, 3.5)
     left, right = figure.subplots(1, 2)
     _errors(left, at, distances, "o-")
     left.set(xlabel=axis, ylabel=title)
@@ -121,7 +122,7 @@ class GuidanceLine:
 
 def guidance(lines: Sequence[GuidanceLine], title: str) -> bytes:
     """The distance, and precision and recall, against the scale of guidance; ``title`` names the distance."""
-    figure = Figure(figsize=(9, 3.5), dpi=120, layout="constrained")
+    figure = _figure(9, 3.5)
     left, right = figure.subplots(1, 2)
     for place, line in enumerate(lines):
         _errors(left, line.scales, line.distances, "o-", label=line.name)
@@ -138,7 +139,7 @@ def guidance(lines: Sequence[GuidanceLine], title: str) -> bytes:
 def attention(found: Attention) -> bytes:
     """The first sample on its way, what its tokens receive in each layer, and the numbers of the layers."""
     rows, columns = 2 + len(found.layers), len(found.times)
-    figure = Figure(figsize=(1.1 * columns + 1.6, 1.15 * rows + 3.2), dpi=120, layout="constrained")
+    figure = _figure(1.1 * columns + 1.6, 1.15 * rows + 3.2)
     (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.15 * rows, 3.2))
     cells = above.subplots(rows, columns, squeeze=False)
     for axes in cells.flat:
@@ -152,7 +153,7 @@ def attention(found: Attention) -> bytes:
     for line, layer in zip(cells[2:], found.layers, strict=True):
         line[0].set_ylabel(layer.name.replace(": ", "\n").replace(" in ", "\nin "), fontsize=7)
         for axes, received in zip(line, layer.received, strict=True):
-            shown = axes.imshow(received, cmap="coolwarm", norm=LogNorm(1 / RECEIVED, RECEIVED))
+            shown = axes.imshow(received, cmap="coolwarm", norm="log", vmin=1 / RECEIVED, vmax=RECEIVED)
     bar = above.colorbar(shown, ax=cells, extend="both", pad=0.01, aspect=50, format="%g", ticks=TICKS)
     bar.ax.tick_params(labelsize=6)
     bar.ax.minorticks_off()
@@ -160,7 +161,7 @@ def attention(found: Attention) -> bytes:
     return _png(figure)
 
 
-def _layers(figure: SubFigure, found: Attention) -> None:
+def _layers(figure: "SubFigure", found: Attention) -> None:
     """The numbers of each layer on the way."""
     places = figure.subplots(1, len(NUMBERS))
     for axes, name in zip(places, NUMBERS, strict=True):
@@ -183,12 +184,19 @@ def _without_common_start(names: Sequence[str]) -> list[str]:
     return ["-".join(each[same:]) for each in words]
 
 
-def _errors(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], style: str, label: str = "") -> None:
+def _errors(axes: "Axes", x: Sequence[float], estimates: Sequence[Estimate], style: str, label: str = "") -> None:
     values, margins = [each.value for each in estimates], [each.margin for each in estimates]
     axes.errorbar(x, values, margins, fmt=style, capsize=3, markersize=4, linewidth=1, label=label)
 
 
-def _png(figure: Figure) -> bytes:
+def _figure(width: float, height: float) -> "Figure":
+    """An empty figure of a size in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def _png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -91,7 +91,7 @@ def test_members_share_what_they_can_and_one_that_fails_stops_no_other(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_the_end_of_the_command_ends_its_members_and_after_a_kill_the_same_command_goes_on(
     sweep: Callable[..., Path], fresh: Path, how: signal.Signals, tmp_path: Path, migrated: Callable[[Path], None]
 ) -> None:

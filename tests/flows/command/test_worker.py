@@ -134,7 +134,7 @@ def test_queues_go_by_priority_one_flow_at_a_time_and_what_people_set_stays(lab:
     assert lab.call("/work_pools/gpu")["concurrency_limit"] == 5
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_the_end_of_a_worker_ends_its_flow_and_nobody_elses(lab: Lab, how: signal.Signals, tmp_path: Path) -> None:
     latents = write_latents(tmp_path)
     worker, other = lab.worker(), lab.worker()
