@@ -1,21 +1,33 @@
 """Threads for work that waits for storage, or runs in libraries that release Python's global lock."""
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 from storage import patience
 
 T = TypeVar("T")
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+"""Where a container finds its share of all cores' time: microseconds, or `max`, in microseconds."""
 
 
 def cores() -> int:
-    """Processor cores that this process may use: a container or a Slurm job may have a part of the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use: a container or a Slurm job may have a part of the machine's.
+
+    A part is a set of cores, or a share of all cores' time (Linux, cgroup v2), of which a started core counts.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        share, of = CPU_MAX.read_text().split()
+        return max(1, min(count, math.ceil(int(share) / int(of))))
+    except (OSError, ValueError):  # not in a container, or `max`: no share
+        return count
 
 
 @contextmanager

@@ -1,7 +1,6 @@
-import os
-
 import pytest
 import tiny
+from machine import give_cores
 
 from dit.ranks import Ranks, Share, cores, joined
 
@@ -15,7 +14,7 @@ def test_a_share_stands_for_the_whole() -> None:
 
 
 def test_cores_are_divided_among_the_ranks_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
+    give_cores(monkeypatch, 12)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert cores() == 12
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # somebody else's

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import pytest
 from faults import all_gone, descendants, gone, start
+from machine import give_cores
 from PIL import Image
 from prefect import flow
 from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
@@ -86,7 +87,7 @@ def test_every_runner_makes_the_same_bytes(tmp_path: Path, archive: ArchiveRef, 
 def test_without_a_number_there_is_a_worker_for_each_core_that_may_be_used(
     kind: Literal["threads", "processes"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    give_cores(monkeypatch, 3)
     runner = _task_runner(Local(kind=kind))
     assert isinstance(runner, ThreadPoolTaskRunner | ProcessPoolTaskRunner)
     assert runner._max_workers == 3

@@ -1,6 +1,5 @@
-import os
-
 import pytest
+from machine import give_cores
 
 from flows.shares import shares
 
@@ -22,7 +21,7 @@ def test_gpus_behind_a_name_that_is_none_do_not_count(monkeypatch: pytest.Monkey
 
 def test_cores_are_divided_unless_somebody_has_said_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    give_cores(monkeypatch, 8)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert shares(2) == [{}, {}]
     monkeypatch.delenv("OMP_NUM_THREADS")

@@ -10,6 +10,7 @@ from unittest import mock
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from machine import give_cores
 from s3_endpoint import BUCKET, s3_server
 
 from storage import doctor
@@ -131,5 +132,5 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path, monkeyp
 
 
 def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    give_cores(monkeypatch, 3)
     assert doctor.machine().seen.startswith("3 cores, ")

@@ -1,8 +1,10 @@
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from machine import give_cores
 from until import until
 
 from storage.parallel import ahead, cores, threads
@@ -15,7 +17,7 @@ def test_results_keep_their_order() -> None:
 
 def test_the_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    give_cores(monkeypatch, 2)
     assert cores() == 2
     with threads(0) as pool:
         assert pool._max_workers == 2
@@ -23,6 +25,24 @@ def test_the_cores_are_those_that_this_process_may_use(monkeypatch: pytest.Monke
     assert cores() == 128
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert cores() == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max 100000\n", 8),
+        ("200000 100000\n", 2),
+        ("250000 100000\n", 3),
+        ("50000 100000\n", 1),
+        ("6400000 100000\n", 8),
+    ],
+)
+def test_a_container_has_a_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, expected: int
+) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    give_cores(monkeypatch, 8, share=tmp_path / "cpu.max")
+    assert cores() == expected
 
 
 def test_an_error_cancels_tasks_that_have_not_begun() -> None:
