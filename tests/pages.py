@@ -1,4 +1,4 @@
-"""The pages of README and docs: their fenced blocks and commands, in the order in which they stand."""
+"""The pages of README and docs: fenced blocks, commands in the order in which they stand, and those in sentences."""
 
 import re
 import shlex
@@ -50,4 +50,12 @@ def commands(text: str) -> Iterator[list[str]]:
     assert not waiting, f"an open quotation: {waiting}"
 
 
+def sentences() -> Iterator[tuple[str, list[str]]]:
+    """The commands within sentences: the page and the words of each."""
+    for path in PATHS:
+        for command in re.findall(r"`((?:ditflow|make)\s[^`]+)`", BLOCK.sub("", path.read_text("utf-8"))):
+            yield str(path.relative_to(REPOSITORY)), shlex.split(command)
+
+
 BLOCKS = list(blocks())
+SENTENCES = list(sentences())

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from typing import Any
 
 import pytest
-from pages import BLOCKS, REPOSITORY, Block, commands
+from pages import BLOCKS, REPOSITORY, SENTENCES, Block, commands
 
 from flows.command.main import COMMANDS
 from flows.notify import Settings
@@ -49,6 +49,22 @@ def test_commands_are_what_the_parsers_take(block: Block) -> None:
             assert list(REPOSITORY.glob(f"{words[1].replace('.', '/')}*")), words
         else:
             assert program in PROGRAMS
+
+
+@pytest.mark.parametrize(("page", "words"), SENTENCES, ids=[f"{page}: {shlex.join(w)}" for page, w in SENTENCES])
+def test_commands_in_sentences_have_these_names_and_options(page: str, words: list[str]) -> None:
+    """They leave out what a reader sees elsewhere, so no parser takes them."""
+    program, name, *rest = words
+    if program == "make":
+        assert name in TARGETS
+        return
+    if name.startswith("-"):
+        return
+    parser = ArgumentParser(prog=f"ditflow {name}")
+    COMMANDS[name].add_arguments(parser)
+    for word in rest:
+        if word.startswith("-"):
+            assert re.search(rf"(?<![\w-]){word}(?![\w-])", parser.format_help())
 
 
 def _parsed(words: list[str]) -> None:
