@@ -19,7 +19,6 @@ from dit.models.cost import activations, cost
 from dit.models.lora import Lora, merged
 from dit.ranks import Ranks, joined
 from dit.rates import at_once, training_rate
-from dit.report.plots import curve
 from dit.training import origin
 from dit.training.config import TrainConfig
 from dit.training.data import Batches, Data
@@ -317,6 +316,8 @@ def _commit(
     out: StageOutput,
     tracker: Tracker,
 ) -> None:
+    from dit.report.plots import curve  # imports SciPy and Matplotlib, which take a second
+
     if is_finished(out.uri):  # by a run of other steps, at the same time; its curve may have other points
         return
     losses = [logged.values["loss"] for logged in history]
