@@ -30,6 +30,10 @@ _LIMITS = {
 """The keys of the schema that limit a plain value, and what pydantic calls them."""
 
 
+class _Values(Config, use_attribute_docstrings=False):
+    """Fields without help, which pydantic would look for in the source of each new class."""
+
+
 def keys_below(parts: Sequence[str]) -> list[str]:
     """The names of the fields of a dotted key, of the recipe itself without parts; empty for a value without fields."""
     nodes = _below(list(parts))
@@ -82,7 +86,7 @@ def wrong_value(values: dict[str, Any]) -> Problem | None:
 def _mirror(nodes: list[Schema], values: dict[str, Any]) -> type[Config]:
     """A config that has the given fields alone, and checks those that are plain."""
     fields = {name: (_kind(_fields(nodes, name), value), ...) for name, value in values.items()}
-    made: type[Config] = create_model("Values", __base__=Config, **fields)  # type: ignore[call-overload]
+    made: type[Config] = create_model("Values", __base__=_Values, **fields)  # type: ignore[call-overload]
     return made
 
 
