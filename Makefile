@@ -1,5 +1,5 @@
 # make demo       the whole pipeline on real images, on a CPU
-# make test       lint, types, import layers, and the tests of ten minutes
+# make test       lint, types, import layers, and the tests of 15 minutes
 # make test-all   the same with all tests, and the site of the documentation
 # make docs       the site of the documentation: site/index.html
 # make screens    its pictures of Prefect, MLflow and a report: docs/screens (needs chromium)
