@@ -199,7 +199,7 @@ def test_killed_while_it_makes_its_tables_a_server_makes_them_whole(
     name: str, tmp_path: Path, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(POSTGRES, postgres.url)
-    for tables in (1, 25):
+    for tables in (1, 10, 25):
         with start(SERVE, tmp_path, name) as command:
             until(lambda count=tables: made(postgres, name) >= count)
             for pid in [command.pid, *descendants(command.pid)]:
