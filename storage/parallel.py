@@ -20,7 +20,7 @@ CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 def cores() -> int:
     """Processor cores that this process may use: a container or a Slurm job may have a part of the machine's.
 
-    A part is a set of cores, or a share of all cores' time (Linux, cgroup v2), of which a started core counts.
+    A part is a set of cores, or a share of all cores' time (Linux, cgroup v2), rounded up to whole cores.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

@@ -135,10 +135,13 @@ def up(tmp_path_factory: pytest.TempPathFactory, migrated: Callable[[Path], None
     root = tmp_path_factory.mktemp("up") / ODD
     migrated(root)
     running = Up(root)
-    assert f"http://127.0.0.1:{running.api}" in running.printed
-    assert f"http://127.0.0.1:{running.mlflow}/#/experiments/1/runs?workflowType=machine_learning\n" in running.printed
-    yield running
-    running.stop()
+    try:
+        printed = running.printed
+        assert f"http://127.0.0.1:{running.api}" in printed
+        assert f"http://127.0.0.1:{running.mlflow}/#/experiments/1/runs?workflowType=machine_learning\n" in printed
+        yield running
+    finally:
+        running.stop()
 
 
 @pytest.fixture
